@@ -1,0 +1,64 @@
+# make demo   the whole method on the embedded default, about ten minutes on two cores
+# make test   the test suite
+# Both build .venv from the pinned lock first (CPU; about 4 GB, a minute or two).
+
+PYTHON ?= python3
+# Further pip options, for instance where to find the CPU build of torch.
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+OFFLINE := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+TORCH := $(shell grep '^torch==' requirements/cpu.txt)
+
+.PHONY: demo test test-fast lint format lock clean help
+help:
+	@sed -n '1,4s/^# //p' Makefile
+
+.venv: $(VENV)/.installed
+
+$(VENV)/.installed: requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v c++ >/dev/null || \
+		{ echo "a C++ compiler is needed (DeepSpeed builds its communication op with it): install g++"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q $(PIP_ARGS) --no-deps "$(TORCH)" || { \
+		echo; \
+		echo "pip cannot see $(TORCH), the CPU build of PyTorch. Either"; \
+		echo "  make $(MAKECMDGOALS) PIP_ARGS='--extra-index-url URL'   with the address of PyTorch's CPU wheel index (PyTorch's"; \
+		echo "                                         'Get started' page, Pip + CPU), or"; \
+		echo "  make $(MAKECMDGOALS) PIP_ARGS='--find-links FOLDER'     with a folder that holds the wheel."; \
+		exit 1; }
+	@# The lock is complete: --no-deps keeps out the CUDA builds of torchvision, torchaudio and torchcodec.
+	$(BIN)/pip install -q $(PIP_ARGS) --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: .venv
+	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
+
+test: .venv
+	$(OFFLINE) $(BIN)/python -m pytest
+
+test-fast: .venv
+	$(OFFLINE) $(BIN)/python -m pytest tests/unit
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Resolves requirements/cpu.in anew. Absent on purpose: the wheels of these three are CUDA builds that break a CPU torch.
+lock: .venv
+	$(BIN)/uv pip compile requirements/cpu.in $(UV_ARGS) --index-strategy unsafe-best-match --python-version 3.11 \
+		--no-annotate --no-header --no-emit-find-links --no-emit-index-url \
+		--no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec -q \
+		| grep -v -e '^-e' -e '^#' > requirements/cpu.txt.tmp
+	mv requirements/cpu.txt.tmp requirements/cpu.txt
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

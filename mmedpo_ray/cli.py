@@ -1,0 +1,192 @@
+"""``mmedpo <verb>``: every station of the road, the whole road, and the settings."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmedpo_ray import __version__, console, storage
+from mmedpo_ray.config import Config, dump, load, resolve_run_folder
+from mmedpo_ray.errors import UserError
+
+_EPILOG = """\
+start here
+  mmedpo run --config configs/phantom.yaml              the whole method on the embedded synthetic world
+  mmedpo run --config FILE run.folder=DIR align.beta=0.2  your own data, with two settings changed
+  mmedpo config show --config FILE                      every setting with its default filled in
+
+A run lives in one folder (run.folder). Repeating a command skips what is finished and resumes what was
+interrupted. Once the folder exists, `run.folder=DIR` alone is enough: its config.yaml is used.
+"""
+
+_STATIONS = {
+    "run": "the whole road: ingest, curate, score, align, export, evaluate, report",
+    "ingest": "raw data set → samples: one row a question, images checked, unusable rows dropped with a reason",
+    "curate": "samples → preference pairs: hallucinated answers and images with noise in the lesion",
+    "score": "pairs → scored pairs: judges debate the clinical relevance, scores become weights",
+    "align": "scored pairs → adapter: weighted DPO with LoRA (Ray Train, DeepSpeed ZeRO-3), and the SFT control",
+    "export": "adapter → model/adapter (peft) and model/merged (transformers, vLLM)",
+    "serve": "OpenAI-compatible endpoint for the base and the aligned model (Ray Serve, vLLM)",
+    "evaluate": "endpoint + test samples → answers, metrics with confidence intervals",
+    "report": "everything above → one self-contained report.html",
+}
+
+_READS_WRITES = {
+    "run": ("the raw data named by data.*", "the whole run folder"),
+    "ingest": (
+        "data.root (or nothing, for data.format=phantom)",
+        "samples/ (released/ where pairs come with the data)",
+    ),
+    "curate": ("samples/", "candidates/, pairs/, noised/"),
+    "score": ("pairs/", "scored/"),
+    "align": ("scored/", "reference/, align/ and control/align/"),
+    "export": ("align/", "model/ and control/model/"),
+    "serve": ("model/merged", "nothing; answers on serve.host:serve.port until interrupted"),
+    "evaluate": (
+        "samples/ (split test) and the models, or evaluate.endpoint",
+        "evaluate/answers, evaluate/summary.json",
+    ),
+    "report": ("every table and metric of the run", "report.html"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="mmedpo",
+        description="Clinically weighted preference alignment of medical vision-language models on Ray.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mmedpo {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in _STATIONS.items():
+        reads, writes = _READS_WRITES[name]
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}.\n\nreads   {reads}\nwrites  {writes}",
+            epilog=f"example: mmedpo {name} --config configs/phantom.yaml run.folder=runs/mine",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_settings(verb)
+    settings = verbs.add_parser("config", help="show or check the settings")
+    settings.add_argument(
+        "action", choices=["show", "validate"], help="show: print every setting; validate: only check"
+    )
+    _add_settings(settings)
+    _add_phantom(verbs)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML with the settings that differ from the defaults"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings, such as run.folder=DIR align.beta=0.2"
+    )
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--verbose", action="store_true", help="show the libraries' own log lines too")
+
+
+def _add_phantom(verbs: argparse._SubParsersAction) -> None:
+    phantom = verbs.add_parser("phantom", help="build the embedded model anew")
+    actions = phantom.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = actions.add_parser(
+        "build",
+        help="pre-train the tiny LLaVA on the synthetic radiograph world",
+        description="Pre-trains the embedded LLaVA from nothing (minutes on two cores, reproducible by seed).",
+    )
+    build.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the model; must not exist or be empty",
+    )
+    build.add_argument(
+        "--seed", type=int, default=0, help="seed of data order and initialisation (default 0)"
+    )
+    _add_common(build)
+
+
+def settings_of(arguments: argparse.Namespace) -> Config:
+    """The settings a command names; a finished run's own where only its folder is given."""
+    path = arguments.config
+    if path is None:
+        for override in arguments.overrides:
+            key, _, folder = override.partition("=")
+            saved = storage.join(folder, "config.yaml")
+            if key == "run.folder" and folder and storage.exists(saved):
+                path = Path(saved)
+    return load(path, arguments.overrides)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses a command whose options and key=value settings come in any order."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [item for item in rest if item.startswith("-") or "=" not in item]
+    if unknown or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _execute(arguments: argparse.Namespace) -> None:
+    if arguments.verb == "phantom":
+        from mmedpo_ray.models.phantom import build_command
+
+        build_command(arguments.out, seed=arguments.seed)
+        return
+    config = settings_of(arguments)
+    if arguments.verb == "config":
+        if arguments.action == "show":
+            sys.stdout.write(dump(config))
+        else:
+            console.console.print("the settings are valid")
+    elif arguments.verb == "serve":
+        from mmedpo_ray.serving import serve
+
+        serve(resolve_run_folder(config))
+    else:
+        from mmedpo_ray import pipeline
+
+        if arguments.verb == "run":
+            pipeline.run_all(config)
+        else:
+            pipeline.run_step(arguments.verb, config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, 2 for an error the user can mend, 130 when interrupted."""
+    arguments = _parse(argv)
+    console.configure(verbose=arguments.verbose)
+    try:
+        _execute(arguments)
+    except UserError as error:
+        if arguments.debug:
+            raise
+        console.console.print(f"[bold red]error:[/bold red] {_escape(str(error))}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.console.print("interrupted; the same command resumes where it stopped")
+        return 130
+    return 0
+
+
+def _escape(text: str) -> str:
+    """Keeps square brackets in messages from being read as markup."""
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Joining or starting a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from mmedpo_ray.config import RayConfig
+from mmedpo_ray.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Passed to every worker process, so that actors are as quiet and as offline as the driver.
+_WORKER_ENVIRONMENT = (
+    "RAY_USAGE_STATS_ENABLED",
+    "VLLM_NO_USAGE_STATS",
+    "DO_NOT_TRACK",
+    "HF_HUB_OFFLINE",
+    "TOKENIZERS_PARALLELISM",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_CONFIGURE_LOGGING",
+)
+
+
+def start(settings: RayConfig) -> None:
+    """Joins the configured cluster, or starts a local one; does nothing where Ray is already initialised.
+
+    A local cluster gets ``ray.local_cpus`` logical CPUs: the stages of a vLLM pipeline hold one each while
+    they wait, and on a small machine they would otherwise block one another for ever.
+
+    Raises:
+        UserError: the cluster does not answer.
+    """
+    if ray.is_initialized():
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    environment = {key: os.environ[key] for key in _WORKER_ENVIRONMENT if key in os.environ}
+    options: dict = {
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+        "runtime_env": {"env_vars": environment} if environment else None,
+    }
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, TimeoutError) as error:
+            raise UserError(
+                f"the Ray cluster at {address!r} does not answer: {error}. Start one with `ray start --head`, correct "
+                "ray.address or RAY_ADDRESS, or leave both unset to start a local cluster."
+            ) from error
+    else:
+        ray.init(num_cpus=settings.local_cpus, include_dashboard=False, **options)
+        log.info("started a local Ray cluster with %d logical CPUs", settings.local_cpus)
+    _quiet_data()
+
+
+def has_gpu() -> bool:
+    """Whether the cluster has a GPU."""
+    return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def _quiet_data() -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)

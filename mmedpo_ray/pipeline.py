@@ -1,0 +1,147 @@
+"""The whole road in order, and each of its steps alone."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmedpo_ray import cluster, storage
+from mmedpo_ray.config import Config, dump, resolve_run_folder
+from mmedpo_ray.console import console
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[Config], Any]
+
+
+def _ingest(config: Config) -> None:
+    from mmedpo_ray.data.ingest import ingest
+
+    ingest(config)
+
+
+def _curate(config: Config) -> None:
+    from mmedpo_ray.curate.curate import curate
+
+    curate(config)
+
+
+def _score(config: Config) -> None:
+    from mmedpo_ray.judge.score import score
+
+    score(config)
+
+
+def _align(config: Config) -> None:
+    from mmedpo_ray.align.trainer import align
+
+    align(config, "aligned")
+    if config.control.enabled:
+        align(config, "control")
+
+
+def _export(config: Config) -> None:
+    from mmedpo_ray.models.export import export
+
+    export(config, "aligned")
+    if config.control.enabled:
+        export(config, "control")
+
+
+def _evaluate(config: Config) -> None:
+    from mmedpo_ray.evaluate.evaluate import evaluate
+
+    evaluate(config)
+
+
+def _report(config: Config) -> None:
+    from mmedpo_ray.report.report import report
+
+    report(config)
+
+
+# Station → what it does, in the order of the road. Imports are inside, so that `mmedpo --help` loads no library.
+STEPS: dict[str, Step] = {
+    "ingest": _ingest,
+    "curate": _curate,
+    "score": _score,
+    "align": _align,
+    "export": _export,
+    "evaluate": _evaluate,
+    "report": _report,
+}
+
+
+def run_step(name: str, config: Config) -> None:
+    """Runs one station of the road on a cluster joined or started for it."""
+    with _prepared(config) as resolved:
+        STEPS[name](resolved)
+
+
+def run_all(config: Config) -> None:
+    """Runs every station; finished ones are skipped, an interrupted one resumes.
+
+    At the end the summary table, the path of the report and the next step are printed.
+    """
+    started = time.monotonic()
+    with _prepared(config) as resolved:
+        console.print(f"[bold]mmedpo[/bold] run folder {resolved.run.folder}")
+        for number, (name, step) in enumerate(STEPS.items(), start=1):
+            console.print(f"[bold cyan]\\[{number}/{len(STEPS)}][/bold cyan] {name}")
+            step(resolved)
+        _print_end(resolved, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _prepared(config: Config) -> Iterator[Config]:
+    """Resolves and locks the run folder, saves the settings there and connects to Ray."""
+    config = resolve_run_folder(config)
+    folder = storage.local_folder(config.run.folder, "run.folder")
+    with _exclusive(folder):
+        storage.write_bytes(RunFolder(config.run.folder).config, dump(config).encode())
+        cluster.start(config.ray)
+        yield config
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Holds the run folder for this process, so that two runs never write into each other's tables.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = folder / ".lock"
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise UserError(
+                f"another process ({handle.read().strip() or 'unknown'}) is working in {folder}. Wait for it, end it, or "
+                "give this run its own folder with run.folder=DIR."
+            ) from None
+        handle.truncate(0)
+        handle.write(f"pid {os.getpid()} on {os.uname().nodename}")
+        handle.flush()
+        yield
+
+
+def _print_end(config: Config, seconds: float) -> None:
+    run = RunFolder(config.run.folder)
+    summary = json.loads(storage.read_bytes(storage.join(run.evaluate, "summary.json")))
+    from mmedpo_ray.evaluate.evaluate import summary_table
+
+    console.print(summary_table(summary))
+    console.print(f"finished in {seconds / 60:.1f} min")
+    console.print(f"report   {run.report}")
+    console.print(f"models   {run.model('aligned')}/{{adapter,merged}}")
+    console.print(f"serve it [bold]mmedpo serve run.folder={run.root}[/bold]")

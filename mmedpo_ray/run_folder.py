@@ -1,0 +1,79 @@
+"""Where each station of a run keeps its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mmedpo_ray.storage import join, local_folder
+
+Role = Literal["aligned", "control"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The layout of a run; every station finds its inputs and outputs here.
+
+    The control run (supervised fine-tuning with as many updates) mirrors the aligned one under ``control/``.
+    """
+
+    root: str
+
+    @property
+    def config(self) -> str:
+        return join(self.root, "config.yaml")
+
+    @property
+    def raw(self) -> str:
+        """Images that ingest itself writes (the phantom world)."""
+        return join(self.root, "raw")
+
+    @property
+    def samples(self) -> str:
+        return join(self.root, "samples")
+
+    @property
+    def released(self) -> str:
+        """Pairs that came with the data, in the `pairs` schema."""
+        return join(self.root, "released")
+
+    @property
+    def candidates(self) -> str:
+        return join(self.root, "candidates")
+
+    @property
+    def pairs(self) -> str:
+        return join(self.root, "pairs")
+
+    @property
+    def noised(self) -> str:
+        """Noised images and heat maps."""
+        return join(self.root, "noised")
+
+    @property
+    def scored(self) -> str:
+        return join(self.root, "scored")
+
+    @property
+    def reference(self) -> str:
+        return join(self.root, "reference")
+
+    @property
+    def evaluate(self) -> str:
+        return join(self.root, "evaluate")
+
+    @property
+    def report(self) -> str:
+        return join(self.root, "report.html")
+
+    def _of(self, role: Role) -> str:
+        return self.root if role == "aligned" else join(self.root, "control")
+
+    def align(self, role: Role = "aligned") -> Path:
+        """Checkpoints, metrics and the trained adapter of a training run."""
+        return local_folder(join(self._of(role), "align"), "training")
+
+    def model(self, role: Role = "aligned") -> Path:
+        """The exported model: ``adapter/`` (peft) and ``merged/`` (transformers and vLLM)."""
+        return local_folder(join(self._of(role), "model"), "export")

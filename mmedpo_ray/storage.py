@@ -1,0 +1,146 @@
+"""Files by URI (local path, ``s3://``, ``gs://``) through :mod:`pyarrow.fs`.
+
+A local path may be relative or absolute; every function takes either form of address and every
+write appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from mmedpo_ray.errors import UserError
+
+
+def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
+    """Returns the file system of ``uri`` and the path inside it.
+
+    Raises:
+        UserError: the scheme is unknown or its credentials do not work.
+    """
+    text = str(uri)
+    if "://" not in text:
+        return fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+    try:
+        return fs.FileSystem.from_uri(text)
+    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        raise UserError(
+            f"cannot open {text}: {error}. Give a local path, s3:// or gs:// and check the credentials of this machine."
+        ) from error
+
+
+def join(uri: str | Path, *parts: str) -> str:
+    """Joins path parts to a local path or URI."""
+    return posixpath.join(str(uri), *parts)
+
+
+def absolute(uri: str | Path, base: str | Path | None = None) -> str:
+    """Makes a local path absolute (against ``base`` or the working directory); URIs stay as they are."""
+    text = str(uri)
+    if "://" in text:
+        return text
+    path = Path(text).expanduser()
+    if not path.is_absolute() and base is not None:
+        return join(absolute(base), text)
+    return str(path.absolute())
+
+
+def exists(uri: str | Path) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def list_files(uri: str | Path, suffix: str = "") -> list[str]:
+    """File addresses directly under a folder, sorted; empty where the folder is absent."""
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    names = sorted(info.base_name for info in infos if info.is_file and info.base_name.endswith(suffix))
+    return [join(uri, name) for name in names]
+
+
+def read_bytes(uri: str | Path) -> bytes:
+    """Reads a whole file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str | Path, data: bytes) -> None:
+    """Writes a whole file, atomically on file systems that rename atomically."""
+    filesystem, path = resolve(uri)
+    filesystem.create_dir(posixpath.dirname(path), recursive=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    with filesystem.open_output_stream(temporary) as stream:
+        stream.write(data)
+    filesystem.move(temporary, path)
+
+
+def write_parquet(uri: str | Path, table: pa.Table, **options: Any) -> None:
+    """Writes one Parquet file, atomically on file systems that rename atomically."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", **options)
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def dataset(folder: str | Path, schema: pa.Schema | None = None) -> pads.Dataset:
+    """Opens the Parquet files directly under a folder, in name order.
+
+    Raises:
+        UserError: there is no Parquet file.
+    """
+    files = list_files(folder, ".parquet")
+    if not files:
+        raise UserError(f"no Parquet file in {folder}. Run the station that writes this table first.")
+    filesystem, _ = resolve(folder)
+    return pads.dataset(
+        [resolve(name)[1] for name in files], schema=schema, filesystem=filesystem, format="parquet"
+    )
+
+
+def move(source: str | Path, target: str | Path) -> None:
+    """Moves a file or folder; an existing target is replaced."""
+    filesystem, source_path = resolve(source)
+    _, target_path = resolve(target)
+    remove(target)
+    filesystem.create_dir(posixpath.dirname(target_path), recursive=True)
+    filesystem.move(source_path, target_path)
+
+
+def remove(uri: str | Path) -> None:
+    """Deletes a file or folder; nothing happens where there is none."""
+    filesystem, path = resolve(uri)
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.Directory:
+        filesystem.delete_dir(path)
+    elif kind == fs.FileType.File:
+        filesystem.delete_file(path)
+
+
+def local_folder(uri: str | Path, purpose: str) -> Path:
+    """The folder as a local (or shared, mounted) path, created where missing.
+
+    Models and checkpoints go through libraries that only know paths.
+
+    Raises:
+        UserError: ``uri`` is a cloud address.
+    """
+    if "://" in str(uri):
+        raise UserError(
+            f"{purpose} needs a path that every node sees (NFS, Lustre, FSx), not {uri}. Set run.folder to one."
+        )
+    path = Path(absolute(uri))
+    os.makedirs(path, exist_ok=True)  # noqa: PTH103 - tolerant of a parallel creation on shared file systems
+    return path
