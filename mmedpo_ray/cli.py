@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmedpo_ray import __version__, console, storage
+from mmedpo_ray import __version__, console
 from mmedpo_ray.config import Config, dump, load, resolve_run_folder
 from mmedpo_ray.errors import UserError
 
@@ -123,9 +123,9 @@ def settings_of(arguments: argparse.Namespace) -> Config:
     if path is None:
         for override in arguments.overrides:
             key, _, folder = override.partition("=")
-            saved = storage.join(folder, "config.yaml")
-            if key == "run.folder" and folder and storage.exists(saved):
-                path = Path(saved)
+            saved = Path(folder).expanduser() / "config.yaml"
+            if key == "run.folder" and saved.is_file():
+                path = saved
     return load(path, arguments.overrides)
 
 

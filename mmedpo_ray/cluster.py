@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 import ray
 
@@ -43,17 +44,33 @@ def start(settings: RayConfig) -> None:
         "runtime_env": {"env_vars": environment} if environment else None,
     }
     if address:
+        _check_reachable(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, TimeoutError) as error:
-            raise UserError(
-                f"the Ray cluster at {address!r} does not answer: {error}. Start one with `ray start --head`, correct "
-                "ray.address or RAY_ADDRESS, or leave both unset to start a local cluster."
-            ) from error
+            raise _no_cluster(address, error) from error
     else:
         ray.init(num_cpus=settings.local_cpus, include_dashboard=False, **options)
         log.info("started a local Ray cluster with %d logical CPUs", settings.local_cpus)
     _quiet_data()
+
+
+def _check_reachable(address: str) -> None:
+    """Fails at once where nothing listens; Ray itself would try for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> UserError:
+    return UserError(
+        f"the Ray cluster at {address!r} does not answer: {error}. Start one with `ray start --head`, correct "
+        "ray.address or RAY_ADDRESS, or leave both unset to start a local cluster."
+    )
 
 
 def has_gpu() -> bool:

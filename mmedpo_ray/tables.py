@@ -183,9 +183,7 @@ def check(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
     for field in schema:
         if not field.nullable and table[field.name].null_count:
             row = table[field.name].is_null().to_pylist().index(True)
-            raise UserError(
-                f"table {name}, row {row}: {field.name} is null but required ({field.metadata[b'meaning'].decode()})."
-            )
+            raise UserError(f"table {name}, row {row}: {field.name} is null but required.")
     try:
         return table.cast(schema)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:

@@ -1,0 +1,128 @@
+"""Writes docs/reference/settings.md and tables.md from the code: ``python docs/make_reference.py``."""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from pathlib import Path
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from mmedpo_ray import tables
+from mmedpo_ray.config import Config, RulesAgentConfig, VllmAgentConfig
+
+REFERENCE = Path(__file__).parent / "reference"
+HEADER = "<!-- Written by docs/make_reference.py; do not edit. -->\n\n"
+
+
+def settings() -> str:
+    """The settings page."""
+    lines = [
+        HEADER + "# Settings\n",
+        "One tree, in `mmedpo_ray/config.py`. A YAML file given with `--config` holds what differs from these defaults;",
+        "`section.key=value` on the command line holds what differs from the file. `mmedpo config show` prints the result,",
+        "`mmedpo config validate` checks it without running anything.\n",
+    ]
+    lines += _section(Config, "", Config())
+    for agent in (RulesAgentConfig, VllmAgentConfig):
+        lines += [f"## score.agents: `kind: {agent.model_fields['kind'].default}`\n", (agent.__doc__ or "").strip() + "\n"]
+        lines += _rows(agent, "", None)
+    return "\n".join(lines) + "\n"
+
+
+def _section(model: type[BaseModel], prefix: str, value: BaseModel) -> list[str]:
+    lines: list[str] = []
+    if prefix:
+        lines += [f"## {prefix[:-1]}\n", (model.__doc__ or "").strip() + "\n"]
+        rows = _rows(model, prefix, value)
+        lines += rows if len(rows) > 3 else []
+    for name in model.model_fields:
+        child = getattr(value, name)
+        if isinstance(child, BaseModel):
+            lines += _section(type(child), f"{prefix}{name}.", child)
+    return lines
+
+
+def _rows(model: type[BaseModel], prefix: str, value: BaseModel | None) -> list[str]:
+    lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in model.model_fields.items():
+        default = getattr(value, name) if value is not None else field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            continue
+        if isinstance(default, list) and default and isinstance(default[0], BaseModel):
+            shown = "three rules agents: " + ", ".join(item.name for item in default)
+        else:
+            shown = "*required*" if field.is_required() else f"`{default}`".replace("None", "null")
+        lines.append(f"| `{prefix}{name}` | {_kind(field.annotation)} | {shown} | {field.description or ''} |")
+    return [*lines, ""]
+
+
+def _kind(annotation: object) -> str:
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " \\| ".join(f"`{item}`" for item in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " \\| ".join("null" if item is type(None) else _kind(item) for item in arguments)
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin in (list, tuple, dict):
+        inner = "agent" if origin is list and "Agent" in str(arguments) else ", ".join(_kind(item) for item in arguments)
+        return f"{origin.__name__}[{inner}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def table_pages() -> str:
+    """The tables page."""
+    lines = [
+        HEADER + "# Tables\n",
+        "The Parquet tables between the stations, from `mmedpo_ray/tables.py`. Every table folder also has `manifest.json`",
+        "(input key, versions, rows in and out, dropped by reason, seconds) and, where rows were left out, `dropped/` with",
+        "the same columns plus `drop_reason` and `drop_detail`. Rows in = rows out + dropped, always.\n",
+    ]
+    for name, schema in (
+        ("samples", tables.SAMPLES),
+        ("candidates", tables.CANDIDATES),
+        ("pairs", tables.PAIRS),
+        ("scored", tables.SCORED),
+        ("reference", tables.REFERENCE),
+        ("answers", tables.ANSWERS),
+    ):
+        lines += [f"## {name}\n", "| field | type | null | meaning |", "| --- | --- | --- | --- |"]
+        fields = schema if name != "scored" else [field for field in schema if field.name not in tables.PAIRS.names]
+        if name == "scored":
+            lines.insert(-2, "All fields of `pairs`, and:\n")
+        lines += [_field_row(field) for field in fields] + [""]
+    return "\n".join(lines)
+
+
+def _field_row(field: pa.Field) -> str:
+    meaning = (field.metadata or {}).get(b"meaning", b"").decode()
+    kind = str(field.type).replace("|", "\\|")
+    return f"| `{field.name}` | {kind} | {'yes' if field.nullable else ''} | {meaning} |"
+
+
+PAGES = {"settings.md": settings, "tables.md": table_pages}
+
+
+def main() -> int:
+    """Writes the pages; with ``--check`` only says whether they are current (exit 1 if not)."""
+    stale = [name for name, page in PAGES.items() if _stored(name) != page()]
+    if "--check" in sys.argv:
+        sys.stdout.write(f"out of date: {', '.join(stale)}; run python docs/make_reference.py\n" if stale else "current\n")
+        return 1 if stale else 0
+    REFERENCE.mkdir(exist_ok=True)
+    for name, page in PAGES.items():
+        (REFERENCE / name).write_text(page(), encoding="utf-8")
+    return 0
+
+
+def _stored(name: str) -> str:
+    path = REFERENCE / name
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

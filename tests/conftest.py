@@ -1,0 +1,53 @@
+"""Shared fixtures: nothing leaves the machine, real data where it is at hand, one Ray cluster a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before Ray, vLLM or transformers are imported by any test.
+for _key, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    # Ray Train prints a table of every worker otherwise.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+}.items():
+    os.environ.setdefault(_key, _value)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Small real samples kept outside the project."""
+    folder = Path(os.environ.get("MMEDPO_SHARED", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set MMEDPO_SHARED to the folder that holds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster, shut down at the end."""
+    import ray
+
+    from mmedpo_ray import cluster
+    from mmedpo_ray.config import RayConfig
+
+    os.environ.pop("RAY_ADDRESS", None)
+    cluster.start(RayConfig())
+    yield
+    ray.shutdown()

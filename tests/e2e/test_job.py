@@ -1,0 +1,130 @@
+"""The whole road as a submitted job on a reduced phantom world: real job server, token authentication, every engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmedpo_ray import stage, tables
+
+RAY = str(Path(sys.executable).parent / "ray")
+REDUCED = [
+    "data.phantom.images=16",
+    "data.phantom.test_images=6",
+    "align.max_steps=3",
+    "align.images_per_step=4",
+    "align.checkpoint_every=2",
+    "evaluate.bootstrap=200",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node with a job server that wants a token; yields the environment of a client."""
+    folder = tmp_path_factory.mktemp("cluster")
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    dashboard, gcs = free_port(), free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    head = subprocess.Popen(
+        [RAY, "start", "--head", "--block", "--num-cpus=12", f"--port={gcs}", "--dashboard-host=127.0.0.1",
+         f"--dashboard-port={dashboard}", f"--temp-dir={folder / 'ray'}", "--ray-client-server-port=0",
+         "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"],
+        env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    client = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    try:
+        _wait_for_port(dashboard, head, folder / "head.log")
+        yield client
+    finally:
+        head.terminate()
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, 9)
+
+
+def _wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"ray start ended with {process.returncode}: {log.read_text()[-2000:]}")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    pytest.fail(f"the job server did not come up: {log.read_text()[-2000:]}")
+
+
+def submit(client: dict[str, str], repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RAY, "job", "submit", "--working-dir", ".", "--", "python", *arguments],
+        env=client, cwd=repository, capture_output=True, text=True, timeout=580, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.engine
+def test_the_job_server_wants_the_token(cluster: dict[str, str], repository: Path) -> None:
+    stranger = {key: value for key, value in cluster.items() if key != "RAY_AUTH_TOKEN_PATH"} | {"RAY_AUTH_TOKEN": "0" * 64}
+    result = submit(stranger, repository, "jobs/pipeline.py", "--help")
+    assert result.returncode != 0
+    assert re.search(r"401|403|[Uu]nauth|token", result.stdout + result.stderr)
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+def test_the_whole_road_as_a_job(cluster: dict[str, str], repository: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = submit(
+        cluster, repository, "jobs/pipeline.py", "--config", "configs/phantom.yaml", f"run.folder={run}", *REDUCED
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+
+    samples = stage.read_table(str(run / "samples"), tables.SAMPLES, "samples")
+    pairs = stage.read_table(str(run / "pairs"), tables.PAIRS, "pairs")
+    scored = stage.read_table(str(run / "scored"), tables.SCORED, "scored")
+    assert set(samples["split"].to_pylist()) == {"train", "test"}
+    assert set(pairs["kind"].to_pylist()) == {"text", "visual"}
+    assert scored["pair_id"].to_pylist() == pairs["pair_id"].to_pylist()
+    for folder in ("samples", "candidates", "pairs", "scored", "reference", "evaluate"):
+        manifest = stage.read_manifest(str(run / folder))
+        assert manifest is not None, folder
+        assert manifest.rows_in == manifest.rows_out + sum(manifest.dropped.values()), folder
+
+    for root in (run, run / "control"):
+        assert (root / "model/adapter/adapter_model.safetensors").is_file()
+        assert (root / "model/merged/config.json").is_file()
+        steps = [json.loads(line) for line in (root / "align/metrics.jsonl").read_text().splitlines()]
+        assert [step["step"] for step in steps] == [1, 2, 3]
+
+    summary = json.loads((run / "evaluate/summary.json").read_text())
+    assert set(summary["models"]) == {"base", "aligned", "sft_control"}
+    for figures in (*summary["models"].values(), summary["difference"]):
+        for metric in ("closed_accuracy", "open_f1", "report_rouge_l"):
+            assert figures[metric]["low"] <= figures[metric]["value"] <= figures[metric]["high"]
+            assert figures[metric]["n"] > 0
+    report = (run / "report.html").read_text()
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "report.html" in result.stdout + result.stderr

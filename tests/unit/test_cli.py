@@ -1,0 +1,92 @@
+"""The command line without any engine: help, errors, exit codes, locking."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmedpo_ray import cli, pipeline
+from mmedpo_ray.config import Config, load
+from mmedpo_ray.errors import UserError
+
+VERBS = ["run", "ingest", "curate", "score", "align", "export", "serve", "evaluate", "report"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([verb, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "reads" in text
+    assert "writes" in text
+    assert "example: mmedpo" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_station_has_a_job(verb: str, repository: Path) -> None:
+    script = repository / "jobs" / f"{'pipeline' if verb == 'run' else verb}.py"
+    result = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=repository, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"mmedpo {verb}" in result.stdout
+
+
+def test_settings_and_options_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(__file__).parents[2] / "configs" / "phantom.yaml")
+    assert cli.main(["config", "show", "align.beta=0.25", "--config", config, "run.seed=7"]) == 0
+    shown = capsys.readouterr().out
+    assert "beta: 0.25" in shown
+    assert "seed: 7" in shown
+
+
+def test_unknown_option_is_refused() -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", "--confg", "x"])
+    assert caught.value.code == 2
+
+
+def test_user_errors_have_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "validate", "align.btea=1"]) == 2
+    message = capsys.readouterr().err
+    assert "align.beta" in message
+    assert "Traceback" not in message
+    with pytest.raises(UserError):
+        cli.main(["config", "validate", "align.btea=1", "--debug"])
+
+
+@pytest.mark.parametrize("verb", ["curate", "score", "align", "export", "evaluate", "report"])
+def test_a_station_without_its_input_says_so(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None) -> None:
+    assert cli.main([verb, f"run.folder={tmp_path}"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "missing" in message
+    assert "Traceback" not in message
+
+
+def test_settings_of_an_existing_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("align: {beta: 0.7}\n")
+    arguments = cli.build_parser().parse_args(["report", f"run.folder={tmp_path}"])
+    config = cli.settings_of(arguments)
+    assert config.align.beta == 0.7
+    assert config.run.folder == str(tmp_path)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
+    with pipeline._exclusive(tmp_path), pytest.raises(UserError, match="another process .pid"), pipeline._exclusive(tmp_path):
+        pass
+    with pipeline._exclusive(tmp_path):
+        pass
+
+
+def test_a_dead_cluster_is_a_user_error(tmp_path: Path) -> None:
+    config = load(None, [f"run.folder={tmp_path}", "ray.address=127.0.0.1:1"])
+    assert config != Config()
+    code = (
+        "import sys; from mmedpo_ray.cli import main;"
+        f"sys.exit(main(['ingest', 'run.folder={tmp_path}', 'ray.address=127.0.0.1:1']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "does not answer" in " ".join(result.stderr.split())

@@ -1,0 +1,102 @@
+"""The settings tree: files, overrides, errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmedpo_ray.config import Config, dump, known_keys, load, resolve_run_folder
+from mmedpo_ray.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_yaml_in_the_repository_loads(path: Path) -> None:
+    config = load(path)
+    assert config.run.folder.startswith("runs/")
+
+
+def test_paper_settings() -> None:
+    align = load(Path(__file__).parents[2] / "configs" / "slake_llava_med.yaml").align
+    assert (align.beta, align.learning_rate, align.epochs, align.lora.rank, align.lora.alpha, align.zero_stage) == (
+        0.1, 1e-7, 3, 128, 256, 3,
+    )  # fmt: skip
+
+
+def test_overrides_beat_the_file_and_the_file_beats_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("align: {beta: 0.3, epochs: 7}\n")
+    config = load(path, ["align.beta=0.2", "align.learning_rate=1e-6", "align.lora.rank=4"])
+    assert (config.align.beta, config.align.epochs, config.align.learning_rate) == (0.2, 7, 1e-6)
+    assert config.align.lora.rank == 4
+    assert config.align.lora.alpha == Config().align.lora.alpha
+
+
+def test_show_is_a_fixed_point(tmp_path: Path) -> None:
+    config = load(CONFIGS[0])
+    path = tmp_path / "shown.yaml"
+    path.write_text(dump(config))
+    assert load(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("align.btea=1", "did you mean align.beta?"),
+        ("allign.beta=1", "did you mean align?"),
+        ("learning_rate=1", "did you mean align.learning_rate?"),
+        ("zzz=1", "mmedpo config show"),
+        ("align.beta=-1", "align.beta"),
+        ("align.beta", "section.key=value"),
+        ("align.beta.x=1", "valid"),
+        ("data.format=dicom", "data.format"),
+        ("data.format=llava_json", "data.root is required"),
+        ("score.agents=[{kind: vllm}]", "score.agents.0.model"),
+        ("score.agents=[{kind: rules, name: a}, {kind: rules, name: a}]", "different names"),
+        ("model.name=aligned", "must differ"),
+        ("score.weights.clip=[1.2, 0.8]", "clip"),
+        ("serve.port=70000", "serve.port"),
+    ],
+)
+def test_errors_name_the_key(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(None, [override])
+    assert expected in str(caught.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no configuration file"):
+        load(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("align: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load(broken)
+    broken.write_text("- a\n- b\n")
+    with pytest.raises(UserError, match="must hold sections"):
+        load(broken)
+    broken.write_text("")
+    assert load(broken) == Config()
+
+
+@given(st.sampled_from(known_keys()), st.integers(0, 30), st.characters(categories=["Ll"]))
+def test_a_typo_never_passes_and_never_crashes(key: str, position: int, letter: str) -> None:
+    typo = key[:position] + letter + key[position:]
+    if typo in known_keys():
+        return
+    with pytest.raises(UserError):
+        load(None, [f"{typo}=1"])
+
+
+def test_relative_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_run_folder(Config()).run.folder == str(tmp_path / "runs/default")
+    monkeypatch.setenv("MMEDPO_HOME", "/elsewhere")
+    assert resolve_run_folder(Config()).run.folder == "/elsewhere/runs/default"
+    monkeypatch.delenv("MMEDPO_HOME")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert resolve_run_folder(Config()).run.folder == str(Path.home() / "mmedpo_ray/runs/default")
+    assert resolve_run_folder(load(None, ["run.folder=/a/b"])).run.folder == "/a/b"

@@ -1,0 +1,79 @@
+"""Files by URI and the tables between stations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from mmedpo_ray import storage, tables
+from mmedpo_ray.errors import UserError
+
+
+def test_write_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a" / "b.txt"
+    storage.write_bytes(target, b"first")
+
+    class Torn:
+        def __len__(self) -> int:
+            return 3
+
+    with pytest.raises(TypeError):
+        storage.write_bytes(target, Torn())  # type: ignore[arg-type]
+    assert target.read_bytes() == b"first"
+
+
+def test_uri_and_path_are_the_same_file(tmp_path: Path) -> None:
+    storage.write_bytes(f"file://{tmp_path}/x", b"1")
+    assert storage.read_bytes(tmp_path / "x") == b"1"
+    assert storage.exists(f"file://{tmp_path}/x")
+    assert not storage.exists(tmp_path / "y")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(tmp_path / "y")
+
+
+def test_list_move_remove(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a.parquet", "c.json"):
+        storage.write_bytes(tmp_path / "t" / name, b"")
+    assert [Path(name).name for name in storage.list_files(tmp_path / "t", ".parquet")] == ["a.parquet", "b.parquet"]
+    assert storage.list_files(tmp_path / "nowhere") == []
+    storage.move(tmp_path / "t", tmp_path / "u")
+    assert not (tmp_path / "t").exists()
+    storage.remove(tmp_path / "u")
+    storage.remove(tmp_path / "u")
+    assert not (tmp_path / "u").exists()
+
+
+def test_unknown_scheme_and_cloud_models_are_refused() -> None:
+    with pytest.raises(UserError, match="s3:// or gs://"):
+        storage.resolve("carrier-pigeon://x/y")
+    with pytest.raises(UserError, match="every node sees"):
+        storage.local_folder("s3://bucket/run", "training")
+
+
+def test_missing_table_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Run the station"):
+        storage.dataset(tmp_path)
+
+
+def test_every_field_has_a_meaning() -> None:
+    for schema in (tables.SAMPLES, tables.CANDIDATES, tables.PAIRS, tables.SCORED, tables.REFERENCE, tables.ANSWERS):
+        for field in schema:
+            if field.name != "history":
+                assert field.metadata[b"meaning"], field.name
+
+
+def test_check_names_column_and_row() -> None:
+    row = {name: "x" for name in tables.SAMPLES.names}
+    good = tables.to_table([row, row], tables.SAMPLES)
+    assert tables.check(good, tables.SAMPLES, "samples").schema == tables.SAMPLES
+    with pytest.raises(UserError, match="lacks column 'answer'"):
+        tables.check(good.drop_columns(["answer"]), tables.SAMPLES, "samples")
+    holed = tables.to_table([row, {**row, "answer": None}], tables.with_drop_columns(tables.SAMPLES))
+    with pytest.raises(UserError, match="row 1: answer is null"):
+        tables.check(holed, tables.SAMPLES, "samples")
+    with pytest.raises(UserError, match="does not fit"):
+        tables.to_table([{**row, "answer": 3}], tables.SAMPLES)
+    assert tables.to_table([], tables.SAMPLES).num_rows == 0
+    assert isinstance(good, pa.Table)
