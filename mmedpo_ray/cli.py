@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmedpo_ray import __version__, console
 from mmedpo_ray.config import Config, dump, load, resolve_run_folder
-from mmedpo_ray.errors import UserError
+from mmedpo_ray.errors import user_message
 
 _EPILOG = """\
 start here
@@ -172,14 +172,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.configure(verbose=arguments.verbose)
     try:
         _execute(arguments)
-    except UserError as error:
-        if arguments.debug:
-            raise
-        console.console.print(f"[bold red]error:[/bold red] {_escape(str(error))}", soft_wrap=True)
-        return 2
     except KeyboardInterrupt:
         console.console.print("interrupted; the same command resumes where it stopped")
         return 130
+    except Exception as error:
+        message = user_message(error)
+        if message is None or arguments.debug:
+            raise
+        console.console.print(f"[bold red]error:[/bold red] {_escape(message)}", soft_wrap=True)
+        return 2
     return 0
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mmedpo_ray import stage, storage, tables
 from mmedpo_ray.config import Config, load
-from mmedpo_ray.errors import DroppedShareError, UserError
+from mmedpo_ray.errors import DroppedShareError, UserError, user_message
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("value", pa.int64(), nullable=False)])
 
@@ -152,3 +152,13 @@ def test_every_row_is_accounted_for(tmp_path_factory: pytest.TempPathFactory, ro
         station.write_part(part, SCHEMA, "id")
     manifest = station.finish_parts(schema=SCHEMA, id_column="id", allow_empty=True)
     assert manifest.rows_in == len(rows) == manifest.rows_out + sum(manifest.dropped.values())
+
+
+def test_a_user_error_in_a_task_reaches_the_user_without_the_traceback() -> None:
+    def fail(batch: dict) -> dict:
+        raise UserError("row 5 of rows.json: do this")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.data.range(3).map_batches(fail, num_cpus=0.25).take_all()
+    assert user_message(caught.value) == "row 5 of rows.json: do this"
+    assert user_message(ValueError("something else")) is None

@@ -1,0 +1,482 @@
+"""The OpenAI-compatible endpoint: Ray Serve in front of vLLM engines.
+
+    endpoint = start_endpoint(config, {"base": "models/base", "aligned": "run/model/adapter"})
+    ...  # POST {endpoint.base_url}/chat/completions
+    endpoint.stop()
+
+A model is a folder. A folder with an ``adapter_config.json`` is a LoRA adapter: it shares the engine of the base
+model instead of starting its own, which saves memory on a GPU and most of the start-up time on a small machine.
+Any other folder is a whole model with an engine of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import logging
+import re
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve as ray_serve
+
+from mmedpo_ray import cluster
+from mmedpo_ray.config import Config, ServeConfig
+from mmedpo_ray.console import console
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.engine import EngineSettings, engine_settings, read_model_config
+from mmedpo_ray.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from ray.serve.deployment import Application
+
+log = logging.getLogger(__name__)
+
+APP_NAME = "mmedpo"
+_ADAPTER_CONFIG = "adapter_config.json"
+# Ranks for which vLLM has LoRA kernels (vllm.config.lora.MaxLoRARanks).
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# While engines import on few cores, the proxy may need longer than Ray's 5 s to answer; it would be killed.
+_CONTROLLER_ENVIRONMENT = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
+_POLL_S = 0.25
+_GREETING_TIMEOUT_S = 60.0
+
+
+@dataclass
+class Endpoint:
+    """A running endpoint.
+
+    Attributes:
+        base_url: for OpenAI clients, ending in ``/v1``.
+        models: names that requests may use.
+        seconds: from the start until every model had answered.
+    """
+
+    base_url: str
+    models: tuple[str, ...]
+    seconds: float = 0.0
+    _stops_serve: bool = field(default=True, repr=False)
+
+    def stop(self) -> None:
+        """Takes the models down; Serve itself too, unless it was running before."""
+        if not ray.is_initialized():
+            return
+        if self._stops_serve:
+            ray_serve.shutdown()
+        else:
+            ray_serve.delete(APP_NAME)
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+# ---------------------------------------------------------------------- the application
+
+
+def build_app(config: Config, models: dict[str, str | Path], *, has_gpu: bool) -> Application:
+    """The Serve application: one deployment a whole model, its adapters with it, behind one OpenAI ingress.
+
+    Args:
+        config: all settings (``model.engine``, ``serve``).
+        models: served name → folder (or hub name). The first whole model is the base of every adapter.
+        has_gpu: whether the cluster has a GPU.
+
+    Raises:
+        UserError: a folder is no model, or adapters come without a base.
+    """
+    with _kept_logging():
+        from ray.serve.llm import LLMConfig, build_llm_deployment
+
+        from mmedpo_ray.serving_ingress import build_ingress
+
+    wholes = {name: str(path) for name, path in models.items() if not is_adapter(path)}
+    adapters = {name: str(path) for name, path in models.items() if is_adapter(path)}
+    if not wholes:
+        raise UserError(f"cannot serve {', '.join(models) or 'nothing'}: adapters need the base model beside them.")
+    base = next(iter(wholes))
+    deployments, names_of = {}, {}
+    for name, path in wholes.items():
+        settings = engine_settings(config.model.engine, has_gpu=has_gpu, model=path)
+        own = adapters if name == base else {}
+        deployments[name] = build_llm_deployment(LLMConfig(**_llm_config(config, name, path, settings, own)))
+        names_of[name] = [name, *own]
+    return build_ingress(deployments, names_of)
+
+
+@contextmanager
+def _kept_logging() -> Iterator[None]:
+    """Importing Ray's LLM modules logs and replaces the root logger's handlers and level; this puts ours back."""
+    root = logging.getLogger()
+    handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds a LoRA adapter rather than a whole model."""
+    return (Path(path).expanduser() / _ADAPTER_CONFIG).is_file()
+
+
+def _llm_config(
+    config: Config, name: str, path: str, settings: EngineSettings, adapters: dict[str, str]
+) -> dict[str, Any]:
+    arguments = dict(settings.engine_kwargs)
+    if adapters:
+        arguments |= _lora_arguments(adapters)
+    serve = config.serve
+    result: dict[str, Any] = {
+        "model_loading_config": {"model_id": name, "model_source": path},
+        "engine_kwargs": arguments,
+        "placement_group_config": settings.placement_group_config,
+        "runtime_env": {"env_vars": settings.env},
+        "deployment_config": {
+            "autoscaling_config": {
+                "min_replicas": serve.min_replicas,
+                "initial_replicas": max(1, serve.min_replicas),
+                "max_replicas": serve.max_replicas,
+                # Ray's default of 1e9 never scales.
+                "target_ongoing_requests": serve.target_ongoing_requests,
+            },
+            "max_ongoing_requests": serve.max_ongoing_requests,
+            # The replica's event loop waits while the engine imports and loads, so a short limit kills it.
+            "health_check_timeout_s": 120,
+            "graceful_shutdown_timeout_s": 5,
+            # The engine's own bundle carries the CPU it asks for.
+            "ray_actor_options": {"num_cpus": 0},
+        },
+        "log_engine_metrics": False,
+    }
+    if settings.device == "cpu":
+        result["accelerator_config"] = {"kind": "cpu"}
+    if Path(path).is_dir():
+        # Files are where the engine reads them; Ray would otherwise start another process to look for downloads.
+        result["callback_config"] = {"callback_class": "mmedpo_ray.serving_ingress.LocalFiles"}
+    return result
+
+
+def _lora_arguments(adapters: dict[str, str]) -> dict[str, Any]:
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    ranks = {name: _adapter_rank(path) for name, path in adapters.items()}
+    largest = max(ranks.values())
+    fitting = [rank for rank in _LORA_RANKS if rank >= largest]
+    if not fitting:
+        raise UserError(
+            f"the adapter has rank {largest}; vLLM serves ranks up to {_LORA_RANKS[-1]}. Serve model/merged instead."
+        )
+    return {
+        "enable_lora": True,
+        "max_loras": len(adapters),
+        "max_lora_rank": fitting[0],
+        "lora_modules": [LoRAModulePath(name=name, path=path) for name, path in adapters.items()],
+    }
+
+
+def _adapter_rank(path: str) -> int:
+    file = Path(path) / _ADAPTER_CONFIG
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["r"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is no LoRA adapter's configuration ({error!r}). Export the adapter again.") from error
+
+
+# ---------------------------------------------------------------------- starting and stopping
+
+
+def start_endpoint(config: Config, models: dict[str, str | Path]) -> Endpoint:
+    """Deploys the models and waits until each of them answers a question.
+
+    Args:
+        config: all settings; ``serve.port: 0`` takes a free port.
+        models: served name → folder of a whole model or of an adapter on the first whole one.
+
+    Raises:
+        UserError: a folder is no model, the port is in use, a model fails to start, or ``serve.start_timeout_s`` passed.
+    """
+    started = time.monotonic()
+    for path in models.values():
+        _check_model(path)
+    cluster.start(config.ray)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Serve's controller and proxy start while this process imports vLLM.
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(_open_http, config.serve)
+        app = build_app(config, models, has_gpu=cluster.has_gpu())
+        host, port, running_before = opening.result()
+    reachable = "127.0.0.1" if _is_any(host) else host
+    endpoint = Endpoint(
+        base_url=f"http://{_bracketed(reachable)}:{port}/v1",
+        models=tuple(models),
+        _stops_serve=not running_before,
+    )
+    try:
+        ray_serve.run_many(
+            [ray_serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        _wait_until_running(config.serve.start_timeout_s, started)
+        for name in models:
+            _greet(endpoint.base_url, name, deadline=started + config.serve.start_timeout_s)
+    except BaseException:
+        endpoint.stop()
+        raise
+    endpoint.seconds = round(time.monotonic() - started, 1)
+    log.info("endpoint %s answers for %s after %.0f s", endpoint.base_url, ", ".join(models), endpoint.seconds)
+    return endpoint
+
+
+def _check_model(path: str | Path) -> None:
+    folder = Path(path).expanduser()
+    if is_adapter(folder):
+        _adapter_rank(str(folder))
+    else:
+        read_model_config(path)
+
+
+def _open_http(settings: ServeConfig) -> tuple[str, int, bool]:
+    """Starts Serve's proxy, or checks the one that runs. Returns host, port and whether Serve ran before."""
+    running = _running_http()
+    if running is not None:
+        host, port = running
+        if settings.port not in (0, port):
+            raise UserError(
+                f"Ray Serve already runs on this cluster at port {port}, not serve.port={settings.port}, and has only "
+                f"one. Set serve.port={port}, or stop the running one with `serve shutdown`."
+            )
+        return host, port, True
+    port = settings.port or _free_port(settings.host)
+    _check_port(settings.host, port)
+    if not _is_loopback(settings.host):
+        log.warning(
+            "the endpoint listens on %s without authentication: everybody who reaches this machine can use the models. "
+            "Put a gateway in front, or set serve.host=127.0.0.1",
+            settings.host,
+        )
+    ray_serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": settings.host, "port": port, "request_timeout_s": 600},
+        logging_config={"enable_access_log": False},
+        controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENVIRONMENT}},
+    )
+    return settings.host, port, False
+
+
+def _running_http() -> tuple[str, int] | None:
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
+    from ray.serve.context import _get_global_client
+
+    options = _get_global_client().http_config
+    return options.host or "127.0.0.1", options.port
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(
+                    f"port {port} on {host} is in use by another program. Set serve.port to another one (0: any free)."
+                ) from error
+            raise UserError(
+                f"cannot listen on {host}:{port} ({error.strerror}). Set serve.host to an address of this machine and "
+                "serve.port above 1023."
+            ) from error
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_any(host: str) -> bool:
+    return host in ("0.0.0.0", "::", "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _wait_until_running(timeout_s: float, started: float) -> None:
+    """Polls Serve until the application runs; the first failed start of a model ends the waiting."""
+    with console.status("starting the endpoint: waiting for the engines") as status:
+        while True:
+            app = ray_serve.status().applications.get(APP_NAME)
+            elapsed = time.monotonic() - started
+            if app is not None:
+                if app.status == "RUNNING":
+                    return
+                ready = sum(item.status in ("HEALTHY", "RUNNING") for item in app.deployments.values())
+                status.update(
+                    f"starting the endpoint: {ready} of {len(app.deployments)} deployments are up, {elapsed:.0f} s"
+                )
+                problem = _failure(app)
+                if problem:
+                    raise UserError(
+                        f"the endpoint failed to start: {problem}. The full log is in {_log_folder()}; check the model's "
+                        "files and model.engine."
+                    )
+            if elapsed > timeout_s:
+                raise UserError(
+                    f"the endpoint was not up after serve.start_timeout_s={timeout_s:.0f} s{_waiting_for(app)}. See the "
+                    f"logs in {_log_folder()}; a cluster short of CPUs or GPUs never starts (`ray status`), and a large "
+                    "model needs a larger limit."
+                )
+            time.sleep(_POLL_S)
+
+
+def _failure(app: Any) -> str | None:
+    for name, deployment in app.deployments.items():
+        if "failed to start" in deployment.message or deployment.status == "DEPLOY_FAILED":
+            return f"{name.rpartition(':')[2]}: {_last_error(deployment.message)}"
+    if app.status == "DEPLOY_FAILED":
+        return _last_error(app.message)
+    return None
+
+
+def _last_error(message: str) -> str:
+    """The most telling line of a remote traceback."""
+    lines = [line.strip() for line in message.splitlines() if re.match(r"\s*[\w.]*(Error|Exception)\b", line)]
+    return (lines[-1] if lines else message.strip().splitlines()[-1] if message.strip() else "no reason given")[:500]
+
+
+def _waiting_for(app: Any) -> str:
+    if app is None:
+        return ""
+    waiting = [
+        f"{name.rpartition(':')[2]} ({item.status.value if hasattr(item.status, 'value') else item.status})"
+        for name, item in app.deployments.items()
+        if item.status not in ("HEALTHY", "RUNNING")
+    ]
+    return f" (waiting for {', '.join(waiting)})" if waiting else ""
+
+
+def _log_folder() -> str:
+    try:
+        return str(Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve")
+    except AttributeError:
+        return "/tmp/ray/session_latest/logs/serve"
+
+
+def _greet(base_url: str, model: str, deadline: float) -> None:
+    """Asks a model for one token, which also warms it up."""
+    body = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}
+    last = "no answer"
+    while time.monotonic() < deadline:
+        request = urllib.request.Request(
+            f"{base_url}/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_GREETING_TIMEOUT_S) as response:
+                json.load(response)["choices"]
+            return
+        except urllib.error.HTTPError as error:
+            last = f"HTTP {error.code}"
+            if error.code in (400, 401, 403, 404, 422):
+                raise UserError(
+                    f"the model {model!r} is up but refuses a plain question (HTTP {error.code}: "
+                    f"{error.read(300).decode(errors='replace')}). Check its chat template."
+                ) from error
+        except (OSError, KeyError, ValueError) as error:
+            last = repr(error)
+        time.sleep(_POLL_S)
+    raise UserError(f"the model {model!r} does not answer ({last}). See the logs in {_log_folder()}.")
+
+
+# ---------------------------------------------------------------------- the models of a run
+
+
+def run_models(config: Config) -> dict[str, str | Path]:
+    """The models of a run that exist: base, aligned and control, by served name.
+
+    The trained ones are served as adapters on the base's engine.
+
+    Raises:
+        UserError: nothing was exported yet.
+    """
+    from mmedpo_ray.models.loading import resolve_model
+
+    run = RunFolder(config.run.folder)
+    models: dict[str, str | Path] = {config.model.name: resolve_model(config.model.path)}
+    aligned = run.model("aligned") / "adapter"
+    if is_adapter(aligned):
+        models[config.evaluate.aligned_name] = aligned
+    control = run.model("control") / "adapter"
+    if config.control.enabled and is_adapter(control):
+        models[config.control.name] = control
+    return models
+
+
+def serve(config: Config) -> None:
+    """Serves the models of a run until interrupted (``mmedpo serve``).
+
+    Raises:
+        UserError: see :func:`start_endpoint`.
+    """
+    stop = threading.Event()
+    previous = {
+        number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        models = run_models(config)
+        if len(models) == 1:
+            log.warning("%s holds no exported model: only %s is served", config.run.folder, config.model.name)
+        with start_endpoint(config, models) as endpoint:
+            console.print(_help(endpoint))
+            while not stop.wait(1.0):
+                pass
+            console.print("stopping")
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _help(endpoint: Endpoint) -> str:
+    return (
+        f"[bold]{endpoint.base_url}[/bold] answers for {', '.join(endpoint.models)} (OpenAI API). For example:\n"
+        f"  curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{endpoint.models[-1]}", "messages": [{{"role": "user", "content": [\n'
+        '         {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}},\n'
+        '         {"type": "text", "text": "Is there a pleural effusion?"}]}]}\'\n'
+        "Stop it with Ctrl-C."
+    )

@@ -1,0 +1,187 @@
+"""A small world for tests of `align`: images, a `scored` table, and ranks started without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mmedpo_ray import storage, tables
+from mmedpo_ray.align.engine import TrainingSpec
+from mmedpo_ray.config import AlignConfig, LoraConfig
+
+QUESTIONS = ("Is there a nodule?", "Where is the effusion?", "Describe the chest radiograph.")
+ANSWERS = (
+    ("No.", "Yes."),
+    ("In the left lower zone.", "In the right lower zone of the lung."),
+    ("The heart is normal. There is a small left effusion.", "The heart is enlarged. No effusion."),
+)
+
+
+def write_scored(folder: Path, num_images: int = 6, seed: int = 0, **changes: Any) -> list[dict[str, Any]]:
+    """Writes images and a finished `scored` table under ``folder``: three text pairs and one visual pair an image.
+
+    Args:
+        folder: receives ``images/`` and ``scored/``.
+        num_images: trees.
+        seed: of pixels and weights.
+        changes: pair_id → dict of changed fields.
+
+    Returns:
+        The rows.
+    """
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(num_images):
+        image_uri, noised_uri = (str(folder / "images" / f"{kind}{number}.png") for kind in ("image", "noised"))
+        Path(image_uri).parent.mkdir(parents=True, exist_ok=True)
+        for uri in (image_uri, noised_uri):
+            Image.fromarray(rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)).save(uri)
+        for index, question in enumerate(QUESTIONS):
+            sample_id = f"s{number:03d}-{index}"
+            rows.append(_row(f"{sample_id}:text", sample_id, number, question, ANSWERS[index], image_uri, image_uri))
+            if index == 1:
+                answer = (ANSWERS[index][0],) * 2
+                rows.append(_row(f"{sample_id}:visual", sample_id, number, question, answer, image_uri, noised_uri))
+    for row in rows:
+        row["weight"] = float(rng.uniform(0.75, 1.25))
+        row.update(changes.get(row["pair_id"], {}))
+    write_table(folder / "scored", rows, tables.SCORED, "score")
+    return rows
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]], schema: Any, station: str) -> None:
+    """Writes a finished table with its manifest."""
+    storage.write_parquet(str(folder / "part-00000.parquet"), tables.to_table(rows, schema))
+    (folder / "manifest.json").write_text(json.dumps({"station": station, "key": "test", "rows_out": len(rows)}))
+
+
+def write_reference(folder: Path, rows: list[dict[str, Any]], seed: int = 1) -> None:
+    """A `reference` table with plausible numbers (they need not be the model's own for an equality)."""
+    rng = np.random.default_rng(seed)
+    references = [
+        {
+            "pair_id": row["pair_id"],
+            "ref_chosen_logp": float(-rng.uniform(5, 30)),
+            "ref_rejected_logp": float(-rng.uniform(5, 30)),
+            "key": "test",
+        }
+        for row in rows
+    ]
+    write_table(folder / "reference", references, tables.REFERENCE, "reference")
+
+
+def align_settings(**changes: Any) -> AlignConfig:
+    """Settings small enough for seconds on one core."""
+    values: dict[str, Any] = {
+        "beta": 0.3,
+        "learning_rate": 2e-3,
+        "epochs": 4,
+        "max_steps": 4,
+        "images_per_step": 3,
+        "pairs_per_forward": 16,
+        "max_length": 256,
+        "lora": LoraConfig(rank=4, alpha=8),
+        "precision": "fp32",
+        "gradient_checkpointing": False,
+        "checkpoint_every": 2,
+    }
+    return AlignConfig(**(values | changes))
+
+
+def training_spec(world: Path, model: Path, folder: Path, **changes: Any) -> TrainingSpec:
+    """A run on the tables under ``world``; ``changes`` go to :func:`align_settings`."""
+    settings = align_settings(**changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    return TrainingSpec(
+        align=settings,
+        model=str(model),
+        seed=0,
+        folder=folder,
+        scored=str(world / "scored"),
+        reference=str(world / "reference") if settings.objective == "dpo" else None,
+        key="test",
+        use_gpu=False,
+        attempt="test",
+    )
+
+
+def train(spec: TrainingSpec, world_size: int = 1, stop_after: int | None = None) -> None:
+    """Runs the training loop on ``world_size`` processes; ``stop_after`` ends it hard after that many updates."""
+    port = _free_port()
+    torch.multiprocessing.spawn(_rank, args=(world_size, port, spec, stop_after), nprocs=world_size, join=True)
+
+
+def _rank(rank: int, world_size: int, port: int, spec: TrainingSpec, stop_after: int | None) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    from mmedpo_ray.align.loop import TrainingLoop
+
+    loop = TrainingLoop(spec)
+    if stop_after is not None:
+        # As a crash would: the plan is cut, nothing is exported.
+        loop.plan.total_steps = stop_after  # only the loop's end; the schedule below keeps the real length
+        total = spec.align.max_steps
+        assert total is not None
+        loop._learning_rate = _fixed_length(loop, total)  # type: ignore[method-assign]
+        loop._export = lambda: None  # type: ignore[method-assign]
+    loop.run()
+    torch.distributed.destroy_process_group()
+
+
+def _fixed_length(loop: Any, total: int) -> Any:
+    from mmedpo_ray.align.engine import learning_rate_factor
+
+    align = loop.spec.align
+    return lambda step: align.learning_rate * learning_rate_factor(align.scheduler, step, total, align.warmup_ratio)
+
+
+def with_settings(spec: TrainingSpec, folder: Path, **changes: Any) -> TrainingSpec:
+    """The same run in another folder with other settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return dataclasses.replace(spec, folder=folder, align=spec.align.model_copy(update=changes))
+
+
+def _row(
+    pair_id: str, sample_id: str, number: int, question: str, answers: tuple[str, str], image: str, rejected_image: str
+) -> dict[str, Any]:
+    return {
+        "pair_id": pair_id,
+        "sample_id": sample_id,
+        "image_id": f"i{number:03d}",
+        "dataset": "test",
+        "task": "report" if question.startswith("Describe") else "vqa",
+        "answer_type": "open",
+        "kind": pair_id.rpartition(":")[2],
+        "image_uri": image,
+        "rejected_image_uri": rejected_image,
+        "question": question,
+        "chosen": answers[0],
+        "rejected": answers[1],
+        "generator": "rule_edit",
+        "score": 0.5,
+        "weight": 1.0,
+        "consensus": True,
+        "rounds": 0,
+        "history": [],
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
