@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 
+# Without byte code every worker process would compile torch, Ray and vLLM anew: minutes instead of seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-fast lint format lock clean help
 help:
 	@sed -n '1,4s/^# //p' Makefile

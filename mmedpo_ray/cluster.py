@@ -40,7 +40,7 @@ def start(settings: RayConfig) -> None:
     environment = {key: os.environ[key] for key in _WORKER_ENVIRONMENT if key in os.environ}
     options: dict = {
         "log_to_driver": False,
-        "logging_level": logging.WARNING,
+        "logging_level": logging.ERROR,
         "runtime_env": {"env_vars": environment} if environment else None,
     }
     if address:
@@ -79,7 +79,7 @@ def has_gpu() -> bool:
 
 
 def _quiet_data() -> None:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)

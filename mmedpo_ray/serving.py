@@ -22,9 +22,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +67,7 @@ class Endpoint:
     base_url: str
     models: tuple[str, ...]
     seconds: float = 0.0
+    _app_name: str = field(default=APP_NAME, repr=False)
     _stops_serve: bool = field(default=True, repr=False)
 
     def stop(self) -> None:
@@ -79,7 +77,7 @@ class Endpoint:
         if self._stops_serve:
             ray_serve.shutdown()
         else:
-            ray_serve.delete(APP_NAME)
+            ray_serve.delete(self._app_name)
 
     def __enter__(self) -> Endpoint:
         return self
@@ -102,37 +100,26 @@ def build_app(config: Config, models: dict[str, str | Path], *, has_gpu: bool) -
     Raises:
         UserError: a folder is no model, or adapters come without a base.
     """
-    with _kept_logging():
-        from ray.serve.llm import LLMConfig, build_llm_deployment
-
-        from mmedpo_ray.serving_ingress import build_ingress
+    from mmedpo_ray.serving_app import EngineServer, build_ingress
 
     wholes = {name: str(path) for name, path in models.items() if not is_adapter(path)}
     adapters = {name: str(path) for name, path in models.items() if is_adapter(path)}
     if not wholes:
-        raise UserError(f"cannot serve {', '.join(models) or 'nothing'}: adapters need the base model beside them.")
+        raise UserError(
+            f"cannot serve {', '.join(models) or 'nothing'}: adapters need the base model beside them."
+        )
     base = next(iter(wholes))
-    deployments, names_of = {}, {}
+    engines, names_of = {}, {}
     for name, path in wholes.items():
         settings = engine_settings(config.model.engine, has_gpu=has_gpu, model=path)
         own = adapters if name == base else {}
-        deployments[name] = build_llm_deployment(LLMConfig(**_llm_config(config, name, path, settings, own)))
+        llm_config = _llm_config(name, path, settings, own)
+        options = _deployment_options(config.serve, settings)
+        engines[name] = ray_serve.deployment(name=f"engine:{name}", **options)(EngineServer).bind(
+            llm_config, own
+        )
         names_of[name] = [name, *own]
-    return build_ingress(deployments, names_of)
-
-
-@contextmanager
-def _kept_logging() -> Iterator[None]:
-    """Importing Ray's LLM modules logs and replaces the root logger's handlers and level; this puts ours back."""
-    root = logging.getLogger()
-    handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-        root.handlers[:] = handlers
-        root.setLevel(level)
+    return build_ingress(engines, names_of)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -140,59 +127,56 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path).expanduser() / _ADAPTER_CONFIG).is_file()
 
 
-def _llm_config(
-    config: Config, name: str, path: str, settings: EngineSettings, adapters: dict[str, str]
-) -> dict[str, Any]:
+def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[str, str]) -> dict[str, Any]:
+    """Arguments of ``ray.serve.llm.LLMConfig``, plain data so that only the replica imports vLLM."""
     arguments = dict(settings.engine_kwargs)
     if adapters:
-        arguments |= _lora_arguments(adapters)
-    serve = config.serve
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": len(adapters),
+            "max_lora_rank": _served_rank(adapters),
+        }
     result: dict[str, Any] = {
         "model_loading_config": {"model_id": name, "model_source": path},
         "engine_kwargs": arguments,
         "placement_group_config": settings.placement_group_config,
         "runtime_env": {"env_vars": settings.env},
-        "deployment_config": {
-            "autoscaling_config": {
-                "min_replicas": serve.min_replicas,
-                "initial_replicas": max(1, serve.min_replicas),
-                "max_replicas": serve.max_replicas,
-                # Ray's default of 1e9 never scales.
-                "target_ongoing_requests": serve.target_ongoing_requests,
-            },
-            "max_ongoing_requests": serve.max_ongoing_requests,
-            # The replica's event loop waits while the engine imports and loads, so a short limit kills it.
-            "health_check_timeout_s": 120,
-            "graceful_shutdown_timeout_s": 5,
-            # The engine's own bundle carries the CPU it asks for.
-            "ray_actor_options": {"num_cpus": 0},
-        },
         "log_engine_metrics": False,
     }
     if settings.device == "cpu":
         result["accelerator_config"] = {"kind": "cpu"}
-    if Path(path).is_dir():
-        # Files are where the engine reads them; Ray would otherwise start another process to look for downloads.
-        result["callback_config"] = {"callback_class": "mmedpo_ray.serving_ingress.LocalFiles"}
     return result
 
 
-def _lora_arguments(adapters: dict[str, str]) -> dict[str, Any]:
-    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+def _deployment_options(serve: ServeConfig, settings: EngineSettings) -> dict[str, Any]:
+    return {
+        "autoscaling_config": {
+            "min_replicas": serve.min_replicas,
+            "initial_replicas": max(1, serve.min_replicas),
+            "max_replicas": serve.max_replicas,
+            # Ray's default for models, 1e9, never scales.
+            "target_ongoing_requests": serve.target_ongoing_requests,
+        },
+        "max_ongoing_requests": serve.max_ongoing_requests,
+        # The replica's event loop stands still while it imports and loads; a short limit would kill it then.
+        "health_check_timeout_s": 120,
+        "graceful_shutdown_timeout_s": 5,
+        # The engine's bundle has the resources; the replica itself only passes requests on.
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": settings.env}},
+        "placement_group_bundles": [dict(bundle) for bundle in settings.bundles],
+        "placement_group_strategy": "PACK",
+    }
 
-    ranks = {name: _adapter_rank(path) for name, path in adapters.items()}
-    largest = max(ranks.values())
+
+def _served_rank(adapters: dict[str, str]) -> int:
+    """The smallest rank that vLLM has kernels for and that fits every adapter."""
+    largest = max(_adapter_rank(path) for path in adapters.values())
     fitting = [rank for rank in _LORA_RANKS if rank >= largest]
     if not fitting:
         raise UserError(
             f"the adapter has rank {largest}; vLLM serves ranks up to {_LORA_RANKS[-1]}. Serve model/merged instead."
         )
-    return {
-        "enable_lora": True,
-        "max_loras": len(adapters),
-        "max_lora_rank": fitting[0],
-        "lora_modules": [LoRAModulePath(name=name, path=path) for name, path in adapters.items()],
-    }
+    return fitting[0]
 
 
 def _adapter_rank(path: str) -> int:
@@ -200,52 +184,64 @@ def _adapter_rank(path: str) -> int:
     try:
         return int(json.loads(file.read_text(encoding="utf-8"))["r"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is no LoRA adapter's configuration ({error!r}). Export the adapter again.") from error
+        raise UserError(
+            f"{file} is no LoRA adapter's configuration ({error!r}). Export the adapter again."
+        ) from error
 
 
 # ---------------------------------------------------------------------- starting and stopping
 
 
-def start_endpoint(config: Config, models: dict[str, str | Path]) -> Endpoint:
+def start_endpoint(
+    config: Config, models: dict[str, str | Path], *, app_name: str = APP_NAME, route_prefix: str = "/"
+) -> Endpoint:
     """Deploys the models and waits until each of them answers a question.
 
     Args:
         config: all settings; ``serve.port: 0`` takes a free port.
         models: served name → folder of a whole model or of an adapter on the first whole one.
+        app_name: name of the Serve application; several may run beside each other under different prefixes.
+        route_prefix: path before ``/v1``.
 
     Raises:
-        UserError: a folder is no model, the port is in use, a model fails to start, or ``serve.start_timeout_s`` passed.
+        UserError: a folder is no model, the port is in use, the application already runs on this cluster, a model
+            fails to start, or ``serve.start_timeout_s`` passed.
     """
     started = time.monotonic()
     for path in models.values():
         _check_model(path)
     cluster.start(config.ray)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # Serve's controller and proxy start while this process imports vLLM.
-    with ThreadPoolExecutor(1) as pool:
-        opening = pool.submit(_open_http, config.serve)
-        app = build_app(config, models, has_gpu=cluster.has_gpu())
-        host, port, running_before = opening.result()
+    app = build_app(config, models, has_gpu=cluster.has_gpu())
+    host, port, running_before = _open_http(config.serve)
     reachable = "127.0.0.1" if _is_any(host) else host
     endpoint = Endpoint(
-        base_url=f"http://{_bracketed(reachable)}:{port}/v1",
+        base_url=f"http://{_bracketed(reachable)}:{port}{route_prefix.rstrip('/')}/v1",
         models=tuple(models),
+        _app_name=app_name,
         _stops_serve=not running_before,
     )
+    if running_before and app_name in ray_serve.status().applications:
+        raise UserError(
+            f"the application {app_name!r} is already served at {endpoint.base_url} on this cluster. Use that one, or stop "
+            "it first (Ctrl-C where it was started, or `serve shutdown`)."
+        )
     try:
         ray_serve.run_many(
-            [ray_serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
+            [ray_serve.RunTarget(app, name=app_name, route_prefix=route_prefix)],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-        _wait_until_running(config.serve.start_timeout_s, started)
+        _wait_until_running(app_name, config.serve.start_timeout_s, started)
         for name in models:
             _greet(endpoint.base_url, name, deadline=started + config.serve.start_timeout_s)
     except BaseException:
         endpoint.stop()
         raise
     endpoint.seconds = round(time.monotonic() - started, 1)
-    log.info("endpoint %s answers for %s after %.0f s", endpoint.base_url, ", ".join(models), endpoint.seconds)
+    log.info(
+        "endpoint %s answers for %s after %.0f s", endpoint.base_url, ", ".join(models), endpoint.seconds
+    )
     return endpoint
 
 
@@ -292,7 +288,9 @@ def _running_http() -> tuple[str, int] | None:
         return None
     from ray.serve.context import _get_global_client
 
-    options = _get_global_client().http_config
+    client = _get_global_client()
+    assert client is not None
+    options = client.http_config
     return options.host or "127.0.0.1", options.port
 
 
@@ -335,11 +333,11 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _wait_until_running(timeout_s: float, started: float) -> None:
+def _wait_until_running(app_name: str, timeout_s: float, started: float) -> None:
     """Polls Serve until the application runs; the first failed start of a model ends the waiting."""
     with console.status("starting the endpoint: waiting for the engines") as status:
         while True:
-            app = ray_serve.status().applications.get(APP_NAME)
+            app = ray_serve.status().applications.get(app_name)
             elapsed = time.monotonic() - started
             if app is not None:
                 if app.status == "RUNNING":
@@ -375,7 +373,9 @@ def _failure(app: Any) -> str | None:
 def _last_error(message: str) -> str:
     """The most telling line of a remote traceback."""
     lines = [line.strip() for line in message.splitlines() if re.match(r"\s*[\w.]*(Error|Exception)\b", line)]
-    return (lines[-1] if lines else message.strip().splitlines()[-1] if message.strip() else "no reason given")[:500]
+    return (
+        lines[-1] if lines else message.strip().splitlines()[-1] if message.strip() else "no reason given"
+    )[:500]
 
 
 def _waiting_for(app: Any) -> str:
@@ -390,10 +390,8 @@ def _waiting_for(app: Any) -> str:
 
 
 def _log_folder() -> str:
-    try:
-        return str(Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve")
-    except AttributeError:
-        return "/tmp/ray/session_latest/logs/serve"
+    node = ray._private.worker._global_node
+    return str(Path(node.get_logs_dir_path()) / "serve") if node else "/tmp/ray/session_latest/logs/serve"
 
 
 def _greet(base_url: str, model: str, deadline: float) -> None:
@@ -453,27 +451,27 @@ def serve(config: Config) -> None:
     Raises:
         UserError: see :func:`start_endpoint`.
     """
-    stop = threading.Event()
-    previous = {
-        number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         models = run_models(config)
         if len(models) == 1:
             log.warning("%s holds no exported model: only %s is served", config.run.folder, config.model.name)
         with start_endpoint(config, models) as endpoint:
-            console.print(_help(endpoint))
-            while not stop.wait(1.0):
-                pass
-            console.print("stopping")
+            console.print(_help(endpoint), markup=False, soft_wrap=True)
+            threading.Event().wait()
+    except (KeyboardInterrupt, SystemExit):
+        console.print("the endpoint is stopped")
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _help(endpoint: Endpoint) -> str:
     return (
-        f"[bold]{endpoint.base_url}[/bold] answers for {', '.join(endpoint.models)} (OpenAI API). For example:\n"
+        f"{endpoint.base_url} answers for {', '.join(endpoint.models)} (OpenAI API). For example:\n"
         f"  curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "{endpoint.models[-1]}", "messages": [{{"role": "user", "content": [\n'
         '         {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}},\n'

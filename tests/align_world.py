@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +117,25 @@ def training_spec(world: Path, model: Path, folder: Path, **changes: Any) -> Tra
     )
 
 
-def train(spec: TrainingSpec, world_size: int = 1, stop_after: int | None = None) -> None:
-    """Runs the training loop on ``world_size`` processes; ``stop_after`` ends it hard after that many updates."""
-    port = _free_port()
-    torch.multiprocessing.spawn(_rank, args=(world_size, port, spec, stop_after), nprocs=world_size, join=True)
+@dataclass(frozen=True)
+class Launch:
+    """A run to start; ``crash_after`` ends it, as a crash would, once that many updates are done."""
+
+    spec: TrainingSpec
+    crash_after: int | None = None
 
 
-def _rank(rank: int, world_size: int, port: int, spec: TrainingSpec, stop_after: int | None) -> None:
+def train(launches: Sequence[Launch], world_size: int = 1) -> None:
+    """Runs training loops one after the other on ``world_size`` processes (started once: their imports take long)."""
+    arguments = (world_size, _free_port(), list(launches))
+    torch.multiprocessing.spawn(_rank, args=arguments, nprocs=world_size, join=True)
+
+
+class _CrashError(Exception):
+    pass
+
+
+def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -127,27 +143,27 @@ def _rank(rank: int, world_size: int, port: int, spec: TrainingSpec, stop_after:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     from mmedpo_ray.align.loop import TrainingLoop
 
-    loop = TrainingLoop(spec)
-    if stop_after is not None:
-        # As a crash would: the plan is cut, nothing is exported.
-        loop.plan.total_steps = stop_after  # only the loop's end; the schedule below keeps the real length
-        total = spec.align.max_steps
-        assert total is not None
-        loop._learning_rate = _fixed_length(loop, total)  # type: ignore[method-assign]
-        loop._export = lambda: None  # type: ignore[method-assign]
-    loop.run()
+    for launch in launches:
+        loop = TrainingLoop(launch.spec)
+        if launch.crash_after is not None:
+            loop._log = _crash_at(launch.crash_after, loop._log)  # type: ignore[method-assign]
+        with contextlib.suppress(_CrashError):
+            loop.run()
     torch.distributed.destroy_process_group()
 
 
-def _fixed_length(loop: Any, total: int) -> Any:
-    from mmedpo_ray.align.engine import learning_rate_factor
+def _crash_at(step: int, log: Any) -> Any:
+    def crash(at: int, *figures: Any) -> None:
+        log(at, *figures)
+        if at + 1 == step:
+            raise _CrashError
 
-    align = loop.spec.align
-    return lambda step: align.learning_rate * learning_rate_factor(align.scheduler, step, total, align.warmup_ratio)
+    return crash
 
 
 def with_settings(spec: TrainingSpec, folder: Path, **changes: Any) -> TrainingSpec:

@@ -1,0 +1,1 @@
+"""Raw data sets → `samples`: one file a format, and the phantom world."""

@@ -1,0 +1,125 @@
+"""Tokenised pairs and the padded batches made of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmedpo_ray.align.logps import SequenceBatch
+from mmedpo_ray.align.losses import PairBatch
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.images import ImageError, load_rgb
+from mmedpo_ray.models.loading import PromptWriter
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair, ready for the model.
+
+    Attributes:
+        pair_id: row of `scored`.
+        image_id: its tree.
+        is_visual: the rejected side is an image.
+        image_uri, rejected_image_uri: images of the two sides.
+        prompt, chosen, rejected: token ids; prompt + response is at most ``align.max_length`` long.
+        weight: effective weight in the loss, > 0.
+        ref_chosen, ref_rejected: reference log-probabilities, nats; 0 where the objective needs none.
+        counts_nll: the chosen answer enters the likelihood term.
+    """
+
+    pair_id: str
+    image_id: str
+    is_visual: bool
+    image_uri: str
+    rejected_image_uri: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    weight: float
+    ref_chosen: float = 0.0
+    ref_rejected: float = 0.0
+    counts_nll: bool = True
+
+    def num_tokens(self, *, both_sides: bool) -> int:
+        """Tokens a padded forward pass computes for it."""
+        chosen = len(self.prompt) + len(self.chosen)
+        return chosen + len(self.prompt) + len(self.rejected) if both_sides else chosen
+
+
+class ImageLoader:
+    """Reads and processes images, keeping the last ones in memory.
+
+    Args:
+        writer: of the model; its processor shapes the pixels.
+        cached_images: how many are kept; all pairs of an image follow one another, and small images fit whole.
+    """
+
+    def __init__(self, writer: PromptWriter, cached_images: int = 64) -> None:
+        self._writer = writer
+        self._cached_images = cached_images
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, uris: Sequence[str]) -> Tensor:
+        """Pixels of the images, (I, 3, H, W).
+
+        Raises:
+            UserError: an image cannot be read any more.
+        """
+        missing = [uri for uri in dict.fromkeys(uris) if uri not in self._cache]
+        if missing:
+            try:
+                pixels = self._writer.pixels([load_rgb(uri) for uri in missing])
+            except ImageError as error:
+                raise UserError(
+                    f"an image of a pair cannot be read any more ({error}). Restore the file, or run ingest and curate "
+                    "again so that its rows are left out."
+                ) from error
+            self._cache.update(zip(missing, pixels, strict=True))
+        for uri in uris:
+            self._cache.move_to_end(uri)
+        stacked = torch.stack([self._cache[uri] for uri in uris])
+        while len(self._cache) > self._cached_images:
+            self._cache.popitem(last=False)
+        return stacked
+
+
+def sequence_batch(
+    pairs: Sequence[Pair], images: ImageLoader, pad_token_id: int, *, both_sides: bool
+) -> SequenceBatch:
+    """Pads the responses of N pairs: N rows of chosen, then (``both_sides``) N rows of rejected."""
+    sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
+    if both_sides:
+        sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
+    uris = list(dict.fromkeys(uri for _, _, uri in sides))
+    length = max(len(prompt) + len(response) for prompt, response, _ in sides)
+    input_ids = torch.full((len(sides), length), pad_token_id, dtype=torch.int64)
+    is_response = torch.zeros((len(sides), length), dtype=torch.bool)
+    for row, (prompt, response, _) in enumerate(sides):
+        end = len(prompt) + len(response)
+        input_ids[row, :end] = torch.tensor(prompt + response)
+        is_response[row, len(prompt) : end] = True
+    return SequenceBatch(
+        input_ids=input_ids,
+        is_response=is_response,
+        pixel_values=images(uris),
+        image_index=torch.tensor([uris.index(uri) for _, _, uri in sides]),
+    )
+
+
+def pair_batch(pairs: Sequence[Pair], *, is_filler: bool = False, device: torch.device | None = None) -> PairBatch:
+    """The objective's view of the pairs; a filler counts nowhere."""
+
+    def tensor(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return PairBatch(
+        weight=tensor([0.0 if is_filler else pair.weight for pair in pairs]),
+        ref_chosen=tensor([pair.ref_chosen for pair in pairs]),
+        ref_rejected=tensor([pair.ref_rejected for pair in pairs]),
+        is_visual=tensor([pair.is_visual for pair in pairs], torch.bool),
+        counts_nll=tensor([pair.counts_nll and not is_filler for pair in pairs], torch.bool),
+    )

@@ -1,0 +1,292 @@
+"""The training loop of one rank: plain torch.distributed and DeepSpeed, no Ray.
+
+Every rank builds the same plan, runs its own micro-batches and meets the others in DeepSpeed's collectives, in one
+all-reduce of the step's figures, and when a checkpoint is gathered. Rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmedpo_ray import storage, tables
+from mmedpo_ray.align.batch import ImageLoader, Pair, pair_batch, sequence_batch
+from mmedpo_ray.align.checkpoint import Checkpoint, load_last_checkpoint, save_checkpoint
+from mmedpo_ray.align.engine import Engine, TrainingSpec, build_policy, learning_rate_factor
+from mmedpo_ray.align.logps import SequenceBatch
+from mmedpo_ray.align.losses import SUMS, Normaliser, dpo_objective, sft_objective, summarise
+from mmedpo_ray.align.metrics import MetricsWriter
+from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size
+from mmedpo_ray.align.prepare import prepare_pairs
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.stage import read_table
+
+log = logging.getLogger(__name__)
+
+# All images of a small data set stay in memory; of large images only those of a few steps.
+_IMAGE_CACHE_BYTES = 512 * 1024**2
+
+
+class TrainingLoop:
+    """One rank's part of a training run.
+
+    Args:
+        spec: the run. The default process group must be initialised.
+    """
+
+    def __init__(self, spec: TrainingSpec) -> None:
+        self.spec = spec
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.writer = PromptWriter(load_processor(spec.model))
+        self.both_sides = spec.objective == "dpo"
+        self.images = ImageLoader(self.writer, self._cached_images())
+        self.plan = self._make_plan()
+        self.engine = Engine(build_policy(spec), spec)
+        self.step = self._resume()
+        self.metrics = MetricsWriter(spec.folder, self.step) if self.rank == 0 else None
+
+    def run(self) -> None:
+        """Trains to the end of the plan and writes the adapter.
+
+        Raises:
+            UserError: the loss is not finite, or an image is gone.
+        """
+        for step, batches in self._batches():
+            started = time.monotonic()
+            sums = self._forward_backward(step, batches)
+            self._refuse_non_finite(step, sums)
+            learning_rate = self._learning_rate(step)
+            grad_norm = self.engine.update(learning_rate)
+            self.step = step + 1
+            self._log(step, sums, grad_norm, learning_rate, time.monotonic() - started)
+            if self.step % self.spec.align.checkpoint_every == 0 and self.step < self.plan.total_steps:
+                self._save()
+        self._export()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    # ------------------------------------------------------------------ a step
+
+    def _batches(self) -> Iterator[tuple[int, list[tuple[MicroBatch, SequenceBatch]]]]:
+        """Steps with their micro-batches, one step read ahead in a thread."""
+
+        def read(step: int) -> list[tuple[MicroBatch, SequenceBatch]]:
+            return [
+                (
+                    micro,
+                    sequence_batch(micro.pairs, self.images, self.writer.pad_token_id, both_sides=self.both_sides),
+                )
+                for micro in self.plan.micro_batches(step, self.rank, self.world_size)
+            ]
+
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            ahead = pool.submit(read, self.step) if self.step < self.plan.total_steps else None
+            for step in range(self.step, self.plan.total_steps):
+                assert ahead is not None
+                batches = ahead.result()
+                ahead = pool.submit(read, step + 1) if step + 1 < self.plan.total_steps else None
+                yield step, batches
+
+    def _forward_backward(self, step: int, batches: list[tuple[MicroBatch, SequenceBatch]]) -> Tensor:
+        """Accumulates the step's gradients; returns its sums over all ranks (:data:`SUMS`, then tokens computed)."""
+        total = self.plan.normaliser(step)
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.engine.device)
+        self._suspects: list[str] = []
+        for number, (micro, batch) in enumerate(batches):
+            batch = batch.to(self.engine.device)
+            share, part, finite = self._objective(micro, batch, total)
+            self._suspects += [pair.pair_id for pair, is_ok in zip(micro.pairs, finite, strict=True) if not is_ok]
+            self.engine.backward(share, is_last=number == len(batches) - 1)
+            sums[:-1] += part
+            sums[-1] += 0 if micro.is_filler else batch.input_ids.numel()
+        dist.all_reduce(sums)
+        return sums
+
+    def _objective(
+        self, micro: MicroBatch, batch: SequenceBatch, total: Normaliser
+    ) -> tuple[Tensor, Tensor, list[bool]]:
+        """A micro-batch's share of the loss, its sums, and which pairs' log-probabilities are finite."""
+        align = self.spec.align
+        logps, num_tokens = self.engine.logps(batch)
+        pairs = pair_batch(micro.pairs, is_filler=micro.is_filler, device=self.engine.device)
+        count = len(micro.pairs)
+        if not self.both_sides:
+            share, sums = sft_objective(logps, num_tokens, pairs, total)
+            return share, sums, torch.isfinite(logps).tolist()
+        chosen, rejected = logps[:count], logps[count:]
+        share, sums = dpo_objective(
+            chosen,
+            rejected,
+            num_tokens[:count],
+            pairs,
+            total,
+            beta=align.beta,
+            nll_coefficient=align.nll_coefficient,
+        )
+        return share, sums, (torch.isfinite(chosen) & torch.isfinite(rejected)).tolist()
+
+    def _refuse_non_finite(self, step: int, sums: Tensor) -> None:
+        """Stops all ranks before an update with a loss that is no number."""
+        if sums[SUMS.index("non_finite")] == 0 and torch.isfinite(sums[SUMS.index("loss")]):
+            return
+        found: list[list[str]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(found, self._suspects)
+        ids = sorted({pair_id for part in found for pair_id in part})
+        named = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        raise UserError(
+            f"align: the loss of step {step + 1} is not finite"
+            + (f"; log-probabilities overflow for pairs {named}" if ids else "")
+            + ". Lower align.learning_rate, use align.precision=fp32, or take these pairs out. The last checkpoint is "
+            f"in {self.spec.folder / 'checkpoints'}."
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        align = self.spec.align
+        return align.learning_rate * learning_rate_factor(
+            align.scheduler, step, self.plan.total_steps, align.warmup_ratio
+        )
+
+    def _log(self, step: int, sums: Tensor, grad_norm: float, learning_rate: float, seconds: float) -> None:
+        if self.metrics is None:
+            return
+        pairs = self.plan.step_pairs(step)
+        tokens = int(sums[-1])
+        self.metrics.write(
+            {
+                "step": step + 1,
+                "epoch": round((step + 1) / self.plan.steps_per_epoch, 4),
+                **summarise(sums[:-1]),
+                "grad_norm": grad_norm,
+                "lr": learning_rate,
+                "ess": effective_sample_size([pair.weight for pair in pairs]),
+                "pairs_per_second": len(pairs) / seconds,
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds,
+                "seconds": seconds,
+            }
+        )
+
+    # ------------------------------------------------------------------ before, between and after
+
+    def _make_plan(self) -> Plan:
+        align = self.spec.align
+        scored = read_table(self.spec.scored, tables.SCORED, "scored")
+        pairs, dropped = prepare_pairs(
+            scored,
+            self.writer,
+            max_length=align.max_length,
+            visual_coefficient=align.visual_coefficient,
+            reference=self._reference(),
+        )
+        if self.rank == 0:
+            self._write_dropped(scored.num_rows, pairs, dropped)
+        plan = Plan(
+            pairs,
+            seed=self.spec.seed,
+            epochs=align.epochs,
+            images_per_step=align.images_per_step,
+            pairs_per_forward=align.pairs_per_forward,
+            max_steps=align.max_steps,
+            both_sides=self.both_sides,
+        )
+        if self.rank == 0:
+            self._write_json("plan.json", {"rows_in": scored.num_rows, "dropped": _reasons(dropped), **plan.summary()})
+        return plan
+
+    def _reference(self) -> dict[str, tuple[float, float]] | None:
+        if self.spec.reference is None:
+            return None
+        table = read_table(self.spec.reference, tables.REFERENCE, "reference")
+        return {
+            row["pair_id"]: (row["ref_chosen_logp"], row["ref_rejected_logp"]) for row in table.to_pylist()
+        }
+
+    def _write_dropped(self, rows_in: int, pairs: list[Pair], dropped: list[dict[str, Any]]) -> None:
+        assert rows_in == len(pairs) + len(dropped)
+        folder = storage.join(str(self.spec.folder), "dropped")
+        storage.remove(folder)
+        if dropped:
+            schema = tables.with_drop_columns(tables.SCORED)
+            storage.write_parquet(storage.join(folder, "part-00000.parquet"), tables.to_table(dropped, schema))
+
+    def _resume(self) -> int:
+        """Continues from the last checkpoint, if there is one; returns the next step."""
+        found = load_last_checkpoint(self.spec.folder, self.spec.key)
+        steps: list[int] = [0] * self.world_size
+        dist.all_gather_object(steps, found.step if found else 0)
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"align: the ranks see different checkpoints in {self.spec.folder} (steps {steps}). All nodes must share "
+                "this folder (NFS, Lustre, FSx); set run.folder to one they share."
+            )
+        if found is None:
+            return 0
+        self.engine.restore(found.parameters, found.moments, found.step)
+        log.info("align: resuming after step %d of %d", found.step, self.plan.total_steps)
+        return found.step
+
+    def _save(self) -> None:
+        parameters, moments = self.engine.parameters(), self.engine.moments()
+        if self.rank == 0:
+            save_checkpoint(
+                self.spec.folder,
+                Checkpoint(self.step, self.spec.key, parameters, moments),
+                keep=self.spec.align.keep_checkpoints,
+            )
+        dist.barrier()
+
+    def _export(self) -> None:
+        """Keeps the end as a checkpoint and writes the adapter as peft reads it."""
+        self._save()
+        parameters = self.engine.parameters()
+        if self.rank == 0:
+            self._write_adapter(parameters)
+        dist.barrier()
+
+    def _write_adapter(self, parameters: dict[str, Tensor]) -> None:
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        model = self.engine.policy.model
+        folder = self.spec.folder / "adapter"
+        temporary = self.spec.folder / ".adapter.tmp"
+        storage.remove(str(temporary))
+        temporary.mkdir(parents=True)
+        save_file(
+            get_peft_model_state_dict(model, state_dict=parameters),
+            temporary / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        settings = model.peft_config["default"]
+        settings.inference_mode = True
+        settings.save_pretrained(str(temporary))
+        storage.move(str(temporary), str(folder))
+
+    def _cached_images(self) -> int:
+        pixels = self.writer.pixels([_blank()])
+        return max(64, _IMAGE_CACHE_BYTES // (pixels.numel() * pixels.element_size()))
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        storage.write_bytes(str(self.spec.folder / name), json.dumps(content, indent=2).encode())
+
+
+def _blank() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (32, 32))
+
+
+def _reasons(dropped: list[dict[str, Any]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in dropped:
+        counts[row[tables.DROP_REASON]] = counts.get(row[tables.DROP_REASON], 0) + 1
+    return counts

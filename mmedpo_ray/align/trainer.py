@@ -1,0 +1,280 @@
+"""The align station: scored pairs → LoRA adapter, under Ray Train and DeepSpeed.
+
+    align(config, "aligned")    # weighted DPO
+    align(config, "control")    # as many updates of supervised fine-tuning on the same images
+
+The driver starts the workers, shows progress and writes the manifest; the training itself is
+:class:`~mmedpo_ray.align.loop.TrainingLoop`. A worker that dies is replaced and goes on from the last checkpoint, and so does
+a station whose driver died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mmedpo_ray import cluster, storage
+from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints
+from mmedpo_ray.align.engine import TrainingSpec
+from mmedpo_ray.align.metrics import METRICS_FILE, read_metrics
+from mmedpo_ray.align.reference import reference, reference_settings
+from mmedpo_ray.config import AlignConfig, Config
+from mmedpo_ray.console import console, progress_bar
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import resolve_model
+from mmedpo_ray.run_folder import Role, RunFolder
+from mmedpo_ray.stage import Manifest, Station
+
+log = logging.getLogger(__name__)
+
+_ERROR_FILE = "error.json"
+_PLAN_FILE = "plan.json"
+_KEY_FILE = "key.json"
+# Settings that change how a run is carried out and not what comes out of it.
+_OPERATIONAL = {
+    "num_workers",
+    "cpus_per_worker",
+    "threads_per_worker",
+    "use_gpu",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_failures",
+    "zero_stage",
+    "pairs_per_forward",
+    "gradient_checkpointing",
+}
+
+
+def align(config: Config, role: Role = "aligned") -> Manifest:
+    """Trains an adapter.
+
+    Args:
+        config: all settings.
+        role: ``aligned``, or ``control``: the same images in the same order and as many updates, with the likelihood of
+            the chosen answers as objective and ``control.learning_rate``.
+
+    Returns:
+        The manifest; the adapter is in ``RunFolder.align(role)/adapter`` in peft format.
+
+    Raises:
+        UserError: an input is missing, the cluster is too small, or the loss is not finite.
+    """
+    resolve_model(config.model.path)
+    run = RunFolder(config.run.folder)
+    folder = run.align(role)
+    inputs = [run.scored]
+    if config.align.objective == "dpo":
+        # The control needs no reference but trains on the rows that have one.
+        reference(config)
+        inputs.append(run.reference)
+    settings = _role_settings(config, role)
+    identity = [settings.model_dump(exclude=_OPERATIONAL), reference_settings(config), config.run.seed]
+    station = Station(_station_name(role), str(folder), config, settings=identity, inputs=inputs)
+    if (done := station.finished()) is not None:
+        return done
+    _prepare_folder(folder, station.key)
+    spec = _training_spec(config, settings, folder, station.key)
+    _check_cluster(spec)
+    with _progress(station.name, folder):
+        _fit(spec)
+    return _finish(station, folder)
+
+
+def _role_settings(config: Config, role: Role) -> AlignConfig:
+    if role == "aligned":
+        return config.align
+    rate = config.control.learning_rate or config.align.learning_rate
+    return config.align.model_copy(update={"objective": "sft", "learning_rate": rate})
+
+
+def _station_name(role: Role) -> str:
+    return "align" if role == "aligned" else "align control"
+
+
+def _training_spec(config: Config, settings: AlignConfig, folder: Path, key: str) -> TrainingSpec:
+    run = RunFolder(config.run.folder)
+    return TrainingSpec(
+        align=settings,
+        model=config.model.path,
+        seed=config.run.seed,
+        folder=folder,
+        scored=run.scored,
+        reference=run.reference if config.align.objective == "dpo" else None,
+        key=key,
+        use_gpu=cluster.has_gpu() if settings.use_gpu is None else settings.use_gpu,
+        attempt=uuid.uuid4().hex[:12],
+    )
+
+
+def _prepare_folder(folder: Path, key: str) -> None:
+    """Clears what another run left; what an interrupted attempt of this run left is kept and said so."""
+    stored = _read_json(folder / _KEY_FILE)
+    if stored == key:
+        if found := checkpoint_folders(folder):
+            console.print(f"[dim]align: resuming from {found[-1].name}[/dim]")
+    else:
+        remove_checkpoints(folder)
+        for name in (METRICS_FILE, "tensorboard", "adapter", "manifest.json"):
+            storage.remove(str(folder / name))
+        (folder / _KEY_FILE).write_text(json.dumps(key))
+    for name in (_ERROR_FILE, _PLAN_FILE):
+        storage.remove(str(folder / name))
+
+
+def _check_cluster(spec: TrainingSpec) -> None:
+    """Fails at once where Ray would wait for resources for ever (a cluster that scales may still grow)."""
+    align = spec.align
+    resources = ray.cluster_resources()
+    if spec.use_gpu and resources.get("GPU", 0) < 1 and align.use_gpu:
+        raise UserError("align.use_gpu is true but the cluster has no GPU. Set it to null or false.")
+    needed = align.num_workers * align.cpus_per_worker
+    if not spec.use_gpu and resources.get("CPU", 0) < needed:
+        raise UserError(
+            f"align.num_workers={align.num_workers} × align.cpus_per_worker={align.cpus_per_worker} needs {needed:g} CPUs, "
+            f"the cluster has {resources.get('CPU', 0):g}. Lower one of them or raise ray.local_cpus."
+        )
+
+
+def _fit(spec: TrainingSpec) -> None:
+    """Runs the workers to the end.
+
+    Raises:
+        UserError: what a worker found wrong, or what killed it more often than ``align.max_failures``.
+    """
+    align = spec.align
+    resources: dict[str, float] = {"CPU": align.cpus_per_worker} | ({"GPU": 1.0} if spec.use_gpu else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"spec": spec},
+        torch_config=TorchConfig(backend="nccl" if spec.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=align.num_workers, use_gpu=spec.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=spec.attempt,
+            storage_path=str(spec.folder / "ray"),
+            failure_config=FailureConfig(max_failures=align.max_failures),
+            worker_runtime_env={"env_vars": _worker_environment(spec)},
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        _raise_user_error(spec)
+        causes = {str(cause).strip().split("\n", 1)[0] for cause in getattr(error, "worker_failures", {}).values()}
+        raise UserError(
+            f"align: the workers failed more than align.max_failures={align.max_failures} times: "
+            f"{'; '.join(sorted(causes)) or str(error).strip()}. Checkpoints are in {spec.folder / 'checkpoints'}; running align "
+            "again resumes from the last one."
+        ) from error
+    finally:
+        storage.remove(str(spec.folder / "ray"))
+    _raise_user_error(spec)
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What every rank runs."""
+    import torch
+
+    spec: TrainingSpec = settings["spec"]
+    if _is_refused(spec):
+        return
+    torch.set_num_threads(spec.align.threads_per_worker)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from mmedpo_ray.align.loop import TrainingLoop
+
+    try:
+        TrainingLoop(spec).run()
+    except UserError as error:
+        # Another attempt would meet the same: note it, so that the restarted group ends at once.
+        storage.write_bytes(
+            str(spec.folder / _ERROR_FILE), json.dumps({"attempt": spec.attempt, "message": str(error)}).encode()
+        )
+        raise
+
+
+def _is_refused(spec: TrainingSpec) -> bool:
+    found = _read_json(spec.folder / _ERROR_FILE)
+    return found is not None and found["attempt"] == spec.attempt
+
+
+def _raise_user_error(spec: TrainingSpec) -> None:
+    if _is_refused(spec):
+        raise UserError(_read_json(spec.folder / _ERROR_FILE)["message"])
+
+
+def _worker_environment(spec: TrainingSpec) -> dict[str, str]:
+    threads = str(spec.align.threads_per_worker)
+    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"} | (
+        {} if spec.use_gpu else {"DS_ACCELERATOR": "cpu"}
+    )
+
+
+@contextlib.contextmanager
+def _progress(name: str, folder: Path) -> Iterator[None]:
+    """Shows the steps while the workers write them; they are read from the shared folder."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        with progress_bar() as bar:
+            task = bar.add_task(name, total=None, note="starting workers")
+            while not stop.wait(0.5):
+                plan, rows = _read_json(folder / _PLAN_FILE), read_metrics(folder)
+                if plan and rows:
+                    last = rows[-1]
+                    margin = last.get("reward_margin")
+                    note = f"loss {last['loss']:.3f}" + (f" margin {margin:.2f}" if margin is not None else "")
+                    bar.update(task, total=plan["steps"], completed=last["step"], note=note)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join(timeout=5)
+
+
+def _finish(station: Station, folder: Path) -> Manifest:
+    plan = _read_json(folder / _PLAN_FILE)
+    metrics = read_metrics(folder)
+    if plan is None or not metrics or not (folder / "adapter" / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"align: the workers ended without an adapter in {folder}. All nodes must share this folder (NFS, Lustre, FSx)."
+        )
+    last = metrics[-1]
+    figures = {key: value for key, value in plan.items() if key not in ("rows_in", "dropped")}
+    remove_checkpoints(folder)
+    return station.finish(
+        rows_in=plan["rows_in"],
+        rows_out=plan["pairs"],
+        dropped=plan["dropped"],
+        extra={
+            **figures,
+            "loss": last["loss"],
+            "reward_margin": last["reward_margin"],
+            "reward_accuracy": last["reward_accuracy"],
+            "nll": last["nll"],
+            "training_seconds": round(sum(row["seconds"] for row in metrics), 2),
+            "adapter": os.fspath(folder / "adapter"),
+        },
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None

@@ -1,0 +1,35 @@
+"""The lesion mask that came with the data, as a visual tool that is always right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmedpo_ray import images as image_files
+from mmedpo_ray.curate.tools.base import Localisation, VisualTool
+
+
+class DatasetMask(VisualTool):
+    """Reads ``mask_uri``; the confidence is 1 where the mask marks anything."""
+
+    def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
+        return [_read(image, row["mask_uri"]) for image, row in zip(images, rows, strict=True)]
+
+
+def _read(image: Image.Image, uri: str | None) -> Localisation:
+    if uri is None:
+        return Localisation(None, 0.0, "no_mask", "the sample has no lesion mask")
+    try:
+        mask = image_files.load_image(uri)
+    except image_files.ImageError as error:
+        return Localisation(None, 0.0, error.reason.replace("image_", "mask_"), error.detail)
+    if mask.size != image.size:
+        return Localisation(None, 0.0, "mask_size", f"{uri}: mask {mask.size}, image {image.size}")
+    if mask.mode in ("RGBA", "LA", "PA", "P"):
+        # Opaque black is no lesion: an alpha channel only says that there is a picture.
+        mask = image_files.to_rgb(mask)
+    values = np.asarray(mask)
+    lesion = values.any(axis=2) if values.ndim == 3 else values > 0
+    return Localisation(np.asarray(lesion, dtype=np.float32), float(lesion.any()))

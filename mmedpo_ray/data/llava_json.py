@@ -1,0 +1,17 @@
+"""LLaVA conversation JSON: `{"id", "image", "conversations": [{"from": "human", …}, {"from": "gpt", …}, …]}`.
+
+Every question-answer turn becomes a sample of its own; turns do not see one another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmedpo_ray.data.reader import AnnotationReader, conversation
+
+
+class LlavaJsonReader(AnnotationReader):
+    """Reads LLaVA conversations, of one turn or several."""
+
+    def turns(self, row: dict[str, Any]) -> list[tuple[str, str]]:
+        return conversation(row.get("conversations"))

@@ -1,0 +1,112 @@
+"""A judge made of the radiology lexicon: how severe is the contradiction between reference and dispreferred answer?
+
+Three of them with different focus make a debate without any model: each counts the conflicts on its own axes in full and
+the others at half, so they start apart where an answer errs on several axes, and move towards each other as rounds go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from mmedpo_ray.config import RulesAgentConfig
+from mmedpo_ray.curate import lexicon
+from mmedpo_ray.judge.agents import Case, Judgement, Refusal
+
+CHEAP = True
+
+# Scores this close count as agreement.
+TOLERANCE = 0.1
+# What a conflict outside the agent's focus counts for.
+_OUTSIDE_SHARE = 0.5
+# The wording differs, but on nothing the lexicon knows: an error is likely (the pair was made of it) and its weight unknown.
+_UNKNOWN = 0.3
+# How far an agent moves towards the score before it, in its first round: if every conflict is on its own axes, and if none is.
+_OPENNESS = (0.25, 0.75)
+
+# Every other axis belongs to the focus "findings".
+_AXES: dict[str, tuple[str, ...]] = {"laterality": ("side", "zone"), "polarity": ("polarity",)}
+
+
+class RulesAgent:
+    """Scores by lexicon; deterministic.
+
+    Args:
+        settings: name and focus.
+    """
+
+    def __init__(self, settings: RulesAgentConfig) -> None:
+        self._name = settings.name
+        self._focus = settings.focus
+
+    def judge(self, cases: Sequence[Case]) -> list[Judgement | Refusal]:
+        """Judges each case; never refuses."""
+        return [self._judge(case) for case in cases]
+
+    def _judge(self, case: Case) -> Judgement:
+        view, focus_share, reason = self._view(case)
+        if not case.history:
+            return Judgement(self._name, case.round, view, reason)
+        previous = case.history[-1]
+        if abs(view - previous.score) <= TOLERANCE:
+            return Judgement(self._name, case.round, previous.score, f"agrees; {reason}")
+        low, high = _OPENNESS
+        share = min(1.0, (high - (high - low) * focus_share) * case.round)
+        score = round(view + (previous.score - view) * share, 2)
+        if abs(score - previous.score) <= TOLERANCE:
+            return Judgement(self._name, case.round, previous.score, f"agrees, own view {view:.2f}; {reason}")
+        return Judgement(self._name, case.round, score, f"own view {view:.2f}; {reason}")
+
+    def _view(self, case: Case) -> tuple[float, float, str]:
+        """The agent's own score, the share of the evidence that lies in its focus (0..1), and the evidence in words."""
+        found = _conflicts(case.reference, case.answer, case.question)
+        if not found:
+            if lexicon.equivalent(case.reference, case.answer):
+                return 0.0, 1.0, "says the same"
+            return _UNKNOWN, 0.0, "differs in words that the lexicon does not know"
+        remaining, inside, total = 1.0, 0.0, 0.0
+        for conflict in found:
+            in_focus = self._in_focus(conflict)
+            remaining *= 1.0 - conflict.severity * (1.0 if in_focus else _OUTSIDE_SHARE)
+            inside += conflict.severity * in_focus
+            total += conflict.severity
+        reason = ", ".join(_words(conflict) for conflict in found[:3])
+        return round(1.0 - remaining, 2), inside / total if total else 0.0, reason
+
+    def _in_focus(self, conflict: lexicon.Conflict) -> bool:
+        if self._focus == "all":
+            return True
+        if self._focus == "findings":
+            return not any(conflict.axis in axes for axes in _AXES.values())
+        if conflict.axis in _AXES[self._focus]:
+            return True
+        # A finding both stated and denied is a matter of polarity too.
+        return self._focus == "polarity" and conflict.kind == "contradicted"
+
+
+# Every agent of a debate asks about the same answer, several times.
+@lru_cache(maxsize=4096)
+def _conflicts(reference: str, answer: str, question: str) -> tuple[lexicon.Conflict, ...]:
+    return lexicon.conflicts(reference, answer, question)
+
+
+def _words(conflict: lexicon.Conflict) -> str:
+    change = f" ({conflict.expected or 'nothing'} → {conflict.stated or 'nothing'})"
+    subject = "" if conflict.subject in (conflict.expected, conflict.axis) else f" {conflict.subject}"
+    return f"{conflict.axis}{subject} {conflict.kind}{change}"
+
+
+def build(settings: RulesAgentConfig) -> RulesAgent:
+    """Makes the agent."""
+    return RulesAgent(settings)
+
+
+def map_options(settings: RulesAgentConfig, *, data_cpus: float, has_gpu: bool) -> dict[str, Any]:  # noqa: ARG001
+    """Stateless tasks on a share of a CPU."""
+    return {"num_cpus": data_cpus, "batch_size": 1024}
+
+
+def key(settings: RulesAgentConfig) -> list[Any]:
+    """All settings."""
+    return [settings.model_dump(mode="json")]

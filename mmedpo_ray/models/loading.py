@@ -1,0 +1,272 @@
+"""Loading a LLaVA and writing its prompts, the same way for training, reference and inference.
+
+The token ids made here are those a chat request to the vLLM endpoint is answered from: the processor's own chat
+template with the image first, no extra beginning token, and the image placeholder widened to as many ids as the vision
+tower yields features. What training sees is therefore what the model meets when it is served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedpo_ray.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+EMBEDDED_NAME = "phantom"
+EMBEDDED_FOLDER = Path(__file__).parent / "phantom_llava"
+
+# Their features come in a fixed number per image, which the planning of a training run relies on.
+_SUPPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+# Below this a model is identified by its bytes, above by the sizes and times of its files.
+_HASH_WHOLE_BYTES = 256 * 1024**2
+
+
+def resolve_model(path: str) -> str:
+    """Turns ``model.path`` into what ``from_pretrained`` takes.
+
+    Args:
+        path: ``phantom`` (the embedded model), a local folder, or a hub name.
+
+    Returns:
+        An absolute folder, or the hub name.
+
+    Raises:
+        UserError: a local folder holds no model, or one of another architecture.
+    """
+    if path == EMBEDDED_NAME:
+        if not (EMBEDDED_FOLDER / "config.json").is_file():
+            raise UserError(
+                f"the embedded model is missing from this installation ({EMBEDDED_FOLDER}). Reinstall the package or "
+                "build it with `mmedpo phantom build`."
+            )
+        return str(EMBEDDED_FOLDER)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check_architecture(_read_config(folder), str(folder))
+        return str(folder.absolute())
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(
+            f"there is no model folder {path}. Set model.path to 'phantom', a folder, or a hub name."
+        )
+    return path
+
+
+def load_processor(path: str) -> LlavaProcessor:
+    """Loads image processing, tokenizer and chat template.
+
+    Raises:
+        UserError: the model has no processor, or no chat template.
+    """
+    from transformers import LlavaProcessor
+
+    source = resolve_model(path)
+    try:
+        processor = LlavaProcessor.from_pretrained(source)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"cannot load the processor of {path}: {_first_line(error)}. A LLaVA needs its tokenizer and "
+            "preprocessor_config.json beside the weights."
+        ) from error
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        raise UserError(
+            f"{path} has no chat template, so its prompts cannot be written. Add chat_template.jinja to it."
+        )
+    return processor
+
+
+def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    """Loads the weights on CPU, for evaluation (no dropout) and with every parameter frozen.
+
+    Args:
+        path: as ``model.path``.
+        dtype: of all weights.
+
+    Raises:
+        UserError: not a ``LlavaForConditionalGeneration``, or its files are missing or damaged.
+    """
+    from transformers import AutoConfig, LlavaForConditionalGeneration
+
+    source = resolve_model(path)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        _check_architecture(config.to_dict(), path)
+        model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def model_fingerprint(path: str) -> str:
+    """A hash that changes when the model's weights, template or processing do; 16 hex digits.
+
+    Small local models are hashed whole, large ones by the sizes and times of their files. A hub name counts as its
+    own fingerprint: a published revision does not change under its name.
+    """
+    source = resolve_model(path)
+    folder = Path(source)
+    if not folder.is_dir():
+        return hashlib.sha256(source.encode()).hexdigest()[:16]
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors", ".model"))
+    whole = sum(file.stat().st_size for file in files) <= _HASH_WHOLE_BYTES
+    state = hashlib.sha256()
+    for file in files:
+        # Scores and notes beside a model say nothing about what it computes.
+        if file.name == "scores.json":
+            continue
+        state.update(file.name.encode())
+        if whole or file.suffix != ".safetensors":
+            state.update(file.read_bytes())
+        else:
+            info = file.stat()
+            state.update(f"{info.st_size} {info.st_mtime_ns}".encode())
+    return state.hexdigest()[:16]
+
+
+class PromptWriter:
+    """Writes (image, question) prompts and their responses as token ids.
+
+    Attributes:
+        num_image_tokens: ids that stand for one image.
+        image_token_id: that id.
+        eos_token_id: id that ends every response.
+        pad_token_id: id to fill rows with.
+
+    Raises:
+        UserError: the template does not place exactly one image, or the tokenizer has no end token.
+    """
+
+    def __init__(self, processor: LlavaProcessor) -> None:
+        self._processor = processor
+        self._tokenizer = processor.tokenizer
+        self._template = processor.chat_template or self._tokenizer.chat_template
+        self._prompts: dict[str, tuple[str, list[int], list[int]]] = {}
+        self._responses: dict[tuple[str, str], list[int]] = {}
+        self.image_token_id: int = processor.image_token_id
+        if self._tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no eos_token, so an answer would never end. Add it to the model.")
+        self.eos_token_id: int = self._tokenizer.eos_token_id
+        pad = self._tokenizer.pad_token_id
+        self.pad_token_id: int = pad if pad is not None else self.eos_token_id
+        self.num_image_tokens = self._count_image_tokens()
+        if self.prompt("?") is None:
+            raise UserError(
+                "the chat template does not write the image placeholder for {'type': 'image'} content exactly once. "
+                "Use a template that places the image, such as those of the llava-hf models."
+            )
+
+    def prompt(self, question: str) -> list[int] | None:
+        """Token ids up to where the answer begins, image ids included.
+
+        Returns:
+            The ids, or ``None`` where the text itself holds an image placeholder, so that images and features would
+            not match.
+        """
+        _, single, wide = self._render(question)
+        return wide if single.count(self.image_token_id) == 1 else None
+
+    def response(self, question: str, answer: str) -> list[int] | None:
+        """Token ids of an answer that continue :meth:`prompt`, ended by the end token.
+
+        The answer is written by the chat template as well, so that blanks around it are those of inference. Where the
+        tokenizer keeps the prompt's ids as they are, the ids are those of the whole turn; else the answer is tokenised
+        on its own. Either way ``prompt + response`` is the exact input.
+
+        Returns:
+            The ids, or ``None`` where the answer itself holds an image placeholder.
+        """
+        key = (question, answer)
+        if key not in self._responses:
+            self._responses[key] = self._encode_response(question, answer)
+        ids = self._responses[key]
+        return None if self.image_token_id in ids else ids
+
+    def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Image processing of RGB images; (I, 3, H, W) float32."""
+        return self._processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+    def _encode_response(self, question: str, answer: str) -> list[int]:
+        prompt_text, single, _ = self._render(question)
+        whole = self._apply(_messages(question, answer), generation_prompt=False)
+        eos = self._tokenizer.eos_token
+        text = whole.removeprefix(prompt_text) if whole.startswith(prompt_text) else f" {answer.strip()}"
+        # Only the template's own end token counts: what follows it (a newline) is never generated.
+        head, separator, _ = text.rpartition(eos)
+        text = (head if separator else text.rstrip()) + eos
+        joint = self._tokenizer(prompt_text + text, add_special_tokens=False)["input_ids"]
+        if joint[: len(single)] == single:
+            return joint[len(single) :]
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _render(self, question: str) -> tuple[str, list[int], list[int]]:
+        """Prompt text, its ids with one id an image, and with all of them."""
+        if question not in self._prompts:
+            text = self._apply(_messages(question), generation_prompt=True)
+            single = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            wide: list[int] = []
+            for token in single:
+                wide += [token] * (self.num_image_tokens if token == self.image_token_id else 1)
+            self._prompts[question] = (text, single, wide)
+        return self._prompts[question]
+
+    def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
+        )
+
+    def _count_image_tokens(self) -> int:
+        """Asks the processor itself, with a blank image."""
+        from PIL import Image
+
+        encoded = self._processor(images=Image.new("RGB", (32, 32)), text=self._processor.image_token)
+        return list(encoded["input_ids"][0]).count(self.image_token_id)
+
+
+def _messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    ]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} is no model: it has no config.json. Set model.path to 'phantom', to a folder that "
+            "save_pretrained wrote, or to a hub name."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}). The model is damaged; export it again.") from error
+
+
+def _check_architecture(config: dict[str, Any], name: str) -> None:
+    kind = config.get("model_type")
+    if kind in ("llava_mistral", "llava_llama"):
+        raise UserError(
+            f"{name} is a {kind} checkpoint, which neither transformers nor vLLM loads. Convert it to "
+            "LlavaForConditionalGeneration first (`mmedpo convert`)."
+        )
+    if kind != "llava":
+        raise UserError(
+            f"{name} is a {kind or 'model of unknown type'}. Supported is LlavaForConditionalGeneration (model_type llava)."
+        )
+    tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    if tower not in _SUPPORTED_TOWERS:
+        raise UserError(f"{name} has a {tower} tower. Supported are {' and '.join(_SUPPORTED_TOWERS)}.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0].rstrip(".")

@@ -1,0 +1,51 @@
+"""One set of small training runs that the equalities of `align` compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from align_world import Launch, train, training_spec, with_settings, write_reference, write_scored
+from tiny_llava import build_tiny_llava
+
+from mmedpo_ray.align.engine import TrainingSpec
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Finished runs by name, and the settings of the plain one."""
+
+    folder: Path
+    spec: TrainingSpec
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The same training done in several ways; every name is a folder with ``adapter/`` and ``metrics.jsonl``."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = build_tiny_llava(folder / "model")
+    write_reference(folder, write_scored(folder))
+    plain = training_spec(folder, model, folder / "plain", nll_coefficient=0.5, visual_coefficient=0.5)
+    moved = with_settings(plain, folder / "moved")
+    train(
+        [
+            Launch(plain),
+            Launch(with_settings(plain, folder / "accumulated", pairs_per_forward=2)),
+            Launch(with_settings(plain, folder / "checkpointing", gradient_checkpointing=True)),
+            Launch(resumed := with_settings(plain, folder / "resumed"), crash_after=3),
+            Launch(resumed),
+            Launch(moved, crash_after=3),
+        ]
+    )
+    train(
+        [
+            Launch(with_settings(plain, folder / "two_ranks")),
+            # Four pairs a micro-batch leave one of two ranks without work in some rounds.
+            Launch(with_settings(plain, folder / "two_ranks_accumulated", pairs_per_forward=5)),
+            Launch(with_settings(plain, folder / "zero_two", zero_stage=2)),
+            Launch(moved),
+        ],
+        world_size=2,
+    )
+    return Runs(folder, plain)

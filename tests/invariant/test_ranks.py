@@ -1,0 +1,77 @@
+"""The same updates, however they are computed: plain torch, ZeRO-3 on one rank, on two, in small micro-batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from align_compare import adapter, assert_same_training
+
+from mmedpo_ray import tables
+from mmedpo_ray.align.batch import ImageLoader, pair_batch, sequence_batch
+from mmedpo_ray.align.engine import build_policy, learning_rate_factor
+from mmedpo_ray.align.losses import dpo_objective
+from mmedpo_ray.align.metrics import read_metrics
+from mmedpo_ray.align.plan import Plan
+from mmedpo_ray.align.prepare import prepare_pairs
+from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.stage import read_table
+
+if TYPE_CHECKING:
+    from conftest import Runs
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("name", ["accumulated", "two_ranks", "two_ranks_accumulated", "zero_two", "checkpointing"])
+def test_the_way_of_computing_does_not_matter(runs: Runs, name: str) -> None:
+    assert_same_training(runs.folder / name, runs.folder / "plain")
+
+
+def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
+    """The objective over each whole step, torch's AdamW and clipping, without DeepSpeed, plan packing or sharding."""
+    spec = runs.spec
+    align = spec.align
+    writer = PromptWriter(load_processor(spec.model))
+    references = read_table(str(spec.reference), tables.REFERENCE, "reference").to_pylist()
+    pairs, _ = prepare_pairs(
+        read_table(spec.scored, tables.SCORED, "scored"),
+        writer,
+        max_length=align.max_length,
+        visual_coefficient=align.visual_coefficient,
+        reference={row["pair_id"]: (row["ref_chosen_logp"], row["ref_rejected_logp"]) for row in references},
+    )
+    plan = Plan(pairs, seed=spec.seed, epochs=align.epochs, images_per_step=align.images_per_step, pairs_per_forward=99)
+    policy = build_policy(spec)
+    parameters = policy.adapter_parameters()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=align.learning_rate, weight_decay=align.weight_decay)
+    images = ImageLoader(writer)
+    assert align.max_steps is not None
+    for step, row in enumerate(read_metrics(runs.folder / "plain")):
+        chosen_pairs = plan.step_pairs(step)
+        batch = sequence_batch(chosen_pairs, images, writer.pad_token_id, both_sides=True)
+        logps, tokens = policy(batch)
+        count = len(chosen_pairs)
+        loss, _ = dpo_objective(
+            logps[:count],
+            logps[count:],
+            tokens[:count],
+            pair_batch(chosen_pairs),
+            plan.normaliser(step),
+            beta=align.beta,
+            nll_coefficient=align.nll_coefficient,
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), align.max_grad_norm)
+        factor = learning_rate_factor(align.scheduler, step, align.max_steps, align.warmup_ratio)
+        optimizer.param_groups[0]["lr"] = align.learning_rate * factor
+        optimizer.step()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert norm > align.max_grad_norm, "clipping must be at work, or it is not compared"
+    trained = adapter(runs.folder / "plain")
+    for name, value in parameters.items():
+        stored = trained[name.replace(".default", "")]
+        assert torch.allclose(value.detach(), stored, rtol=0, atol=2e-5), name

@@ -1,0 +1,27 @@
+"""A run that died goes on as if it had not, also with another number of workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from align_compare import assert_same_training
+
+from mmedpo_ray.align.checkpoint import checkpoint_folders
+
+if TYPE_CHECKING:
+    from conftest import Runs
+
+pytestmark = pytest.mark.engine
+
+
+def test_resumed_equals_uninterrupted(runs: Runs) -> None:
+    assert_same_training(runs.folder / "resumed", runs.folder / "plain", tolerance=1e-6)
+
+
+def test_a_run_may_move_to_another_number_of_workers(runs: Runs) -> None:
+    assert_same_training(runs.folder / "moved", runs.folder / "plain")
+
+
+def test_the_end_of_a_run_is_a_checkpoint_too(runs: Runs) -> None:
+    assert [path.name for path in checkpoint_folders(runs.folder / "resumed")] == ["step-000002", "step-000004"]

@@ -1,0 +1,184 @@
+"""Export: the merged model and the adapter answer alike, in transformers and in vLLM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_llava import build_tiny_llava
+
+from mmedpo_ray.config import Config
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.export import export, hub_name, use_hub_names
+from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.stage import Station
+
+QUESTIONS = ["Is there a nodule in the left lung?", "Yes, there is?"]
+
+
+VLLM_SCRIPT = """
+if __name__ == "__main__":
+    import base64, io, json, os, sys
+    model = sys.argv[1]
+    from mmedpo_ray.config import EngineConfig
+    from mmedpo_ray.models import engine_preload
+    from mmedpo_ray.models.engine import engine_settings
+    settings = engine_settings(EngineConfig(kv_cache_gib=0.25), has_gpu=False, model=model)
+    os.environ.update(settings.env)
+    engine_preload.start()
+    sys.path[:0] = sys.argv[2:]
+    from test_export import QUESTIONS, image
+    from vllm import LLM, SamplingParams
+    buffer = io.BytesIO()
+    image().save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    chats = [[{"role": "user", "content": [picture, {"type": "text", "text": question}]}] for question in QUESTIONS]
+    engine = LLM(model, **settings.engine_kwargs)
+    outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+def train_nothing(config: Config, base: Path, role: str = "aligned", rank: int = 4) -> None:
+    """What the align station leaves behind, with random instead of trained LoRA weights."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(7)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=r".*\.language_model\..*\.(q_proj|v_proj|up_proj)",
+        init_lora_weights=False,
+    )
+    folder = RunFolder(config.run.folder).align(role)
+    get_peft_model(model, lora).save_pretrained(str(folder / "adapter"))
+    Station("align", str(folder), config).finish()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a base model and of a run with its exported adapter."""
+    root = tmp_path_factory.mktemp("export")
+    base = build_tiny_llava(root / "base", 0)
+    config = make_config(root, base)
+    train_nothing(config, base)
+    manifest = export(config)
+    assert manifest.extra["merged_mib"] > 0
+    return base, RunFolder(config.run.folder).model()
+
+
+def make_config(root: Path, base: Path) -> Config:
+    return Config.model_validate({"run": {"folder": str(root / "run")}, "model": {"path": str(base)}})
+
+
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8)).convert("RGB")
+
+
+def transformers_tokens(folder: Path, adapter: Path | None = None) -> list[list[int]]:
+    from peft import PeftModel
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = LlavaProcessor.from_pretrained(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    tokens = []
+    for question in QUESTIONS:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = processor(images=image(), text=text, add_special_tokens=False, return_tensors="pt")
+        answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        tokens.append(answer[0, inputs["input_ids"].shape[1] :].tolist())
+    return tokens
+
+
+def test_merged_equals_base_with_adapter(exported):
+    base, model = exported
+    merged = transformers_tokens(model / "merged")
+    assert merged == transformers_tokens(base, model / "adapter")
+    assert merged != transformers_tokens(base)
+
+
+def test_what_lies_beside_the_weights(exported):
+    base, model = exported
+    merged = {file.name for file in (model / "merged").iterdir()}
+    assert {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json"} <= merged
+    settings = json.loads((model / "adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base)
+    assert not [file for file in model.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.engine
+def test_vllm_and_transformers_give_the_same_greedy_tokens(exported):
+    """In a process of its own: an engine in this one would outlive the test."""
+    _, model = exported
+    script = model / "vllm_tokens.py"
+    script.write_text(VLLM_SCRIPT)
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, str(script), str(model / "merged"), *folders],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert lines, done.stderr[-3000:]
+    assert json.loads(lines[0].removeprefix("TOKENS ")) == transformers_tokens(model / "merged")
+
+
+def test_a_second_export_is_skipped_and_a_damaged_one_repeated(tmp_path):
+    base = build_tiny_llava(tmp_path / "base", 0)
+    config = make_config(tmp_path, base)
+    train_nothing(config, base, "control")
+    export(config, "control")
+    weights = RunFolder(config.run.folder).model("control") / "merged/model.safetensors"
+    written = weights.stat().st_mtime_ns
+    export(config, "control")
+    assert weights.stat().st_mtime_ns == written
+    (weights.parent / "config.json").unlink()
+    export(config, "control")
+    assert (weights.parent / "config.json").is_file()
+
+
+def test_what_can_be_wrong_with_an_adapter(tmp_path):
+    base = build_tiny_llava(tmp_path / "base", 0)
+    config = make_config(tmp_path, base)
+    with pytest.raises(UserError, match="align"):
+        export(config)
+    Station("align", str(RunFolder(config.run.folder).align()), config).finish()
+    with pytest.raises(UserError, match="no adapter"):
+        export(config)
+    train_nothing(config, build_tiny_llava(tmp_path / "deeper", 0, layers=3))
+    with pytest.raises(UserError, match=r"no layer .*layers\.2"):
+        export(config)
+    assert not (RunFolder(config.run.folder).model() / "merged").exists()
+
+
+def test_hub_names_in_shards(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_file({"vision_tower.embeddings.x": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"language_model.model.y": torch.ones(2)}, tmp_path / "model-00002-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": {"vision_tower.embeddings.x": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    use_hub_names(tmp_path)
+    use_hub_names(tmp_path)
+    assert list(load_file(tmp_path / "model-00001-of-00002.safetensors")) == [
+        "vision_tower.vision_model.embeddings.x"
+    ]
+    assert list(load_file(tmp_path / "model-00002-of-00002.safetensors")) == ["language_model.model.y"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert list(index["weight_map"]) == ["vision_tower.vision_model.embeddings.x"]
+    assert hub_name("multi_modal_projector.linear_1.weight") == "multi_modal_projector.linear_1.weight"

@@ -1,0 +1,210 @@
+"""`ingest` and `curate` on a real cluster, with a real vLLM engine: nothing lost, resumed, skipped, clear errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from PIL import Image
+from tiny_llava import build_tiny_llava
+
+from mmedpo_ray import stage, storage, tables
+from mmedpo_ray.config import Config, load
+from mmedpo_ray.curate.curate import curate, draw_visual_samples, train_samples
+from mmedpo_ray.data.ingest import ingest
+from mmedpo_ray.errors import DroppedShareError, UserError
+from mmedpo_ray.run_folder import RunFolder
+
+pytestmark = pytest.mark.engine
+IMAGES, TEST_IMAGES = 8, 2
+
+
+@pytest.fixture(autouse=True)
+def _cluster(ray_cluster: None) -> None:
+    pass
+
+
+def phantom_config(folder: Path, *overrides: str) -> Config:
+    small = (
+        f"data.phantom.images={IMAGES}",
+        f"data.phantom.test_images={TEST_IMAGES}",
+        "run.max_dropped_share=1.0",
+    )
+    return load(None, (f"run.folder={folder}", "curate.text.method=rule_edit", *small, *overrides))
+
+
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    folder = tmp_path_factory.mktemp("ingested") / "run"
+    manifest = ingest(phantom_config(folder))
+    assert manifest.extra["train"]["images"] == IMAGES
+    assert manifest.extra["test"]["images"] == TEST_IMAGES
+    return folder
+
+
+def pairs_of(folder: Path) -> list[dict]:
+    return stage.read_table(RunFolder(str(folder)).pairs, tables.PAIRS, "pairs").to_pylist()
+
+
+def test_every_question_and_image_gets_its_pair(ingested: Path) -> None:
+    config = phantom_config(ingested)
+    samples = train_samples(config)
+    manifest = curate(config)
+    assert manifest.rows_in == samples.num_rows + IMAGES
+    assert manifest.rows_in == manifest.rows_out + sum(manifest.dropped.values())
+    by_id = {row["sample_id"]: row for row in samples.to_pylist()}
+    pairs = pairs_of(ingested)
+    for pair in pairs:
+        sample = by_id[pair["sample_id"]]
+        assert pair["chosen"] == sample["answer"]
+        if pair["kind"] == "text":
+            assert pair["rejected"] != pair["chosen"]
+            assert pair["rejected_image_uri"] == pair["image_uri"]
+        else:
+            original = np.asarray(Image.open(pair["image_uri"]))
+            noised = np.asarray(Image.open(pair["rejected_image_uri"]))
+            lesion = np.asarray(Image.open(sample["mask_uri"])) > 0
+            assert np.array_equal(original[~lesion], noised[~lesion])
+            assert (original != noised)[lesion].mean() > 0.5
+            assert np.array_equal(np.asarray(Image.open(pair["heat_map_uri"])) > 0, lesion)
+            assert json.loads(pair["noise"])["mask_share"] == pytest.approx(lesion.mean(), abs=1e-5)
+    assert curate(config).finished_at == manifest.finished_at, "finished work is skipped"
+
+
+def test_a_resumed_station_writes_the_same_table(ingested: Path, tmp_path: Path) -> None:
+    config = phantom_config(ingested)
+    curate(config)
+    whole = pairs_of(ingested)
+    pictures = {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole}
+    shutil.rmtree(RunFolder(str(ingested)).pairs)
+    # An attempt that died after some rows.
+    station = stage.Station(
+        "curate",
+        RunFolder(str(ingested)).pairs,
+        config,
+        settings=[config.curate, config.run.seed],
+        inputs=[RunFolder(str(ingested)).samples],
+    )
+    station.done_ids("pair_id")
+    station.write_part(whole[::3], tables.PAIRS, "pair_id")
+    curate(config)
+    assert pairs_of(ingested) == whole
+    assert {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole} == pictures
+
+
+def test_visual_questions_are_drawn_by_seed(ingested: Path) -> None:
+    samples = train_samples(phantom_config(ingested))
+    two = draw_visual_samples(samples, 2, seed=0)
+    counts = pc.value_counts(two["image_id"]).to_pylist()
+    assert {item["counts"] for item in counts} == {2}
+    assert len(counts) == IMAGES
+    assert two["sample_id"].to_pylist() == draw_visual_samples(samples, 2, seed=0)["sample_id"].to_pylist()
+    assert two["sample_id"].to_pylist() != draw_visual_samples(samples, 2, seed=1)["sample_id"].to_pylist()
+
+
+def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(RunFolder(str(ingested)).samples, folder / "samples")
+    # One image is lost between the stations: its rows are dropped, the others go on.
+    samples = stage.read_table(str(folder / "samples"), tables.SAMPLES, "samples").to_pylist()
+    lost = samples[0]["image_id"]
+    for row in samples:
+        if row["image_id"] == lost:
+            row["image_uri"] = str(tmp_path / "lost.png")
+    for path in storage.list_files(folder / "samples", ".parquet"):
+        storage.remove(path)
+    storage.write_parquet(folder / "samples" / "part-0.parquet", tables.to_table(samples, tables.SAMPLES))
+    model = build_tiny_llava(tmp_path / "llava")
+    config = phantom_config(
+        folder,
+        "curate.text.method=on_policy",
+        "curate.text.num_candidates=2",
+        "curate.text.max_tokens=12",
+        "curate.visual.tool=self_attention",
+        "curate.visual.min_confidence=0",
+        f"model.path={model}",
+        "model.engine.max_model_len=256",
+        "model.engine.kv_cache_gib=0.25",
+    )
+    manifest = curate(config)
+    questions = sum(row["split"] == "train" for row in samples)
+    lost_questions = sum(row["image_id"] == lost for row in samples)
+    sampled = stage.read_manifest(RunFolder(str(folder)).candidates)
+    assert sampled is not None
+    assert sampled.rows_in == 2 * questions
+    assert sampled.dropped == {"image_missing": 2 * lost_questions}
+    candidates = stage.read_table(
+        RunFolder(str(folder)).candidates, tables.CANDIDATES, "candidates"
+    ).to_pylist()
+    assert len({row["seed"] for row in candidates}) == len(candidates)
+    assert all(0 < row["num_tokens"] <= 12 for row in candidates)
+    assert manifest.rows_in == questions + IMAGES
+    assert manifest.dropped["image_missing"] == 1
+    assert manifest.extra["kinds"]["visual"] == IMAGES - 1
+    said = {(row["sample_id"], row["candidate"]) for row in candidates}
+    for pair in pairs_of(folder):
+        if pair["kind"] == "text" and pair["generator"] != "rule_edit":
+            assert (pair["sample_id"], pair["rejected"]) in said
+            assert pair["generator"] == str(model)
+        if pair["kind"] == "visual":
+            assert 0 < pair["tool_confidence"] < 1
+
+
+def test_released_rows_of_real_images(shared_data: Path, tmp_path: Path) -> None:
+    config = load(
+        None,
+        (
+            f"run.folder={tmp_path}",
+            "data.format=mmedpo_json",
+            f"data.root={shared_data / 'vqa_rad_sample'}",
+            "data.train_file=rows.json",
+            "curate.text.method=released",
+            "curate.text.max_length_ratio=40",
+            "curate.visual.tool=none",
+        ),
+    )
+    manifest = ingest(config)
+    assert (manifest.rows_in, manifest.dropped) == (162, {"leaked_prompt": 3})
+    released = stage.read_table(RunFolder(str(tmp_path)).released, tables.PAIRS, "released")
+    assert released.num_rows == 159
+    assert pc.min(released["source_score"]).as_py() == 0
+    pairs = curate(config)
+    train = manifest.extra["train"]["questions"]
+    assert pairs.rows_in == train == pairs.rows_out + sum(pairs.dropped.values())
+    assert all(row["generator"] == "released" for row in pairs_of(tmp_path))
+    assert not any(row["rejected"].startswith(" ") for row in pairs_of(tmp_path))
+
+
+def test_released_rows_without_their_images(shared_data: Path, tmp_path: Path) -> None:
+    config = load(
+        None,
+        (
+            f"run.folder={tmp_path}",
+            "data.format=mmedpo_json",
+            f"data.root={shared_data / 'released'}",
+            "data.train_file=vqa-rad_dpo_weighted.json",
+        ),
+    )
+    with pytest.raises(DroppedShareError, match=r"1,79\d of 1,797 rows would be dropped \(.*image_missing"):
+        ingest(config)
+
+
+def test_curate_without_samples_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Run the station"):
+        curate(phantom_config(tmp_path))
+
+
+def test_no_train_row_says_why(ingested: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(RunFolder(str(ingested)).samples, folder / "samples")
+    samples = stage.read_table(str(folder / "samples"), tables.SAMPLES, "samples")
+    test_only = samples.filter(pc.equal(samples["split"], "test"))
+    for path in storage.list_files(folder / "samples", ".parquet"):
+        storage.remove(path)
+    storage.write_parquet(folder / "samples" / "part-0.parquet", test_only)
+    with pytest.raises(UserError, match=r"data\.test_share"):
+        curate(phantom_config(folder))

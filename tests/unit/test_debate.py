@@ -1,0 +1,175 @@
+"""The debate: when it ends, what counts, and that passes change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmedpo_ray import tables
+from mmedpo_ray.config import RulesAgentConfig, ScoreConfig, VllmAgentConfig
+from mmedpo_ray.judge import debate
+from mmedpo_ray.judge.agents import Case, Judgement, Refusal, build
+
+
+class Script:
+    """A judge that says what it is told to, in turn; ``None`` agrees."""
+
+    def __init__(self, name: str, *scores: float | None) -> None:
+        self.name = name
+        self.scores = list(scores)
+        self.seen: list[Case] = []
+
+    def judge(self, cases: Sequence[Case]) -> list[Judgement | Refusal]:
+        answers: list[Judgement | Refusal] = []
+        for case in cases:
+            self.seen.append(case)
+            score = self.scores.pop(0) if self.scores else None
+            answers.append(
+                Judgement(
+                    self.name, case.round, case.history[-1].score if score is None else score, "because"
+                )
+            )
+        return answers
+
+
+class Refuser(Script):
+    def judge(self, cases: Sequence[Case]) -> list[Judgement | Refusal]:
+        return [Refusal("judgement_unreadable") for _ in cases]
+
+
+CASE = Case("Which side is the effusion on?", "left", "right", (), 1)
+
+
+def hold(agents: Sequence[Script], max_rounds: int = 5) -> tuple[tuple[Judgement, ...], debate.Outcome]:
+    ((history, refusal),) = debate.hold([CASE], range(len(agents) * max_rounds), agents, max_rounds)
+    assert refusal is None
+    return history, debate.outcome(history, len(agents))
+
+
+def test_agreement_in_the_first_round_ends_it() -> None:
+    history, outcome = hold([Script("a", 0.8), Script("b"), Script("c")])
+    assert [item.agent for item in history] == ["a", "b", "c"]
+    assert outcome == debate.Outcome(0.8, consensus=True, rounds=1)
+
+
+def test_each_agent_sees_the_score_before_and_all_must_stand_by_the_last_one() -> None:
+    agents = [Script("a", 0.2), Script("b", 0.6), Script("c")]
+    history, outcome = hold(agents)
+    # c agrees with b; a must too before it counts, in round 2.
+    assert [(item.agent, item.round, item.score) for item in history] == [
+        ("a", 1, 0.2),
+        ("b", 1, 0.6),
+        ("c", 1, 0.6),
+        ("a", 2, 0.6),
+    ]
+    assert outcome == debate.Outcome(0.6, consensus=True, rounds=2)
+    assert [item.score for item in agents[2].seen[0].history] == [0.2, 0.6]
+
+
+def test_without_consensus_the_mean_of_the_history_counts() -> None:
+    history, outcome = hold([Script("a", 0.0, 0.0), Script("b", 1.0, 0.5)], max_rounds=2)
+    assert len(history) == 4
+    assert outcome == debate.Outcome(0.375, consensus=False, rounds=2)
+
+
+def test_one_agent_alone_agrees_with_itself() -> None:
+    assert hold([Script("a", 0.4)])[1] == debate.Outcome(0.4, consensus=True, rounds=1)
+
+
+def test_a_refusal_ends_only_its_own_debate() -> None:
+    held = debate.hold([CASE, CASE], range(10), [Script("a", 0.4, 0.4), Refuser("b")], 5)
+    assert [(len(history), refusal) for history, refusal in held] == [
+        (1, Refusal("judgement_unreadable"))
+    ] * 2
+
+
+@given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=1, max_size=20), st.integers(1, 4))
+def test_outcome_is_inside_the_history(scores: list[float], num_agents: int) -> None:
+    history = [
+        Judgement(str(turn % num_agents), turn // num_agents + 1, score, "")
+        for turn, score in enumerate(scores)
+    ]
+    outcome = debate.outcome(history, num_agents)
+    assert min(scores) - 1e-12 <= outcome.score <= max(scores) + 1e-12
+    assert outcome.rounds == (len(scores) - 1) // num_agents + 1
+    if outcome.consensus:
+        assert len(set(scores[-num_agents:])) == 1 and outcome.score == scores[-1]
+
+
+RULES = [RulesAgentConfig(name=name) for name in ("a", "b", "c")]
+MODEL = VllmAgentConfig(name="m", model="nowhere")
+
+
+def test_passes_hold_one_model_and_rules_share_theirs() -> None:
+    assert [item.turns for item in debate.plan(RULES, 5)] == [range(0, 15)]
+    mixed = debate.plan([RULES[0], RULES[1], MODEL], 2)
+    assert [(item.turns, [agent.name for agent in item.agents]) for item in mixed] == [
+        (range(0, 2), ["a", "b"]),
+        (range(2, 3), ["m"]),
+        (range(3, 5), ["a", "b"]),
+        (range(5, 6), ["m"]),
+    ]
+    alone = debate.plan([MODEL, MODEL.model_copy(update={"name": "n"})], 1)
+    assert [len(item.turns) for item in alone] == [1, 1]
+    assert len({item.name for item in mixed + alone}) == 6
+    odd = debate.plan([MODEL.model_copy(update={"name": "../a b"})], 1)[0].name
+    assert "/" not in odd and " " not in odd
+
+
+def test_many_passes_equal_one() -> None:
+    """Cutting a debate at any turn and going on from the table gives the same history."""
+    settings = ScoreConfig()
+    rows = [
+        ("Is there a pneumothorax?", "Yes", "No"),
+        (
+            "Describe the image.",
+            "Large left pleural effusion.",
+            "Small right pleural effusion. Pneumothorax.",
+        ),
+        ("Which side?", "left", "right"),
+        ("What modality?", "CT", "MRI"),
+    ]
+    speakers = [build(agent) for agent in settings.agents]
+    cases = [Case(*row, (), 1) for row in rows]
+    whole = [history for history, _ in debate.hold(cases, range(15), speakers, 5)]
+    # At least one of these must be a real debate, or the comparison says nothing.
+    assert max(len(history) for history in whole) > 3
+    blank = {field.name: None for field in tables.PAIRS}
+    table = pa.table(
+        {
+            **{
+                name: pa.array([value] * len(rows), tables.PAIRS.field(name).type)
+                for name, value in blank.items()
+            },
+            "question": [row[0] for row in rows],
+            "chosen": [row[1] for row in rows],
+            "rejected": [row[2] for row in rows],
+            "history": pa.array([[]] * len(rows), tables.HISTORY),
+            "settled": pa.array([False] * len(rows)),
+        }
+    )
+    for turn in range(15):
+        one = debate.Pass(turn, range(turn, turn + 1), (settings.agents[turn % 3],))
+        open_rows = table.filter(pa.compute.invert(table["settled"]))
+        if not open_rows.num_rows:
+            break
+        moved = debate.HoldPass(one, settings.agents, 5)(open_rows)
+        by_answer = {row["rejected"]: row for row in moved.to_pylist()}
+        table = pa.Table.from_pylist(
+            [by_answer.get(row["rejected"], row) for row in table.to_pylist()], schema=table.schema
+        )
+    assert [debate.from_rows(row) for row in table["history"].to_pylist()] == whole
+
+
+@pytest.mark.parametrize("max_rounds", [1, 2, 5])
+def test_no_debate_exceeds_its_rounds(max_rounds: int) -> None:
+    settings = ScoreConfig(max_rounds=max_rounds)
+    speakers = [build(agent) for agent in settings.agents]
+    case = Case("Describe.", "Large left pleural effusion.", "Right pneumothorax, no effusion.", (), 1)
+    ((history, _),) = debate.hold([case], range(3 * max_rounds), speakers, max_rounds)
+    assert len(history) <= 3 * max_rounds
+    assert history[-1].round <= max_rounds

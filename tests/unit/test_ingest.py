@@ -1,0 +1,295 @@
+"""Formats: every row becomes a sample or a dropped row with its reason, whatever the row is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmedpo_ray import tables
+from mmedpo_ray.config import Config, load
+from mmedpo_ray.data import phantom
+from mmedpo_ray.data.ingest import FORMATS
+from mmedpo_ray.data.reader import draw_split, infer_answer_type
+from mmedpo_ray.errors import UserError
+
+SCHEMA = tables.with_drop_columns(tables.SAMPLES)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A data set of three good images, a truncated one, and one that is no image."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for index, mode in enumerate(("L", "RGB", "RGBA")):
+        Image.new(mode, (8, 6), 40 * index).save(images / f"{index}.png")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "cut.png")
+    data = (images / "cut.png").read_bytes()
+    (images / "cut.png").write_bytes(data[: len(data) // 2])
+    (images / "text.png").write_text("no image")
+    return tmp_path
+
+
+def row(
+    image: Any = "0.png", question: Any = "<image>\nWhich side?", answer: Any = " Left", **more: Any
+) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": 0, "image": image, "conversations": turns, **more}
+
+
+def config_of(root: Path, source: Any, kind: str, *overrides: str) -> Config:
+    (root / "rows.json").write_text(json.dumps(source))
+    settings_ = (
+        f"data.format={kind}",
+        f"data.root={root}",
+        "data.train_file=rows.json",
+        f"run.folder={root}/run",
+    )
+    return load(None, (*settings_, *overrides))
+
+
+def read(root: Path, source: Any, kind: str = "llava_json", *overrides: str) -> list[dict[str, Any]]:
+    reader = FORMATS[kind](config_of(root, source, kind, *overrides))
+    rows = [sample for unit in reader.units().to_pylist() for sample in reader.samples(unit)]
+    table = tables.to_table(rows, SCHEMA)
+    ids = table["sample_id"].to_pylist()
+    assert len(ids) == len(set(ids)), "ids must be unique, of kept and dropped rows alike"
+    kept = [item for item in table.to_pylist() if item["drop_reason"] is None]
+    for item in table.to_pylist():
+        assert item["drop_reason"] is None or item["drop_detail"].startswith("rows.json, row ")
+    for item in kept:
+        assert all(item[field.name] is not None for field in tables.SAMPLES if not field.nullable)
+    return table.to_pylist()
+
+
+def test_a_row_becomes_a_sample(root: Path) -> None:
+    [sample] = read(root, [row()], "llava_json", "data.test_share=0")
+    assert sample["sample_id"] == "llava_json/train/0"
+    assert (sample["question"], sample["answer"]) == ("Which side?", "Left")
+    assert (sample["split"], sample["task"], sample["answer_type"]) == ("train", "vqa", "open")
+    assert sample["image_uri"] == str(root / "images" / "0.png")
+    assert sample["image_id"] == "llava_json/0.png"
+    assert len(sample["image_sha256"]) == 64
+
+
+def test_every_turn_is_a_sample(root: Path) -> None:
+    turns = row()["conversations"] + row(question="Is it large?", answer="No")["conversations"]
+    samples = read(
+        root, [{"id": "a/b", "image": "1.png", "conversations": turns}], "llava_json", "data.name=mine"
+    )
+    assert [s["answer"] for s in samples] == ["Left", "No"]
+    assert [s["answer_type"] for s in samples] == ["open", "closed"]
+    assert len({s["image_id"] for s in samples}) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("just text", "not_an_object"),
+        (None, "not_an_object"),
+        ({"id": 1}, "malformed_conversation"),
+        (row(image="absent.png"), "image_missing"),
+        (row(image=""), "no_image_name"),
+        (row(image=7), "no_image_name"),
+        (row(image="cut.png"), "image_undecodable"),
+        (row(image="text.png"), "image_undecodable"),
+        (row(image="../images"), "image_missing"),
+        (row(question="<image>\n "), "empty_question"),
+        (row(answer="  "), "empty_answer"),
+        (row(answer=None), "empty_answer"),
+        (row(answer="Question: which side?\n left"), "leaked_prompt"),
+        ({**row(), "conversations": row()["conversations"][:1]}, "malformed_conversation"),
+        ({**row(), "conversations": row()["conversations"][::-1]}, "malformed_conversation"),
+        ({**row(), "conversations": ["a", "b"]}, "malformed_conversation"),
+    ],
+)
+def test_a_bad_row_beside_a_good_one(root: Path, bad: Any, reason: str) -> None:
+    source = [row(), {**bad, "id": 1} if isinstance(bad, dict) else bad]
+    good, dropped = read(root, source)
+    assert good["drop_reason"] is None
+    assert dropped["drop_reason"] == reason
+    assert "row 1" in dropped["drop_detail"]
+    assert "Which side" not in dropped["drop_detail"]
+
+
+def test_a_large_image_is_dropped_undecoded(root: Path) -> None:
+    [sample] = read(root, [row()], "llava_json", "data.max_pixels=47")
+    assert sample["drop_reason"] == "image_too_large"
+
+
+def test_a_repeated_id_is_dropped_and_ids_may_be_text_or_number(root: Path) -> None:
+    rows = [{**row(), "id": name} for name in (5, "5", "x~1", None, "", True, 2.5, "5~r1")]
+    reasons = [sample["drop_reason"] for sample in read(root, rows)]
+    assert reasons == [None, "duplicate_id", None, None, None, None, None, None]
+
+
+def test_one_image_is_in_one_split_only(root: Path) -> None:
+    for copy in range(40):
+        Image.new("L", (8, 8), copy * 5).save(root / "images" / f"c{copy}.png")
+        Image.new("L", (8, 8), copy * 5).save(root / "images" / f"d{copy}.png")
+    rows = [
+        {**row(image=f"{prefix}{copy}.png"), "id": f"{prefix}{copy}"} for copy in range(40) for prefix in "cd"
+    ]
+    samples = read(root, rows, "llava_json", "data.test_share=0.4")
+    by_content: dict[str, set[str]] = {}
+    for sample in samples:
+        by_content.setdefault(sample["image_sha256"], set()).add(sample["split"])
+    assert all(len(splits) == 1 for splits in by_content.values())
+    assert {split for splits in by_content.values() for split in splits} == {"train", "test"}
+
+
+def test_the_share_of_test_images_is_as_asked() -> None:
+    drawn = [draw_split(1, f"{number}", 0.2) for number in range(5000)]
+    assert drawn.count("test") / 5000 == pytest.approx(0.2, abs=0.03)
+    assert {draw_split(0, "x", 0.0), draw_split(0, "x", 1.0)} == {"train", "test"}
+
+
+def test_a_test_file_gives_the_test_split(root: Path) -> None:
+    (root / "test.json").write_text(json.dumps([row(image="1.png")]))
+    reader = FORMATS["llava_json"](config_of(root, [row()], "llava_json", "data.test_file=test.json"))
+    samples = [sample for unit in reader.units().to_pylist() for sample in reader.samples(unit)]
+    assert [(s["split"], s["sample_id"]) for s in samples] == [
+        ("train", "llava_json/train/0"),
+        ("test", "llava_json/test/0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{not json", "not valid JSON"),
+        ('{"a": 1}', "not a list"),
+        ("[]", "empty list"),
+        ("\xff", "not valid JSON"),
+    ],
+)
+def test_a_wrong_file_is_the_users_error(root: Path, content: str, message: str) -> None:
+    config = config_of(root, [], "llava_json")
+    (root / "rows.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
+        FORMATS["llava_json"](config).units()
+    (root / "rows.json").unlink()
+    with pytest.raises(UserError, match="no annotation file"):
+        FORMATS["llava_json"](config).units()
+
+
+@pytest.mark.parametrize(
+    ("rejected", "score", "reason"),
+    [
+        (" Right", 0, None),
+        (" Right", 0.4, None),
+        (" Right", None, None),
+        (" Right", "high", "bad_score"),
+        (" Right", 1.5, "bad_score"),
+        (" Right", float("nan"), "bad_score"),
+        (" ", 0.4, "no_rejected_answer"),
+        (None, 0.4, "no_rejected_answer"),
+    ],
+)
+def test_released_pairs(root: Path, rejected: Any, score: Any, reason: str | None) -> None:
+    turns = row(answer=rejected)["conversations"]
+    source = [row(rejected_conversations=turns, weighted_score=score)]
+    reader: Any = FORMATS["mmedpo_json"](config_of(root, source, "mmedpo_json"))
+    [unit] = reader.units().to_pylist()
+    [sample] = reader.samples(unit)
+    [pair] = reader.pairs(unit, {sample["sample_id"]: sample})
+    assert pair.get("drop_reason") == reason
+    if reason is None:
+        assert (pair["chosen"], pair["rejected"], pair["source_score"]) == ("Left", "Right", score)
+        assert pair["pair_id"] == f"{sample['sample_id']}:text"
+        assert pair["image_uri"] == pair["rejected_image_uri"] == sample["image_uri"]
+    [orphan] = reader.pairs(unit, {})
+    assert orphan["drop_reason"] == "sample_dropped"
+
+
+def test_a_released_row_of_several_turns_is_malformed(root: Path) -> None:
+    turns = row()["conversations"] * 2
+    [sample] = read(root, [{**row(), "conversations": turns}], "mmedpo_json")
+    assert sample["drop_reason"] == "malformed_conversation"
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        ("Is there a nodule?", "No, there is none.", "closed"),
+        ("is the lesion benign", "yes", "closed"),
+        ("Is this a CT or an MRI?", "MRI", "closed"),
+        ("Where is the mass?", "Left lung", "open"),
+        ("What is seen?", "No abnormality in the lung fields", "open"),
+        ("Write a short report for this radiograph.", "Clear.", "report"),
+        ("What do you see?", "word " * 30, "report"),
+        ("Is the liver normal or not?", "It has a mass", "open"),
+    ],
+)
+def test_kind_of_answer(question: str, answer: str, expected: str) -> None:
+    assert infer_answer_type(question, answer) == expected
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["id", "image", "conversations", "from", "value", "weighted_score", "rejected_conversations"]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+_TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]) | _JSON, "value": _JSON})
+_ROW = st.fixed_dictionaries(
+    {
+        "id": _JSON,
+        "image": st.sampled_from(["0.png", "cut.png", "a\0b", "x" * 300, "\ud800"]) | _JSON,
+        "conversations": st.lists(_TURN, max_size=4) | _JSON,
+        "rejected_conversations": st.lists(_TURN, max_size=2) | _JSON,
+        "weighted_score": _JSON,
+    }
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(_ROW | _JSON, min_size=1, max_size=5), st.sampled_from(["llava_json", "mmedpo_json"]))
+def test_no_row_breaks_a_reader(root: Path, source: list, kind: str) -> None:
+    rows = read(root, source, kind)
+    assert len(rows) >= len(source)
+    reader = FORMATS[kind](
+        load(None, (f"data.format={kind}", f"data.root={root}", "data.train_file=rows.json"))
+    )
+    if kind == "mmedpo_json":
+        by_id = {item["sample_id"]: item for item in rows if item["drop_reason"] is None}
+        for unit in reader.units().to_pylist():
+            assert (
+                len(tables.to_table(reader.pairs(unit, by_id), tables.with_drop_columns(tables.PAIRS))) == 1
+            )
+
+
+def test_phantoms_are_those_of_the_generator(tmp_path: Path) -> None:
+    config = load(
+        None, (f"run.folder={tmp_path}", "data.phantom.images=3", "data.phantom.test_images=2", "run.seed=4")
+    )
+    reader = FORMATS["phantom"](config)
+    units = reader.units().to_pylist()
+    samples = [sample for unit in units for sample in reader.samples(unit)]
+    expected = [*phantom.generate("align", 3, 4, "uniform"), *phantom.generate("test", 2, 4, "uniform")]
+    assert [s["answer"] for s in samples] == [q.answer for case in expected for q in case.questions]
+    first_bytes = {s["image_uri"]: Path(s["image_uri"]).read_bytes() for s in samples}
+    for uri, case in zip(first_bytes, expected, strict=True):
+        assert np.array_equal(np.asarray(Image.open(uri)), case.image)
+    masks = dict.fromkeys(s["mask_uri"] for s in samples)
+    for uri, case in zip(masks, expected, strict=True):
+        assert np.array_equal(np.asarray(Image.open(uri)) > 0, case.mask)
+    assert len({s["sample_id"] for s in samples}) == len(samples)
+    again = [sample for unit in units for sample in reader.samples(unit)]
+    assert again == samples
+    assert {uri: Path(uri).read_bytes() for uri in first_bytes} == first_bytes

@@ -1,0 +1,170 @@
+"""The radiology lexicon: what answers say, and where two of them conflict."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmedpo_ray.curate import lexicon
+from mmedpo_ray.curate.lexicon import Fact
+from mmedpo_ray.curate.terms import CONCEPTS, mentions
+from mmedpo_ray.data.phantom import KINDS, Finding, generate, report_findings
+from mmedpo_ray.data.phantom.text import NAMES
+
+REPORT = (
+    "The heart size is normal. There is a large left pleural effusion. There is a nodule in the right middle zone. "
+    "No pneumothorax."
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Yes", "yes"),
+        (" no, it is clear", "no"),
+        ("Normal", None),
+        ("nodule", None),
+        ("None", "no"),
+        ("Yesterday", None),
+        ("", None),
+    ],
+)
+def test_polarity_is_a_whole_first_word(answer: str, expected: str | None) -> None:
+    assert lexicon.polarity(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        (
+            "Is there evidence of inflammation?",
+            "The CT scan does not show any evidence of inflammation.",
+            "no",
+        ),
+        ("Is there a pneumothorax?", "There is a small pneumothorax.", "yes"),
+        ("Is the heart size normal?", "The heart is enlarged.", "no"),
+        ("Is the heart enlarged?", "The heart is enlarged.", "yes"),
+        ("Is there a pneumothorax?", "Yes, there is no doubt.", "yes"),
+        ("Is there a pneumothorax?", "Pleural effusion", None),
+    ],
+)
+def test_a_statement_answers_a_closed_question(question: str, answer: str, expected: str | None) -> None:
+    assert lexicon.implied_polarity(question, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("Is this a CT or an MRI?", ("ct", "mri")),
+        ("Is the hila normal or enlarged?", ("normal", "enlarged")),
+        ("Is the lesion big or tiny?", ("big", "tiny")),
+        ("Is there an effusion or not?", None),
+        ("Is there an effusion?", None),
+        ("How many organs are seen?", None),
+    ],
+)
+def test_options_of_a_choice_question(question: str, expected: tuple[str, str] | None) -> None:
+    assert lexicon.choices(question) == expected
+
+
+def test_facts_keep_their_own_side_zone_and_size() -> None:
+    assert lexicon.facts(REPORT) == (
+        Fact("cardiomegaly", False),
+        Fact("pleural effusion", True, "left", None, "large"),
+        Fact("nodule", True, "right", "middle", None),
+        Fact("pneumothorax", False),
+    )
+    assert lexicon.facts("A nodule in the right lung and an effusion on the left.") == (
+        Fact("nodule", True, "right"),
+        Fact("pleural effusion", True, "left"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "denied"),
+    [
+        ("No pleural effusion or pneumothorax.", {"pleural effusion", "pneumothorax"}),
+        ("Pleural effusion is absent.", {"pleural effusion"}),
+        ("The lungs are clear.", {"lung abnormality"}),
+        ("Normal chest radiograph.", {"abnormality"}),
+        ("There is no pneumothorax but an effusion is seen.", {"pneumothorax"}),
+    ],
+)
+def test_negation_has_its_scope(text: str, denied: set[str]) -> None:
+    assert {fact.finding for fact in lexicon.facts(text) if not fact.present} == denied
+
+
+def test_reads_every_phantom_report_as_it_was_written() -> None:
+    names = {NAMES[kind]: kind for kind in KINDS}
+    for phantom in generate("test", 60, seed=3):
+        report = phantom.questions[-1].answer
+        read = {
+            Finding(names[fact.finding], fact.side, fact.zone)
+            for fact in lexicon.facts(report)
+            if fact.present
+        }
+        assert read == set(report_findings(report))
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "question", "axis", "severity"),
+    [
+        ("Left", "Right", "On which side?", "side", 0.9),
+        ("Right middle zone", "The nodule is in the right lower zone.", "Where is the nodule?", "zone", 0.6),
+        ("Yes", "No", "Is there a pneumothorax?", "polarity", 1.0),
+        ("Nodule", "No abnormality", "What is seen?", "finding", 0.8),
+        ("one", "There are three masses.", "How many masses are there?", "number", 0.5),
+        ("T2", "This is T1-weighted.", "What is the weighting?", "sequence", 0.5),
+        ("Enlarged", "Normal", "What is the size of the heart?", "state", 0.7),
+    ],
+)
+def test_one_conflict_of_one_kind(
+    reference: str, answer: str, question: str, axis: str, severity: float
+) -> None:
+    found = lexicon.conflicts(reference, answer, question)
+    assert [conflict.axis for conflict in found] == [axis]
+    assert lexicon.severity(found) == pytest.approx(severity)
+
+
+def test_reports_conflict_fact_by_fact() -> None:
+    assert lexicon.conflicts(REPORT, REPORT) == ()
+    swapped = lexicon.conflicts(REPORT, REPORT.replace("left", "right"))
+    assert [(c.axis, c.expected, c.stated) for c in swapped] == [("side", "left", "right")]
+    invented = lexicon.conflicts(REPORT, REPORT.replace("No pneumothorax", "There is a pneumothorax"))
+    assert [(c.subject, c.kind) for c in invented] == [("pneumothorax", "contradicted")]
+    cleared = "The heart size is normal. The lungs are clear. No pleural effusion or pneumothorax."
+    assert lexicon.severity(lexicon.conflicts(REPORT, cleared)) > lexicon.severity(swapped)
+
+
+def test_equivalent_answers() -> None:
+    assert lexicon.equivalent("The liver", "liver.")
+    assert lexicon.equivalent("CT", "This is a CT scan")
+    assert lexicon.equivalent("pleural effusions", "Pleural effusion")
+    assert not lexicon.equivalent("Left lung", "Right lung")
+    assert not lexicon.equivalent("left effusion and right nodule", "right effusion and left nodule")
+    assert not lexicon.equivalent("Yes", "No")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Question: What is it?\n cecum", "-Candidate Answer1: left", "<image> yes", "As an AI, I see a nodule"],
+)
+def test_meta_text_is_recognised(text: str) -> None:
+    assert lexicon.is_meta_text(text)
+    assert not lexicon.is_meta_text("The question is whether the nodule is calcified.")
+
+
+def test_spellings_are_unique_and_found() -> None:
+    forms = [form for concept in CONCEPTS.values() for form in concept.forms]
+    assert len(forms) == len(set(forms))
+    for concept in CONCEPTS.values():
+        for form in concept.forms:
+            assert [m.concept for m in mentions(f"the {form} here")] == [concept], form
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_any_text_is_read(first: str, second: str) -> None:
+    assert 0 <= lexicon.severity(lexicon.conflicts(first, second, first)) <= 1
+    assert lexicon.equivalent(first, first)

@@ -1,0 +1,214 @@
+"""Loading a LLaVA, its prompts, and the rows made into pairs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from align_world import write_scored
+from PIL import Image
+from tiny_llava import build_tiny_llava
+
+from mmedpo_ray import tables
+from mmedpo_ray.align.batch import ImageLoader, sequence_batch
+from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.prepare import prepare_pairs
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import (
+    PromptWriter,
+    load_model,
+    load_processor,
+    model_fingerprint,
+    resolve_model,
+)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llava(tmp_path_factory.mktemp("model") / "llava")
+
+
+@pytest.fixture(scope="module")
+def writer(model_folder: Path) -> PromptWriter:
+    return PromptWriter(load_processor(str(model_folder)))
+
+
+def test_a_folder_resolves_to_itself(model_folder: Path) -> None:
+    assert resolve_model(str(model_folder)) == str(model_folder)
+    assert resolve_model("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no config.json"),
+        ("{", "not valid JSON"),
+        ('{"model_type": "llava_mistral"}', "mmedpo convert"),
+        ('{"model_type": "mistral"}', "Supported is LlavaForConditionalGeneration"),
+        ('{"model_type": "llava", "vision_config": {"model_type": "pixtral"}}', "pixtral tower"),
+    ],
+)
+def test_what_is_no_llava_is_refused_with_what_to_do(tmp_path: Path, config: str | None, message: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        resolve_model(str(tmp_path))
+
+
+def test_a_missing_folder_is_not_taken_for_a_hub_name() -> None:
+    with pytest.raises(UserError, match="no model folder"):
+        resolve_model("./nowhere/model")
+
+
+def test_a_hub_name_that_is_not_cached_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="cannot load the model"):
+        load_model("nobody/nothing", torch.float32)
+
+
+def test_damaged_weights_are_a_user_error(model_folder: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model_folder, damaged)
+    (damaged / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load the model"):
+        load_model(str(damaged), torch.float32)
+
+
+def test_a_processor_without_template_is_a_user_error(model_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare)
+    (bare / "chat_template.jinja").unlink()
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="no chat template"):
+        load_processor(str(bare))
+
+
+def test_the_fingerprint_follows_weights_and_template(model_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    assert model_fingerprint(str(other)) == model_fingerprint(str(model_folder))
+    (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + " ")
+    assert model_fingerprint(str(other)) != model_fingerprint(str(model_folder))
+
+
+def test_prompt_and_response_are_what_the_processor_makes_of_the_turn(
+    model_folder: Path, writer: PromptWriter
+) -> None:
+    processor = load_processor(str(model_folder))
+    question, answer = "Is there a nodule?", "Yes, in the left lung."
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    image = Image.new("RGB", (50, 40))
+    for turns, generate, expected in (
+        (messages[:1], True, writer.prompt(question)),
+        (messages, False, writer.prompt(question) + writer.response(question, answer)),  # type: ignore[operator]
+    ):
+        text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+        ids = processor(images=image, text=text, add_special_tokens=False)["input_ids"][0]
+        assert list(ids) == expected
+    assert writer.prompt(question).count(writer.image_token_id) == 16  # type: ignore[union-attr]
+    assert writer.response(question, answer)[-1] == writer.eos_token_id  # type: ignore[index]
+    assert writer.response(question, f"  {answer} ") == writer.response(question, answer)
+
+
+def test_a_placeholder_in_the_text_is_noticed(writer: PromptWriter) -> None:
+    assert writer.prompt("What does <image> show?") is None
+    assert writer.response("What?", "An <image>.") is None
+
+
+def test_a_template_without_end_token_still_ends_the_answer(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "vicuna"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {% for c in m.content %}{% if c.type == 'image' %}"
+        "<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %} {% else %}ASSISTANT: {{ m.content[0].text }} "
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    writer = PromptWriter(load_processor(str(folder)))
+    response = writer.response("Is it?", "Yes")
+    assert response is not None
+    assert response[-1] == writer.eos_token_id and response.count(writer.eos_token_id) == 1
+    tokenizer = load_processor(str(folder)).tokenizer
+    assert tokenizer.decode(response) == " Yes</s>"
+
+
+def test_logps_equal_the_model_s_own_on_every_row(model_folder: Path, writer: PromptWriter, tmp_path: Path) -> None:
+    """Padded together with per-response images = each response alone through transformers' forward."""
+    rows = write_scored(tmp_path, num_images=2)
+    pairs, _ = prepare_pairs(tables.to_table(rows, tables.SCORED), writer, max_length=256, visual_coefficient=1.0)
+    model = load_model(str(model_folder), torch.float32)
+    batch = sequence_batch(pairs, ImageLoader(writer), writer.pad_token_id, both_sides=True)
+    assert batch.pixel_values.shape[0] == 4, "two images and their two noised ones, each once"
+    found = response_logps(model, batch)
+    images = ImageLoader(writer)
+    sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
+    sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
+    for row, (prompt, response, uri) in enumerate(sides):
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=images([uri])).logits[0]
+        logps = torch.log_softmax(logits[len(prompt) - 1 : -1].double(), -1)
+        expected = logps.gather(1, torch.tensor(response)[:, None]).sum()
+        assert found.logps[row].item() == pytest.approx(expected.item(), rel=1e-4)
+        assert found.num_tokens[row] == len(response)
+    visual = next(index for index, pair in enumerate(pairs) if pair.is_visual)
+    assert found.logps[visual] != found.logps[visual + len(pairs)], "the noised image must matter"
+
+
+def test_rows_that_cannot_be_trained_on_are_dropped_with_the_reason(writer: PromptWriter, tmp_path: Path) -> None:
+    rows = write_scored(
+        tmp_path,
+        num_images=2,
+        **{
+            "s000-0:text": {"weight": 0.0},
+            "s000-1:text": {"rejected": "In the left lower zone. "},
+            "s000-2:text": {"question": "Describe " + "the lungs " * 40},
+            "s001-0:text": {"chosen": "No. <image>"},
+        },
+    )
+    scored = tables.to_table(rows, tables.SCORED)
+    reference = {row["pair_id"]: (-1.0, -2.0) for row in rows if row["pair_id"] != "s001-2:text"}
+    pairs, dropped = prepare_pairs(scored, writer, max_length=64, visual_coefficient=0.5, reference=reference)
+    assert {row["pair_id"]: row[tables.DROP_REASON] for row in dropped} == {
+        "s000-0:text": "weight_zero",
+        "s000-1:text": "equal_sides",
+        "s000-2:text": "prompt_too_long",
+        "s001-0:text": "image_placeholder_in_text",
+        "s001-2:text": "no_reference",
+    }
+    assert len(pairs) + len(dropped) == len(rows)
+    weights = {row["pair_id"]: row["weight"] for row in rows}
+    for pair in pairs:
+        assert pair.weight == pytest.approx(weights[pair.pair_id] * (0.5 if pair.is_visual else 1.0))
+        assert (pair.ref_chosen, pair.ref_rejected) == (-1.0, -2.0)
+    # The visual pair of the second image shares its answer with a text pair; that of the first has lost its own.
+    assert {pair.pair_id: pair.counts_nll for pair in pairs if pair.is_visual} == {
+        "s000-1:visual": True,
+        "s001-1:visual": False,
+    }
+
+
+def test_a_long_answer_is_cut_and_its_prompt_is_not(writer: PromptWriter, tmp_path: Path) -> None:
+    rows = write_scored(tmp_path, num_images=1, **{"s000-2:text": {"chosen": "The heart is normal. " * 30}})
+    pairs, _ = prepare_pairs(tables.to_table(rows, tables.SCORED), writer, max_length=128, visual_coefficient=1.0)
+    cut = next(pair for pair in pairs if pair.pair_id == "s000-2:text")
+    assert len(cut.prompt) + len(cut.chosen) == 128
+    assert cut.prompt == writer.prompt(rows[-1]["question"])
+
+
+@pytest.mark.parametrize("weight", [-0.5, float("nan")])
+def test_an_impossible_weight_stops_the_run(writer: PromptWriter, tmp_path: Path, weight: float) -> None:
+    rows = write_scored(tmp_path, num_images=1, **{"s000-0:text": {"weight": weight}})
+    with pytest.raises(UserError, match="s000-0:text"):
+        prepare_pairs(tables.to_table(rows, tables.SCORED), writer, max_length=128, visual_coefficient=1.0)
+
+
+def test_an_image_that_is_gone_stops_the_run_by_name(writer: PromptWriter, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.png"):
+        ImageLoader(writer)([str(tmp_path / "gone.png")])
