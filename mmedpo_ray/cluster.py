@@ -24,12 +24,14 @@ _WORKER_ENVIRONMENT = (
     "VLLM_CONFIGURE_LOGGING",
 )
 
+_FEWEST_LOCAL_CPUS = 4
+
 
 def start(settings: RayConfig) -> None:
     """Joins the configured cluster, or starts a local one; does nothing where Ray is already initialised.
 
-    A local cluster gets ``ray.local_cpus`` logical CPUs: the stages of a vLLM pipeline hold one each while
-    they wait, and on a small machine they would otherwise block one another for ever.
+    A local cluster gets at least four logical CPUs: an engine holds one while the stations around it want theirs, and on a
+    small machine they would otherwise block one another for ever. Not many more, since Ray starts a worker process for each.
 
     Raises:
         UserError: the cluster does not answer.
@@ -50,8 +52,9 @@ def start(settings: RayConfig) -> None:
         except (ConnectionError, RuntimeError, TimeoutError) as error:
             raise _no_cluster(address, error) from error
     else:
-        ray.init(num_cpus=settings.local_cpus, include_dashboard=False, **options)
-        log.info("started a local Ray cluster with %d logical CPUs", settings.local_cpus)
+        cpus = settings.local_cpus or max(_FEWEST_LOCAL_CPUS, os.cpu_count() or 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, **options)
+        log.debug("started a local Ray cluster with %d logical CPUs", cpus)
     _quiet_data()
 
 

@@ -44,12 +44,10 @@ class RayConfig(Section):
     address: str | None = Field(
         None, description="cluster to join; null: RAY_ADDRESS, else a local one is started"
     )
-    local_cpus: int = Field(
-        12,
-        ge=2,
-        description="logical CPUs of a cluster started here; small stages share cores, so more than there are",
+    local_cpus: int | None = Field(
+        None, ge=2, description="logical CPUs of a cluster started here; null: the machine's cores, at least 4"
     )
-    data_cpus: float = Field(0.25, gt=0, description="CPUs a Ray Data map task asks for")
+    data_cpus: float = Field(1.0, gt=0, description="CPUs a Ray Data map task asks for")
     rows_per_part: int = Field(
         512, ge=1, description="rows a station writes (and can lose in a crash) at a time"
     )
@@ -179,6 +177,14 @@ class VllmAgentConfig(Section):
 AgentConfig = Annotated[RulesAgentConfig | VllmAgentConfig, Field(discriminator="kind")]
 
 
+def _default_agents() -> list[AgentConfig]:
+    return [
+        RulesAgentConfig(name="findings", focus="findings"),
+        RulesAgentConfig(name="laterality", focus="laterality"),
+        RulesAgentConfig(name="polarity", focus="polarity"),
+    ]
+
+
 class WeightConfig(Section):
     """Scores → weights."""
 
@@ -196,14 +202,7 @@ class WeightConfig(Section):
 class ScoreConfig(Section):
     """pairs → scored pairs."""
 
-    agents: list[AgentConfig] = Field(
-        default_factory=lambda: [
-            RulesAgentConfig(name="findings", focus="findings"),
-            RulesAgentConfig(name="laterality", focus="laterality"),
-            RulesAgentConfig(name="polarity", focus="polarity"),
-        ],
-        min_length=1,
-    )
+    agents: list[AgentConfig] = Field(default_factory=_default_agents, min_length=1)
     max_rounds: int = Field(5, ge=1, description="debate rounds; then the mean of the history counts")
     keep_source_scores: bool = Field(
         True, description="a score that came with the data is kept, not judged again"

@@ -24,6 +24,10 @@ QUIET_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -40,6 +44,9 @@ def configure(*, verbose: bool = False) -> None:
         force=True,
     )
     logging.getLogger("mmedpo_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not verbose:
+        # DeepSpeed sets its own level when imported; a filter outlives that.
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def progress_bar() -> Progress:

@@ -430,7 +430,7 @@ def run_models(config: Config) -> dict[str, str | Path]:
     The trained ones are served as adapters on the base's engine.
 
     Raises:
-        UserError: nothing was exported yet.
+        UserError: ``model.path`` is no model.
     """
     from mmedpo_ray.models.loading import resolve_model
 

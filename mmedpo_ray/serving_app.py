@@ -88,6 +88,11 @@ class EngineServer:
         return await (self._server.chat(request) if kind == "chat" else self._server.completions(request))
 
 
+# Serve copies the class below as it stands when it is decorated, so what it uses must be defined above it.
+def _error(status: int, message: str, kind: str = "invalid_request_error") -> Response:
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+
+
 @serve.ingress(_http)
 class OpenAiIngress:
     """The HTTP side: which engine answers for which model name.
@@ -164,10 +169,6 @@ class OpenAiIngress:
         return _error(
             404, f"there is no model {name!r}; there are {', '.join(self._handles)}", "model_not_found"
         )
-
-
-def _error(status: int, message: str, kind: str = "invalid_request_error") -> Response:
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
 
 
 async def _once(item: Any) -> AsyncIterator[Any]:

@@ -309,7 +309,7 @@ def without(dataset: ray.data.Dataset, id_column: str, ids: set[str]) -> ray.dat
     def keep(batch: pa.Table) -> pa.Table:
         return batch.filter(pc.invert(pc.is_in(batch[id_column], value_set=ray.get(reference))))
 
-    return dataset.map_batches(keep, batch_format="pyarrow", zero_copy_batch=True, num_cpus=0.25)
+    return dataset.map_batches(keep, batch_format="pyarrow", zero_copy_batch=True)
 
 
 class _PartWriter:

@@ -30,4 +30,6 @@ def assert_same_training(found: Path, expected: Path, tolerance: float = 2e-5) -
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.allclose(value, theirs[name], rtol=0, atol=tolerance), name
-    assert max(float(value.abs().max()) for name, value in ours.items() if "lora_B" in name) > 1e-3, "nothing was learnt"
+    assert max(float(value.abs().max()) for name, value in ours.items() if "lora_B" in name) > 1e-3, (
+        "nothing was learnt"
+    )

@@ -44,16 +44,22 @@ def write_scored(folder: Path, num_images: int = 6, seed: int = 0, **changes: An
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for number in range(num_images):
-        image_uri, noised_uri = (str(folder / "images" / f"{kind}{number}.png") for kind in ("image", "noised"))
+        image_uri, noised_uri = (
+            str(folder / "images" / f"{kind}{number}.png") for kind in ("image", "noised")
+        )
         Path(image_uri).parent.mkdir(parents=True, exist_ok=True)
         for uri in (image_uri, noised_uri):
             Image.fromarray(rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)).save(uri)
         for index, question in enumerate(QUESTIONS):
             sample_id = f"s{number:03d}-{index}"
-            rows.append(_row(f"{sample_id}:text", sample_id, number, question, ANSWERS[index], image_uri, image_uri))
+            rows.append(
+                _row(f"{sample_id}:text", sample_id, number, question, ANSWERS[index], image_uri, image_uri)
+            )
             if index == 1:
                 answer = (ANSWERS[index][0],) * 2
-                rows.append(_row(f"{sample_id}:visual", sample_id, number, question, answer, image_uri, noised_uri))
+                rows.append(
+                    _row(f"{sample_id}:visual", sample_id, number, question, answer, image_uri, noised_uri)
+                )
     for row in rows:
         row["weight"] = float(rng.uniform(0.75, 1.25))
         row.update(changes.get(row["pair_id"], {}))
@@ -64,7 +70,9 @@ def write_scored(folder: Path, num_images: int = 6, seed: int = 0, **changes: An
 def write_table(folder: Path, rows: list[dict[str, Any]], schema: Any, station: str) -> None:
     """Writes a finished table with its manifest."""
     storage.write_parquet(str(folder / "part-00000.parquet"), tables.to_table(rows, schema))
-    (folder / "manifest.json").write_text(json.dumps({"station": station, "key": "test", "rows_out": len(rows)}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"station": station, "key": "test", "rows_out": len(rows)})
+    )
 
 
 def write_reference(folder: Path, rows: list[dict[str, Any]], seed: int = 1) -> None:
@@ -173,7 +181,13 @@ def with_settings(spec: TrainingSpec, folder: Path, **changes: Any) -> TrainingS
 
 
 def _row(
-    pair_id: str, sample_id: str, number: int, question: str, answers: tuple[str, str], image: str, rejected_image: str
+    pair_id: str,
+    sample_id: str,
+    number: int,
+    question: str,
+    answers: tuple[str, str],
+    image: str,
+    rejected_image: str,
 ) -> dict[str, Any]:
     return {
         "pair_id": pair_id,

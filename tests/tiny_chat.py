@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 _TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -11,15 +12,15 @@ _TEMPLATE = (
 SPECIAL = ("<s>", "<|end|>", "<|user|>", "<|assistant|>")
 
 
-def build_tiny_chat(folder: Path, *, seed: int = 0, max_positions: int = 2048, template: bool = True) -> Path:
-    """Saves a Llama of 2 layers × 64 with a byte-level tokenizer (one token a byte) and returns its folder."""
-    import torch
+def save_tokenizer(folder: Path, *, max_positions: int = 2048, template: bool = True) -> Any:
+    """Saves and returns a byte-level tokenizer (one token a byte) with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate((*SPECIAL, *letters))}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core = Tokenizer(
+        models.BPE(vocab={token: index for index, token in enumerate((*SPECIAL, *letters))}, merges=[])
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -33,10 +34,19 @@ def build_tiny_chat(folder: Path, *, seed: int = 0, max_positions: int = 2048, t
     if template:
         tokenizer.chat_template = _TEMPLATE
     tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_tiny_chat(folder: Path, *, seed: int = 0, max_positions: int = 2048, template: bool = True) -> Path:
+    """Saves a Llama of 2 layers × 64 with the byte-level tokenizer and returns its folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary = len(save_tokenizer(folder, max_positions=max_positions, template=template))
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocabulary),
+            vocab_size=vocabulary,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,

@@ -1,4 +1,4 @@
-"""Tokenised pairs and the padded batches made of them."""
+"""Tokenised pairs and the packed batches made of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmedpo_ray.align.logps import SequenceBatch
+from mmedpo_ray.align.forest import Forest, TokenSequence, pack
 from mmedpo_ray.align.losses import PairBatch
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.images import ImageError, load_rgb
@@ -44,10 +44,19 @@ class Pair:
     ref_rejected: float = 0.0
     counts_nll: bool = True
 
-    def num_tokens(self, *, both_sides: bool) -> int:
-        """Tokens a padded forward pass computes for it."""
-        chosen = len(self.prompt) + len(self.chosen)
-        return chosen + len(self.prompt) + len(self.rejected) if both_sides else chosen
+
+def num_tokens(pairs: Sequence[Pair], *, both_sides: bool) -> int:
+    """About how many tokens a packed forward pass of the pairs computes: each image's longest prompt, and all responses."""
+    prompts: dict[str, int] = {}
+    total = 0
+    for pair in pairs:
+        sides = [(pair.image_uri, pair.chosen)]
+        if both_sides:
+            sides.append((pair.rejected_image_uri, pair.rejected))
+        for uri, response in sides:
+            prompts[uri] = max(prompts.get(uri, 0), len(pair.prompt))
+            total += len(response)
+    return total + sum(prompts.values())
 
 
 class ImageLoader:
@@ -87,30 +96,22 @@ class ImageLoader:
         return stacked
 
 
-def sequence_batch(
+def forest_batch(
     pairs: Sequence[Pair], images: ImageLoader, pad_token_id: int, *, both_sides: bool
-) -> SequenceBatch:
-    """Pads the responses of N pairs: N rows of chosen, then (``both_sides``) N rows of rejected."""
+) -> Forest:
+    """Packs the responses of N pairs: N chosen, then (``both_sides``) N rejected."""
     sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
     if both_sides:
         sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
     uris = list(dict.fromkeys(uri for _, _, uri in sides))
-    length = max(len(prompt) + len(response) for prompt, response, _ in sides)
-    input_ids = torch.full((len(sides), length), pad_token_id, dtype=torch.int64)
-    is_response = torch.zeros((len(sides), length), dtype=torch.bool)
-    for row, (prompt, response, _) in enumerate(sides):
-        end = len(prompt) + len(response)
-        input_ids[row, :end] = torch.tensor(prompt + response)
-        is_response[row, len(prompt) : end] = True
-    return SequenceBatch(
-        input_ids=input_ids,
-        is_response=is_response,
-        pixel_values=images(uris),
-        image_index=torch.tensor([uris.index(uri) for _, _, uri in sides]),
-    )
+    number = {uri: index for index, uri in enumerate(uris)}
+    sequences = [TokenSequence(prompt, response, number[uri]) for prompt, response, uri in sides]
+    return pack(sequences, images(uris), pad_token_id)
 
 
-def pair_batch(pairs: Sequence[Pair], *, is_filler: bool = False, device: torch.device | None = None) -> PairBatch:
+def pair_batch(
+    pairs: Sequence[Pair], *, is_filler: bool = False, device: torch.device | None = None
+) -> PairBatch:
     """The objective's view of the pairs; a filler counts nowhere."""
 
     def tensor(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -79,7 +79,9 @@ def load_last_checkpoint(folder: Path, key: str) -> Checkpoint | None:
                 parameters=load_file(path / "adapter.safetensors"),
                 moments=load_file(path / "moments.safetensors"),
             )
-        except Exception as error:  # safetensors raises its own types; any unreadable checkpoint is passed over
+        except (
+            Exception
+        ) as error:  # safetensors raises its own types; any unreadable checkpoint is passed over
             log.warning("checkpoint %s is unreadable (%s) and is passed over", path, type(error).__name__)
     return None
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmedpo_ray.align.logps import LogpOutput, SequenceBatch, response_logps
+from mmedpo_ray.align.forest import Forest
+from mmedpo_ray.align.logps import LogpOutput, response_logps
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import load_model, resolve_model
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 # (gradients and optimizer state are sharded all the same). DeepSpeed's own default is 100,000 elements.
 _CPU_PERSISTENCE = 1_000_000
 _GPU_PERSISTENCE = 100_000
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Forest) -> tuple[Tensor, Tensor]:
         """See :class:`~mmedpo_ray.align.logps.LogpOutput`; a plain tuple, because hooks rebuild it."""
         return tuple(response_logps(self.model, batch))  # type: ignore[return-value]
 
@@ -78,6 +80,12 @@ class Policy(nn.Module):
         """Trainable parameters by their name in the peft model, sorted."""
         named = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         return dict(sorted(named.items()))
+
+    def load_adapter(self, parameters: dict[str, Tensor]) -> None:
+        """Sets the trainable parameters by their name; before they are sharded."""
+        with torch.no_grad():
+            for name, value in self.adapter_parameters().items():
+                value.copy_(parameters[name])
 
 
 def build_policy(spec: TrainingSpec) -> Policy:
@@ -162,7 +170,7 @@ class Engine:
         self._world_size = torch.distributed.get_world_size()
         self.device: torch.device = torch.device(self._engine.device)
 
-    def logps(self, batch: SequenceBatch) -> LogpOutput:
+    def logps(self, batch: Forest) -> LogpOutput:
         """Forward pass of this rank's rows."""
         return LogpOutput(*self._engine(batch))
 
@@ -196,28 +204,42 @@ class Engine:
 
         return {
             f"{moment}.{name}": safe_get_full_optimizer_state(value, moment)
-            .detach().cpu().clone().view(_shape(value))
+            .detach()
+            .cpu()
+            .clone()
+            .view(_shape(value))
             for name, value in self.policy.adapter_parameters().items()
-            for moment in ("exp_avg", "exp_avg_sq")
+            for moment in _MOMENTS
         }
 
     def restore(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], num_updates: int) -> None:
-        """Puts a checkpoint's adapter and optimizer state back, on any number of ranks."""
+        """Puts a checkpoint's optimizer state back, on any number of ranks.
+
+        The policy must have been built with the same parameters: this sets the optimizer's exact float32 copies, which
+        DeepSpeed carries over to the weights only with the next update.
+        """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        inner = self._optimizer.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                # Adam makes its state at the first update; a fresh engine has none to fill.
-                inner.state[flat] = {
-                    "step": torch.tensor(float(num_updates)),
-                    "exp_avg": torch.zeros_like(flat),
-                    "exp_avg_sq": torch.zeros_like(flat),
-                }
+        self._make_optimizer_state(num_updates)
         for name, value in self.policy.adapter_parameters().items():
             safe_set_full_fp32_param(value, parameters[name].to(self.device))
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in _MOMENTS:
                 safe_set_full_optimizer_state(value, moments[f"{moment}.{name}"].to(self.device), moment)
+
+    def _make_optimizer_state(self, num_updates: int) -> None:
+        """Adam makes its state at the first update; a fresh engine has none to fill."""
+        if self._engine.zero_optimization_stage() == 3:
+            shards = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            shards = self._optimizer.single_partition_of_fp32_groups
+        for shard in shards:
+            self._optimizer.optimizer.state[shard] = {
+                "step": torch.tensor(float(num_updates)),
+                **{moment: torch.zeros_like(shard) for moment in _MOMENTS},
+            }
+        if self._engine.zero_optimization_stage() != 3:
+            # Links the state to the parameters, which ZeRO-2 otherwise does after the first update.
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def learning_rate_factor(scheduler: str, step: int, total_steps: int, warmup_ratio: float) -> float:

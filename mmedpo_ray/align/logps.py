@@ -1,60 +1,36 @@
 """Log-probabilities of responses under a LLaVA. Plain torch; runs anywhere.
 
-:func:`response_logps` is the one place where a policy or a reference is evaluated. It takes a :class:`SequenceBatch` and
-returns one sum a response; how the sequences share computation is its own affair. Here each sequence is a padded row,
-and each distinct image passes the vision tower once however many rows show it.
+:func:`response_logps` is the one place where a policy or a reference is evaluated: one sum a response, computed on the
+packed trees of :mod:`mmedpo_ray.align.forest`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class SequenceBatch:
-    """R prompts with their responses, padded on the right to T tokens.
-
-    Attributes:
-        input_ids: (R, T) int64, prompt (image ids included) then response.
-        is_response: (R, T) bool, the response tokens, end token included.
-        pixel_values: (I, 3, H, W) float32, the distinct images.
-        image_index: (R,) int64, which of them a row shows.
-    """
-
-    input_ids: Tensor
-    is_response: Tensor
-    pixel_values: Tensor
-    image_index: Tensor
-
-    def to(self, device: torch.device) -> SequenceBatch:
-        """The batch on another device."""
-        return replace(
-            self, **{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)}
-        )
+from mmedpo_ray.align.forest import Forest
 
 
 class LogpOutput(NamedTuple):
     """Sums over response tokens.
 
     Attributes:
-        logps: (R,) float32, Σ log π(token | everything before), nats.
-        num_tokens: (R,) int64, tokens summed.
+        logps: (N,) float32, Σ log π(token | everything before), nats.
+        num_tokens: (N,) int64, tokens summed.
     """
 
     logps: Tensor
     num_tokens: Tensor
 
 
-def response_logps(model: nn.Module, batch: SequenceBatch) -> LogpOutput:
+def response_logps(model: nn.Module, batch: Forest) -> LogpOutput:
     """Evaluates every response of a batch.
 
-    Causal attention alone keeps the padding on the right out of every sum, so no mask is passed and the fast kernels
-    apply. Only the hidden states that predict a response token meet ``lm_head``: (K, V) logits for K response tokens
-    instead of (R, T, V).
+    Each distinct image passes the vision tower once, each shared token the language model once, and only the hidden
+    states that predict a response token meet ``lm_head``: (E, V) logits for E response tokens instead of (R, T, V).
 
     Args:
         model: a ``LlavaForConditionalGeneration`` or a peft model of one; its tower and projector are frozen.
@@ -65,17 +41,20 @@ def response_logps(model: nn.Module, batch: SequenceBatch) -> LogpOutput:
         features = image_features(llava, batch.pixel_values)
         embeddings = llava.get_input_embeddings()(batch.input_ids)
         is_image = (batch.input_ids == llava.config.image_token_id).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(is_image, features[batch.image_index].to(embeddings.dtype))
+        embeddings = embeddings.masked_scatter(is_image, features[batch.tree_image].to(embeddings.dtype))
     if torch.is_grad_enabled():
         # Reentrant checkpointing only recomputes a block whose input wants a gradient.
         embeddings.requires_grad_(True)
-    hidden = llava.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    predicted = batch.is_response[:, 1:]
-    row, _ = predicted.nonzero(as_tuple=True)
-    logits = llava.lm_head(hidden[:, :-1][predicted]).float()
-    token_logps = -nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][predicted], reduction="none")
-    zeros = torch.zeros(batch.input_ids.shape[0], dtype=torch.float32, device=logits.device)
-    return LogpOutput(zeros.index_add(0, row, token_logps), predicted.sum(dim=1))
+    hidden = llava.model.language_model(
+        inputs_embeds=embeddings,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    logits = llava.lm_head(hidden[batch.edge_row, batch.edge_parent]).float()
+    edges = -nn.functional.cross_entropy(logits, batch.edge_token, reduction="none")
+    zeros = torch.zeros(batch.num_tokens.shape[0], dtype=torch.float32, device=logits.device)
+    return LogpOutput(zeros.index_add(0, batch.term_sequence, edges[batch.term_edge]), batch.num_tokens)
 
 
 def image_features(llava: nn.Module, pixel_values: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmedpo_ray import storage, tables
-from mmedpo_ray.align.batch import ImageLoader, Pair, pair_batch, sequence_batch
+from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch, pair_batch
 from mmedpo_ray.align.checkpoint import Checkpoint, load_last_checkpoint, save_checkpoint
 from mmedpo_ray.align.engine import Engine, TrainingSpec, build_policy, learning_rate_factor
-from mmedpo_ray.align.logps import SequenceBatch
+from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.losses import SUMS, Normaliser, dpo_objective, sft_objective, summarise
 from mmedpo_ray.align.metrics import MetricsWriter
 from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size
@@ -50,8 +50,7 @@ class TrainingLoop:
         self.both_sides = spec.objective == "dpo"
         self.images = ImageLoader(self.writer, self._cached_images())
         self.plan = self._make_plan()
-        self.engine = Engine(build_policy(spec), spec)
-        self.step = self._resume()
+        self.engine, self.step = self._make_engine()
         self.metrics = MetricsWriter(spec.folder, self.step) if self.rank == 0 else None
 
     def run(self) -> None:
@@ -76,14 +75,16 @@ class TrainingLoop:
 
     # ------------------------------------------------------------------ a step
 
-    def _batches(self) -> Iterator[tuple[int, list[tuple[MicroBatch, SequenceBatch]]]]:
+    def _batches(self) -> Iterator[tuple[int, list[tuple[MicroBatch, Forest]]]]:
         """Steps with their micro-batches, one step read ahead in a thread."""
 
-        def read(step: int) -> list[tuple[MicroBatch, SequenceBatch]]:
+        def read(step: int) -> list[tuple[MicroBatch, Forest]]:
             return [
                 (
                     micro,
-                    sequence_batch(micro.pairs, self.images, self.writer.pad_token_id, both_sides=self.both_sides),
+                    forest_batch(
+                        micro.pairs, self.images, self.writer.pad_token_id, both_sides=self.both_sides
+                    ),
                 )
                 for micro in self.plan.micro_batches(step, self.rank, self.world_size)
             ]
@@ -96,7 +97,7 @@ class TrainingLoop:
                 ahead = pool.submit(read, step + 1) if step + 1 < self.plan.total_steps else None
                 yield step, batches
 
-    def _forward_backward(self, step: int, batches: list[tuple[MicroBatch, SequenceBatch]]) -> Tensor:
+    def _forward_backward(self, step: int, batches: list[tuple[MicroBatch, Forest]]) -> Tensor:
         """Accumulates the step's gradients; returns its sums over all ranks (:data:`SUMS`, then tokens computed)."""
         total = self.plan.normaliser(step)
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.engine.device)
@@ -104,7 +105,9 @@ class TrainingLoop:
         for number, (micro, batch) in enumerate(batches):
             batch = batch.to(self.engine.device)
             share, part, finite = self._objective(micro, batch, total)
-            self._suspects += [pair.pair_id for pair, is_ok in zip(micro.pairs, finite, strict=True) if not is_ok]
+            self._suspects += [
+                pair.pair_id for pair, is_ok in zip(micro.pairs, finite, strict=True) if not is_ok
+            ]
             self.engine.backward(share, is_last=number == len(batches) - 1)
             sums[:-1] += part
             sums[-1] += 0 if micro.is_filler else batch.input_ids.numel()
@@ -112,7 +115,7 @@ class TrainingLoop:
         return sums
 
     def _objective(
-        self, micro: MicroBatch, batch: SequenceBatch, total: Normaliser
+        self, micro: MicroBatch, batch: Forest, total: Normaliser
     ) -> tuple[Tensor, Tensor, list[bool]]:
         """A micro-batch's share of the loss, its sums, and which pairs' log-probabilities are finite."""
         align = self.spec.align
@@ -199,7 +202,9 @@ class TrainingLoop:
             both_sides=self.both_sides,
         )
         if self.rank == 0:
-            self._write_json("plan.json", {"rows_in": scored.num_rows, "dropped": _reasons(dropped), **plan.summary()})
+            self._write_json(
+                "plan.json", {"rows_in": scored.num_rows, "dropped": _reasons(dropped), **plan.summary()}
+            )
         return plan
 
     def _reference(self) -> dict[str, tuple[float, float]] | None:
@@ -216,10 +221,23 @@ class TrainingLoop:
         storage.remove(folder)
         if dropped:
             schema = tables.with_drop_columns(tables.SCORED)
-            storage.write_parquet(storage.join(folder, "part-00000.parquet"), tables.to_table(dropped, schema))
+            storage.write_parquet(
+                storage.join(folder, "part-00000.parquet"), tables.to_table(dropped, schema)
+            )
 
-    def _resume(self) -> int:
-        """Continues from the last checkpoint, if there is one; returns the next step."""
+    def _make_engine(self) -> tuple[Engine, int]:
+        """The engine, as the last checkpoint left it if there is one, and the next step."""
+        policy = build_policy(self.spec)
+        found = self._last_checkpoint()
+        if found is None:
+            return Engine(policy, self.spec), 0
+        policy.load_adapter(found.parameters)
+        engine = Engine(policy, self.spec)
+        engine.restore(found.parameters, found.moments, found.step)
+        log.info("align: resuming after step %d of %d", found.step, self.plan.total_steps)
+        return engine, found.step
+
+    def _last_checkpoint(self) -> Checkpoint | None:
         found = load_last_checkpoint(self.spec.folder, self.spec.key)
         steps: list[int] = [0] * self.world_size
         dist.all_gather_object(steps, found.step if found else 0)
@@ -228,11 +246,7 @@ class TrainingLoop:
                 f"align: the ranks see different checkpoints in {self.spec.folder} (steps {steps}). All nodes must share "
                 "this folder (NFS, Lustre, FSx); set run.folder to one they share."
             )
-        if found is None:
-            return 0
-        self.engine.restore(found.parameters, found.moments, found.step)
-        log.info("align: resuming after step %d of %d", found.step, self.plan.total_steps)
-        return found.step
+        return found
 
     def _save(self) -> None:
         parameters, moments = self.engine.parameters(), self.engine.moments()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmedpo_ray.align.batch import Pair
+from mmedpo_ray.align.batch import Pair, num_tokens
 from mmedpo_ray.align.losses import Normaliser
 from mmedpo_ray.errors import UserError
 
@@ -63,7 +63,9 @@ class Plan:
         both_sides: bool = True,
     ) -> None:
         if not pairs:
-            raise UserError("align: there is no pair to train on. Look into dropped/ of the station's folder.")
+            raise UserError(
+                "align: there is no pair to train on. Look into dropped/ of the station's folder."
+            )
         trees: dict[str, list[Pair]] = {}
         for pair in sorted(pairs, key=lambda item: item.pair_id):
             trees.setdefault(pair.image_id, []).append(pair)
@@ -79,7 +81,8 @@ class Plan:
         if max_steps is not None:
             self.total_steps = min(self.total_steps, max_steps)
         self._filler = min(
-            (pair for tree in self._trees for pair in tree), key=lambda pair: (self._cost(pair), pair.pair_id)
+            (pair for tree in self._trees for pair in tree),
+            key=lambda pair: (self._cost([pair]), pair.pair_id),
         )
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -110,7 +113,10 @@ class Plan:
         while (bins := self._pack(pieces, world_size * rounds)) is None:
             rounds += 1
         mine = bins[rank::world_size]
-        return [MicroBatch(tuple(items)) if items else MicroBatch((self._filler,), is_filler=True) for items in mine]
+        return [
+            MicroBatch(tuple(items)) if items else MicroBatch((self._filler,), is_filler=True)
+            for items in mine
+        ]
 
     def summary(self) -> dict[str, float | int]:
         """Figures of the plan for the manifest."""
@@ -142,7 +148,7 @@ class Plan:
             # Without rejected sides a pair is its chosen answer, and an answer shared by two pairs is computed once.
             trees = [[pair for pair in tree if pair.counts_nll] for tree in trees]
         pieces = [tree[start : start + size] for tree in trees for start in range(0, len(tree), size)]
-        return sorted(pieces, key=lambda piece: (-sum(map(self._cost, piece)), piece[0].pair_id))
+        return sorted(pieces, key=lambda piece: (-self._cost(piece), piece[0].pair_id))
 
     def _pack(self, pieces: list[list[Pair]], num_bins: int) -> list[list[Pair]] | None:
         """Puts each piece into the emptiest bin that has room; ``None`` if one fits nowhere."""
@@ -154,11 +160,11 @@ class Plan:
                 return None
             target = min(open_bins, key=lambda k: (tokens[k], k))
             bins[target] += piece
-            tokens[target] += sum(map(self._cost, piece))
+            tokens[target] += self._cost(piece)
         return bins
 
-    def _cost(self, pair: Pair) -> int:
-        return pair.num_tokens(both_sides=self._both_sides)
+    def _cost(self, pairs: Sequence[Pair]) -> int:
+        return num_tokens(pairs, both_sides=self._both_sides)
 
 
 def effective_sample_size(weights: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from mmedpo_ray import cluster, tables
-from mmedpo_ray.align.batch import ImageLoader, Pair, sequence_batch
+from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch
 from mmedpo_ray.align.logps import response_logps
 from mmedpo_ray.align.prepare import COLUMNS, Refusal, tokenise
 from mmedpo_ray.config import AlignConfig, Config
@@ -23,7 +23,7 @@ from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, 
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import Manifest, Station, digest, read_manifest, read_table
 
-# Batches handed to an actor; inside, pairs are sorted by length so that little is padded.
+# Batches handed to an actor; inside, pairs of one image stay together.
 _BATCH_FORWARDS = 8
 
 
@@ -132,10 +132,10 @@ class ReferenceScorer:
         return tables.to_table(rows, tables.with_drop_columns(tables.REFERENCE))
 
     def _score(self, pairs: list[Pair]) -> Iterable[dict[str, Any]]:
-        ordered = sorted(pairs, key=lambda pair: (pair.num_tokens(both_sides=True), pair.pair_id))
+        ordered = sorted(pairs, key=lambda pair: (pair.image_id, pair.pair_id))
         for start in range(0, len(ordered), self._align.pairs_per_forward):
             chunk = ordered[start : start + self._align.pairs_per_forward]
-            sequences = sequence_batch(chunk, self._images, self._writer.pad_token_id, both_sides=True)
+            sequences = forest_batch(chunk, self._images, self._writer.pad_token_id, both_sides=True)
             with torch.no_grad():
                 logps = response_logps(self._model, sequences.to(self._device)).logps.tolist()
             for pair, chosen, rejected in zip(chunk, logps[: len(chunk)], logps[len(chunk) :], strict=True):

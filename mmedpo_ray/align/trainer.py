@@ -173,7 +173,9 @@ def _fit(spec: TrainingSpec) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         _raise_user_error(spec)
-        causes = {str(cause).strip().split("\n", 1)[0] for cause in getattr(error, "worker_failures", {}).values()}
+        causes = {
+            str(cause).strip().split("\n", 1)[0] for cause in getattr(error, "worker_failures", {}).values()
+        }
         raise UserError(
             f"align: the workers failed more than align.max_failures={align.max_failures} times: "
             f"{'; '.join(sorted(causes)) or str(error).strip()}. Checkpoints are in {spec.folder / 'checkpoints'}; running align "
@@ -200,7 +202,8 @@ def _worker(settings: dict[str, Any]) -> None:
     except UserError as error:
         # Another attempt would meet the same: note it, so that the restarted group ends at once.
         storage.write_bytes(
-            str(spec.folder / _ERROR_FILE), json.dumps({"attempt": spec.attempt, "message": str(error)}).encode()
+            str(spec.folder / _ERROR_FILE),
+            json.dumps({"attempt": spec.attempt, "message": str(error)}).encode(),
         )
         raise
 
@@ -217,9 +220,11 @@ def _raise_user_error(spec: TrainingSpec) -> None:
 
 def _worker_environment(spec: TrainingSpec) -> dict[str, str]:
     threads = str(spec.align.threads_per_worker)
-    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"} | (
-        {} if spec.use_gpu else {"DS_ACCELERATOR": "cpu"}
-    )
+    return {
+        "OMP_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    } | ({} if spec.use_gpu else {"DS_ACCELERATOR": "cpu"})
 
 
 @contextlib.contextmanager
@@ -235,7 +240,9 @@ def _progress(name: str, folder: Path) -> Iterator[None]:
                 if plan and rows:
                     last = rows[-1]
                     margin = last.get("reward_margin")
-                    note = f"loss {last['loss']:.3f}" + (f" margin {margin:.2f}" if margin is not None else "")
+                    note = f"loss {last['loss']:.3f}" + (
+                        f" margin {margin:.2f}" if margin is not None else ""
+                    )
                     bar.update(task, total=plan["steps"], completed=last["step"], note=note)
 
     watcher = threading.Thread(target=watch, daemon=True)

@@ -190,7 +190,7 @@ def _visual_pairs(config: Config, samples: pa.Table, done: set[str]) -> ray.data
         return None
     if not TOOLS[settings.tool].has_model:
         return _map_tasks(planned, VisualPairs(config), config, _IMAGES_PER_TASK)
-    return ray.data.from_arrow(planned).map_batches(
+    return ray.data.from_arrow(_slices(planned, _IMAGES_PER_TASK)).map_batches(
         VisualPairs,
         fn_constructor_args=(config,),
         batch_format="pyarrow",
@@ -212,14 +212,18 @@ def _without(table: pa.Table, column: str, names: set[str]) -> pa.Table:
 
 def _map_tasks(table: pa.Table, function: Any, config: Config, rows: int) -> ray.data.Dataset:
     """Runs a batch function over slices of a table in Ray tasks."""
-    blocks = [table.slice(start, rows).combine_chunks() for start in range(0, table.num_rows, rows)]
-    return ray.data.from_arrow(blocks).map_batches(
+    return ray.data.from_arrow(_slices(table, rows)).map_batches(
         function,
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=config.ray.data_cpus,
     )
+
+
+def _slices(table: pa.Table, rows: int) -> list[pa.Table]:
+    """Blocks of ``rows`` rows that travel alone."""
+    return [table.slice(start, rows).combine_chunks() for start in range(0, table.num_rows, rows)]
 
 
 def _count_pairs(pairs: pa.Table) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich import box
 from rich.table import Table
 
 from mmedpo_ray import storage, tables
@@ -331,14 +332,15 @@ def summary_table(summary: dict[str, Any]) -> Table:
     names = summary["names"]
     table = Table(
         title=f"{summary['questions']:,} questions about {summary['images']:,} images, "
-        f"{summary['confidence']:.0%} intervals over images"
+        f"{summary['confidence']:.0%} intervals over images",
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("")
     for name in names.values():
         table.add_column(name, justify="right")
-    table.add_column(f"{names.get('aligned', 'aligned')} − {names.get('base', 'base')}", justify="right")
+    table.add_column(f"{names.get('aligned', 'aligned')} −\n{names.get('base', 'base')}", justify="right")
     if "control" in names:
-        table.add_column(f"{names['aligned']} − {names['control']}", justify="right")
+        table.add_column(f"{names['aligned']} −\n{names['control']}", justify="right")
     for key, metric in METRICS.items():
         values = [summary["models"].get(name, {}).get(key) for name in names.values()]
         if metric.official or not any(value and value["n"] for value in values):
@@ -355,13 +357,22 @@ def _cell(value: dict[str, Any] | None) -> str:
         return "–"
     if value["low"] is None:
         return f"{value['value']:.3f}"
-    return f"{value['value']:.3f} [dim]\\[{value['low']:.3f}, {value['high']:.3f}][/dim]"
+    return f"{value['value']:.3f}\n[dim]\\[{_short(value['low'])}, {_short(value['high'])}][/dim]"
 
 
 def _difference_cell(value: dict[str, Any] | None) -> str:
     if not value or value["value"] is None or value["low"] is None:
         return "–"
-    text = f"{value['value']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]".replace("[", "\\[")
+    text = f"{value['value']:+.3f}\n\\[{_short(value['low'], '+')}, {_short(value['high'], '+')}]"
     if value["low"] > 0:
         return f"[green]{text}[/green]"
     return f"[red]{text}[/red]" if value["high"] < 0 else text
+
+
+def _short(number: float, sign: str = "") -> str:
+    """Three decimals without the zero before the point."""
+    return (
+        format(number, f"{sign}.3f").replace("0.", ".", 1)
+        if abs(number) < 1
+        else format(number, f"{sign}.3f")
+    )

@@ -25,7 +25,7 @@ from mmedpo_ray.errors import UserError
 from mmedpo_ray.judge import agents as judges
 from mmedpo_ray.judge import debate, weights
 from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Manifest, Station, read_manifest, without
+from mmedpo_ray.stage import Manifest, Station, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +61,11 @@ def score(config: Config) -> Manifest:
     columns = storage.dataset(scores).to_table(columns=["score", "kind", "dataset"])
     groups = _groups(columns, settings.weights)
     moments = weights.fit(columns["score"].to_numpy(), groups)
-    attach = partial(_attach_weights, moments=moments, settings=settings.weights)
 
     def build(done: set[str]) -> ray.data.Dataset | None:
-        rows = _read([scores, storage.join(scores, "dropped")], tables.with_drop_columns(_SCORES))
-        return _map(without(rows, "pair_id", done), attach, config) if rows else None
+        rows = _rows_of([scores, storage.join(scores, "dropped")], tables.with_drop_columns(_SCORES), done)
+        weighted = _attach_weights(rows, moments=moments, settings=settings.weights)
+        return _blocks(weighted, config.ray.rows_per_part)
 
     return station.write_rows(
         build,
@@ -127,23 +127,24 @@ def _build_pass(
 ) -> ray.data.Dataset | None:
     """The open pairs of the pass before (or of ``pairs``) through the agents of this one."""
     settings = config.score
-    rows = _read([source], debate.DEBATE if which.index else tables.PAIRS)
-    if rows is None:
-        return None
     if which.index:
-        rows = _map(rows, _still_open, config)
+        rows = _rows_of([source], debate.DEBATE, done)
+        rows = rows.filter(pc.invert(rows["settled"]))
     else:
-        rows = _map(rows, partial(_open_debate, keep_source_scores=settings.keep_source_scores), config)
-    rows = without(rows, "pair_id", done)
+        rows = _rows_of([source], tables.PAIRS, done)
+        rows = _open_debate(rows, keep_source_scores=settings.keep_source_scores)
     chosen = options[which.agents[0].name]
+    blocks = _blocks(rows, chosen["batch_size"])
+    if blocks is None:
+        return None
     if "concurrency" in chosen:
-        return rows.map_batches(
+        return blocks.map_batches(
             debate.HoldPass,
             fn_constructor_args=(which, settings.agents, settings.max_rounds),
             batch_format="pyarrow",
             **chosen,
         )
-    return rows.map_batches(
+    return blocks.map_batches(
         debate.HoldPass(which, settings.agents, settings.max_rounds), batch_format="pyarrow", **chosen
     )
 
@@ -161,10 +162,6 @@ def _open_debate(batch: pa.Table, *, keep_source_scores: bool) -> pa.Table:
     )
 
 
-def _still_open(batch: pa.Table) -> pa.Table:
-    return batch.filter(pc.invert(batch["settled"]))
-
-
 # ---------------------------------------------------------------------- step 2: scores
 
 
@@ -179,23 +176,17 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
     if station.finished():
         return folder
     passes = _hold_debate(config, judging)
-    undebated = partial(_score_undebated, keep_source_scores=settings.keep_source_scores)
+    held = [part for path in passes for part in (path, storage.join(path, "dropped"))]
 
     def build(done: set[str]) -> ray.data.Dataset | None:
-        parts = []
-        pairs = _read([run.pairs], tables.PAIRS)
-        if pairs is not None:
-            parts.append(_map(pairs, undebated, config))
-        debated = _read(
-            [part for path in passes for part in (path, storage.join(path, "dropped"))],
-            tables.with_drop_columns(debate.DEBATE),
-        )
-        if debated is not None:
-            parts.append(_map(debated, partial(_score_debated, num_agents=len(settings.agents)), config))
-        if not parts:
-            return None
-        rows = parts[0] if len(parts) == 1 else parts[0].union(*parts[1:])
-        return without(rows, "pair_id", done)
+        pairs = _rows_of([run.pairs], tables.with_drop_columns(tables.PAIRS), done)
+        debated = _rows_of(held, tables.with_drop_columns(debate.DEBATE), done)
+        parts = [
+            _score_undebated(pairs, keep_source_scores=settings.keep_source_scores),
+            _score_debated(debated, num_agents=len(settings.agents)),
+        ]
+        names = tables.with_drop_columns(_SCORES).names
+        return _blocks(pa.concat_tables([part.select(names) for part in parts]), config.ray.rows_per_part)
 
     station.write_rows(build, schema=_SCORES, id_column="pair_id", total=total)
     storage.remove(storage.join(run.scored, ".debate"))
@@ -300,38 +291,29 @@ def _rows(folder: str) -> int:
     return manifest.rows_out if manifest else 0
 
 
-def _read(folders: Sequence[str], schema: pa.Schema) -> ray.data.Dataset | None:
-    """The rows of several table folders with the columns of ``schema`` (absent ones null); ``None`` where there is none."""
-    parts = [
-        ray.data.read_parquet(storage.list_files(folder, ".parquet"))
-        for folder in folders
-        if storage.list_files(folder, ".parquet") and storage.dataset(folder).count_rows()
-    ]
-    if not parts:
-        return None
-    rows = parts[0] if len(parts) == 1 else parts[0].union(*parts[1:])
-    return rows.map_batches(
-        partial(_fit, schema=schema), batch_format="pyarrow", zero_copy_batch=True, num_cpus=0.25
-    )
+def _rows_of(folders: Sequence[str], schema: pa.Schema, done: set[str]) -> pa.Table:
+    """The rows of several table folders that are not done yet, with the columns of ``schema`` (absent ones null).
 
-
-def _fit(batch: pa.Table, *, schema: pa.Schema) -> pa.Table:
-    """Exactly the columns of ``schema``, so that tables with and without dropped rows can be united."""
+    Tables are read here and handed to the workers in blocks: they hold text only, every station sorts its table as a whole
+    in the end, and a small run spends its time on starting readers otherwise.
+    """
     nullable = pa.schema([field.with_nullable(True).remove_metadata() for field in schema])
-    return pa.table(
-        {
-            field.name: batch[field.name].cast(field.type)
-            if field.name in batch.column_names
-            else pa.nulls(batch.num_rows, field.type)
-            for field in nullable
-        },
-        nullable,
-    )
+    parts = [
+        storage.dataset(folder, nullable).to_table()
+        for folder in folders
+        if storage.list_files(folder, ".parquet")
+    ]
+    rows = pa.concat_tables(parts) if parts else nullable.empty_table()
+    finished = pa.array(sorted(done), pa.string())
+    return rows.filter(pc.invert(pc.is_in(rows["pair_id"], value_set=finished)))
 
 
-def _map(rows: ray.data.Dataset, function: Any, config: Config) -> ray.data.Dataset:
-    return rows.map_batches(
-        function, batch_format="pyarrow", zero_copy_batch=True, num_cpus=config.ray.data_cpus
+def _blocks(rows: pa.Table, size: int) -> ray.data.Dataset | None:
+    """The rows as a Ray dataset in blocks of ``size`` rows, so that workers share them; ``None`` where there is none."""
+    if not rows.num_rows:
+        return None
+    return ray.data.from_arrow(
+        [rows.slice(start, size).combine_chunks() for start in range(0, rows.num_rows, size)]
     )
 
 

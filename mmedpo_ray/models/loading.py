@@ -115,7 +115,9 @@ def model_fingerprint(path: str) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return hashlib.sha256(source.encode()).hexdigest()[:16]
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors", ".model"))
+    files = sorted(
+        file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors", ".model")
+    )
     whole = sum(file.stat().st_size for file in files) <= _HASH_WHOLE_BYTES
     state = hashlib.sha256()
     for file in files:
@@ -152,7 +154,9 @@ class PromptWriter:
         self._responses: dict[tuple[str, str], list[int]] = {}
         self.image_token_id: int = processor.image_token_id
         if self._tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no eos_token, so an answer would never end. Add it to the model.")
+            raise UserError(
+                "the tokenizer has no eos_token, so an answer would never end. Add it to the model."
+            )
         self.eos_token_id: int = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else self.eos_token_id
@@ -249,7 +253,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "save_pretrained wrote, or to a hub name."
         ) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). The model is damaged; export it again.") from error
+        raise UserError(
+            f"{path} is not valid JSON ({error}). The model is damaged; export it again."
+        ) from error
 
 
 def _check_architecture(config: dict[str, Any], name: str) -> None:

@@ -1,4 +1,4 @@
-"""A vLLM plugin: LLaVA without torchvision, and quick starts on CPU.
+"""A vLLM plugin: LLaVA without torchvision, and on CPU quick starts and adapters that work in mixed batches.
 
 vLLM runs every ``vllm.general_plugins`` entry point in each of its processes before it inspects a model, so the
 package only needs to be installed for this to take effect.
@@ -20,6 +20,12 @@ def register() -> None:
     """Called by vLLM."""
     alias_image_processor()
     engine_preload.install()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from mmedpo_ray.models import lora_cpu
+
+        lora_cpu.install()
 
 
 def alias_image_processor() -> None:

@@ -1,0 +1,1 @@
+"""tables and metrics → report.html."""

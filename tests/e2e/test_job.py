@@ -49,7 +49,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--num-cpus=12", f"--port={gcs}", "--dashboard-host=127.0.0.1",
+        [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", "--dashboard-host=127.0.0.1",
          f"--dashboard-port={dashboard}", f"--temp-dir={folder / 'ray'}", "--ray-client-server-port=0",
          "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"],
         env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,

@@ -43,7 +43,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(with_settings(plain, folder / "two_ranks")),
             # Four pairs a micro-batch leave one of two ranks without work in some rounds.
             Launch(with_settings(plain, folder / "two_ranks_accumulated", pairs_per_forward=5)),
-            Launch(with_settings(plain, folder / "zero_two", zero_stage=2)),
+            Launch(zero_two := with_settings(plain, folder / "zero_two", zero_stage=2), crash_after=3),
+            Launch(zero_two),
             Launch(moved),
         ],
         world_size=2,

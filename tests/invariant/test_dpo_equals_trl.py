@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray import tables
-from mmedpo_ray.align.batch import ImageLoader, Pair, pair_batch, sequence_batch
+from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch, pair_batch
 from mmedpo_ray.align.logps import response_logps
 from mmedpo_ray.align.losses import Normaliser, dpo_objective
 from mmedpo_ray.align.prepare import prepare_pairs
@@ -32,7 +32,10 @@ BETA = 0.3
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two different models, six text pairs of weight 1 as our pairs and as TRL's batch."""
     folder = tmp_path_factory.mktemp("trl")
-    policy_folder, reference_folder = build_tiny_llava(folder / "policy"), build_tiny_llava(folder / "reference", seed=1)
+    policy_folder, reference_folder = (
+        build_tiny_llava(folder / "policy"),
+        build_tiny_llava(folder / "reference", seed=1),
+    )
     rows = [row | {"weight": 1.0} for row in write_scored(folder, num_images=2) if row["kind"] == "text"]
     processor = load_processor(str(policy_folder))
     writer = PromptWriter(processor)
@@ -57,7 +60,9 @@ def trl_loss(world: dict[str, Any], folder: Path, **settings: Any) -> tuple[torc
     rows = [
         {
             "images": [Image.open(row["image_uri"])],
-            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}],
+            "prompt": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
+            ],
             "chosen": [{"role": "assistant", "content": [{"type": "text", "text": row["chosen"]}]}],
             "rejected": [{"role": "assistant", "content": [{"type": "text", "text": row["rejected"]}]}],
         }
@@ -89,7 +94,7 @@ def our_loss(world: dict[str, Any], **settings: Any) -> tuple[torch.Tensor, torc
     """Our loss and the gradient of ``lm_head``."""
     pairs: list[Pair] = world["pairs"]
     count = len(pairs)
-    batch = sequence_batch(pairs, ImageLoader(world["writer"]), world["writer"].pad_token_id, both_sides=True)
+    batch = forest_batch(pairs, ImageLoader(world["writer"]), world["writer"].pad_token_id, both_sides=True)
     with torch.no_grad():
         ref = response_logps(world["reference"], batch).logps
     policy = response_logps(world["policy"], batch)
@@ -97,7 +102,13 @@ def our_loss(world: dict[str, Any], **settings: Any) -> tuple[torch.Tensor, torc
     known = type(known)(known.weight, ref[:count], ref[count:], known.is_visual, known.counts_nll)
     total = Normaliser(float(count), sum(len(pair.chosen) for pair in pairs))
     loss, _ = dpo_objective(
-        policy.logps[:count], policy.logps[count:], policy.num_tokens[:count], known, total, beta=BETA, **settings
+        policy.logps[:count],
+        policy.logps[count:],
+        policy.num_tokens[:count],
+        known,
+        total,
+        beta=BETA,
+        **settings,
     )
     return loss.detach(), _gradient(world, loss)
 
@@ -108,12 +119,19 @@ def test_weights_of_one_are_plain_dpo(world: dict[str, Any], tmp_path: Path) -> 
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert torch.allclose(our_gradient, their_gradient, rtol=1e-3, atol=1e-6)
     # TRL's loader shuffles, so rows are compared as a set.
-    sequences = {tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)}
-    assert sequences == {tuple(pair.prompt + side) for pair in world["pairs"] for side in (pair.chosen, pair.rejected)}
+    sequences = {
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
+    assert sequences == {
+        tuple(pair.prompt + side) for pair in world["pairs"] for side in (pair.chosen, pair.rejected)
+    }
 
 
 def test_the_likelihood_term_is_trl_s_sft_loss(world: dict[str, Any], tmp_path: Path) -> None:
-    theirs, their_gradient, _ = trl_loss(world, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7])
+    theirs, their_gradient, _ = trl_loss(
+        world, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7]
+    )
     ours, our_gradient = our_loss(world, nll_coefficient=0.7)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert torch.allclose(our_gradient, their_gradient, rtol=1e-3, atol=1e-6)

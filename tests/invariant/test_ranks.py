@@ -9,7 +9,7 @@ import torch
 from align_compare import adapter, assert_same_training
 
 from mmedpo_ray import tables
-from mmedpo_ray.align.batch import ImageLoader, pair_batch, sequence_batch
+from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
 from mmedpo_ray.align.engine import build_policy, learning_rate_factor
 from mmedpo_ray.align.losses import dpo_objective
 from mmedpo_ray.align.metrics import read_metrics
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("name", ["accumulated", "two_ranks", "two_ranks_accumulated", "zero_two", "checkpointing"])
+@pytest.mark.parametrize(
+    "name", ["accumulated", "two_ranks", "two_ranks_accumulated", "zero_two", "checkpointing"]
+)
 def test_the_way_of_computing_does_not_matter(runs: Runs, name: str) -> None:
     assert_same_training(runs.folder / name, runs.folder / "plain")
 
@@ -42,15 +44,23 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
         visual_coefficient=align.visual_coefficient,
         reference={row["pair_id"]: (row["ref_chosen_logp"], row["ref_rejected_logp"]) for row in references},
     )
-    plan = Plan(pairs, seed=spec.seed, epochs=align.epochs, images_per_step=align.images_per_step, pairs_per_forward=99)
+    plan = Plan(
+        pairs,
+        seed=spec.seed,
+        epochs=align.epochs,
+        images_per_step=align.images_per_step,
+        pairs_per_forward=99,
+    )
     policy = build_policy(spec)
     parameters = policy.adapter_parameters()
-    optimizer = torch.optim.AdamW(parameters.values(), lr=align.learning_rate, weight_decay=align.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=align.learning_rate, weight_decay=align.weight_decay
+    )
     images = ImageLoader(writer)
     assert align.max_steps is not None
     for step, row in enumerate(read_metrics(runs.folder / "plain")):
         chosen_pairs = plan.step_pairs(step)
-        batch = sequence_batch(chosen_pairs, images, writer.pad_token_id, both_sides=True)
+        batch = forest_batch(chosen_pairs, images, writer.pad_token_id, both_sides=True)
         logps, tokens = policy(batch)
         count = len(chosen_pairs)
         loss, _ = dpo_objective(

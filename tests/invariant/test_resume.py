@@ -24,4 +24,7 @@ def test_a_run_may_move_to_another_number_of_workers(runs: Runs) -> None:
 
 
 def test_the_end_of_a_run_is_a_checkpoint_too(runs: Runs) -> None:
-    assert [path.name for path in checkpoint_folders(runs.folder / "resumed")] == ["step-000002", "step-000004"]
+    assert [path.name for path in checkpoint_folders(runs.folder / "resumed")] == [
+        "step-000002",
+        "step-000004",
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_chat import build_tiny_chat
 
 from mmedpo_ray import storage, tables
 from mmedpo_ray.config import Config, load
@@ -15,7 +16,6 @@ from mmedpo_ray.judge.agents.vllm import GRID
 from mmedpo_ray.judge.score import score
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import Manifest, Station, read_manifest, read_table
-from tiny_chat import build_tiny_chat
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
@@ -162,7 +162,6 @@ def test_a_chat_model_joins_the_debate_and_cannot_be_talked_out_of_its_format(tm
     assert isinstance(lexicon_pass, Manifest) and lexicon_pass.rows_out == 10
 
     build_tiny_chat(model, template=True, max_positions=2600)
-    first.with_name("kept").symlink_to(first)
     parts_before = {path.name: path.stat().st_mtime_ns for path in first.glob("*.parquet")}
     seen: dict[str, int] = {}
     removed = storage.remove

@@ -9,6 +9,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -127,26 +128,37 @@ def post(endpoint, body: dict) -> tuple[int, dict | str]:
 
 @pytest.mark.engine
 def test_each_name_answers_with_its_own_weights(endpoint, config):
-    """Token for token what transformers gives for the base and for the merged model."""
+    """Token for token what transformers gives for the base and for the merged model, also when asked all at once."""
     buffer = io.BytesIO()
     image().save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     folders = {"base": Path(config.model.path), "aligned": RunFolder(config.run.folder).model() / "merged"}
-    for name, folder in folders.items():
-        expected = transformers_tokens(folder)
-        for question, tokens in zip(QUESTIONS, expected, strict=True):
-            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-            body = {
-                "model": name,
-                "messages": [{"role": "user", "content": content}],
-                "max_tokens": 8,
-                "temperature": 0,
-                "return_token_ids": True,
-            }
-            status, answer = post(endpoint, body)
-            assert status == 200
-            assert answer["model"] == name
-            assert answer["choices"][0]["token_ids"] == tokens
+    expected = {
+        (name, question): tokens
+        for name, folder in folders.items()
+        for question, tokens in zip(QUESTIONS, transformers_tokens(folder), strict=True)
+    }
+
+    def ask(key: tuple[str, str]) -> list[int]:
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": key[1]}]
+        body = {
+            "model": key[0],
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 8,
+            "temperature": 0,
+            "return_token_ids": True,
+        }
+        status, answer = post(endpoint, body)
+        assert status == 200
+        assert answer["model"] == key[0]
+        return answer["choices"][0]["token_ids"]
+
+    for key, tokens in expected.items():
+        assert ask(key) == tokens, key
+    keys = list(expected) * 4
+    with ThreadPoolExecutor(len(keys)) as pool:
+        for key, tokens in zip(keys, pool.map(ask, keys), strict=True):
+            assert tokens == expected[key], key
 
 
 @pytest.mark.engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,9 @@ def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "moments.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     save_checkpoint(tmp_path, checkpoint(2), keep=3)
     save_checkpoint(tmp_path, checkpoint(4), keep=3)
     (tmp_path / "checkpoints" / "step-000004" / name).write_bytes(b"{")
@@ -79,6 +82,6 @@ def test_a_resumed_run_writes_its_figures_once(tmp_path: Path) -> None:
 def test_learning_rate_rises_then_decays() -> None:
     cosine = [learning_rate_factor("cosine", step, 20, 0.2) for step in range(20)]
     assert cosine[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert cosine[4] == 1.0 and all(a > b for a, b in zip(cosine[4:], cosine[5:], strict=False)) and cosine[-1] > 0
+    assert cosine[4] == 1.0 and all(a > b for a, b in itertools.pairwise(cosine[4:])) and cosine[-1] > 0
     assert learning_rate_factor("linear", 12, 20, 0.2) == pytest.approx(0.5)
     assert [learning_rate_factor("constant", step, 3, 0.0) for step in range(3)] == [1.0, 1.0, 1.0]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedpo_ray import tables
@@ -87,6 +87,7 @@ def test_a_refusal_ends_only_its_own_debate() -> None:
     ] * 2
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=1, max_size=20), st.integers(1, 4))
 def test_outcome_is_inside_the_history(scores: list[float], num_agents: int) -> None:
     history = [
@@ -122,7 +123,7 @@ def test_passes_hold_one_model_and_rules_share_theirs() -> None:
 
 def test_many_passes_equal_one() -> None:
     """Cutting a debate at any turn and going on from the table gives the same history."""
-    settings = ScoreConfig()
+    config = ScoreConfig()
     rows = [
         ("Is there a pneumothorax?", "Yes", "No"),
         (
@@ -133,7 +134,7 @@ def test_many_passes_equal_one() -> None:
         ("Which side?", "left", "right"),
         ("What modality?", "CT", "MRI"),
     ]
-    speakers = [build(agent) for agent in settings.agents]
+    speakers = [build(agent) for agent in config.agents]
     cases = [Case(*row, (), 1) for row in rows]
     whole = [history for history, _ in debate.hold(cases, range(15), speakers, 5)]
     # At least one of these must be a real debate, or the comparison says nothing.
@@ -153,11 +154,11 @@ def test_many_passes_equal_one() -> None:
         }
     )
     for turn in range(15):
-        one = debate.Pass(turn, range(turn, turn + 1), (settings.agents[turn % 3],))
+        one = debate.Pass(turn, range(turn, turn + 1), (config.agents[turn % 3],))
         open_rows = table.filter(pa.compute.invert(table["settled"]))
         if not open_rows.num_rows:
             break
-        moved = debate.HoldPass(one, settings.agents, 5)(open_rows)
+        moved = debate.HoldPass(one, config.agents, 5)(open_rows)
         by_answer = {row["rejected"]: row for row in moved.to_pylist()}
         table = pa.Table.from_pylist(
             [by_answer.get(row["rejected"], row) for row in table.to_pylist()], schema=table.schema
@@ -167,8 +168,8 @@ def test_many_passes_equal_one() -> None:
 
 @pytest.mark.parametrize("max_rounds", [1, 2, 5])
 def test_no_debate_exceeds_its_rounds(max_rounds: int) -> None:
-    settings = ScoreConfig(max_rounds=max_rounds)
-    speakers = [build(agent) for agent in settings.agents]
+    config = ScoreConfig(max_rounds=max_rounds)
+    speakers = [build(agent) for agent in config.agents]
     case = Case("Describe.", "Large left pleural effusion.", "Right pneumothorax, no effusion.", (), 1)
     ((history, _),) = debate.hold([case], range(3 * max_rounds), speakers, max_rounds)
     assert len(history) <= 3 * max_rounds

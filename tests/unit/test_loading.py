@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray import tables
-from mmedpo_ray.align.batch import ImageLoader, sequence_batch
+from mmedpo_ray.align.batch import ImageLoader, forest_batch
 from mmedpo_ray.align.logps import response_logps
 from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.errors import UserError
@@ -51,7 +51,9 @@ def test_a_folder_resolves_to_itself(model_folder: Path) -> None:
         ('{"model_type": "llava", "vision_config": {"model_type": "pixtral"}}', "pixtral tower"),
     ],
 )
-def test_what_is_no_llava_is_refused_with_what_to_do(tmp_path: Path, config: str | None, message: str) -> None:
+def test_what_is_no_llava_is_refused_with_what_to_do(
+    tmp_path: Path, config: str | None, message: str
+) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError, match=message):
@@ -138,12 +140,16 @@ def test_a_template_without_end_token_still_ends_the_answer(model_folder: Path, 
     assert tokenizer.decode(response) == " Yes</s>"
 
 
-def test_logps_equal_the_model_s_own_on_every_row(model_folder: Path, writer: PromptWriter, tmp_path: Path) -> None:
+def test_logps_equal_the_model_s_own_on_every_row(
+    model_folder: Path, writer: PromptWriter, tmp_path: Path
+) -> None:
     """Padded together with per-response images = each response alone through transformers' forward."""
     rows = write_scored(tmp_path, num_images=2)
-    pairs, _ = prepare_pairs(tables.to_table(rows, tables.SCORED), writer, max_length=256, visual_coefficient=1.0)
+    pairs, _ = prepare_pairs(
+        tables.to_table(rows, tables.SCORED), writer, max_length=256, visual_coefficient=1.0
+    )
     model = load_model(str(model_folder), torch.float32)
-    batch = sequence_batch(pairs, ImageLoader(writer), writer.pad_token_id, both_sides=True)
+    batch = forest_batch(pairs, ImageLoader(writer), writer.pad_token_id, both_sides=True)
     assert batch.pixel_values.shape[0] == 4, "two images and their two noised ones, each once"
     found = response_logps(model, batch)
     images = ImageLoader(writer)
@@ -161,7 +167,9 @@ def test_logps_equal_the_model_s_own_on_every_row(model_folder: Path, writer: Pr
     assert found.logps[visual] != found.logps[visual + len(pairs)], "the noised image must matter"
 
 
-def test_rows_that_cannot_be_trained_on_are_dropped_with_the_reason(writer: PromptWriter, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_trained_on_are_dropped_with_the_reason(
+    writer: PromptWriter, tmp_path: Path
+) -> None:
     rows = write_scored(
         tmp_path,
         num_images=2,
@@ -196,7 +204,9 @@ def test_rows_that_cannot_be_trained_on_are_dropped_with_the_reason(writer: Prom
 
 def test_a_long_answer_is_cut_and_its_prompt_is_not(writer: PromptWriter, tmp_path: Path) -> None:
     rows = write_scored(tmp_path, num_images=1, **{"s000-2:text": {"chosen": "The heart is normal. " * 30}})
-    pairs, _ = prepare_pairs(tables.to_table(rows, tables.SCORED), writer, max_length=128, visual_coefficient=1.0)
+    pairs, _ = prepare_pairs(
+        tables.to_table(rows, tables.SCORED), writer, max_length=128, visual_coefficient=1.0
+    )
     cut = next(pair for pair in pairs if pair.pair_id == "s000-2:text")
     assert len(cut.prompt) + len(cut.chosen) == 128
     assert cut.prompt == writer.prompt(rows[-1]["question"])

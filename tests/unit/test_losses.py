@@ -73,7 +73,12 @@ def test_a_weightless_pair_gives_neither_loss_nor_gradient_even_where_it_overflo
 def test_overflow_of_a_pair_that_counts_is_reported() -> None:
     chosen = torch.tensor([-4.0, float("nan")])
     _, sums = dpo_objective(
-        chosen, torch.tensor([-8.0, -1.0]), torch.tensor([2, 2]), pair_batch([1.0, 1.0]), Normaliser(2.0, 4), beta=0.1
+        chosen,
+        torch.tensor([-8.0, -1.0]),
+        torch.tensor([2, 2]),
+        pair_batch([1.0, 1.0]),
+        Normaliser(2.0, 4),
+        beta=0.1,
     )
     assert sums[SUMS.index("non_finite")] == 1
 
@@ -81,7 +86,9 @@ def test_overflow_of_a_pair_that_counts_is_reported() -> None:
 def test_figures_are_told_apart_by_kind() -> None:
     chosen, rejected = torch.tensor([-4.0, -9.0, -4.0]), torch.tensor([-8.0, -3.0, -8.0])
     pairs = pair_batch([1.0, 1.0, 1.0], is_visual=[False, True, True])
-    figures = summarise(dpo_objective(chosen, rejected, torch.tensor([1, 1, 1]), pairs, Normaliser(3.0, 3), beta=1.0)[1])
+    figures = summarise(
+        dpo_objective(chosen, rejected, torch.tensor([1, 1, 1]), pairs, Normaliser(3.0, 3), beta=1.0)[1]
+    )
     assert figures["reward_accuracy_text"] == 1.0
     assert figures["reward_accuracy_visual"] == 0.5
     assert figures["reward_margin_text"] == pytest.approx(3.0)
@@ -90,7 +97,9 @@ def test_figures_are_told_apart_by_kind() -> None:
 
 
 def test_figures_of_absent_pairs_are_none() -> None:
-    figures = summarise(sft_objective(torch.tensor([-4.0]), torch.tensor([2]), pair_batch([1.0]), Normaliser(1.0, 2))[1])
+    figures = summarise(
+        sft_objective(torch.tensor([-4.0]), torch.tensor([2]), pair_batch([1.0]), Normaliser(1.0, 2))[1]
+    )
     assert figures["reward_margin"] is None
     assert figures["nll"] == pytest.approx(2.0)
 
@@ -105,7 +114,9 @@ def test_weights_that_add_up_to_nothing_are_refused() -> None:
     weights=st.lists(st.floats(0.1, 2.0), min_size=12, max_size=12),
     cut=st.integers(1, 11),
 )
-def test_shares_of_micro_batches_add_up_to_the_whole(margins: list[float], weights: list[float], cut: int) -> None:
+def test_shares_of_micro_batches_add_up_to_the_whole(
+    margins: list[float], weights: list[float], cut: int
+) -> None:
     weights, cut = weights[: len(margins)], min(cut, len(margins) - 1)
     chosen, rejected = torch.tensor(margins), torch.zeros(len(margins))
     tokens = torch.arange(1, len(margins) + 1)
@@ -113,7 +124,9 @@ def test_shares_of_micro_batches_add_up_to_the_whole(margins: list[float], weigh
 
     def share(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = pair_batch(weights[part])
-        return dpo_objective(chosen[part], rejected[part], tokens[part], pairs, total, beta=0.3, nll_coefficient=0.5)
+        return dpo_objective(
+            chosen[part], rejected[part], tokens[part], pairs, total, beta=0.3, nll_coefficient=0.5
+        )
 
     whole = share(slice(None))
     parts = [share(slice(None, cut)), share(slice(cut, None))]

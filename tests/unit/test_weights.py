@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -22,6 +22,7 @@ def weigh(scores: np.ndarray, settings: WeightConfig, groups: list[str] | None =
     return weights.weigh(scores, groups or ["text"] * len(scores), settings)
 
 
+@settings(deadline=None)
 @given(SCORES)
 def test_matched_moments_before_clipping_and_bounds_after(scores: np.ndarray) -> None:
     free = weigh(scores, of(clip=(0.0, 1000.0), variance=1e-4))
@@ -32,6 +33,7 @@ def test_matched_moments_before_clipping_and_bounds_after(scores: np.ndarray) ->
     assert clipped.min() >= 0.75 and clipped.max() <= 1.25
 
 
+@settings(deadline=None)
 @given(SCORES)
 def test_a_higher_score_never_weighs_less(scores: np.ndarray) -> None:
     order = np.argsort(scores)
@@ -39,6 +41,7 @@ def test_a_higher_score_never_weighs_less(scores: np.ndarray) -> None:
         assert (np.diff(weigh(scores, of(mode=mode))[order]) >= -1e-12).all(), mode
 
 
+@settings(deadline=None)
 @given(SCORES)
 def test_the_formula_as_printed_gives_the_lower_bound_only(scores: np.ndarray) -> None:
     assert (weigh(scores, of(mode="literal")) == 0.75).all()
@@ -71,6 +74,7 @@ def test_groups_are_normalised_apart() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(SCORES, st.integers(1, 10))
 def test_applied_in_batches_equals_the_whole(scores: np.ndarray, size: int) -> None:
     groups = ["a" if index % 3 else "b" for index in range(len(scores))]
@@ -82,6 +86,7 @@ def test_applied_in_batches_equals_the_whole(scores: np.ndarray, size: int) -> N
     assert np.concatenate(parts).tolist() == weights.weigh(scores, groups, of()).tolist()
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0.01, 10)), st.floats(0.1, 10))
 def test_effective_share_is_scale_free_and_at_most_one(values: np.ndarray, factor: float) -> None:
     share = weights.effective_share(values)
@@ -95,12 +100,13 @@ def test_effective_share_of_known_weights() -> None:
     assert weights.effective_share(np.zeros(3)) == 0.0
 
 
+@settings(deadline=None)
 @given(SCORES, st.sampled_from(["match_moments", "literal", "raw", "none"]))
 def test_summary_counts_every_row(scores: np.ndarray, mode: str) -> None:
-    settings = of(mode=mode)
+    chosen = of(mode=mode)
     kinds = ["text" if index % 2 else "visual" for index in range(len(scores))]
-    values = weights.weigh(scores, kinds, settings)
-    found = weights.summary(scores, values, kinds, settings)
+    values = weights.weigh(scores, kinds, chosen)
+    found = weights.summary(scores, values, kinds, chosen)
     assert sum(kind["n"] for kind in found.values()) == len(scores)
     for kind in found.values():
         for histogram in (kind["weights"], kind["scores"]):

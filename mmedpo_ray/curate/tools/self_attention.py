@@ -8,7 +8,7 @@ how likely a disease is: a normal image can have a confident heat map.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -37,8 +37,7 @@ class SelfAttention(VisualTool):
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
-        self._model: Any = load_model(config.model.path, dtype)
-        self._model.to(self._device)
+        self._model: Any = cast(Any, load_model(config.model.path, dtype)).to(self._device)
         # Only the eager form returns the attention it computes.
         self._model.set_attn_implementation("eager")
         self._processor = load_processor(config.model.path)

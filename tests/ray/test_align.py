@@ -1,0 +1,107 @@
+"""The align station on a real Ray cluster: Ray Data for the reference, Ray Train and ZeRO-3 on two workers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from align_world import align_settings, write_scored
+from PIL import Image
+from tiny_llava import build_tiny_llava
+
+from mmedpo_ray import stage, tables
+from mmedpo_ray.align.metrics import read_metrics
+from mmedpo_ray.align.trainer import align
+from mmedpo_ray.config import Config
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+from mmedpo_ray.run_folder import RunFolder
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("align")
+    write_scored(folder, **{"s000-0:text": {"weight": 0.0}, "s001-2:text": {"question": "Why? " * 200}})
+    settings = align_settings(epochs=6, max_steps=12, num_workers=2)
+    config = Config(align=settings)
+    config.run.folder = str(folder)
+    config.model.path = str(build_tiny_llava(folder / "llava"))
+    return config
+
+
+def _kill_a_worker(folder: Path, killed: list[int]) -> None:
+    """Kills one training worker of this test's own cluster once the first checkpoint is there."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if list((folder / "checkpoints").glob("step-*")):
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    killed.append(process.pid)
+                    process.kill()
+                    return
+        time.sleep(0.02)
+
+
+@pytest.mark.timeout(500)
+def test_align_survives_a_killed_worker_and_its_control_mirrors_it(config: Config, ray_cluster: None) -> None:
+    run = RunFolder(config.run.folder)
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_a_worker, args=(run.align(), killed), daemon=True)
+    killer.start()
+    manifest = align(config, "aligned")
+    killer.join(timeout=5)
+    assert killed, "no worker was killed, so nothing was recovered from"
+    assert (manifest.rows_in, manifest.rows_out) == (24, 22)
+    assert manifest.dropped == {"weight_zero": 1, "prompt_too_long": 1}
+    reference = stage.read_table(run.reference, tables.REFERENCE, "reference")
+    assert reference.num_rows == 23
+    assert pq.read_table(f"{run.reference}/dropped")["drop_reason"].to_pylist() == ["prompt_too_long"]
+    rows = read_metrics(run.align())
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[0]["reward_margin"] == pytest.approx(0.0, abs=1e-3), "policy and reference begin as one model"
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    _check_adapter(config, run.align() / "adapter")
+    assert align(config, "aligned").finished_at == manifest.finished_at, "a finished station is skipped"
+
+    control = align(config, "control")
+    assert control.extra["steps"] == manifest.extra["steps"]
+    assert control.extra["images"] == manifest.extra["images"]
+    figures = read_metrics(run.align("control"))
+    assert figures[-1]["nll"] < figures[0]["nll"]
+    assert figures[-1]["reward_margin"] is None
+
+
+@pytest.mark.timeout(300)
+def test_a_loss_that_is_no_number_names_the_pairs(config: Config, ray_cluster: None) -> None:
+    broken = config.model_copy(deep=True)
+    broken.align.learning_rate = 1e30
+    broken.align.warmup_ratio = 0.0
+    with pytest.raises(UserError, match=r"not finite.*pairs s00"):
+        align(broken, "control")
+
+
+def _check_adapter(config: Config, folder: Path) -> None:
+    """The adapter loads in peft, touches the language model alone and changes what the model says."""
+    from peft import PeftModel
+
+    writer = PromptWriter(load_processor(config.model.path))
+    model = load_model(config.model.path, torch.float32)
+    prompt = writer.prompt("Is there a nodule?")
+    inputs = {
+        "input_ids": torch.tensor([prompt]),
+        "pixel_values": writer.pixels([Image.new("RGB", (32, 32))]),
+    }
+    with torch.no_grad():
+        before = model(**inputs).logits[0, -1]
+        adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+        after = adapted(**inputs).logits[0, -1]
+    assert not torch.allclose(before, after, atol=1e-3)
+    changed = [name for name, _ in adapted.named_modules() if name.endswith("lora_A")]
+    assert changed and all("language_model" in name for name in changed)
