@@ -30,7 +30,9 @@ from mmedpo_ray.stage import read_table
 
 def main() -> int:
     """Runs the seeds, prints the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/phantom.yaml")
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"), help="one sub-folder a seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -58,10 +60,14 @@ def pooled(config: Config, folders: dict[int, Path]) -> dict[str, Any]:
         table = read_table(run.evaluate, tables.ANSWERS, "answers")
         for column in ("image_id", "sample_id"):
             prefixed = pa.array([f"{seed}/{value}" for value in table[column].to_pylist()], pa.string())
-            table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), prefixed)
+            table = table.set_column(
+                table.schema.get_field_index(column), table.schema.field(column), prefixed
+            )
         answers.append(table)
         samples = read_table(run.samples, tables.SAMPLES, "samples")
-        for sample_id, question in zip(samples["sample_id"].to_pylist(), samples["question"].to_pylist(), strict=True):
+        for sample_id, question in zip(
+            samples["sample_id"].to_pylist(), samples["question"].to_pylist(), strict=True
+        ):
             questions[f"{seed}/{sample_id}"] = question
         summary = json.loads((Path(run.evaluate) / "summary.json").read_text())
         per_seed[seed] = {
@@ -78,7 +84,10 @@ def pooled(config: Config, folders: dict[int, Path]) -> dict[str, Any]:
         confidence=config.evaluate.confidence,
         seed=0,
     )
-    return result | {"per_seed": per_seed, "images": len({i for t in answers for i in t["image_id"].to_pylist()})}
+    return result | {
+        "per_seed": per_seed,
+        "images": len({i for t in answers for i in t["image_id"].to_pylist()}),
+    }
 
 
 def markdown(summary: dict[str, Any], config: Config) -> str:

@@ -27,7 +27,10 @@ def settings() -> str:
     ]
     lines += _section(Config, "", Config())
     for agent in (RulesAgentConfig, VllmAgentConfig):
-        lines += [f"## score.agents: `kind: {agent.model_fields['kind'].default}`\n", (agent.__doc__ or "").strip() + "\n"]
+        lines += [
+            f"## score.agents: `kind: {agent.model_fields['kind'].default}`\n",
+            (agent.__doc__ or "").strip() + "\n",
+        ]
         lines += _rows(agent, "", None)
     return "\n".join(lines) + "\n"
 
@@ -55,7 +58,9 @@ def _rows(model: type[BaseModel], prefix: str, value: BaseModel | None) -> list[
             shown = "three rules agents: " + ", ".join(item.name for item in default)
         else:
             shown = "*required*" if field.is_required() else f"`{default}`".replace("None", "null")
-        lines.append(f"| `{prefix}{name}` | {_kind(field.annotation)} | {shown} | {field.description or ''} |")
+        lines.append(
+            f"| `{prefix}{name}` | {_kind(field.annotation)} | {shown} | {field.description or ''} |"
+        )
     return [*lines, ""]
 
 
@@ -69,7 +74,11 @@ def _kind(annotation: object) -> str:
     if origin is typing.Annotated:
         return _kind(arguments[0])
     if origin in (list, tuple, dict):
-        inner = "agent" if origin is list and "Agent" in str(arguments) else ", ".join(_kind(item) for item in arguments)
+        inner = (
+            "agent"
+            if origin is list and "Agent" in str(arguments)
+            else ", ".join(_kind(item) for item in arguments)
+        )
         return f"{origin.__name__}[{inner}]"
     return getattr(annotation, "__name__", str(annotation))
 
@@ -91,7 +100,11 @@ def table_pages() -> str:
         ("answers", tables.ANSWERS),
     ):
         lines += [f"## {name}\n", "| field | type | null | meaning |", "| --- | --- | --- | --- |"]
-        fields = schema if name != "scored" else [field for field in schema if field.name not in tables.PAIRS.names]
+        fields = (
+            schema
+            if name != "scored"
+            else [field for field in schema if field.name not in tables.PAIRS.names]
+        )
         if name == "scored":
             lines.insert(-2, "All fields of `pairs`, and:\n")
         lines += [_field_row(field) for field in fields] + [""]
@@ -111,7 +124,9 @@ def main() -> int:
     """Writes the pages; with ``--check`` only says whether they are current (exit 1 if not)."""
     stale = [name for name, page in PAGES.items() if _stored(name) != page()]
     if "--check" in sys.argv:
-        sys.stdout.write(f"out of date: {', '.join(stale)}; run python docs/make_reference.py\n" if stale else "current\n")
+        sys.stdout.write(
+            f"out of date: {', '.join(stale)}; run python docs/make_reference.py\n" if stale else "current\n"
+        )
         return 1 if stale else 0
     REFERENCE.mkdir(exist_ok=True)
     for name, page in PAGES.items():

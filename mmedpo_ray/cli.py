@@ -43,10 +43,13 @@ _READS_WRITES = {
     "score": ("pairs/", "scored/"),
     "align": ("scored/", "reference/, align/ and control/align/"),
     "export": ("align/", "model/ and control/model/"),
-    "serve": ("model/merged", "nothing; answers on serve.host:serve.port until interrupted"),
+    "serve": (
+        "the base model and model/adapter",
+        "nothing; answers on serve.host:serve.port until interrupted",
+    ),
     "evaluate": (
         "samples/ (split test) and the models, or evaluate.endpoint",
-        "evaluate/answers, evaluate/summary.json",
+        "evaluate/ (answers), evaluate/summary.json",
     ),
     "report": ("every table and metric of the run", "report.html"),
 }

@@ -45,7 +45,9 @@ class RayConfig(Section):
         None, description="cluster to join; null: RAY_ADDRESS, else a local one is started"
     )
     local_cpus: int | None = Field(
-        None, ge=2, description="logical CPUs of a cluster started here; null: the machine's cores, at least 4"
+        None,
+        ge=2,
+        description="logical CPUs of a cluster started here; null: the machine's cores, at least 4",
     )
     data_cpus: float = Field(1.0, gt=0, description="CPUs a Ray Data map task asks for")
     rows_per_part: int = Field(

@@ -20,6 +20,7 @@ from PIL import Image
 from mmedpo_ray import storage, tables
 from mmedpo_ray.align.engine import TrainingSpec
 from mmedpo_ray.config import AlignConfig, LoraConfig
+from mmedpo_ray.errors import UserError
 
 QUESTIONS = ("Is there a nodule?", "Where is the effusion?", "Describe the chest radiograph.")
 ANSWERS = (
@@ -127,10 +128,17 @@ def training_spec(world: Path, model: Path, folder: Path, **changes: Any) -> Tra
 
 @dataclass(frozen=True)
 class Launch:
-    """A run to start; ``crash_after`` ends it, as a crash would, once that many updates are done."""
+    """A run to start.
+
+    Attributes:
+        spec: the run.
+        crash_after: ends it, as a crash would, once that many updates are done.
+        is_refused: run it as a Ray Train worker does; it must end with a user error.
+    """
 
     spec: TrainingSpec
     crash_after: int | None = None
+    is_refused: bool = False
 
 
 def train(launches: Sequence[Launch], world_size: int = 1) -> None:
@@ -157,12 +165,27 @@ def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None
     from mmedpo_ray.align.loop import TrainingLoop
 
     for launch in launches:
+        if launch.is_refused:
+            _expect_refusal(launch.spec)
+            continue
         loop = TrainingLoop(launch.spec)
         if launch.crash_after is not None:
             loop._log = _crash_at(launch.crash_after, loop._log)  # type: ignore[method-assign]
         with contextlib.suppress(_CrashError):
             loop.run()
     torch.distributed.destroy_process_group()
+
+
+def _expect_refusal(spec: TrainingSpec) -> None:
+    from mmedpo_ray.align.trainer import _worker
+
+    try:
+        _worker({"spec": spec})
+    except UserError:
+        # Ray Train would start the workers again; that attempt must end at once.
+        _worker({"spec": spec})
+    else:
+        raise AssertionError("the run was not refused")
 
 
 def _crash_at(step: int, log: Any) -> Any:

@@ -48,7 +48,6 @@ class Forest:
             the response token ``edge_token``.
         term_edge, term_sequence: (S,) int64: the edge belongs to the response of the sequence.
         num_tokens: (N,) int64, response tokens of each sequence.
-        num_padded: tokens that the sequences would take as rows of their own, padded to the longest.
     """
 
     input_ids: Tensor
@@ -62,12 +61,13 @@ class Forest:
     term_edge: Tensor
     term_sequence: Tensor
     num_tokens: Tensor
-    num_padded: int
 
     def to(self, device: torch.device) -> Forest:
         """The batch on another device."""
-        tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "num_padded"}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        return replace(
+            self,
+            **{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)},
+        )
 
 
 class _Tree:
@@ -162,7 +162,6 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
         term_edge=torch.tensor(term_edge),
         term_sequence=torch.tensor(term_sequence),
         num_tokens=torch.tensor([len(sequence.response) for sequence in sequences]),
-        num_padded=len(sequences) * max(len(path) for path in paths),
     )
 
 

@@ -6,7 +6,7 @@ packed trees of :mod:`mmedpo_ray.align.forest`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class LogpOutput(NamedTuple):
     num_tokens: Tensor
 
 
-def response_logps(model: nn.Module, batch: Forest) -> LogpOutput:
+def response_logps(model: Any, batch: Forest) -> LogpOutput:
     """Evaluates every response of a batch.
 
     Each distinct image passes the vision tower once, each shared token the language model once, and only the hidden
@@ -57,7 +57,7 @@ def response_logps(model: nn.Module, batch: Forest) -> LogpOutput:
     return LogpOutput(zeros.index_add(0, batch.term_sequence, edges[batch.term_edge]), batch.num_tokens)
 
 
-def image_features(llava: nn.Module, pixel_values: Tensor) -> Tensor:
+def image_features(llava: Any, pixel_values: Tensor) -> Tensor:
     """Projected features of images in one pass of the frozen tower: (I, 3, H, W) → (I, P, D)."""
     dtype = llava.get_input_embeddings().weight.dtype
     output = llava.get_image_features(pixel_values=pixel_values.to(dtype), return_dict=True)

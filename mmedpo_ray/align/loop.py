@@ -270,7 +270,7 @@ class TrainingLoop:
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        model = self.engine.policy.model
+        model: Any = self.engine.policy.model
         folder = self.spec.folder / "adapter"
         temporary = self.spec.folder / ".adapter.tmp"
         storage.remove(str(temporary))

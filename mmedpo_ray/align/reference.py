@@ -96,7 +96,8 @@ class ReferenceScorer:
         self._key = key
         self._device = torch.device("cuda" if use_gpu else "cpu")
         dtype = torch.bfloat16 if align.precision == "bf16" else torch.float32
-        self._model = load_model(model, dtype).to(self._device)
+        policy: Any = load_model(model, dtype)  # mypy misreads transformers' decorated `to`
+        self._model = policy.to(self._device)
         self._writer = PromptWriter(load_processor(model))
         self._images = ImageLoader(self._writer)
 

@@ -166,7 +166,8 @@ def _fit(spec: TrainingSpec) -> None:
             name=spec.attempt,
             storage_path=str(spec.folder / "ray"),
             failure_config=FailureConfig(max_failures=align.max_failures),
-            worker_runtime_env={"env_vars": _worker_environment(spec)},
+            # ray.train's own RunConfig; its types name the older one of ray.air.
+            worker_runtime_env={"env_vars": _worker_environment(spec)},  # type: ignore[call-arg]
         ),
     )
     try:

@@ -87,7 +87,9 @@ def submit(client: dict[str, str], repository: Path, *arguments: str) -> subproc
 
 @pytest.mark.engine
 def test_the_job_server_wants_the_token(cluster: dict[str, str], repository: Path) -> None:
-    stranger = {key: value for key, value in cluster.items() if key != "RAY_AUTH_TOKEN_PATH"} | {"RAY_AUTH_TOKEN": "0" * 64}
+    stranger = {key: value for key, value in cluster.items() if key != "RAY_AUTH_TOKEN_PATH"} | {
+        "RAY_AUTH_TOKEN": "0" * 64
+    }
     result = submit(stranger, repository, "jobs/pipeline.py", "--help")
     assert result.returncode != 0
     assert re.search(r"401|403|[Uu]nauth|token", result.stdout + result.stderr)
@@ -98,7 +100,13 @@ def test_the_job_server_wants_the_token(cluster: dict[str, str], repository: Pat
 def test_the_whole_road_as_a_job(cluster: dict[str, str], repository: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = submit(
-        cluster, repository, "jobs/pipeline.py", "--config", "configs/phantom.yaml", f"run.folder={run}", *REDUCED
+        cluster,
+        repository,
+        "jobs/pipeline.py",
+        "--config",
+        "configs/phantom.yaml",
+        f"run.folder={run}",
+        *REDUCED,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
 

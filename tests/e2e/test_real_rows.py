@@ -43,7 +43,9 @@ def test_real_rows_through_every_station(shared_data: Path, repository: Path, tm
     victim.wait()
     assert not (run / "model").exists()
 
-    result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    result = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-6000:]
     assert output.count("already done") >= 3, "finished stations must be skipped"
@@ -68,7 +70,9 @@ def test_real_rows_through_every_station(shared_data: Path, repository: Path, tm
     assert (run / "report.html").stat().st_size > 10_000
 
     started = time.monotonic()
-    again = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    again = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert again.returncode == 0
     assert time.monotonic() - started < 60
     assert (again.stdout + again.stderr).count("already done") >= 7

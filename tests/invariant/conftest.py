@@ -46,6 +46,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(zero_two := with_settings(plain, folder / "zero_two", zero_stage=2), crash_after=3),
             Launch(zero_two),
             Launch(moved),
+            Launch(with_settings(plain, folder / "sft", objective="sft")),
+            Launch(
+                with_settings(plain, folder / "overflow", learning_rate=1e30, warmup_ratio=0.0),
+                is_refused=True,
+            ),
         ],
         world_size=2,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from align_compare import adapter, assert_same_training
+from align_world import with_settings
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
@@ -15,6 +16,8 @@ from mmedpo_ray.align.losses import dpo_objective
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.plan import Plan
 from mmedpo_ray.align.prepare import prepare_pairs
+from mmedpo_ray.align.trainer import _raise_user_error
+from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter, load_processor
 from mmedpo_ray.stage import read_table
 
@@ -85,3 +88,21 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
     for name, value in parameters.items():
         stored = trained[name.replace(".default", "")]
         assert torch.allclose(value.detach(), stored, rtol=0, atol=2e-5), name
+
+
+def test_the_control_takes_as_many_updates_on_the_same_images(runs: Runs) -> None:
+    control, aligned = (read_metrics(runs.folder / name) for name in ("sft", "plain"))
+    assert [row["epoch"] for row in control] == [row["epoch"] for row in aligned]
+    assert control[0]["nll"] == pytest.approx(aligned[0]["nll"], rel=1e-4), (
+        "the same answers of the same images"
+    )
+    assert control[0]["loss"] == pytest.approx(control[0]["nll"], rel=1e-5)
+    assert control[-1]["reward_margin"] is None
+    assert control[0]["tokens"] < aligned[0]["tokens"], "rejected sides are not computed"
+
+
+def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_pairs(runs: Runs) -> None:
+    spec = with_settings(runs.spec, runs.folder / "overflow")
+    with pytest.raises(UserError, match=r"step \d is not finite.*pairs s00\d"):
+        _raise_user_error(spec)
+    assert not (spec.folder / "adapter").exists()

@@ -18,7 +18,6 @@ from mmedpo_ray import stage, tables
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.trainer import align
 from mmedpo_ray.config import Config
-from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 from mmedpo_ray.run_folder import RunFolder
 
@@ -50,7 +49,7 @@ def _kill_a_worker(folder: Path, killed: list[int]) -> None:
 
 
 @pytest.mark.timeout(500)
-def test_align_survives_a_killed_worker_and_its_control_mirrors_it(config: Config, ray_cluster: None) -> None:
+def test_align_survives_a_killed_worker(config: Config, ray_cluster: None) -> None:
     run = RunFolder(config.run.folder)
     killed: list[int] = []
     killer = threading.Thread(target=_kill_a_worker, args=(run.align(), killed), daemon=True)
@@ -69,22 +68,6 @@ def test_align_survives_a_killed_worker_and_its_control_mirrors_it(config: Confi
     assert rows[-1]["loss"] < rows[0]["loss"]
     _check_adapter(config, run.align() / "adapter")
     assert align(config, "aligned").finished_at == manifest.finished_at, "a finished station is skipped"
-
-    control = align(config, "control")
-    assert control.extra["steps"] == manifest.extra["steps"]
-    assert control.extra["images"] == manifest.extra["images"]
-    figures = read_metrics(run.align("control"))
-    assert figures[-1]["nll"] < figures[0]["nll"]
-    assert figures[-1]["reward_margin"] is None
-
-
-@pytest.mark.timeout(300)
-def test_a_loss_that_is_no_number_names_the_pairs(config: Config, ray_cluster: None) -> None:
-    broken = config.model_copy(deep=True)
-    broken.align.learning_rate = 1e30
-    broken.align.warmup_ratio = 0.0
-    with pytest.raises(UserError, match=r"not finite.*pairs s00"):
-        align(broken, "control")
 
 
 def _check_adapter(config: Config, folder: Path) -> None:

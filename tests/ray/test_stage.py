@@ -16,7 +16,9 @@ from mmedpo_ray import stage, storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import DroppedShareError, UserError, user_message
 
-SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("value", pa.int64(), nullable=False)])
+SCHEMA = pa.schema(
+    [pa.field("id", pa.string(), nullable=False), pa.field("value", pa.int64(), nullable=False)]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,11 @@ def table_of(folder: Path) -> pa.Table:
 
 
 def run_squares(
-    folder: Path, count: int = 100, fail_at: int | None = None, settings: tuple = (1,), limit: str = "run.max_dropped_share=0.9"
+    folder: Path,
+    count: int = 100,
+    fail_at: int | None = None,
+    settings: tuple = (1,),
+    limit: str = "run.max_dropped_share=0.9",
 ) -> stage.Manifest:
     """A station that squares numbers and drops the multiples of ten."""
     station = stage.Station("squares", str(folder / "t"), config_of(folder, limit), settings=settings)
@@ -90,7 +96,9 @@ def test_an_interrupted_station_resumes_to_the_same_bytes(tmp_path: Path) -> Non
     assert set(station.done_ids("id")) >= {"0001", "0007"}
     manifest = run_squares(broken)
     assert manifest.rows_in == 100
-    assert (broken / "t" / "part-00000.parquet").read_bytes() == (whole / "t" / "part-00000.parquet").read_bytes()
+    assert (broken / "t" / "part-00000.parquet").read_bytes() == (
+        whole / "t" / "part-00000.parquet"
+    ).read_bytes()
 
 
 def test_parts_of_other_settings_are_not_reused(tmp_path: Path) -> None:
@@ -111,7 +119,9 @@ def test_too_many_drops_fail_and_leave_no_table(tmp_path: Path) -> None:
 def test_repeated_ids_and_empty_tables_are_errors(tmp_path: Path) -> None:
     station = stage.Station("s", str(tmp_path / "t"), config_of(tmp_path))
     station.done_ids("id")
-    station.write_part([{"id": "a", "value": 1}, {"id": "b", "value": 2}, {"id": "a", "value": 3}], SCHEMA, "id")
+    station.write_part(
+        [{"id": "a", "value": 1}, {"id": "b", "value": 2}, {"id": "a", "value": 3}], SCHEMA, "id"
+    )
     with pytest.raises(UserError, match="id 'a' occurs 2 times"):
         station.finish_parts(schema=SCHEMA, id_column="id")
     empty = stage.Station("e", str(tmp_path / "e"), config_of(tmp_path))
@@ -140,14 +150,21 @@ def test_a_foreign_file_in_a_table_is_an_error(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.text(max_size=5), st.booleans()), unique_by=lambda item: item[0], min_size=1, max_size=30))
-def test_every_row_is_accounted_for(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, bool]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.text(max_size=5), st.booleans()), unique_by=lambda item: item[0], min_size=1, max_size=30
+    )
+)
+def test_every_row_is_accounted_for(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, bool]]
+) -> None:
     folder = tmp_path_factory.mktemp("rows")
     station = stage.Station("s", str(folder / "t"), config_of(folder, "run.max_dropped_share=1.0"))
     station.done_ids("id")
     for start in range(0, len(rows), 4):
         part = [
-            {"id": name, "value": 1, tables.DROP_REASON: "no" if drop else None} for name, drop in rows[start : start + 4]
+            {"id": name, "value": 1, tables.DROP_REASON: "no" if drop else None}
+            for name, drop in rows[start : start + 4]
         ]
         station.write_part(part, SCHEMA, "id")
     manifest = station.finish_parts(schema=SCHEMA, id_column="id", allow_empty=True)

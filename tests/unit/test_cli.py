@@ -29,7 +29,9 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_station_has_a_job(verb: str, repository: Path) -> None:
     script = repository / "jobs" / f"{'pipeline' if verb == 'run' else verb}.py"
-    result = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=repository, check=False)
+    result = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, cwd=repository, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert f"mmedpo {verb}" in result.stdout
 
@@ -58,7 +60,9 @@ def test_user_errors_have_no_traceback(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("verb", ["curate", "score", "align", "export", "evaluate", "report"])
-def test_a_station_without_its_input_says_so(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None) -> None:
+def test_a_station_without_its_input_says_so(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
+) -> None:
     assert cli.main([verb, f"run.folder={tmp_path}"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "missing" in message
@@ -74,7 +78,11 @@ def test_settings_of_an_existing_run(tmp_path: Path) -> None:
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
-    with pipeline._exclusive(tmp_path), pytest.raises(UserError, match="another process .pid"), pipeline._exclusive(tmp_path):
+    with (
+        pipeline._exclusive(tmp_path),
+        pytest.raises(UserError, match="another process .pid"),
+        pipeline._exclusive(tmp_path),
+    ):
         pass
     with pipeline._exclusive(tmp_path):
         pass
@@ -87,6 +95,8 @@ def test_a_dead_cluster_is_a_user_error(tmp_path: Path) -> None:
         "import sys; from mmedpo_ray.cli import main;"
         f"sys.exit(main(['ingest', 'run.folder={tmp_path}', 'ray.address=127.0.0.1:1']))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode == 2, result.stderr[-2000:]
     assert "does not answer" in " ".join(result.stderr.split())

@@ -15,7 +15,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 def test_reference_is_current() -> None:
     result = subprocess.run(
-        [sys.executable, ROOT / "docs/make_reference.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "docs/make_reference.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -29,5 +32,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_configs_and_jobs_named_in_pages_exist(page: Path) -> None:
-    for target in re.findall(r"\b(?:configs|jobs|benchmarks)/[\w./-]+\.(?:yaml|py)\b", page.read_text(encoding="utf-8")):
+    for target in re.findall(
+        r"\b(?:configs|jobs|benchmarks)/[\w./-]+\.(?:yaml|py)\b", page.read_text(encoding="utf-8")
+    ):
         assert (ROOT / target).is_file(), f"{page.name} names {target}"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedpo_ray.align.losses import (
@@ -109,6 +109,7 @@ def test_weights_that_add_up_to_nothing_are_refused() -> None:
         Normaliser(0.0, 3)
 
 
+@settings(deadline=None)
 @given(
     margins=st.lists(st.floats(-20, 20), min_size=2, max_size=12),
     weights=st.lists(st.floats(0.1, 2.0), min_size=12, max_size=12),

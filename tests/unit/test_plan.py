@@ -67,6 +67,7 @@ def test_every_step_computes_its_pairs_exactly_once(
         assert computed == Counter(pair.pair_id for pair in plan.step_pairs(step))
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=15), images_per_step=st.integers(1, 6))
 def test_every_epoch_sees_every_pair_once(sizes: list[int], images_per_step: int) -> None:
     plan = make_plan(sizes, images_per_step=images_per_step)

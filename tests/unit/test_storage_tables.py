@@ -36,7 +36,10 @@ def test_uri_and_path_are_the_same_file(tmp_path: Path) -> None:
 def test_list_move_remove(tmp_path: Path) -> None:
     for name in ("b.parquet", "a.parquet", "c.json"):
         storage.write_bytes(tmp_path / "t" / name, b"")
-    assert [Path(name).name for name in storage.list_files(tmp_path / "t", ".parquet")] == ["a.parquet", "b.parquet"]
+    assert [Path(name).name for name in storage.list_files(tmp_path / "t", ".parquet")] == [
+        "a.parquet",
+        "b.parquet",
+    ]
     assert storage.list_files(tmp_path / "nowhere") == []
     storage.move(tmp_path / "t", tmp_path / "u")
     assert not (tmp_path / "t").exists()
@@ -58,14 +61,21 @@ def test_missing_table_says_what_to_run(tmp_path: Path) -> None:
 
 
 def test_every_field_has_a_meaning() -> None:
-    for schema in (tables.SAMPLES, tables.CANDIDATES, tables.PAIRS, tables.SCORED, tables.REFERENCE, tables.ANSWERS):
+    for schema in (
+        tables.SAMPLES,
+        tables.CANDIDATES,
+        tables.PAIRS,
+        tables.SCORED,
+        tables.REFERENCE,
+        tables.ANSWERS,
+    ):
         for field in schema:
             if field.name != "history":
                 assert field.metadata[b"meaning"], field.name
 
 
 def test_check_names_column_and_row() -> None:
-    row = {name: "x" for name in tables.SAMPLES.names}
+    row = dict.fromkeys(tables.SAMPLES.names, "x")
     good = tables.to_table([row, row], tables.SAMPLES)
     assert tables.check(good, tables.SAMPLES, "samples").schema == tables.SAMPLES
     with pytest.raises(UserError, match="lacks column 'answer'"):

@@ -1,0 +1,59 @@
+"""Tree packing: every sequence keeps its own tokens, positions and context; shared ones are there once."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmedpo_ray.align.forest import Forest, TokenSequence, pack
+
+PAD = 0
+
+
+def read_back(forest: Forest, index: int) -> list[tuple[list[int], int]]:
+    """(visible context in order of position, predicted token) of each response token of a sequence."""
+    found = []
+    for edge in forest.term_edge[forest.term_sequence == index].tolist():
+        row, parent = forest.edge_row[edge], forest.edge_parent[edge]
+        seen = forest.attention_mask[row, 0, parent].nonzero().flatten()
+        order = forest.position_ids[row, seen].argsort()
+        assert forest.position_ids[row, seen].sort().values.tolist() == list(range(len(seen)))
+        found.append((forest.input_ids[row, seen[order]].tolist(), int(forest.edge_token[edge])))
+    return found
+
+
+tokens = st.lists(st.integers(1, 4), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(tokens, tokens, st.integers(0, 2)), min_size=1, max_size=9))
+def test_every_response_token_sees_exactly_what_precedes_it(
+    items: list[tuple[list[int], list[int], int]],
+) -> None:
+    images = sorted({image for _, _, image in items})
+    sequences = [TokenSequence(prompt, response, images.index(image)) for prompt, response, image in items]
+    forest = pack(sequences, torch.zeros(len(images), 3, 2, 2), PAD)
+    for index, sequence in enumerate(sequences):
+        whole = sequence.prompt + sequence.response
+        expected = [(whole[:end], whole[end]) for end in range(len(sequence.prompt), len(whole))]
+        assert read_back(forest, index) == expected
+    assert forest.num_tokens.tolist() == [len(sequence.response) for sequence in sequences]
+    assert sorted(forest.tree_image.tolist()) == list(range(len(images)))
+
+
+def test_a_shared_prefix_and_a_shared_answer_are_computed_once() -> None:
+    prompt = [7] * 20
+    sequences = [TokenSequence([*prompt, 1], [5, 2], 0), TokenSequence([*prompt, 1], [6, 2], 0)]
+    sequences += [TokenSequence([*prompt, 3], [5, 2], 0), TokenSequence([*prompt, 1], [5, 2], 0)]
+    forest = pack(sequences, torch.zeros(1, 3, 2, 2), PAD)
+    assert forest.input_ids.shape == (1, 20 + (1 + 2 + 2) + (1 + 2))
+    assert len(forest.edge_token) == 6, "the last sequence repeats the first"
+
+
+def test_trees_of_different_images_do_not_merge_or_see_each_other() -> None:
+    sequences = [TokenSequence([1, 2, 3, 4], [5], 0), TokenSequence([1], [5], 1), TokenSequence([1], [6], 2)]
+    forest = pack(sequences, torch.zeros(3, 3, 2, 2), PAD)
+    assert forest.input_ids.tolist() == [[1, 2, 3, 4, 5], [1, 5, 1, 6, PAD]]
+    assert forest.tree_image.tolist() == [0, 1, 2]
+    assert read_back(forest, 2) == [([1], 6)]
