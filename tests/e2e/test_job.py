@@ -6,9 +6,11 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +37,10 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def cluster() -> Iterator[dict[str, str]]:
     """A head node with a job server that wants a token; yields the environment of a client."""
-    folder = tmp_path_factory.mktemp("cluster")
+    # A short path: Ray's sockets lie under it, and their addresses may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="mmedpo"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     dashboard, gcs = free_port(), free_port()
@@ -50,8 +53,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     }
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", "--dashboard-host=127.0.0.1",
-         f"--dashboard-port={dashboard}", f"--temp-dir={folder / 'ray'}", "--ray-client-server-port=0",
-         "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"],
+         f"--dashboard-port={dashboard}", f"--temp-dir={folder / 'ray'}", f"--ray-client-server-port={free_port()}",
+         "--node-ip-address=127.0.0.1"],
         env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     client = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
@@ -64,6 +67,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             head.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, 9)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
