@@ -83,10 +83,16 @@ def _wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
 
 
 def submit(client: dict[str, str], repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [RAY, "job", "submit", "--working-dir", ".", "--", "python", *arguments],
-        env=client, cwd=repository, capture_output=True, text=True, timeout=580, check=False,
-    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while True:
+        result = subprocess.run(
+            [RAY, "job", "submit", "--working-dir", ".", "--", "python", *arguments],
+            env=client, cwd=repository, capture_output=True, text=True, timeout=580, check=False,
+        )  # fmt: skip
+        # The job server listens before the node's agent, which starts the jobs, has reported to it.
+        if "No available agent" not in result.stderr + result.stdout or time.monotonic() > deadline:
+            return result
+        time.sleep(3)
 
 
 @pytest.mark.engine

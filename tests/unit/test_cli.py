@@ -59,13 +59,23 @@ def test_user_errors_have_no_traceback(capsys: pytest.CaptureFixture[str]) -> No
         cli.main(["config", "validate", "align.btea=1", "--debug"])
 
 
-@pytest.mark.parametrize("verb", ["curate", "score", "align", "export", "evaluate", "report"])
-def test_a_station_without_its_input_says_so(
-    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
+@pytest.mark.parametrize(
+    ("verb", "remedy"),
+    [
+        ("curate", "Run the station that writes this table first"),
+        ("score", "Run the station that writes it first"),
+        ("align", "Run the station that writes it first"),
+        ("export", "Run the station that writes it first"),
+        ("evaluate", "Run `mmedpo export` first"),
+        ("report", "start one with `mmedpo run`"),
+    ],
+)
+def test_a_station_without_its_input_says_what_to_run(
+    verb: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
 ) -> None:
     assert cli.main([verb, f"run.folder={tmp_path}"]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert "missing" in message
+    assert remedy in message
     assert "Traceback" not in message
 
 
