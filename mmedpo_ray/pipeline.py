@@ -94,7 +94,7 @@ def run_all(config: Config) -> None:
     """
     started = time.monotonic()
     with _prepared(config) as resolved:
-        console.print(f"[bold]mmedpo[/bold] run folder {resolved.run.folder}")
+        console.print(f"[bold]mmedpo[/bold] run folder {resolved.run.folder}", soft_wrap=True)
         for number, (name, step) in enumerate(STEPS.items(), start=1):
             console.print(f"[bold cyan]\\[{number}/{len(STEPS)}][/bold cyan] {name}")
             step(resolved)
@@ -142,6 +142,6 @@ def _print_end(config: Config, seconds: float) -> None:
 
     console.print(summary_table(summary))
     console.print(f"finished in {seconds / 60:.1f} min")
-    console.print(f"report   {run.report}")
-    console.print(f"models   {run.model('aligned')}/{{adapter,merged}}")
-    console.print(f"serve it [bold]mmedpo serve run.folder={run.root}[/bold]")
+    console.print(f"report   {run.report}", soft_wrap=True)
+    console.print(f"models   {run.model('aligned')}/{{adapter,merged}}", soft_wrap=True)
+    console.print(f"serve it [bold]mmedpo serve run.folder={run.root}[/bold]", soft_wrap=True)

@@ -125,7 +125,7 @@ class Station:
         manifest = read_manifest(self.folder)
         if manifest is None or manifest.key != self.key:
             return None
-        console.print(f"[dim]{manifest.line()} (already done)[/dim]")
+        console.print(f"[dim]{manifest.line()} (already done)[/dim]", soft_wrap=True)
         return manifest
 
     # ------------------------------------------------------------------ table stations
@@ -286,7 +286,7 @@ class Station:
             extra=extra or {},
         )
         storage.write_bytes(storage.join(self.folder, MANIFEST), manifest.model_dump_json(indent=2).encode())
-        console.print(manifest.line())
+        console.print(manifest.line(), soft_wrap=True)
         return manifest
 
 
