@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from mmedpo_ray import tables
-from mmedpo_ray.config import Config, RulesAgentConfig, VllmAgentConfig
+from mmedpo_ray.config import Config, OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
 
 REFERENCE = Path(__file__).parent / "reference"
 HEADER = "<!-- Written by docs/make_reference.py; do not edit. -->\n\n"
@@ -26,7 +26,7 @@ def settings() -> str:
         "`mmedpo config validate` checks it without running anything.\n",
     ]
     lines += _section(Config, "", Config())
-    for agent in (RulesAgentConfig, VllmAgentConfig):
+    for agent in (RulesAgentConfig, VllmAgentConfig, OpenAIAgentConfig):
         lines += [
             f"## score.agents: `kind: {agent.model_fields['kind'].default}`\n",
             (agent.__doc__ or "").strip() + "\n",

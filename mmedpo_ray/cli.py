@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ interrupted. Once the folder exists, `run.folder=DIR` alone is enough: its confi
 """
 
 _STATIONS = {
-    "run": "the whole road: ingest, curate, score, align, export, evaluate, report",
+    "run": "the whole road: ingest, curate, score, audit, align, export, evaluate, report",
     "ingest": "raw data set → samples: one row a question, images checked, unusable rows dropped with a reason",
     "curate": "samples → preference pairs: hallucinated answers and images with noise in the lesion",
     "score": "pairs → scored pairs: judges debate the clinical relevance, scores become weights",
+    "audit": "preference pairs → shortcuts and faults that would teach the wrong thing, with their remedies",
     "align": "scored pairs → adapter: weighted DPO with LoRA (Ray Train, DeepSpeed ZeRO-3), and the SFT control",
     "export": "adapter → model/adapter (peft) and model/merged (transformers, vLLM)",
     "serve": "OpenAI-compatible endpoint for the base and the aligned model (Ray Serve, vLLM)",
@@ -41,6 +43,7 @@ _READS_WRITES = {
     ),
     "curate": ("samples/", "candidates/, pairs/, noised/"),
     "score": ("pairs/", "scored/"),
+    "audit": ("a table of pairs (a run's scored/ unless given)", "audit.json; with --fix a cleaned table"),
     "align": ("scored/", "reference/, align/ and control/align/"),
     "export": ("align/", "model/ and control/model/"),
     "serve": (
@@ -53,6 +56,8 @@ _READS_WRITES = {
     ),
     "report": ("every table and metric of the run", "report.html"),
 }
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=f"example: mmedpo {name} --config configs/phantom.yaml run.folder=runs/mine",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        _OPTIONS.get(name, lambda _: None)(verb)
         _add_settings(verb)
     settings = verbs.add_parser("config", help="show or check the settings")
     settings.add_argument(
@@ -82,6 +88,46 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(settings)
     _add_phantom(verbs)
     return parser
+
+
+def _add_ingest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", metavar="F", help="the same as data.format=F")
+    parser.add_argument("--root", metavar="DIR", help="the same as data.root=DIR")
+
+
+def _add_curate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preview",
+        type=int,
+        metavar="N",
+        help="only write an image sheet of N visual pairs (original, heat map, mask, noised) to preview.png",
+    )
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "table",
+        nargs="?",
+        metavar="TABLE",
+        help="folder of Parquet files, a Parquet file, or a released MMedPO JSON; default: the run's scored/",
+    )
+    parser.add_argument(
+        "--samples",
+        metavar="TABLE",
+        help="samples table, to compare chosen with the ground truth and train with test",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="findings as JSON (default: audit.json beside the table)"
+    )
+    parser.add_argument(
+        "--fail-on",
+        choices=["high", "medium", "low", "never"],
+        help="end with status 1 at a finding of this severity or above",
+    )
+    parser.add_argument("--fix", metavar="DIR", help="write a cleaned table here, with a log of every change")
+
+
+_OPTIONS = {"ingest": _add_ingest, "curate": _add_curate, "audit": _add_audit}
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +175,17 @@ def settings_of(arguments: argparse.Namespace) -> Config:
             saved = Path(folder).expanduser() / "config.yaml"
             if key == "run.folder" and saved.is_file():
                 path = saved
-    return load(path, arguments.overrides)
+    return load(path, arguments.overrides + _options_as_overrides(arguments))
+
+
+def _options_as_overrides(arguments: argparse.Namespace) -> list[str]:
+    """Options that stand for settings."""
+    given = {
+        "data.format": getattr(arguments, "format", None),
+        "data.root": getattr(arguments, "root", None),
+        "audit.fail_on": getattr(arguments, "fail_on", None),
+    }
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -141,15 +197,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if rest:
         arguments.overrides += rest
+    if getattr(arguments, "table", None) and _OVERRIDE.match(arguments.table):
+        # The first positional argument of `audit` may be a setting.
+        arguments.overrides.insert(0, arguments.table)
+        arguments.table = None
     return arguments
 
 
-def _execute(arguments: argparse.Namespace) -> None:
+def _execute(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     if arguments.verb == "phantom":
         from mmedpo_ray.models.phantom import build_command
 
         build_command(arguments.out, seed=arguments.seed)
-        return
+        return 0
     config = settings_of(arguments)
     if arguments.verb == "config":
         if arguments.action == "show":
@@ -160,6 +221,16 @@ def _execute(arguments: argparse.Namespace) -> None:
         from mmedpo_ray.serving import serve
 
         serve(resolve_run_folder(config))
+    elif arguments.verb == "audit":
+        from mmedpo_ray.data.audit import audit_command
+
+        return audit_command(
+            resolve_run_folder(config), arguments.table, arguments.samples, arguments.out, arguments.fix
+        )
+    elif arguments.verb == "curate" and arguments.preview is not None:
+        from mmedpo_ray.curate.preview import preview
+
+        preview(resolve_run_folder(config), arguments.preview)
     else:
         from mmedpo_ray import pipeline
 
@@ -167,14 +238,15 @@ def _execute(arguments: argparse.Namespace) -> None:
             pipeline.run_all(config)
         else:
             pipeline.run_step(arguments.verb, config)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 2 for an error the user can mend, 130 when interrupted."""
+    """Runs a command; returns 0, 1 where an audit found what it should fail on, 2 for an error the user can mend, 130 when interrupted."""
     arguments = _parse(argv)
     console.configure(verbose=arguments.verbose)
     try:
-        _execute(arguments)
+        return _execute(arguments)
     except KeyboardInterrupt:
         console.console.print("interrupted; the same command resumes where it stopped")
         return 130
@@ -184,7 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         console.console.print(f"[bold red]error:[/bold red] {_escape(message)}", soft_wrap=True)
         return 2
-    return 0
 
 
 def _escape(text: str) -> str:

@@ -41,6 +41,13 @@ def _score(config: Config) -> None:
     score(config)
 
 
+def _audit(config: Config) -> None:
+    if config.audit.enabled:
+        from mmedpo_ray.data.audit import audit
+
+        audit(config)
+
+
 def _align(config: Config) -> None:
     from mmedpo_ray.align.trainer import align
 
@@ -74,6 +81,7 @@ STEPS: dict[str, Step] = {
     "ingest": _ingest,
     "curate": _curate,
     "score": _score,
+    "audit": _audit,
     "align": _align,
     "export": _export,
     "evaluate": _evaluate,

@@ -43,6 +43,16 @@ class RunFolder:
         return join(self.root, "candidates")
 
     @property
+    def choices(self) -> str:
+        """What a judge behind an endpoint picked among the candidates."""
+        return join(self.root, "choices")
+
+    @property
+    def rewrites(self) -> str:
+        """Counterfactual edits that a model behind an endpoint wrote."""
+        return join(self.root, "rewrites")
+
+    @property
     def pairs(self) -> str:
         return join(self.root, "pairs")
 
@@ -54,6 +64,11 @@ class RunFolder:
     @property
     def scored(self) -> str:
         return join(self.root, "scored")
+
+    @property
+    def audit(self) -> str:
+        """Findings about the scored pairs."""
+        return join(self.root, "audit.json")
 
     @property
     def reference(self) -> str:

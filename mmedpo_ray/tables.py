@@ -48,6 +48,36 @@ CANDIDATES = pa.schema(
     ]
 )
 
+CHOICES = pa.schema(
+    [
+        _field("sample_id", pa.string(), "row of `samples`"),
+        _field(
+            "candidate_id",
+            pa.string(),
+            "the plausible candidate most in conflict with the reference; null: none is wrong",
+            nullable=True,
+        ),
+        _field("model", pa.string(), "judge that chose"),
+        _field("prompt_sha256", pa.string(), "SHA-256 of the prompt, hex"),
+        _field("input_tokens", pa.int64(), "tokens of the prompt, as the endpoint counts"),
+        _field("output_tokens", pa.int64(), "tokens of the answer, as the endpoint counts"),
+    ]
+)
+
+REWRITES = pa.schema(
+    [
+        _field("sample_id", pa.string(), "row of `samples`"),
+        _field("rewritten", pa.string(), "the reference answer with one clinical fact changed"),
+        _field("changed", pa.string(), "what was changed: finding, negation, side, severity or location"),
+        _field("original_span", pa.string(), "the words of the reference that were replaced"),
+        _field("new_span", pa.string(), "the words that replaced them"),
+        _field("model", pa.string(), "model that wrote it"),
+        _field("prompt_sha256", pa.string(), "SHA-256 of the prompt, hex"),
+        _field("input_tokens", pa.int64(), "tokens of the prompts, retries included, as the endpoint counts"),
+        _field("output_tokens", pa.int64(), "tokens of the answers, retries included"),
+    ]
+)
+
 PAIRS = pa.schema(
     [
         _field("pair_id", pa.string(), "<sample_id>:<kind>"),
@@ -67,7 +97,7 @@ PAIRS = pa.schema(
         _field(
             "generator",
             pa.string(),
-            "what wrote the rejected side: model, rule_edit, released, or the visual tool",
+            "what wrote the rejected side: model, rewrite, rule_edit, released, or the visual tool",
         ),
         _field("prompt_sha256", pa.string(), "SHA-256 of the generator's prompt, hex", nullable=True),
         _field("seed", pa.int64(), "seed of the sampling or of the noise", nullable=True),

@@ -124,7 +124,7 @@ def text_pair(
             "seed": found.seed,
         }
         return _pair(sample, pair_id, **provenance)
-    if settings.method == "rule_edit" or settings.fill_with_rule_edit:
+    if settings.method == "rule_edit" or settings.fallback == "rule_edit":
         edit_seed = stable_seed(seed, pair_id)
         edit = rule_edit(reference, question, np.random.default_rng(edit_seed), vocabulary)
         if edit is not None and problem(reference, edit.text, settings.max_length_ratio) is None:

@@ -178,7 +178,7 @@ class AnnotationReader(Reader):
         relative = row.get("image")
         if not isinstance(relative, str) or not relative.strip():
             raise UnusableError("no_image_name")
-        folder = storage.join(storage.absolute(self.data.root or "."), self.data.image_folder)
+        folder = storage.join(storage.absolute(self.data.root or "."), self.data.image_folder or "images")
         relative = storable(relative).strip()
         return check_image(storage.absolute(relative, folder), self.data.max_pixels), relative
 

@@ -170,7 +170,7 @@ def test_a_right_answer_is_filled_in_or_dropped() -> None:
     assert (row["rejected"], row["generator"]) == ("Right", "rule_edit") or row["rejected"] == "Bilateral"
     row = text_pair(sample, [candidate("Right")], fill, frozenset(), 0)
     assert (row["rejected"], row["generator"], row["seed"]) == ("Right", "model", 1)
-    strict = TextCurationConfig(fill_with_rule_edit=False)
+    strict = TextCurationConfig(fallback="none")
     row = text_pair(sample, [candidate("Left")], strict, frozenset(), 0)
     assert row["drop_reason"] == "no_wrong_answer"
     assert "Left" not in str(row["drop_detail"])

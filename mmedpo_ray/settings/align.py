@@ -1,0 +1,65 @@
+"""Settings of `align`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mmedpo_ray.settings.base import Section, Share
+
+
+class LoraConfig(Section):
+    """Low-rank adaptation of the language model."""
+
+    rank: int = Field(128, ge=1)
+    alpha: float = Field(256, gt=0)
+    dropout: Share = 0.0
+    target_modules: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="linear layers of the language model (vision tower and projector stay frozen)",
+    )
+
+
+class AlignConfig(Section):
+    """scored pairs → adapter: weighted DPO with LoRA under Ray Train and DeepSpeed ZeRO-3."""
+
+    objective: Literal["dpo", "sft"] = Field("dpo", description="sft: likelihood of the chosen answers only")
+    beta: float = Field(0.1, gt=0, description="inverse temperature of the DPO loss")
+    nll_coefficient: float = Field(
+        0.0, ge=0, description="weight of the negative log-likelihood per chosen token"
+    )
+    visual_coefficient: float = Field(
+        1.0, ge=0, description="weight of a visual pair's loss beside a text pair's"
+    )
+    learning_rate: float = Field(1e-7, gt=0)
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Share = 0.03
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: int = Field(3, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
+    images_per_step: int = Field(
+        8, ge=1, description="images (with all their pairs) in one optimizer step, over all ranks"
+    )
+    pairs_per_forward: int = Field(16, ge=1, description="pairs a rank runs through the model at once")
+    max_length: int = Field(2048, ge=64, description="tokens of prompt + response, image tokens included")
+    lora: LoraConfig = LoraConfig()
+    precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_checkpointing: bool = True
+    zero_stage: Literal[2, 3] = Field(3, description="DeepSpeed ZeRO stage")
+    num_workers: int = Field(2, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker's tensor operations")
+    use_gpu: bool | None = Field(None, description="null: if the cluster has GPUs")
+    checkpoint_every: int = Field(50, ge=1, description="optimizer steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    max_failures: int = Field(2, ge=0, description="restarts of the worker group from the last checkpoint")
+
+
+class ControlConfig(Section):
+    """A supervised fine-tuning control with as many updates, trained and evaluated beside the aligned model."""
+
+    enabled: bool = True
+    name: str = Field("sft_control", description="name under which it is served")
+    learning_rate: float | None = Field(None, gt=0, description="null: align.learning_rate")
