@@ -144,6 +144,14 @@ class Config(Section):
             )
         if self.curate.text.method == "released" and self.data.format != "mmedpo_json":
             raise ValueError("curate.text.method=released needs data.format=mmedpo_json")
+        if self.align.loss in ("cdpo", "robust") and self.align.label_smoothing == 0:
+            raise ValueError(
+                f"align.loss={self.align.loss} needs align.label_smoothing > 0; at 0 it is sigmoid"
+            )
+        if self.align.loss not in ("cdpo", "robust") and self.align.label_smoothing > 0:
+            raise ValueError(
+                f"align.label_smoothing has no effect with align.loss={self.align.loss}; use cdpo or robust, or 0"
+            )
         names = [agent.name for agent in self.score.agents]
         if len(set(names)) != len(names):
             raise ValueError(f"score.agents must have different names, not {names}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmedpo_ray.storage import join, local_folder
+from mmedpo_ray.storage import join, local_path
 
 Role = Literal["aligned", "control"]
 
@@ -87,8 +87,8 @@ class RunFolder:
 
     def align(self, role: Role = "aligned") -> Path:
         """Checkpoints, metrics and the trained adapter of a training run."""
-        return local_folder(join(self._of(role), "align"), "training")
+        return local_path(join(self._of(role), "align"), "training")
 
     def model(self, role: Role = "aligned") -> Path:
         """The exported model: ``adapter/`` (peft) and ``merged/`` (transformers and vLLM)."""
-        return local_folder(join(self._of(role), "model"), "export")
+        return local_path(join(self._of(role), "model"), "export")

@@ -470,10 +470,11 @@ def _interrupt(*_: object) -> None:
 
 
 def _help(endpoint: Endpoint) -> str:
+    model = endpoint.models[min(1, len(endpoint.models) - 1)]  # the aligned one, if there is one
     return (
         f"{endpoint.base_url} answers for {', '.join(endpoint.models)} (OpenAI API). For example:\n"
         f"  curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"model": "{endpoint.models[-1]}", "messages": [{{"role": "user", "content": [\n'
+        f'    -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": [\n'
         '         {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}},\n'
         '         {"type": "text", "text": "Is there a pleural effusion?"}]}]}\'\n'
         "Stop it with Ctrl-C."

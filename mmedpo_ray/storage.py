@@ -132,6 +132,17 @@ def remove(uri: str | Path) -> None:
 def local_folder(uri: str | Path, purpose: str) -> Path:
     """The folder as a local (or shared, mounted) path, created where missing.
 
+    Raises:
+        UserError: ``uri`` is a cloud address.
+    """
+    path = local_path(uri, purpose)
+    os.makedirs(path, exist_ok=True)  # noqa: PTH103 - tolerant of a parallel creation on shared file systems
+    return path
+
+
+def local_path(uri: str | Path, purpose: str) -> Path:
+    """The address as a local (or shared, mounted) path; nothing is created.
+
     Models and checkpoints go through libraries that only know paths.
 
     Raises:
@@ -141,6 +152,4 @@ def local_folder(uri: str | Path, purpose: str) -> Path:
         raise UserError(
             f"{purpose} needs a path that every node sees (NFS, Lustre, FSx), not {uri}. Set run.folder to one."
         )
-    path = Path(absolute(uri))
-    os.makedirs(path, exist_ok=True)  # noqa: PTH103 - tolerant of a parallel creation on shared file systems
-    return path
+    return Path(absolute(uri))

@@ -29,6 +29,7 @@ class Pair:
         weight: effective weight in the loss, > 0.
         ref_chosen, ref_rejected: reference log-probabilities, nats; 0 where the objective needs none.
         counts_nll: the chosen answer enters the likelihood term.
+        chosen_weights, rejected_weights: of the response tokens, 0 to 1; ``None``: all 1.
     """
 
     pair_id: str
@@ -43,6 +44,8 @@ class Pair:
     ref_chosen: float = 0.0
     ref_rejected: float = 0.0
     counts_nll: bool = True
+    chosen_weights: list[float] | None = None
+    rejected_weights: list[float] | None = None
 
 
 def num_tokens(pairs: Sequence[Pair], *, both_sides: bool) -> int:
@@ -100,12 +103,16 @@ def forest_batch(
     pairs: Sequence[Pair], images: ImageLoader, pad_token_id: int, *, both_sides: bool
 ) -> Forest:
     """Packs the responses of N pairs: N chosen, then (``both_sides``) N rejected."""
-    sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
+    sides = [(pair.prompt, pair.chosen, pair.image_uri, pair.chosen_weights) for pair in pairs]
     if both_sides:
-        sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
-    uris = list(dict.fromkeys(uri for _, _, uri in sides))
+        sides += [
+            (pair.prompt, pair.rejected, pair.rejected_image_uri, pair.rejected_weights) for pair in pairs
+        ]
+    uris = list(dict.fromkeys(uri for _, _, uri, _ in sides))
     number = {uri: index for index, uri in enumerate(uris)}
-    sequences = [TokenSequence(prompt, response, number[uri]) for prompt, response, uri in sides]
+    sequences = [
+        TokenSequence(prompt, response, number[uri], weights) for prompt, response, uri, weights in sides
+    ]
     return pack(sequences, images(uris), pad_token_id)
 
 

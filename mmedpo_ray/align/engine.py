@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.logps import LogpOutput, response_logps
+from mmedpo_ray.align.losses import Objective
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import load_model, resolve_model
@@ -61,6 +63,25 @@ class TrainingSpec:
     def objective(self) -> Literal["dpo", "sft"]:
         return self.align.objective
 
+    @property
+    def align_objective(self) -> Objective:
+        """What is minimised with ``objective: dpo``."""
+        return objective_of(self.align)
+
+    @property
+    def with_reference(self) -> bool:
+        """Whether every forward is followed by one with the adapter off."""
+        if self.objective == "sft":
+            return False
+        online = self.align_objective.needs_reference and self.align.reference == "online"
+        return online or self.align.kl_coefficient > 0
+
+
+def objective_of(align: AlignConfig) -> Objective:
+    """The objective that the settings describe."""
+    names = [field.name for field in dataclasses.fields(Objective)]
+    return Objective(**{name: getattr(align, name) for name in names})
+
 
 class Policy(nn.Module):
     """The model under training; ``forward`` is :func:`~mmedpo_ray.align.logps.response_logps`.
@@ -68,13 +89,24 @@ class Policy(nn.Module):
     DeepSpeed gathers sharded weights in hooks of ``forward``, so everything that touches weights happens inside it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, *, with_reference: bool = False, kl_forward_share: float | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self._with_reference = with_reference
+        self._kl_forward_share = kl_forward_share
 
-    def forward(self, batch: Forest) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Forest) -> tuple[Any, ...]:
         """See :class:`~mmedpo_ray.align.logps.LogpOutput`; a plain tuple, because hooks rebuild it."""
-        return tuple(response_logps(self.model, batch))  # type: ignore[return-value]
+        return tuple(
+            response_logps(
+                self.model,
+                batch,
+                with_reference=self._with_reference,
+                kl_forward_share=self._kl_forward_share,
+            )
+        )
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by their name in the peft model, sorted."""
@@ -123,7 +155,13 @@ def build_policy(spec: TrainingSpec) -> Policy:
     if spec.align.gradient_checkpointing:
         # Non-reentrant checkpointing checks saved tensors that ZeRO-3 has meanwhile released.
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": True})
-    return Policy(peft_model)
+    return Policy(
+        peft_model,
+        with_reference=spec.with_reference,
+        kl_forward_share=spec.align.kl_forward_share
+        if spec.align.kl_coefficient and spec.with_reference
+        else None,
+    )
 
 
 def deepspeed_settings(spec: TrainingSpec) -> dict[str, Any]:

@@ -8,12 +8,16 @@ them: 64 to 576 per image) passes the model once. Several trees share a row wher
     image ─┬─ question 1 ─┬─ chosen            (text pair)
            │              └─ rejected
            └─ question 2 ──── chosen           (visual pair; its rejected side is in the tree of the noised image)
+
+The tokens of a tree stand in preorder, so that the descendants of token j are those from j to ``subtree_end[j]``: token i
+sees token j exactly if j ≤ i < subtree_end[j]. That one number a token is the whole mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +31,13 @@ class TokenSequence:
         prompt: token ids, image ids included.
         response: token ids, end token included; at least one.
         image: index of the image it shows.
+        weights: of the response tokens in its log-probability, 0 to 1; ``None``: all 1.
     """
 
     prompt: list[int]
     response: list[int]
     image: int
+    weights: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,19 @@ class Forest:
     Attributes:
         input_ids: (R, T) int64.
         position_ids: (R, T) int64, depth in the tree.
-        attention_mask: (R, 1, T, T) bool, True where the query (third axis) sees the key.
+        subtree_end: (R, T) int64, the position after the last descendant.
         pixel_values: (I, 3, H, W) float32, the distinct images.
         tree_image: (G,) int64, the image of each tree, row by row in the order of its tokens.
         edge_row, edge_parent, edge_token: (E,) int64: in row ``edge_row`` the token at position ``edge_parent`` predicts
             the response token ``edge_token``.
         term_edge, term_sequence: (S,) int64: the edge belongs to the response of the sequence.
+        term_weight: (S,) float32, its weight there.
         num_tokens: (N,) int64, response tokens of each sequence.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    subtree_end: Tensor
     pixel_values: Tensor
     tree_image: Tensor
     edge_row: Tensor
@@ -60,6 +67,7 @@ class Forest:
     edge_token: Tensor
     term_edge: Tensor
     term_sequence: Tensor
+    term_weight: Tensor
     num_tokens: Tensor
 
     def to(self, device: torch.device) -> Forest:
@@ -69,9 +77,27 @@ class Forest:
             **{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)},
         )
 
+    def dense_mask(self) -> Tensor:
+        """(R, 1, T, T) bool, True where the query (third axis) sees the key; for scaled dot-product attention."""
+        position = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        query, key = position[:, None], position[None, :]
+        return ((key <= query) & (query < self.subtree_end[:, None, :])).unsqueeze(1)
+
+    def block_mask(self) -> Any:
+        """The same as FlexAttention's ``BlockMask``: (R, 1, T, T) that is never stored."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        end = self.subtree_end
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+            return (key <= query) & (query < end[row, key])
+
+        rows, length = self.input_ids.shape
+        return create_block_mask(sees, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=str(end.device))
+
 
 class _Tree:
-    """The tokens of one image's sequences; node k has its parent before it (-1: none)."""
+    """The tokens of one image's sequences, as they are added; node k has its parent before it (-1: none)."""
 
     def __init__(self, image: int) -> None:
         self.image = image
@@ -79,32 +105,46 @@ class _Tree:
         self.parents: list[int] = []
         self.depths: list[int] = []
         self._children: dict[tuple[int, int], int] = {}
+        self._last: tuple[list[int], list[int]] = ([], [])
 
     def add(self, tokens: list[int]) -> list[int]:
         """Adds a sequence; returns its nodes."""
-        node, path = -1, []
-        for depth, token in enumerate(tokens):
-            key = (node, token)
+        known, path = self._last
+        start = _common_prefix(known, tokens)
+        path = path[:start]
+        node = path[-1] if path else -1
+        for depth in range(start, len(tokens)):
+            key = (node, tokens[depth])
             child = self._children.get(key)
             if child is None:
                 child = len(self.tokens)
                 self._children[key] = child
-                self.tokens.append(token)
+                self.tokens.append(tokens[depth])
                 self.parents.append(node)
                 self.depths.append(depth)
             node = child
             path.append(node)
+        self._last = (tokens, path)
         return path
 
-    def ancestors(self) -> Tensor:
-        """(T, T) bool: row i is True at the ancestors of node i and at i."""
-        seen = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
-        rows = seen.numpy()
+    def preorder(self) -> tuple[list[int], list[int]]:
+        """The position of every node when descendants follow their ancestor, and the size of its subtree."""
+        size = [1] * len(self.tokens)
+        for node in range(len(self.tokens) - 1, 0, -1):
+            if self.parents[node] >= 0:
+                size[self.parents[node]] += size[node]
+        # A child is placed behind its parent and what was placed there before it.
+        taken = [1] * len(self.tokens)
+        place = [0] * len(self.tokens)
+        roots = 0
         for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                rows[node, : parent + 1] = rows[parent, : parent + 1]
-            rows[node, node] = True
-        return seen
+            if parent < 0:
+                place[node] = roots
+                roots += size[node]
+            else:
+                place[node] = place[parent] + taken[parent]
+                taken[parent] += size[node]
+        return place, size
 
 
 def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id: int) -> Forest:
@@ -125,35 +165,38 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     position_ids = torch.zeros((len(rows), length), dtype=torch.int64)
     # Filling sees itself: a query that sees nothing would be NaN.
-    mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
-    place: dict[int, tuple[int, int]] = {}
+    subtree_end = torch.arange(1, length + 1).repeat(len(rows), 1)
+    positions: dict[int, tuple[int, list[int]]] = {}
     for number, row in enumerate(rows):
         start = 0
         for tree in row:
-            end = start + len(tree.tokens)
-            input_ids[number, start:end] = torch.tensor(tree.tokens)
-            position_ids[number, start:end] = torch.tensor(tree.depths)
-            mask[number, start:end, start:end] = tree.ancestors()
-            place[tree.image] = (number, start)
-            start = end
+            order, size = tree.preorder()
+            place = torch.tensor(order) + start
+            input_ids[number, place] = torch.tensor(tree.tokens)
+            position_ids[number, place] = torch.tensor(tree.depths)
+            subtree_end[number, place] = place + torch.tensor(size)
+            positions[tree.image] = (number, place.tolist())
+            start += len(tree.tokens)
     edges: dict[tuple[int, int], int] = {}
     rows_of, parents, tokens, term_edge, term_sequence = [], [], [], [], []
+    term_weight: list[float] = []
     for index, (sequence, path) in enumerate(zip(sequences, paths, strict=True)):
         tree = trees[sequence.image]
-        number, start = place[sequence.image]
+        number, at = positions[sequence.image]
         for node in path[len(sequence.prompt) :]:
             key = (sequence.image, node)
             if key not in edges:
                 edges[key] = len(edges)
                 rows_of.append(number)
-                parents.append(start + tree.parents[node])
+                parents.append(at[tree.parents[node]])
                 tokens.append(tree.tokens[node])
             term_edge.append(edges[key])
             term_sequence.append(index)
+        term_weight += sequence.weights or [1.0] * len(sequence.response)
     return Forest(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=mask.unsqueeze(1),
+        subtree_end=subtree_end,
         pixel_values=pixel_values,
         tree_image=torch.tensor([tree.image for row in rows for tree in row]),
         edge_row=torch.tensor(rows_of),
@@ -161,6 +204,7 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
         edge_token=torch.tensor(tokens),
         term_edge=torch.tensor(term_edge),
         term_sequence=torch.tensor(term_sequence),
+        term_weight=torch.tensor(term_weight),
         num_tokens=torch.tensor([len(sequence.response) for sequence in sequences]),
     )
 
@@ -182,3 +226,15 @@ def _lay_out(trees: list[_Tree]) -> list[list[_Tree]]:
             rows.append([tree])
             room.append(capacity - size)
     return rows
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    """How many tokens two sequences share at the start, by comparing halves: image prefixes are long."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

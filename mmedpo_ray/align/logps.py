@@ -12,21 +12,40 @@ import torch
 from torch import Tensor, nn
 
 from mmedpo_ray.align.forest import Forest
+from mmedpo_ray.align.losses import Side, kl_divergence
 
 
 class LogpOutput(NamedTuple):
-    """Sums over response tokens.
+    """Sums over the response tokens of N sequences.
 
     Attributes:
-        logps: (N,) float32, Σ log π(token | everything before), nats.
+        logps: (N,) float32, Σ c_t · log π(token t | everything before), nats, with the span weights c_t of the forest.
+        tokens: (N,) float32, Σ c_t.
+        likelihood: (N,) float32, the same as ``logps`` with all c_t = 1.
         num_tokens: (N,) int64, tokens summed.
+        ref_logps: (N,) ``logps`` of the model without its adapter; ``None`` unless asked for.
+        kl: (N,) Σ of the divergence from the model without its adapter, nats; ``None`` unless asked for.
     """
 
     logps: Tensor
+    tokens: Tensor
+    likelihood: Tensor
     num_tokens: Tensor
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
+
+    def sides(self, count: int) -> tuple[Side, Side]:
+        """The first ``count`` sequences (chosen) and the others (rejected), as the objective takes them."""
+        return self._side(slice(count)), self._side(slice(count, None))
+
+    def _side(self, part: slice) -> Side:
+        kl = None if self.kl is None else self.kl[part]
+        return Side(self.logps[part], self.tokens[part], self.likelihood[part], self.num_tokens[part], kl)
 
 
-def response_logps(model: Any, batch: Forest) -> LogpOutput:
+def response_logps(
+    model: Any, batch: Forest, *, with_reference: bool = False, kl_forward_share: float | None = None
+) -> LogpOutput:
     """Evaluates every response of a batch.
 
     Each distinct image passes the vision tower once, each shared token the language model once, and only the hidden
@@ -35,26 +54,70 @@ def response_logps(model: Any, batch: Forest) -> LogpOutput:
     Args:
         model: a ``LlavaForConditionalGeneration`` or a peft model of one; its tower and projector are frozen.
         batch: the sequences, on the model's device.
+        with_reference: also evaluate the model with its adapter off, in a second forward without gradients.
+        kl_forward_share: share λ of the forward divergence; ``None``: no divergence. Needs ``with_reference``.
     """
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embeddings = _embeddings(llava, batch)
+    mask = batch.block_mask() if _uses_flex(llava) else batch.dense_mask()
+    reference_logits = None
+    if with_reference:
+        with torch.no_grad(), model.disable_adapter():
+            reference_logits = _edge_logits(llava, batch, embeddings, mask)
+    if torch.is_grad_enabled():
+        # Reentrant checkpointing only recomputes a block whose input wants a gradient.
+        embeddings.requires_grad_(True)
+    logits = _edge_logits(llava, batch, embeddings, mask)
+    edges = _token_logps(logits, batch)
+    weights = batch.term_weight
+    ref_logps = kl = None
+    if reference_logits is not None:
+        ref_logps = _sum(_token_logps(reference_logits, batch), batch, weights)
+        if kl_forward_share is not None:
+            kl = _sum(kl_divergence(logits, reference_logits, kl_forward_share), batch)
+    return LogpOutput(
+        logps=_sum(edges, batch, weights),
+        tokens=_sum(torch.ones_like(edges), batch, weights).detach(),
+        likelihood=_sum(edges, batch),
+        num_tokens=batch.num_tokens,
+        ref_logps=ref_logps,
+        kl=kl,
+    )
+
+
+def _embeddings(llava: Any, batch: Forest) -> Tensor:
+    """(R, T, D) token embeddings, image features in the places of image tokens."""
     with torch.no_grad():
         features = image_features(llava, batch.pixel_values)
         embeddings = llava.get_input_embeddings()(batch.input_ids)
         is_image = (batch.input_ids == llava.config.image_token_id).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(is_image, features[batch.tree_image].to(embeddings.dtype))
-    if torch.is_grad_enabled():
-        # Reentrant checkpointing only recomputes a block whose input wants a gradient.
-        embeddings.requires_grad_(True)
+        return embeddings.masked_scatter(is_image, features[batch.tree_image].to(embeddings.dtype))
+
+
+def _edge_logits(llava: Any, batch: Forest, embeddings: Tensor, mask: Any) -> Tensor:
+    """(E, V) float32 logits of the positions that predict a response token."""
     hidden = llava.model.language_model(
-        inputs_embeds=embeddings,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
-    logits = llava.lm_head(hidden[batch.edge_row, batch.edge_parent]).float()
-    edges = -nn.functional.cross_entropy(logits, batch.edge_token, reduction="none")
-    zeros = torch.zeros(batch.num_tokens.shape[0], dtype=torch.float32, device=logits.device)
-    return LogpOutput(zeros.index_add(0, batch.term_sequence, edges[batch.term_edge]), batch.num_tokens)
+    return llava.lm_head(hidden[batch.edge_row, batch.edge_parent]).float()
+
+
+def _token_logps(logits: Tensor, batch: Forest) -> Tensor:
+    """(E,) log-probability of each response token, nats."""
+    return -nn.functional.cross_entropy(logits, batch.edge_token, reduction="none")
+
+
+def _sum(edges: Tensor, batch: Forest, weights: Tensor | None = None) -> Tensor:
+    """(E,) values of tokens → (N,) sums over responses."""
+    terms = edges[batch.term_edge]
+    if weights is not None:
+        terms = terms * weights
+    zeros = torch.zeros(batch.num_tokens.shape[0], dtype=torch.float32, device=edges.device)
+    return zeros.index_add(0, batch.term_sequence, terms)
+
+
+def _uses_flex(llava: Any) -> bool:
+    return llava.model.language_model.config._attn_implementation == "flex_attention"
 
 
 def image_features(llava: Any, pixel_values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmedpo_ray import storage, tables
-from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch, pair_batch
+from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
 from mmedpo_ray.align.checkpoint import Checkpoint, load_last_checkpoint, save_checkpoint
 from mmedpo_ray.align.engine import Engine, TrainingSpec, build_policy, learning_rate_factor
 from mmedpo_ray.align.forest import Forest
-from mmedpo_ray.align.losses import SUMS, Normaliser, dpo_objective, sft_objective, summarise
+from mmedpo_ray.align.losses import (
+    SUMS,
+    Normaliser,
+    preference_objective,
+    sft_objective,
+    summarise,
+)
 from mmedpo_ray.align.metrics import MetricsWriter
 from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size
 from mmedpo_ray.align.prepare import prepare_pairs
@@ -118,24 +125,18 @@ class TrainingLoop:
         self, micro: MicroBatch, batch: Forest, total: Normaliser
     ) -> tuple[Tensor, Tensor, list[bool]]:
         """A micro-batch's share of the loss, its sums, and which pairs' log-probabilities are finite."""
-        align = self.spec.align
-        logps, num_tokens = self.engine.logps(batch)
+        out = self.engine.logps(batch)
         pairs = pair_batch(micro.pairs, is_filler=micro.is_filler, device=self.engine.device)
         count = len(micro.pairs)
+        chosen, rejected = out.sides(count)
         if not self.both_sides:
-            share, sums = sft_objective(logps, num_tokens, pairs, total)
-            return share, sums, torch.isfinite(logps).tolist()
-        chosen, rejected = logps[:count], logps[count:]
-        share, sums = dpo_objective(
-            chosen,
-            rejected,
-            num_tokens[:count],
-            pairs,
-            total,
-            beta=align.beta,
-            nll_coefficient=align.nll_coefficient,
-        )
-        return share, sums, (torch.isfinite(chosen) & torch.isfinite(rejected)).tolist()
+            share, sums = sft_objective(chosen, pairs, total)
+            return share, sums, torch.isfinite(chosen.likelihood).tolist()
+        if out.ref_logps is not None and self.spec.reference is None:
+            pairs = replace(pairs, ref_chosen=out.ref_logps[:count], ref_rejected=out.ref_logps[count:])
+        share, sums = preference_objective(chosen, rejected, pairs, total, self.spec.align_objective)
+        finite = torch.isfinite(chosen.logps) & torch.isfinite(rejected.logps)
+        return share, sums, finite.tolist()
 
     def _refuse_non_finite(self, step: int, sums: Tensor) -> None:
         """Stops all ranks before an update with a loss that is no number."""
@@ -188,22 +189,31 @@ class TrainingLoop:
             self.writer,
             max_length=align.max_length,
             visual_coefficient=align.visual_coefficient,
+            reversed_visual_coefficient=align.reversed_visual_coefficient,
+            common_token_weight=align.common_token_weight,
             reference=self._reference(),
         )
         if self.rank == 0:
-            self._write_dropped(scored.num_rows, pairs, dropped)
+            self._write_dropped(dropped)
         plan = Plan(
             pairs,
             seed=self.spec.seed,
             epochs=align.epochs,
             images_per_step=align.images_per_step,
             pairs_per_forward=align.pairs_per_forward,
+            tokens_per_forward=align.tokens_per_forward,
             max_steps=align.max_steps,
             both_sides=self.both_sides,
         )
         if self.rank == 0:
             self._write_json(
-                "plan.json", {"rows_in": scored.num_rows, "dropped": _reasons(dropped), **plan.summary()}
+                "plan.json",
+                {
+                    "rows_in": len(pairs) + len(dropped),
+                    "derived_pairs": len(pairs) + len(dropped) - scored.num_rows,
+                    "dropped": _reasons(dropped),
+                    **plan.summary(),
+                },
             )
         return plan
 
@@ -215,8 +225,7 @@ class TrainingLoop:
             row["pair_id"]: (row["ref_chosen_logp"], row["ref_rejected_logp"]) for row in table.to_pylist()
         }
 
-    def _write_dropped(self, rows_in: int, pairs: list[Pair], dropped: list[dict[str, Any]]) -> None:
-        assert rows_in == len(pairs) + len(dropped)
+    def _write_dropped(self, dropped: list[dict[str, Any]]) -> None:
         folder = storage.join(str(self.spec.folder), "dropped")
         storage.remove(folder)
         if dropped:

@@ -40,6 +40,7 @@ class Plan:
         epochs: passes over all images.
         images_per_step: images in one optimizer step, over all ranks; the last step of an epoch may have fewer.
         pairs_per_forward: most pairs in a micro-batch.
+        tokens_per_forward: most tokens in a micro-batch, after packing (a single pair may exceed it).
         max_steps: stop after this many optimizer steps, if the epochs have not ended before.
         both_sides: whether rejected sides are computed too; balances the ranks.
 
@@ -59,6 +60,7 @@ class Plan:
         epochs: int,
         images_per_step: int,
         pairs_per_forward: int,
+        tokens_per_forward: int | None = None,
         max_steps: int | None = None,
         both_sides: bool = True,
     ) -> None:
@@ -73,6 +75,7 @@ class Plan:
         self._seed = seed
         self._images_per_step = images_per_step
         self._pairs_per_forward = pairs_per_forward
+        self._tokens_per_forward = math.inf if tokens_per_forward is None else tokens_per_forward
         self._both_sides = both_sides
         self.num_pairs = len(pairs)
         self.num_images = len(self._trees)
@@ -100,6 +103,7 @@ class Plan:
         return Normaliser(
             weight=math.fsum(pair.weight for pair in pairs),
             nll_tokens=sum(len(pair.chosen) for pair in pairs if pair.counts_nll),
+            pairs=len(pairs),
         )
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
@@ -129,7 +133,20 @@ class Plan:
             "steps_per_epoch": self.steps_per_epoch,
             "epochs": round(self.total_steps / self.steps_per_epoch, 3),
             "effective_sample_size": round(effective_sample_size(weights), 4),
+            **self._token_figures(),
         }
+
+    def _token_figures(self) -> dict[str, float | int]:
+        """Tokens of an epoch as packed trees, and how many times more separate sequences would have."""
+        packed = sum(self._cost(tree) for tree in self._trees)
+        separate = sum(
+            (len(pair.prompt) + len(pair.chosen)) * pair.counts_nll
+            if not self._both_sides
+            else 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+            for tree in self._trees
+            for pair in tree
+        )
+        return {"tokens_per_epoch": packed, "sharing_factor": round(separate / packed, 2)}
 
     def _step_trees(self, step: int) -> list[list[Pair]]:
         if not 0 <= step < self.total_steps:
@@ -141,26 +158,47 @@ class Plan:
         return [self._trees[index] for index in self._order[1][start : start + self._images_per_step]]
 
     def _pieces(self, step: int) -> list[list[Pair]]:
-        """Trees of a step, cut where they exceed a micro-batch, most tokens first."""
-        size = self._pairs_per_forward
+        """Trees of a step, cut between pairs where they exceed a micro-batch, most tokens first."""
         trees = self._step_trees(step)
         if not self._both_sides:
             # Without rejected sides a pair is its chosen answer, and an answer shared by two pairs is computed once.
             trees = [[pair for pair in tree if pair.counts_nll] for tree in trees]
-        pieces = [tree[start : start + size] for tree in trees for start in range(0, len(tree), size)]
+        pieces = [piece for tree in trees for piece in self._cut(tree)]
         return sorted(pieces, key=lambda piece: (-self._cost(piece), piece[0].pair_id))
+
+    def _cut(self, tree: list[Pair]) -> list[list[Pair]]:
+        """Pieces of a tree that fit into a micro-batch; each repeats the image's tokens."""
+        pieces: list[list[Pair]] = []
+        for pair in tree:
+            if pieces and self._fits([*pieces[-1], pair]):
+                pieces[-1].append(pair)
+            else:
+                pieces.append([pair])
+        return pieces
+
+    def _fits(self, pairs: list[Pair]) -> bool:
+        return len(pairs) <= self._pairs_per_forward and self._cost(pairs) <= self._tokens_per_forward
 
     def _pack(self, pieces: list[list[Pair]], num_bins: int) -> list[list[Pair]] | None:
         """Puts each piece into the emptiest bin that has room; ``None`` if one fits nowhere."""
         bins: list[list[Pair]] = [[] for _ in range(num_bins)]
         tokens = [0] * num_bins
         for piece in pieces:
-            open_bins = [k for k in range(num_bins) if len(bins[k]) + len(piece) <= self._pairs_per_forward]
+            cost = self._cost(piece)
+            open_bins = [
+                k
+                for k in range(num_bins)
+                if not bins[k]
+                or (
+                    len(bins[k]) + len(piece) <= self._pairs_per_forward
+                    and tokens[k] + cost <= self._tokens_per_forward
+                )
+            ]
             if not open_bins:
                 return None
             target = min(open_bins, key=lambda k: (tokens[k], k))
             bins[target] += piece
-            tokens[target] += self._cost(piece)
+            tokens[target] += cost
         return bins
 
     def _cost(self, pairs: Sequence[Pair]) -> int:

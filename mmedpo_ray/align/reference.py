@@ -16,8 +16,9 @@ import torch
 
 from mmedpo_ray import cluster, tables
 from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch
+from mmedpo_ray.align.engine import objective_of
 from mmedpo_ray.align.logps import response_logps
-from mmedpo_ray.align.prepare import COLUMNS, Refusal, tokenise
+from mmedpo_ray.align.prepare import COLUMNS, Refusal, tokenise, with_reversed_pairs
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, model_fingerprint
 from mmedpo_ray.run_folder import RunFolder
@@ -56,13 +57,24 @@ def reference_settings(config: Config) -> dict[str, Any]:
         "model": model_fingerprint(config.model.path),
         "precision": config.align.precision,
         "max_length": config.align.max_length,
+        "common_token_weight": config.align.common_token_weight,
+        "reversed_pairs": config.align.reversed_visual_coefficient > 0,
     }
+
+
+def needs_reference_table(align: AlignConfig) -> bool:
+    """Whether training reads reference log-probabilities from the table."""
+    return (
+        align.objective == "dpo" and align.reference == "precomputed" and objective_of(align).needs_reference
+    )
 
 
 def _pipeline(config: Config, done: set[str], key: str) -> ray.data.Dataset | None:
     align = config.align
     # The rows are small (no image bytes): handing them over directly spares the tasks that would read and split them.
     table = read_table(RunFolder(config.run.folder).scored, tables.SCORED, "scored").select(COLUMNS)
+    if align.reversed_visual_coefficient:
+        table = with_reversed_pairs(table)
     table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=pa.array(sorted(done), pa.string()))))
     if not table.num_rows:
         return None
@@ -106,7 +118,7 @@ class ReferenceScorer:
         pairs: list[Pair] = []
         rows: list[dict[str, Any]] = []
         for row in batch.to_pylist():
-            tokens = tokenise(row, self._writer, self._align.max_length)
+            tokens = tokenise(row, self._writer, self._align.max_length, self._align.common_token_weight)
             if isinstance(tokens, Refusal):
                 rows.append(
                     {
@@ -120,13 +132,15 @@ class ReferenceScorer:
                     Pair(
                         pair_id=row["pair_id"],
                         image_id=row["image_id"],
-                        is_visual=row["kind"] == "visual",
+                        is_visual=row["kind"] != "text",
                         image_uri=row["image_uri"],
                         rejected_image_uri=row["rejected_image_uri"],
                         prompt=tokens.prompt,
                         chosen=tokens.chosen,
                         rejected=tokens.rejected,
                         weight=1.0,
+                        chosen_weights=tokens.chosen_weights,
+                        rejected_weights=tokens.rejected_weights,
                     )
                 )
         rows += self._score(pairs)

@@ -29,13 +29,13 @@ from mmedpo_ray import cluster, storage
 from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints
 from mmedpo_ray.align.engine import TrainingSpec
 from mmedpo_ray.align.metrics import METRICS_FILE, read_metrics
-from mmedpo_ray.align.reference import reference, reference_settings
+from mmedpo_ray.align.reference import needs_reference_table, reference, reference_settings
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import resolve_model
 from mmedpo_ray.run_folder import Role, RunFolder
-from mmedpo_ray.stage import Manifest, Station
+from mmedpo_ray.stage import Manifest, Station, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ _OPERATIONAL = {
     "max_failures",
     "zero_stage",
     "pairs_per_forward",
+    "tokens_per_forward",
     "gradient_checkpointing",
 }
 
@@ -75,9 +76,10 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
     run = RunFolder(config.run.folder)
     folder = run.align(role)
     inputs = [run.scored]
-    if config.align.objective == "dpo":
+    if needs_reference_table(config.align):
         # The control needs no reference but trains on the rows that have one.
-        reference(config)
+        if role == "aligned" or read_manifest(run.reference) is None:
+            reference(config)
         inputs.append(run.reference)
     settings = _role_settings(config, role)
     identity = [settings.model_dump(exclude=_OPERATIONAL), reference_settings(config), config.run.seed]
@@ -111,7 +113,7 @@ def _training_spec(config: Config, settings: AlignConfig, folder: Path, key: str
         seed=config.run.seed,
         folder=folder,
         scored=run.scored,
-        reference=run.reference if config.align.objective == "dpo" else None,
+        reference=run.reference if needs_reference_table(config.align) else None,
         key=key,
         use_gpu=cluster.has_gpu() if settings.use_gpu is None else settings.use_gpu,
         attempt=uuid.uuid4().hex[:12],
@@ -120,6 +122,7 @@ def _training_spec(config: Config, settings: AlignConfig, folder: Path, key: str
 
 def _prepare_folder(folder: Path, key: str) -> None:
     """Clears what another run left; what an interrupted attempt of this run left is kept and said so."""
+    folder.mkdir(parents=True, exist_ok=True)
     stored = _read_json(folder / _KEY_FILE)
     if stored == key:
         if found := checkpoint_folders(folder):

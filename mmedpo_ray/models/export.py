@@ -60,6 +60,7 @@ def export(config: Config, role: Role = "aligned") -> Manifest:
     if finished is not None and (target / "merged" / "config.json").is_file():
         return finished
     _check_adapter(source)
+    target.mkdir(parents=True, exist_ok=True)
     with _replaced(target / "adapter") as folder:
         copy_adapter(source, folder, base=config.model.path)
     with _replaced(target / "merged") as folder:

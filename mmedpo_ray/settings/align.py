@@ -25,12 +25,49 @@ class AlignConfig(Section):
     """scored pairs → adapter: weighted DPO with LoRA under Ray Train and DeepSpeed ZeRO-3."""
 
     objective: Literal["dpo", "sft"] = Field("dpo", description="sft: likelihood of the chosen answers only")
-    beta: float = Field(0.1, gt=0, description="inverse temperature of the DPO loss")
+    loss: Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo"] = Field(
+        "sigmoid", description="loss of a pair's margin; sigmoid: DPO, as in the paper"
+    )
+    beta: float = Field(0.1, gt=0, description="inverse temperature of the loss")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="cdpo, robust: assumed share of swapped pairs"
+    )
+    length_normalised: bool | None = Field(
+        None, description="log-ratios per token; null: as the loss is published (ipo and simpo: yes)"
+    )
+    simpo_margin: float = Field(0.5, ge=0, description="simpo: target margin γ")
     nll_coefficient: float = Field(
         0.0, ge=0, description="weight of the negative log-likelihood per chosen token"
     )
     visual_coefficient: float = Field(
         1.0, ge=0, description="weight of a visual pair's loss beside a text pair's"
+    )
+    reversed_visual_coefficient: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the reversed visual pair: on the noised image the wrong answer over the right one",
+    )
+    anchor_coefficient: float = Field(
+        0.0, ge=0, description="weight of mDPO's anchor, which keeps the chosen answer's reward positive"
+    )
+    anchor_margin: float = Field(0.0, description="the reward δ that the anchor asks for")
+    kl_coefficient: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the divergence from the reference per chosen token (one more forward)",
+    )
+    kl_forward_share: Share = Field(0.5, description="λ of λ·KL(ref‖policy) + (1 − λ)·KL(policy‖ref)")
+    common_token_weight: Share = Field(
+        1.0,
+        description="weight of tokens that both answers of a text pair share; 0: only differing tokens count",
+    )
+    reduction: Literal["weighted_mean", "mean"] = Field(
+        "weighted_mean",
+        description="Σ w·ℓ / Σ w, or the mean of w·ℓ as the authors' code computes (with score.weights.mode=raw)",
+    )
+    reference: Literal["precomputed", "online"] = Field(
+        "precomputed",
+        description="reference log-probabilities from the table, or from a second forward with the adapter off",
     )
     learning_rate: float = Field(1e-7, gt=0)
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -42,7 +79,10 @@ class AlignConfig(Section):
     images_per_step: int = Field(
         8, ge=1, description="images (with all their pairs) in one optimizer step, over all ranks"
     )
-    pairs_per_forward: int = Field(16, ge=1, description="pairs a rank runs through the model at once")
+    pairs_per_forward: int = Field(16, ge=1, description="most pairs a rank runs through the model at once")
+    tokens_per_forward: int | None = Field(
+        None, ge=64, description="most tokens too, after packing; null: no such limit"
+    )
     max_length: int = Field(2048, ge=64, description="tokens of prompt + response, image tokens included")
     lora: LoraConfig = LoraConfig()
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -18,7 +18,7 @@ from tiny_llava import build_tiny_llava
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch, pair_batch
 from mmedpo_ray.align.logps import response_logps
-from mmedpo_ray.align.losses import Normaliser, dpo_objective
+from mmedpo_ray.align.losses import Normaliser, Objective, preference_objective
 from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 
@@ -101,14 +101,8 @@ def our_loss(world: dict[str, Any], **settings: Any) -> tuple[torch.Tensor, torc
     known = pair_batch(pairs)
     known = type(known)(known.weight, ref[:count], ref[count:], known.is_visual, known.counts_nll)
     total = Normaliser(float(count), sum(len(pair.chosen) for pair in pairs))
-    loss, _ = dpo_objective(
-        policy.logps[:count],
-        policy.logps[count:],
-        policy.num_tokens[:count],
-        known,
-        total,
-        beta=BETA,
-        **settings,
+    loss, _ = preference_objective(
+        *policy.sides(count), known, total, Objective(**{"beta": BETA, **settings})
     )
     return loss.detach(), _gradient(world, loss)
 
@@ -135,6 +129,25 @@ def test_the_likelihood_term_is_trl_s_sft_loss(world: dict[str, Any], tmp_path: 
     ours, our_gradient = our_loss(world, nll_coefficient=0.7)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert torch.allclose(our_gradient, their_gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"loss_type": ["hinge"]}, {"loss": "hinge"}),
+        ({"loss_type": ["ipo"]}, {"loss": "ipo"}),
+        ({"loss_type": ["robust"], "label_smoothing": 0.2}, {"loss": "robust", "label_smoothing": 0.2}),
+        ({"loss_type": ["sigmoid_norm"]}, {"loss": "sigmoid", "length_normalised": True}),
+    ],
+    ids=["hinge", "ipo", "robust", "sigmoid per token"],
+)
+def test_other_losses_are_trl_s(
+    world: dict[str, Any], tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    their_loss, their_gradient, _ = trl_loss(world, tmp_path, **theirs)
+    our_loss_, our_gradient = our_loss(world, **ours)
+    assert our_loss_.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    assert torch.allclose(our_gradient, their_gradient, rtol=1e-3, atol=1e-5)
 
 
 def _gradient(world: dict[str, Any], loss: torch.Tensor) -> torch.Tensor:

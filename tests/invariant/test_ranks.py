@@ -12,7 +12,8 @@ from align_world import with_settings
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
 from mmedpo_ray.align.engine import build_policy, learning_rate_factor
-from mmedpo_ray.align.losses import dpo_objective
+from mmedpo_ray.align.logps import LogpOutput
+from mmedpo_ray.align.losses import preference_objective
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.plan import Plan
 from mmedpo_ray.align.prepare import prepare_pairs
@@ -64,16 +65,10 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
     for step, row in enumerate(read_metrics(runs.folder / "plain")):
         chosen_pairs = plan.step_pairs(step)
         batch = forest_batch(chosen_pairs, images, writer.pad_token_id, both_sides=True)
-        logps, tokens = policy(batch)
+        out = LogpOutput(*policy(batch))
         count = len(chosen_pairs)
-        loss, _ = dpo_objective(
-            logps[:count],
-            logps[count:],
-            tokens[:count],
-            pair_batch(chosen_pairs),
-            plan.normaliser(step),
-            beta=align.beta,
-            nll_coefficient=align.nll_coefficient,
+        loss, _ = preference_objective(
+            *out.sides(count), pair_batch(chosen_pairs), plan.normaliser(step), spec.align_objective
         )
         optimizer.zero_grad()
         loss.backward()

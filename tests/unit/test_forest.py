@@ -16,7 +16,7 @@ def read_back(forest: Forest, index: int) -> list[tuple[list[int], int]]:
     found = []
     for edge in forest.term_edge[forest.term_sequence == index].tolist():
         row, parent = forest.edge_row[edge], forest.edge_parent[edge]
-        seen = forest.attention_mask[row, 0, parent].nonzero().flatten()
+        seen = forest.dense_mask()[row, 0, parent].nonzero().flatten()
         order = forest.position_ids[row, seen].argsort()
         assert forest.position_ids[row, seen].sort().values.tolist() == list(range(len(seen)))
         found.append((forest.input_ids[row, seen[order]].tolist(), int(forest.edge_token[edge])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from mmedpo_ray.align.losses import (
     LOSSES,
     SUMS,
     Normaliser,
+    Objective,
     PairBatch,
-    dpo_objective,
+    Side,
+    preference_objective,
     sft_objective,
     summarise,
 )
@@ -32,9 +35,22 @@ def pair_batch(weights: list[float], **changes: list) -> PairBatch:
     )
 
 
+def dpo_objective(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    tokens: torch.Tensor,
+    pairs: PairBatch,
+    total: Normaliser,
+    **settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return preference_objective(
+        Side.plain(chosen, tokens), Side.plain(rejected, tokens), pairs, total, Objective(**settings)
+    )
+
+
 def test_loss_without_a_preference_is_log_two() -> None:
     zeros = torch.zeros(3)
-    assert torch.allclose(LOSSES["sigmoid"](zeros, zeros, 0.1), torch.full((3,), math.log(2)))
+    assert torch.allclose(LOSSES["sigmoid"].function(zeros, Objective()), torch.full((3,), math.log(2)))
 
 
 def test_a_pair_counts_in_proportion_to_its_weight() -> None:
@@ -53,7 +69,7 @@ def test_nll_is_the_mean_over_tokens_of_answers_that_count() -> None:
     anchored, sums = dpo_objective(chosen, chosen, tokens, pairs, total, beta=0.1, nll_coefficient=2.0)
     assert (anchored - plain).item() == pytest.approx(2.0 * 13.0 / 5.0, rel=1e-6)
     assert summarise(sums)["nll"] == pytest.approx(13.0 / 5.0)
-    assert sft_objective(chosen, tokens, pairs, total)[0].item() == pytest.approx(13.0 / 5.0)
+    assert sft_objective(Side.plain(chosen, tokens), pairs, total)[0].item() == pytest.approx(13.0 / 5.0)
 
 
 def test_a_weightless_pair_gives_neither_loss_nor_gradient_even_where_it_overflows() -> None:
@@ -98,7 +114,9 @@ def test_figures_are_told_apart_by_kind() -> None:
 
 def test_figures_of_absent_pairs_are_none() -> None:
     figures = summarise(
-        sft_objective(torch.tensor([-4.0]), torch.tensor([2]), pair_batch([1.0]), Normaliser(1.0, 2))[1]
+        sft_objective(
+            Side.plain(torch.tensor([-4.0]), torch.tensor([2])), pair_batch([1.0]), Normaliser(1.0, 2)
+        )[1]
     )
     assert figures["reward_margin"] is None
     assert figures["nll"] == pytest.approx(2.0)
