@@ -1,4 +1,4 @@
-# make demo   the whole method on the embedded default, about ten minutes on two cores
+# make demo   the whole method on the embedded default, six minutes on two idle cores
 # make test   the test suite
 # Both build .venv from the pinned lock first (CPU; about 4 GB, a minute or two).
 
