@@ -104,6 +104,14 @@ def _add_curate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_align(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print steps, tokens and expected memory from the scored pairs, and stop before loading anything",
+    )
+
+
 def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "table",
@@ -127,7 +135,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fix", metavar="DIR", help="write a cleaned table here, with a log of every change")
 
 
-_OPTIONS = {"ingest": _add_ingest, "curate": _add_curate, "audit": _add_audit}
+_OPTIONS = {"ingest": _add_ingest, "curate": _add_curate, "audit": _add_audit, "align": _add_align}
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +235,10 @@ def _execute(arguments: argparse.Namespace) -> int:
         return audit_command(
             resolve_run_folder(config), arguments.table, arguments.samples, arguments.out, arguments.fix
         )
+    elif arguments.verb == "align" and arguments.dry_run:
+        from mmedpo_ray.align.dry_run import dry_run
+
+        dry_run(resolve_run_folder(config))
     elif arguments.verb == "curate" and arguments.preview is not None:
         from mmedpo_ray.curate.preview import preview
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -21,17 +22,20 @@ from torch import Tensor
 from mmedpo_ray import storage, tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
 from mmedpo_ray.align.checkpoint import Checkpoint, load_last_checkpoint, save_checkpoint
-from mmedpo_ray.align.engine import Engine, TrainingSpec, build_policy, learning_rate_factor
+from mmedpo_ray.align.engine import Engine, make_engine
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.losses import (
     SUMS,
     Normaliser,
+    PairBatch,
+    Side,
     preference_objective,
     sft_objective,
     summarise,
 )
 from mmedpo_ray.align.metrics import MetricsWriter
 from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size
+from mmedpo_ray.align.policy import TrainingSpec, build_policy, learning_rate_factor
 from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter, load_processor
@@ -41,6 +45,20 @@ log = logging.getLogger(__name__)
 
 # All images of a small data set stay in memory; of large images only those of a few steps.
 _IMAGE_CACHE_BYTES = 512 * 1024**2
+# The untrained policy is the reference, up to the order of sums; nats per response token, by the precision of training.
+_REFERENCE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+
+# Set by a signal: the machine is about to be taken away.
+stop_requested = threading.Event()
+
+
+class InterruptedTrainingError(Exception):
+    """A rank was told to stop; the run can go on from the checkpoint that was written."""
+
+
+# Beside the objective's sums: tokens computed, and whether a rank was told to stop.
+_TOKENS, _STOP = len(SUMS), len(SUMS) + 1
+_EXTRA = 2
 
 
 class TrainingLoop:
@@ -58,24 +76,37 @@ class TrainingLoop:
         self.images = ImageLoader(self.writer, self._cached_images())
         self.plan = self._make_plan()
         self.engine, self.step = self._make_engine()
-        self.metrics = MetricsWriter(spec.folder, self.step) if self.rank == 0 else None
+        self.metrics = MetricsWriter(spec.folder, self.step, spec.align.trackers) if self.rank == 0 else None
+        self._resumed_at = self.step
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._written: Future[Any] | None = None
 
     def run(self) -> None:
         """Trains to the end of the plan and writes the adapter.
 
         Raises:
-            UserError: the loss is not finite, or an image is gone.
+            UserError: the loss is not finite, an image is gone, or the reference table is of another model.
+            InterruptedTrainingError: a rank was told to stop; a checkpoint was written.
         """
         for step, batches in self._batches():
             started = time.monotonic()
             sums = self._forward_backward(step, batches)
             self._refuse_non_finite(step, sums)
+            self._check_reference(step, sums)
             learning_rate = self._learning_rate(step)
             grad_norm = self.engine.update(learning_rate)
             self.step = step + 1
             self._log(step, sums, grad_norm, learning_rate, time.monotonic() - started)
-            if self.step % self.spec.align.checkpoint_every == 0 and self.step < self.plan.total_steps:
+            stopping = bool(sums[_STOP])
+            if self.step < self.plan.total_steps and (
+                stopping or self.step % self.spec.align.checkpoint_every == 0
+            ):
                 self._save()
+            if stopping and self.step < self.plan.total_steps:
+                self._wait_for_disk()
+                raise InterruptedTrainingError(
+                    f"told to stop after step {self.step}; the checkpoint is written"
+                )
         self._export()
         if self.metrics is not None:
             self.metrics.close()
@@ -105,10 +136,11 @@ class TrainingLoop:
                 yield step, batches
 
     def _forward_backward(self, step: int, batches: list[tuple[MicroBatch, Forest]]) -> Tensor:
-        """Accumulates the step's gradients; returns its sums over all ranks (:data:`SUMS`, then tokens computed)."""
+        """Accumulates the step's gradients; returns its sums over all ranks (:data:`SUMS`, then :data:`_STOP` and others)."""
         total = self.plan.normaliser(step)
-        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.engine.device)
+        sums = torch.zeros(len(SUMS) + _EXTRA, dtype=torch.float64, device=self.engine.device)
         self._suspects: list[str] = []
+        self._worst_reference = 0.0
         for number, (micro, batch) in enumerate(batches):
             batch = batch.to(self.engine.device)
             share, part, finite = self._objective(micro, batch, total)
@@ -116,8 +148,9 @@ class TrainingLoop:
                 pair.pair_id for pair, is_ok in zip(micro.pairs, finite, strict=True) if not is_ok
             ]
             self.engine.backward(share, is_last=number == len(batches) - 1)
-            sums[:-1] += part
-            sums[-1] += 0 if micro.is_filler else batch.input_ids.numel()
+            sums[: len(SUMS)] += part
+            sums[_TOKENS] += 0 if micro.is_filler else batch.input_ids.numel()
+        sums[_STOP] = float(stop_requested.is_set())
         dist.all_reduce(sums)
         return sums
 
@@ -134,6 +167,8 @@ class TrainingLoop:
             return share, sums, torch.isfinite(chosen.likelihood).tolist()
         if out.ref_logps is not None and self.spec.reference is None:
             pairs = replace(pairs, ref_chosen=out.ref_logps[:count], ref_rejected=out.ref_logps[count:])
+        if self._is_first_step and not micro.is_filler:
+            self._worst_reference = max(self._worst_reference, _disagreement(chosen, rejected, pairs))
         share, sums = preference_objective(chosen, rejected, pairs, total, self.spec.align_objective)
         finite = torch.isfinite(chosen.logps) & torch.isfinite(rejected.logps)
         return share, sums, finite.tolist()
@@ -153,6 +188,31 @@ class TrainingLoop:
             f"in {self.spec.folder / 'checkpoints'}."
         )
 
+    @property
+    def _is_first_step(self) -> bool:
+        """Whether the adapter is still 0, so that the policy is the reference."""
+        align = self.spec.align
+        return (
+            self.step == 0
+            and self.spec.check_reference
+            and self.spec.reference is not None
+            and align.lora.dropout == 0
+        )
+
+    def _check_reference(self, step: int, sums: Tensor) -> None:  # noqa: ARG002
+        """Refuses a `reference` table whose values are not those of this model."""
+        if not self._is_first_step:
+            return
+        worst = torch.tensor(self._worst_reference, dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        tolerance = _REFERENCE_TOLERANCE[self.spec.align.precision]
+        if worst > tolerance:
+            raise UserError(
+                f"align: the reference log-probabilities in {self.spec.reference} differ from those of {self.spec.model} by up to "
+                f"{worst:.3g} nats per token (more than {tolerance}): they were made with another model, image processing or "
+                "precision. Delete that folder and run align again."
+            )
+
     def _learning_rate(self, step: int) -> float:
         align = self.spec.align
         return align.learning_rate * learning_rate_factor(
@@ -163,12 +223,12 @@ class TrainingLoop:
         if self.metrics is None:
             return
         pairs = self.plan.step_pairs(step)
-        tokens = int(sums[-1])
+        tokens = int(sums[_TOKENS])
         self.metrics.write(
             {
                 "step": step + 1,
                 "epoch": round((step + 1) / self.plan.steps_per_epoch, 4),
-                **summarise(sums[:-1]),
+                **summarise(sums[: len(SUMS)]),
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
                 "ess": effective_sample_size([pair.weight for pair in pairs]),
@@ -176,6 +236,7 @@ class TrainingLoop:
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
                 "seconds": seconds,
+                "gpu_memory_gib": _peak_gpu_memory(self.engine.device),
             }
         )
 
@@ -221,6 +282,14 @@ class TrainingLoop:
         if self.spec.reference is None:
             return None
         table = read_table(self.spec.reference, tables.REFERENCE, "reference")
+        expected = self.spec.reference_key
+        stale = set(table["key"].unique().to_pylist()) - {expected}
+        if expected is not None and stale:
+            raise UserError(
+                f"align: the table {self.spec.reference} was made under other settings (key {sorted(stale)[0]}, now {expected}): "
+                "the model's files, align.precision, align.max_length, align.common_token_weight or the reversed pairs changed. "
+                "Delete that folder and run align again."
+            )
         return {
             row["pair_id"]: (row["ref_chosen_logp"], row["ref_rejected_logp"]) for row in table.to_pylist()
         }
@@ -239,9 +308,9 @@ class TrainingLoop:
         policy = build_policy(self.spec)
         found = self._last_checkpoint()
         if found is None:
-            return Engine(policy, self.spec), 0
+            return make_engine(policy, self.spec), 0
         policy.load_adapter(found.parameters)
-        engine = Engine(policy, self.spec)
+        engine = make_engine(policy, self.spec)
         engine.restore(found.parameters, found.moments, found.step)
         log.info("align: resuming after step %d of %d", found.step, self.plan.total_steps)
         return engine, found.step
@@ -258,13 +327,24 @@ class TrainingLoop:
         return found
 
     def _save(self) -> None:
+        """Gathers the state on all ranks; rank 0 writes it while training goes on."""
         parameters, moments = self.engine.parameters(), self.engine.moments()
+        self._wait_for_disk()
         if self.rank == 0:
-            save_checkpoint(
-                self.spec.folder,
-                Checkpoint(self.step, self.spec.key, parameters, moments),
-                keep=self.spec.align.keep_checkpoints,
+            checkpoint = Checkpoint(self.step, self.spec.key, parameters, moments)
+            self._written = self._disk.submit(
+                save_checkpoint, self.spec.folder, checkpoint, keep=self.spec.align.keep_checkpoints
             )
+
+    def _wait_for_disk(self) -> None:
+        """Returns when the checkpoint under way is on disk, on every rank.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._written is not None:
+            self._written.result()
+            self._written = None
         dist.barrier()
 
     def _export(self) -> None:
@@ -273,7 +353,7 @@ class TrainingLoop:
         parameters = self.engine.parameters()
         if self.rank == 0:
             self._write_adapter(parameters)
-        dist.barrier()
+        self._wait_for_disk()
 
     def _write_adapter(self, parameters: dict[str, Tensor]) -> None:
         from peft import get_peft_model_state_dict
@@ -300,6 +380,19 @@ class TrainingLoop:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         storage.write_bytes(str(self.spec.folder / name), json.dumps(content, indent=2).encode())
+
+
+def _disagreement(chosen: Side, rejected: Side, pairs: PairBatch) -> float:
+    """Largest difference between policy and reference, nats per response token."""
+    sides = ((chosen, pairs.ref_chosen), (rejected, pairs.ref_rejected))
+    with torch.no_grad():
+        return max(
+            float(((side.logps - reference).abs() / side.num_tokens).max()) for side, reference in sides
+        )
+
+
+def _peak_gpu_memory(device: torch.device) -> float | None:
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
 
 
 def _blank() -> Any:

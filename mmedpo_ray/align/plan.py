@@ -31,6 +31,14 @@ class MicroBatch:
     is_filler: bool = False
 
 
+@dataclass(frozen=True)
+class ForwardSize:
+    """Size of a micro-batch in tokens, and in response tokens of these."""
+
+    tokens: int
+    response_tokens: int
+
+
 class Plan:
     """The order of a training run.
 
@@ -121,6 +129,23 @@ class Plan:
             MicroBatch(tuple(items)) if items else MicroBatch((self._filler,), is_filler=True)
             for items in mine
         ]
+
+    def largest_micro_batch(self, world_size: int) -> ForwardSize:
+        """The most tokens a rank runs through the model at once in the first epoch, with the most response tokens."""
+        steps = range(min(self.steps_per_epoch, self.total_steps))
+        batches = [
+            micro.pairs
+            for step in steps
+            for rank in range(world_size)
+            for micro in self.micro_batches(step, rank, world_size)
+        ]
+        return ForwardSize(
+            max(map(self._cost, batches)),
+            max(
+                sum(len(pair.chosen) + len(pair.rejected) * self._both_sides for pair in batch)
+                for batch in batches
+            ),
+        )
 
     def summary(self) -> dict[str, float | int]:
         """Figures of the plan for the manifest."""

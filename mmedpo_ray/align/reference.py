@@ -16,8 +16,8 @@ import torch
 
 from mmedpo_ray import cluster, tables
 from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch
-from mmedpo_ray.align.engine import objective_of
 from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.policy import objective_of
 from mmedpo_ray.align.prepare import COLUMNS, Refusal, tokenise, with_reversed_pairs
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, model_fingerprint
@@ -78,7 +78,7 @@ def _pipeline(config: Config, done: set[str], key: str) -> ray.data.Dataset | No
     table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=pa.array(sorted(done), pa.string()))))
     if not table.num_rows:
         return None
-    rows = min(align.pairs_per_forward * _BATCH_FORWARDS, -(-table.num_rows // align.num_workers))
+    rows = min(align.pairs_per_forward * _BATCH_FORWARDS, -(-table.num_rows // align.max_workers))
     blocks = [table.slice(start, rows).combine_chunks() for start in range(0, table.num_rows, rows)]
     use_gpu = cluster.has_gpu() if align.use_gpu is None else align.use_gpu
     return ray.data.from_arrow(blocks).map_batches(
@@ -86,7 +86,7 @@ def _pipeline(config: Config, done: set[str], key: str) -> ray.data.Dataset | No
         fn_constructor_kwargs={"model": config.model.path, "align": align, "key": key, "use_gpu": use_gpu},
         batch_format="pyarrow",
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=min(align.num_workers, len(blocks))),
+        compute=ray.data.ActorPoolStrategy(size=min(align.min_workers, len(blocks))),
         num_cpus=align.cpus_per_worker,
         num_gpus=1 if use_gpu else 0,
     )

@@ -23,19 +23,20 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from mmedpo_ray import cluster, storage
 from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints
-from mmedpo_ray.align.engine import TrainingSpec
-from mmedpo_ray.align.metrics import METRICS_FILE, read_metrics
+from mmedpo_ray.align.metrics import METRICS_FILE, check_trackers, read_metrics
+from mmedpo_ray.align.policy import TrainingSpec
 from mmedpo_ray.align.reference import needs_reference_table, reference, reference_settings
+from mmedpo_ray.align.stoppable import StoppableTorchConfig
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import resolve_model
 from mmedpo_ray.run_folder import Role, RunFolder
-from mmedpo_ray.stage import Manifest, Station, read_manifest
+from mmedpo_ray.stage import Manifest, Station, digest, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ _OPERATIONAL = {
     "checkpoint_every",
     "keep_checkpoints",
     "max_failures",
-    "zero_stage",
+    "trackers",
+    "strategy",
     "pairs_per_forward",
     "tokens_per_forward",
     "gradient_checkpointing",
@@ -73,6 +75,7 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
         UserError: an input is missing, the cluster is too small, or the loss is not finite.
     """
     resolve_model(config.model.path)
+    check_trackers(config.align.trackers)
     run = RunFolder(config.run.folder)
     folder = run.align(role)
     inputs = [run.scored]
@@ -117,6 +120,7 @@ def _training_spec(config: Config, settings: AlignConfig, folder: Path, key: str
         key=key,
         use_gpu=cluster.has_gpu() if settings.use_gpu is None else settings.use_gpu,
         attempt=uuid.uuid4().hex[:12],
+        reference_key=digest(reference_settings(config)),
     )
 
 
@@ -142,10 +146,10 @@ def _check_cluster(spec: TrainingSpec) -> None:
     resources = ray.cluster_resources()
     if spec.use_gpu and resources.get("GPU", 0) < 1 and align.use_gpu:
         raise UserError("align.use_gpu is true but the cluster has no GPU. Set it to null or false.")
-    needed = align.num_workers * align.cpus_per_worker
+    needed = align.min_workers * align.cpus_per_worker
     if not spec.use_gpu and resources.get("CPU", 0) < needed:
         raise UserError(
-            f"align.num_workers={align.num_workers} × align.cpus_per_worker={align.cpus_per_worker} needs {needed:g} CPUs, "
+            f"align.num_workers={align.min_workers} × align.cpus_per_worker={align.cpus_per_worker} needs {needed:g} CPUs, "
             f"the cluster has {resources.get('CPU', 0):g}. Lower one of them or raise ray.local_cpus."
         )
 
@@ -161,9 +165,12 @@ def _fit(spec: TrainingSpec) -> None:
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend="nccl" if spec.use_gpu else "gloo"),
+        torch_config=StoppableTorchConfig(backend="nccl" if spec.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=align.num_workers, use_gpu=spec.use_gpu, resources_per_worker=resources
+            # ray.train's own form of [min, max]; its types do not name it.
+            num_workers=align.num_workers,  # type: ignore[arg-type]
+            use_gpu=spec.use_gpu,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=spec.attempt,
@@ -239,8 +246,12 @@ def _progress(name: str, folder: Path) -> Iterator[None]:
     def watch() -> None:
         with progress_bar() as bar:
             task = bar.add_task(name, total=None, note="starting workers")
+            shown = False
             while not stop.wait(0.5):
                 plan, rows = _read_json(folder / _PLAN_FILE), read_metrics(folder)
+                if plan and not shown:
+                    console.print(plan_line(name, plan), soft_wrap=True)
+                    shown = True
                 if plan and rows:
                     last = rows[-1]
                     margin = last.get("reward_margin")
@@ -256,6 +267,15 @@ def _progress(name: str, folder: Path) -> Iterator[None]:
     finally:
         stop.set()
         watcher.join(timeout=5)
+
+
+def plan_line(name: str, plan: dict[str, Any]) -> str:
+    """The plan of a run in one line."""
+    return (
+        f"[dim]{name}: {plan['steps']:,} steps of {plan['pairs']:,} pairs on {plan['images']:,} images; "
+        f"{plan['tokens_per_epoch']:,} tokens an epoch, {plan['sharing_factor']} times fewer than unpacked; "
+        f"effective sample size {plan['effective_sample_size']:.0%}[/dim]"
+    )
 
 
 def _finish(station: Station, folder: Path) -> Manifest:

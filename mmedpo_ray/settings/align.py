@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmedpo_ray.settings.base import Section, Share
 
@@ -87,14 +87,37 @@ class AlignConfig(Section):
     lora: LoraConfig = LoraConfig()
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = True
-    zero_stage: Literal[2, 3] = Field(3, description="DeepSpeed ZeRO stage")
-    num_workers: int = Field(2, ge=1)
+    strategy: Literal["zero3", "zero2", "ddp"] = Field(
+        "zero3",
+        description="what ranks share out: all weights (zero3), optimizer state and gradients (zero2), or nothing (ddp)",
+    )
+    num_workers: int | tuple[int, int] = Field(
+        2,
+        description="training processes; [min, max]: as many as the cluster has room for, even as it changes",
+    )
     cpus_per_worker: float = Field(1.0, gt=0)
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker's tensor operations")
     use_gpu: bool | None = Field(None, description="null: if the cluster has GPUs")
     checkpoint_every: int = Field(50, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        ("tensorboard",), description="where metrics go besides metrics.jsonl"
+    )
     max_failures: int = Field(2, ge=0, description="restarts of the worker group from the last checkpoint")
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _workers(self) -> AlignConfig:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(f"num_workers must be at least 1, or [min, max], not {self.num_workers}")
+        return self
 
 
 class ControlConfig(Section):

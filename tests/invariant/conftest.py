@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from align_world import Launch, train, training_spec, with_settings, write_reference, write_scored
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray.align.engine import TrainingSpec
+from mmedpo_ray.align.policy import TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(resumed := with_settings(plain, folder / "resumed"), crash_after=3),
             Launch(resumed),
             Launch(moved, crash_after=3),
+            Launch(with_settings(plain, folder / "ddp", strategy="ddp", pairs_per_forward=5)),
+            Launch(with_settings(plain, folder / "token_budget", tokens_per_forward=200)),
         ]
     )
     train(
@@ -43,12 +45,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(with_settings(plain, folder / "two_ranks")),
             # Four pairs a micro-batch leave one of two ranks without work in some rounds.
             Launch(with_settings(plain, folder / "two_ranks_accumulated", pairs_per_forward=5)),
-            Launch(zero_two := with_settings(plain, folder / "zero_two", zero_stage=2), crash_after=3),
+            Launch(zero_two := with_settings(plain, folder / "zero_two", strategy="zero2"), crash_after=3),
             Launch(zero_two),
+            Launch(ddp := with_settings(plain, folder / "ddp_two_ranks", strategy="ddp"), crash_after=3),
+            Launch(ddp),
             Launch(moved),
             Launch(with_settings(plain, folder / "sft", objective="sft")),
             Launch(
                 with_settings(plain, folder / "overflow", learning_rate=1e30, warmup_ratio=0.0),
+                is_refused=True,
+            ),
+            Launch(
+                replace(with_settings(plain, folder / "other_reference"), check_reference=True),
+                is_refused=True,
+            ),
+            Launch(
+                replace(with_settings(plain, folder / "stale_reference"), reference_key="now"),
                 is_refused=True,
             ),
         ],

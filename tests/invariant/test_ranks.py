@@ -11,11 +11,11 @@ from align_world import with_settings
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
-from mmedpo_ray.align.engine import build_policy, learning_rate_factor
 from mmedpo_ray.align.logps import LogpOutput
 from mmedpo_ray.align.losses import preference_objective
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.plan import Plan
+from mmedpo_ray.align.policy import build_policy, learning_rate_factor
 from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.align.trainer import _raise_user_error
 from mmedpo_ray.errors import UserError
@@ -29,7 +29,17 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    "name", ["accumulated", "two_ranks", "two_ranks_accumulated", "zero_two", "checkpointing"]
+    "name",
+    [
+        "accumulated",
+        "token_budget",
+        "two_ranks",
+        "two_ranks_accumulated",
+        "zero_two",
+        "checkpointing",
+        "ddp",
+        "ddp_two_ranks",
+    ],
 )
 def test_the_way_of_computing_does_not_matter(runs: Runs, name: str) -> None:
     assert_same_training(runs.folder / name, runs.folder / "plain")
@@ -101,3 +111,16 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_pairs(runs: Runs
     with pytest.raises(UserError, match=r"step \d is not finite.*pairs s00\d"):
         _raise_user_error(spec)
     assert not (spec.folder / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other_reference", r"differ from those of .* nats per token"),
+        ("stale_reference", r"made under other settings \(key test, now now\)"),
+    ],
+)
+def test_a_reference_of_another_model_is_refused(runs: Runs, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _raise_user_error(with_settings(runs.spec, runs.folder / name))
+    assert not (runs.folder / name / "adapter").exists()

@@ -251,7 +251,7 @@ def test_span_weights_count_only_what_differs(world: World) -> None:
     logps = [value.item() for value in single]
     for index, (a, b, c) in enumerate((logps[:3], logps[3:])):
         expected = 0.25 * (a - b) + (b - c) + 0.25 * c
-        assert float(out.logps[index]) == pytest.approx(expected, abs=1e-5)
+        assert out.logps[index].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_flex_attention_gives_the_same_values(world: World) -> None:

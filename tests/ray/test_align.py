@@ -70,6 +70,36 @@ def test_align_survives_a_killed_worker(config: Config, ray_cluster: None) -> No
     assert align(config, "aligned").finished_at == manifest.finished_at, "a finished station is skipped"
 
 
+def _terminate_a_worker(folder: Path, seen: list[str]) -> None:
+    """Sends SIGTERM to one training worker in the middle of the run; notes the checkpoint that follows."""
+    deadline = time.monotonic() + 240
+    told = False
+    while time.monotonic() < deadline and not seen:
+        if not told and len(read_metrics(folder)) >= 2:
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    process.terminate()
+                    told = True
+                    break
+        seen += [path.name for path in (folder / "checkpoints").glob("step-*")]
+        time.sleep(0.01)
+
+
+@pytest.mark.timeout(500)
+def test_a_worker_that_is_told_to_stop_saves_first(config: Config, ray_cluster: None) -> None:
+    """Nothing but SIGTERM makes a checkpoint here, and the run goes on from it."""
+    changed = {"max_steps": 400, "epochs": 200, "checkpoint_every": 1000, "strategy": "ddp"}
+    config = config.model_copy(update={"align": config.align.model_copy(update=changed)})
+    folder = RunFolder(config.run.folder).align("control")
+    seen: list[str] = []
+    watcher = threading.Thread(target=_terminate_a_worker, args=(folder, seen), daemon=True)
+    watcher.start()
+    align(config, "control")
+    watcher.join(timeout=5)
+    assert seen and 2 <= int(seen[0].removeprefix("step-")) < 400
+    assert [row["step"] for row in read_metrics(folder)] == list(range(1, 401))
+
+
 def _check_adapter(config: Config, folder: Path) -> None:
     """The adapter loads in peft, touches the language model alone and changes what the model says."""
     from peft import PeftModel

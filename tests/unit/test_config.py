@@ -22,8 +22,8 @@ def test_every_yaml_in_the_repository_loads(path: Path) -> None:
 
 def test_paper_settings() -> None:
     align = load(Path(__file__).parents[2] / "configs" / "slake_llava_med.yaml").align
-    assert (align.beta, align.learning_rate, align.epochs, align.lora.rank, align.lora.alpha, align.zero_stage) == (
-        0.1, 1e-7, 3, 128, 256, 3,
+    assert (align.beta, align.learning_rate, align.epochs, align.lora.rank, align.lora.alpha, align.strategy) == (
+        0.1, 1e-7, 3, 128, 256, "zero3",
     )  # fmt: skip
 
 

@@ -1,0 +1,188 @@
+"""The policy: a LLaVA with LoRA on its language model, and what a training worker must know to build it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmedpo_ray.align.forest import Forest
+from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.losses import Objective
+from mmedpo_ray.config import AlignConfig
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import load_model, resolve_model
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """Everything a training worker needs to know; it travels to every rank.
+
+    Attributes:
+        align: the settings, ``objective`` and ``learning_rate`` being those of the role.
+        model: model path as in ``model.path``.
+        seed: of LoRA initialisation, order and dropout.
+        folder: where checkpoints, metrics and the adapter go (shared by all nodes).
+        scored: folder of the `scored` table.
+        reference: folder of the `reference` table; ``None`` if the objective needs none.
+        key: identity of the run; checkpoints of another key are not resumed.
+        use_gpu: whether ranks have a GPU each.
+        attempt: identity of this launch, so that an error is told from one of an earlier launch.
+        reference_key: what the rows of `reference` must carry; ``None``: any.
+        check_reference: compare the table with the untrained policy in the first step.
+    """
+
+    align: AlignConfig
+    model: str
+    seed: int
+    folder: Path
+    scored: str
+    reference: str | None
+    key: str
+    use_gpu: bool
+    attempt: str
+    reference_key: str | None = None
+    check_reference: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights and of the computation."""
+        return torch.bfloat16 if self.align.precision == "bf16" else torch.float32
+
+    @property
+    def objective(self) -> Literal["dpo", "sft"]:
+        return self.align.objective
+
+    @property
+    def align_objective(self) -> Objective:
+        """What is minimised with ``objective: dpo``."""
+        return objective_of(self.align)
+
+    @property
+    def with_reference(self) -> bool:
+        """Whether every forward is followed by one with the adapter off."""
+        if self.objective == "sft":
+            return False
+        online = self.align_objective.needs_reference and self.align.reference == "online"
+        return online or self.align.kl_coefficient > 0
+
+
+def objective_of(align: AlignConfig) -> Objective:
+    """The objective that the settings describe."""
+    names = [field.name for field in dataclasses.fields(Objective)]
+    return Objective(**{name: getattr(align, name) for name in names})
+
+
+class Policy(nn.Module):
+    """The model under training; ``forward`` is :func:`~mmedpo_ray.align.logps.response_logps`.
+
+    DeepSpeed gathers sharded weights in hooks of ``forward``, so everything that touches weights happens inside it.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, with_reference: bool = False, kl_forward_share: float | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._with_reference = with_reference
+        self._kl_forward_share = kl_forward_share
+
+    def forward(self, batch: Forest) -> tuple[Any, ...]:
+        """See :class:`~mmedpo_ray.align.logps.LogpOutput`; a plain tuple, because hooks rebuild it."""
+        return tuple(
+            response_logps(
+                self.model,
+                batch,
+                with_reference=self._with_reference,
+                kl_forward_share=self._kl_forward_share,
+            )
+        )
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by their name in the peft model, sorted."""
+        named = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        return dict(sorted(named.items()))
+
+    def load_adapter(self, parameters: dict[str, Tensor]) -> None:
+        """Sets the trainable parameters by their name; before they are sharded."""
+        with torch.no_grad():
+            for name, value in self.adapter_parameters().items():
+                value.copy_(parameters[name])
+
+
+def build_policy(spec: TrainingSpec) -> Policy:
+    """Loads the model and puts LoRA on its language model; equal on every rank and for every number of ranks.
+
+    Raises:
+        UserError: the language model has none of ``align.lora.target_modules``.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lora = spec.align.lora
+    model = load_model(spec.model, spec.dtype)
+    _check_window(model, spec)
+    # CLIP towers have a q_proj too: the pattern keeps to the language model.
+    pattern = rf".*\.language_model\..*\.({'|'.join(lora.target_modules)})"
+    torch.manual_seed(spec.seed)
+    try:
+        peft_model = get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]
+                lora_dropout=lora.dropout,
+                target_modules=pattern,
+                task_type="CAUSAL_LM",
+                base_model_name_or_path=resolve_model(spec.model),
+            ),
+            # ZeRO-3 wants one dtype; the exact fp32 copy lives in the optimizer.
+            autocast_adapter_dtype=False,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"align.lora.target_modules={lora.target_modules} names no layer of the language model of {spec.model}. "
+            "Use the names of its linear layers, such as q_proj and down_proj."
+        ) from error
+    if spec.align.gradient_checkpointing:
+        # Non-reentrant checkpointing checks saved tensors that ZeRO-3 has meanwhile released.
+        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": True})
+    return Policy(
+        peft_model,
+        with_reference=spec.with_reference,
+        kl_forward_share=spec.align.kl_forward_share
+        if spec.align.kl_coefficient and spec.with_reference
+        else None,
+    )
+
+
+def _check_window(model: Any, spec: TrainingSpec) -> None:
+    """A tree sees all its ancestors; a model that attends to a window only must be given sequences inside it."""
+    window = getattr(model.config.text_config, "sliding_window", None)
+    if window is not None and spec.align.max_length > window:
+        raise UserError(
+            f"{spec.model} attends to the last {window} tokens only (sliding_window), align.max_length is "
+            f"{spec.align.max_length}. Lower align.max_length to {window}."
+        )
+
+
+def learning_rate_factor(scheduler: str, step: int, total_steps: int, warmup_ratio: float) -> float:
+    """The share of ``align.learning_rate`` at a step (from 0): a linear rise, then a decay to 0 or none.
+
+    Args:
+        scheduler: cosine, linear or constant.
+        step: optimizer step, 0 ≤ step < total_steps.
+        total_steps: of the run.
+        warmup_ratio: share of the steps that rise.
+    """
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if scheduler == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0 - progress if scheduler == "linear" else 1.0
