@@ -64,7 +64,7 @@ def response_logps(
     if with_reference:
         with torch.no_grad(), model.disable_adapter():
             reference_logits = _edge_logits(llava, batch, embeddings, mask)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and getattr(llava.model.language_model, "gradient_checkpointing", False):
         # Reentrant checkpointing only recomputes a block whose input wants a gradient.
         embeddings.requires_grad_(True)
     logits = _edge_logits(llava, batch, embeddings, mask)

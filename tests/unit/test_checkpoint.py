@@ -15,7 +15,7 @@ from mmedpo_ray.align.checkpoint import (
     remove_checkpoints,
     save_checkpoint,
 )
-from mmedpo_ray.align.engine import learning_rate_factor
+from mmedpo_ray.align.policy import learning_rate_factor
 from mmedpo_ray.align.metrics import MetricsWriter, read_metrics
 
 

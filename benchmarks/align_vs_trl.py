@@ -1,0 +1,573 @@
+"""Our training step against TRL's DPOTrainer: pairs per second, peak memory, loss, in one interleaved run.
+
+    python benchmarks/align_vs_trl.py --shape slake|report [--visual] [--json FILE]
+
+Both train the same random LLaVA (576 image tokens, CLIP 336/14) with the same LoRA, AdamW and pairs; both get their batches
+ready-made, so reading images and tokenising count on neither side. TRL runs its fastest working settings for a
+vision-language model: LoRA with the adapter switched off as reference, no gradient checkpointing, the batch size that was fastest
+in a trial (TRL 1.16 has no padding-free batches and no precomputed reference for images). Ours are packed trees; the one reference
+pass is counted in, spread over three epochs.
+
+shapes  slake   one image with 11 questions, chosen about 3 tokens, rejected about 17 (the released SLAKE pairs)
+        report  eight images with one report each, about 75 tokens a side
+--visual  adds a visual pair to every text pair. TRL has none, so the other side is the padded way of the authors' code on the same
+        model: every pair's two sides in rows of their own, reference recomputed, (2 text + 2 visual) × (policy + reference) forwards.
+
+Cost: a few minutes on two cores. Peak memory is taken in a process of its own for each side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import psutil
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch import Tensor
+
+from mmedpo_ray.align.batch import Pair, forest_batch, pair_batch
+from mmedpo_ray.align.ddp_engine import DdpEngine
+from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.losses import Normaliser, Objective, preference_objective
+from mmedpo_ray.align.policy import Policy, TrainingSpec
+from mmedpo_ray.config import AlignConfig
+from mmedpo_ray.models.loading import PromptWriter, load_processor
+
+BETA = 0.1
+EPOCHS = 3
+RANK = 8
+WORDS = [
+    "the",
+    "left",
+    "right",
+    "lung",
+    "heart",
+    "is",
+    "normal",
+    "enlarged",
+    "effusion",
+    "nodule",
+    "small",
+    "large",
+    "no",
+    "yes",
+    "seen",
+    "in",
+    "lower",
+    "upper",
+    "zone",
+]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many pairs, and how long."""
+
+    images: int
+    questions: int
+    question_words: int
+    chosen_words: int
+    rejected_words: int
+
+
+SHAPES = {"slake": Shape(1, 11, 9, 2, 16), "report": Shape(8, 1, 8, 74, 74)}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the random LLaVA; the language model has 20 to 30 times the tower's work, as in LLaVA 7B."""
+
+    hidden: int = 384
+    layers: int = 8
+    tower_hidden: int = 96
+    tower_layers: int = 4
+
+
+# ---------------------------------------------------------------------- the model and the pairs
+
+
+def build_model(folder: Path, size: Size) -> None:
+    """Saves a random LLaVA with 576 image tokens."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+
+    from mmedpo_ray.models.phantom_tokenizer import make_processor, train_tokenizer
+
+    tokenizer = train_tokenizer([" ".join(WORDS)], 512)
+    processor = make_processor(tokenizer, 336, 14)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=size.tower_hidden,
+                intermediate_size=4 * size.tower_hidden,
+                num_hidden_layers=size.tower_layers,
+                num_attention_heads=4,
+                image_size=336,
+                patch_size=14,
+            ),
+            text_config=MistralConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=size.hidden,
+                intermediate_size=size.hidden * 8 // 3,
+                num_hidden_layers=size.layers,
+                num_attention_heads=size.hidden // 64,
+                num_key_value_heads=max(1, size.hidden // 128),
+                max_position_embeddings=4096,
+                sliding_window=None,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
+            image_token_index=processor.image_token_id,
+            image_seq_length=576,
+            vision_feature_select_strategy="default",
+            vision_feature_layer=-2,
+        )
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def draw_rows(shape: Shape, *, visual: bool) -> list[dict[str, Any]]:
+    """Pairs as texts and images."""
+    rng = np.random.default_rng(0)
+
+    def words(count: int) -> str:
+        return " ".join(rng.choice(WORDS, max(1, count)))
+
+    rows = []
+    for number in range(shape.images):
+        image, noised = (
+            Image.fromarray(rng.integers(0, 255, (336, 336, 3), dtype=np.uint8)) for _ in range(2)
+        )
+        for index in range(shape.questions):
+            row = {
+                "id": f"{number}-{index}",
+                "image": image,
+                "rejected_image": image,
+                "question": f"{words(shape.question_words)}?",
+                "chosen": words(shape.chosen_words),
+                "rejected": words(shape.rejected_words),
+                "visual": False,
+            }
+            rows.append(row)
+            if visual:
+                rows.append(row | {"rejected_image": noised, "rejected": row["chosen"], "visual": True})
+    return rows
+
+
+def load_policy(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with LoRA whose B is not 0, so that policy and reference differ; equal at every call."""
+    from transformers import LlavaForConditionalGeneration
+
+    policy = get_peft_model(LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype), lora())
+    draw_adapter(policy)
+    return policy.to(device)
+
+
+def draw_adapter(policy: Any) -> None:
+    """The same LoRA weights for everyone, B not 0."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, value in sorted(policy.named_parameters()):
+            if "lora_" in name:
+                value.copy_(0.02 * torch.randn(value.shape, generator=generator))
+
+
+def lora() -> LoraConfig:
+    names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    return LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=rf".*\.language_model\..*\.({names})",
+        task_type="CAUSAL_LM",
+    )
+
+
+# ---------------------------------------------------------------------- our side
+
+
+class Ours:
+    """A step of our trainer on one rank."""
+
+    def __init__(
+        self, folder: Path, rows: list[dict[str, Any]], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.policy = load_policy(folder, device, dtype)
+        writer = PromptWriter(load_processor(str(folder)))
+        images: dict[str, Image.Image] = {}
+        for row in rows:
+            for side in ("image", "rejected_image"):
+                images[str(id(row[side]))] = row[side]
+        pixels = {name: writer.pixels([image])[0] for name, image in images.items()}
+        pairs = [_pair(row, writer) for row in rows]
+
+        def load(uris: list[str]) -> Tensor:
+            return torch.stack([pixels[uri] for uri in uris])
+
+        self.batch = forest_batch(pairs, load, writer.pad_token_id, both_sides=True).to(device)  # type: ignore[arg-type]
+        self.count = len(pairs)
+        self.total = Normaliser(float(len(pairs)), sum(len(pair.chosen) for pair in pairs), len(pairs))
+        self.known = pair_batch(pairs, device=device)
+        spec = TrainingSpec(
+            align=AlignConfig(strategy="ddp", learning_rate=1e-4, max_grad_norm=1e9, precision="fp32"),
+            model=str(folder),
+            seed=0,
+            folder=folder,
+            scored="",
+            reference=None,
+            key="",
+            use_gpu=device.type == "cuda",
+            attempt="",
+        )
+        self.engine = DdpEngine(Policy(self.policy), spec)
+
+    def reference_pass(self) -> None:
+        """What the station `reference` does once."""
+        with torch.no_grad(), self.policy.disable_adapter():
+            out = response_logps(self.policy, self.batch).logps
+        self.known = type(self.known)(
+            self.known.weight,
+            out[: self.count],
+            out[self.count :],
+            self.known.is_visual,
+            self.known.counts_nll,
+        )
+
+    def step(self) -> float:
+        """Forward, backward, update."""
+        out = self.engine.logps(self.batch)
+        loss, _ = preference_objective(*out.sides(self.count), self.known, self.total, Objective(beta=BETA))
+        self.engine.backward(loss, is_last=True)
+        self.engine.update(1e-4)
+        return float(loss.detach())
+
+
+def _pair(row: dict[str, Any], writer: PromptWriter) -> Pair:
+    question = row["question"]
+    prompt, chosen, rejected = (
+        writer.prompt(question),
+        writer.response(question, row["chosen"]),
+        writer.response(question, row["rejected"]),
+    )
+    assert prompt is not None and chosen is not None and rejected is not None
+    return Pair(
+        pair_id=row["id"],
+        image_id=row["id"].split("-")[0],
+        is_visual=row["visual"],
+        image_uri=str(id(row["image"])),
+        rejected_image_uri=str(id(row["rejected_image"])),
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        weight=1.0,
+    )
+
+
+# ---------------------------------------------------------------------- the other sides
+
+
+class Trl:
+    """A step of TRL's DPOTrainer: its own collator and loss, in micro-batches of ``batch_size`` pairs."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: list[dict[str, Any]],
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+    ) -> None:
+        import datasets
+        import trl
+        from transformers import LlavaForConditionalGeneration
+
+        data = datasets.Dataset.from_list([_trl_row(row) for row in rows])
+        self.trainer = trl.DPOTrainer(
+            # Given an adapter TRL would take a copy of it as reference; given its settings it switches the adapter off.
+            model=LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype),
+            peft_config=lora(),
+            args=trl.DPOConfig(
+                output_dir=tempfile.mkdtemp(),
+                per_device_train_batch_size=batch_size,
+                beta=BETA,
+                use_cpu=device.type == "cpu",
+                bf16=dtype is torch.bfloat16,
+                report_to=[],
+                gradient_checkpointing=False,
+                max_length=None,
+            ),
+            train_dataset=data,
+            processing_class=load_processor(str(folder)),
+        )
+        self.model = self.trainer.model
+        draw_adapter(self.model)
+        self.model.train()
+        self.count = len(rows)
+        collate = self.trainer.data_collator
+        listed = [data[index] for index in range(len(data))]
+        self.batches = [
+            self.trainer._prepare_inputs(collate(listed[start : start + batch_size]))
+            for start in range(0, len(listed), batch_size)
+        ]
+        self.sizes = [min(batch_size, len(listed) - start) for start in range(0, len(listed), batch_size)]
+        trained = [value for value in self.model.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step(self) -> float:
+        """Forward of policy and reference, backward, update."""
+        value = 0.0
+        for batch, size in zip(self.batches, self.sizes, strict=True):
+            loss = self.trainer.compute_loss(self.model, dict(batch)) * (size / self.count)
+            loss.backward()
+            value += float(loss.detach())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return value
+
+
+def _trl_row(row: dict[str, Any]) -> dict[str, Any]:
+    ask = [{"type": "image"}, {"type": "text", "text": row["question"]}]
+    return {
+        "images": [row["image"]],
+        "prompt": [{"role": "user", "content": ask}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": row["chosen"]}]}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": row["rejected"]}]}],
+    }
+
+
+class Padded:
+    """The padded way: each side of each pair a row of its own, policy and reference forwards for both kinds of pair."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: list[dict[str, Any]],
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+    ) -> None:
+        self.policy = load_policy(folder, device, dtype)
+        self.policy.train()
+        writer = PromptWriter(load_processor(str(folder)))
+        self.batches = []
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            self.batches.append(
+                [_padded(part, writer, side, device, dtype) for side in ("chosen", "rejected")]
+            )
+        self.sizes = [len(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        self.count = len(rows)
+        trained = [value for value in self.policy.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step(self) -> float:
+        """Forward of policy and reference, backward, update."""
+        value = 0.0
+        for sides, size in zip(self.batches, self.sizes, strict=True):
+            with torch.no_grad(), self.policy.disable_adapter():
+                reference = [self._logps(*side) for side in sides]
+            chosen, rejected = (self._logps(*side) - ref for side, ref in zip(sides, reference, strict=True))
+            loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean() * (size / self.count)
+            loss.backward()
+            value += float(loss.detach())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return value
+
+    def _logps(self, inputs: dict[str, Tensor], is_response: Tensor) -> Tensor:
+        logits = self.policy(**inputs).logits.float()
+        ids = inputs["input_ids"]
+        logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return (logps * is_response[:, 1:]).sum(-1)
+
+
+def _padded(
+    rows: list[dict[str, Any]], writer: PromptWriter, side: str, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Tensor]:
+    image = "image" if side == "chosen" else "rejected_image"
+    sequences = []
+    for row in rows:
+        prompt, response = writer.prompt(row["question"]), writer.response(row["question"], row[side])
+        assert prompt is not None and response is not None
+        sequences.append((prompt, response))
+    length = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.full((len(rows), length), writer.pad_token_id)
+    attended, is_response = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
+    for number, (prompt, response) in enumerate(sequences):
+        end = len(prompt) + len(response)
+        ids[number, :end] = torch.tensor(prompt + response)
+        attended[number, :end] = 1
+        is_response[number, len(prompt) : end] = True
+    pixels = writer.pixels([row[image] for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": attended, "pixel_values": pixels.to(dtype)}
+    return {name: value.to(device) for name, value in inputs.items()}, is_response.to(device)
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def best_batch_size(make: Callable[[int], Any], count: int, device: torch.device) -> tuple[int, Any]:
+    """The micro-batch with which the other side is fastest, and that side."""
+    found: dict[int, tuple[float, Any]] = {}
+    for size in sorted({1, 4, count}):
+        if size <= count:
+            side = make(size)
+            side.step()
+            found[size] = (timed(side.step, device), side)
+    size = min(found, key=lambda key: found[key][0])
+    return size, found[size][1]
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Interleaved repetitions of both sides."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    rows = draw_rows(SHAPES[arguments.shape], visual=arguments.visual)
+    other = Padded if arguments.visual else Trl
+    ours = Ours(folder, rows, device, dtype)
+    reference = [timed(ours.reference_pass, device) for _ in range(2)]
+    size, theirs = best_batch_size(lambda n: other(folder, rows, device, dtype, n), len(rows), device)
+    # Both begin again from the same weights; the first step of each gives the losses to compare.
+    ours = Ours(folder, rows, device, dtype)
+    ours.reference_pass()
+    theirs = other(folder, rows, device, dtype, size)
+    losses = {"ours": ours.step(), "theirs": theirs.step()}
+    times: dict[str, list[float]] = {"ours": [], "theirs": [], "reference": reference[1:]}
+    for _ in range(arguments.repetitions):
+        times["theirs"].append(timed(theirs.step, device))
+        times["ours"].append(timed(ours.step, device))
+        times["reference"].append(timed(ours.reference_pass, device))
+    ours_seconds = statistics.median(times["ours"]) + statistics.median(times["reference"]) / EPOCHS
+    theirs_seconds = statistics.median(times["theirs"])
+    return {
+        "shape": arguments.shape,
+        "visual": arguments.visual,
+        "against": "padded" if arguments.visual else "trl",
+        "pairs": len(rows),
+        "pairs_per_second": {"ours": len(rows) / ours_seconds, "theirs": len(rows) / theirs_seconds},
+        "pairs_per_second_ratio": theirs_seconds / ours_seconds,
+        "loss_difference": abs(losses["ours"] - losses["theirs"]),
+        "losses": losses,
+        "their_batch_size": size,
+        "seconds": times,
+    }
+
+
+def peak_memory(arguments: argparse.Namespace, folder: Path, side: str, batch_size: int) -> float:
+    """MiB that two steps of one side take above the loaded model, in a process of its own."""
+    command = [sys.executable, __file__, "--shape", arguments.shape, "--memory", side, "--model", str(folder)]
+    command += (
+        ["--batch-size", str(batch_size)] + ["--visual"] * arguments.visual + ["--bf16"] * arguments.bf16
+    )
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(result.stdout.strip().splitlines()[-1])
+
+
+def print_peak_memory(arguments: argparse.Namespace) -> None:
+    """The child's part of :func:`peak_memory`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    rows = draw_rows(SHAPES[arguments.shape], visual=arguments.visual)
+    if arguments.memory == "ours":
+        side: Any = Ours(arguments.model, rows, device, dtype)
+        side.reference_pass()
+    else:
+        other = Padded if arguments.visual else Trl
+        side = other(arguments.model, rows, device, dtype, arguments.batch_size)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        side.step(), side.step()
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    process = psutil.Process()
+    # Linux keeps the peak of a process; writing 5 sets it back to the present.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = process.memory_info().rss
+    side.step(), side.step()
+    peak = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    print((peak - before) / 2**20)
+
+
+def main() -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="slake")
+    parser.add_argument("--visual", action="store_true", help="text and visual pairs, against the padded way")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, default=1, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        print_peak_memory(arguments)
+        return 0
+    size = Size()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build_model(folder, size)
+        result = measure(arguments, folder)
+        memory = {
+            side: peak_memory(arguments, folder, side, result["their_batch_size"])
+            for side in ("ours", "theirs")
+        }
+    result |= {
+        "peak_memory_mib": memory,
+        "peak_memory_ratio": memory["ours"] / memory["theirs"],
+        "model": asdict(size),
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    speed = result["pairs_per_second"]
+    print(
+        f"{result['shape']}{' + visual' if arguments.visual else ''} against {result['against']}: "
+        f"{speed['ours']:.2f} and {speed['theirs']:.2f} pairs/s, ratio {result['pairs_per_second_ratio']:.1f}; "
+        f"peak memory {memory['ours']:.0f} and {memory['theirs']:.0f} MiB, ratio {result['peak_memory_ratio']:.2f}; "
+        f"loss difference {result['loss_difference']:.1e} (their micro-batch: {result['their_batch_size']} pairs)"
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
