@@ -148,6 +148,8 @@ def build_policy(spec: TrainingSpec) -> Policy:
             f"align.lora.target_modules={lora.target_modules} names no layer of the language model of {spec.model}. "
             "Use the names of its linear layers, such as q_proj and down_proj."
         ) from error
+    if spec.align.attention == "flex":
+        model.model.language_model.set_attn_implementation("flex_attention")
     if spec.align.gradient_checkpointing:
         # Non-reentrant checkpointing checks saved tensors that ZeRO-3 has meanwhile released.
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": True})

@@ -57,6 +57,7 @@ _OPERATIONAL = {
     "pairs_per_forward",
     "tokens_per_forward",
     "gradient_checkpointing",
+    "attention",
 }
 
 

@@ -87,6 +87,9 @@ class AlignConfig(Section):
     lora: LoraConfig = LoraConfig()
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = True
+    attention: Literal["sdpa", "flex"] = Field(
+        "sdpa", description="sdpa: dense mask, everywhere; flex: FlexAttention's block mask, on CUDA"
+    )
     strategy: Literal["zero3", "zero2", "ddp"] = Field(
         "zero3",
         description="what ranks share out: all weights (zero3), optimizer state and gradients (zero2), or nothing (ddp)",
