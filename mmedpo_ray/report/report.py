@@ -46,6 +46,7 @@ def report(config: Config) -> Manifest:
             "`mmedpo run`."
         )
     summary = _read_json(storage.join(run.evaluate, "summary.json")) or {}
+    audit = _read_json(run.audit)
     station = Station(
         "report",
         storage.join(run.root, ".report"),
@@ -54,13 +55,14 @@ def report(config: Config) -> Manifest:
             config.report,
             {name: [item.key, item.finished_at] for name, item in manifests.items()},
             digest(summary),
+            digest(audit),
             digest(dump(config)),
             digest(_load(_TEMPLATE), _load(_STYLE)),
         ],
     )
     if (manifest := station.finished()) and storage.exists(run.report):
         return manifest
-    page = render(_gather(config, run, manifests, summary))
+    page = render(_gather(config, run, manifests, summary) | {"audit": audit})
     storage.write_bytes(run.report, page.encode("utf-8"))
     return station.finish(extra={"bytes": len(page.encode("utf-8"))})
 
