@@ -125,7 +125,9 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         help="samples table, to compare chosen with the ground truth and train with test",
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="findings as JSON (default: audit.json beside the table)"
+        "--out",
+        metavar="FILE",
+        help="findings as JSON (default: audit.json beside a folder, FILE.audit.json beside a file)",
     )
     parser.add_argument(
         "--fail-on",

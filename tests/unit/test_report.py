@@ -157,6 +157,7 @@ def build_run(config: Config, *, side: int = 64, count: int = 8) -> None:
     (run.align() / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31, "lo'
     )
+    run.align("control").mkdir(parents=True, exist_ok=True)
     (run.align("control") / "metrics.jsonl").write_text(
         "".join(
             json.dumps({"step": step, "loss": 2 / step, "reward_margin": None, "reward_accuracy": None})

@@ -1,0 +1,364 @@
+"""Pairs → numbers: what the audit's checks need of every row, so that no text has to stay in memory.
+
+The table is read once, batch by batch; a row leaves about 90 bytes behind whatever its texts weigh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmedpo_ray.data.audit.table import PairTable, Samples, hashes
+
+# One bit each of `format_chosen` and `format_rejected`: what a model could tell the sides apart by without the image.
+FORMATS: dict[str, str] = {
+    "leading_space": r"\A\s",
+    "trailing_space": r"\s\z",
+    "capital": r"\A\W*\p{Lu}",
+    "final_period": r"\.\s*\z",
+    "newline": r"\S\s*\n\s*\S",
+    "quotes": "[\"“”„‘]|\\A\\s*'|'\\s*\\z",
+    "says_yes": r"(?i)\A\W*(yes|yeah|yep|true|correct)\b",
+    "says_no": r"(?i)\A\W*(no|nope|none|false|incorrect)\b",
+}
+_BIT = {name: 1 << index for index, name in enumerate(FORMATS)}
+
+# Lines of the prompt that made the pair, or of a chat template, repeated in an answer.
+LEAKED_PROMPT = (
+    r"(?im)^\W*(question|original answer|candidate ?answer ?\d*)\W*:|<\s*image\s*>|\[/?INST\]|</?s>"
+    r"|\b(user|assistant|human|gpt)\s*:|<\|[a-z_]+\|>"
+)
+# Talk about making the pair, and refusals, instead of an answer.
+COMMENTARY = (
+    r"(?i)\b(original answer|candidate ?answer ?\d*|(dis)?preferred\W* answer|provided answers?)\b"
+    r"|\bas an? (ai|language model)\b|\bi('m| am) sorry\b"
+    r"|\bi (cannot|can't|am unable to) (actually )?(see|view|open|answer|provide|assist|help)\b"
+)
+_NUMBER_POINT = r"(\d)[.,:](\d)"
+_QUOTES = "‘’“”„"
+# Byte → the same byte, or a space. Bytes of other than ASCII characters are never among them.
+_PUNCTUATION = np.arange(256, dtype=np.uint8)
+_PUNCTUATION[list(b".,;:!?\"'`()[]{}*")] = ord(" ")
+
+# What a question asks for, by its first words; the first pattern that matches counts.
+QUESTION_FORMS: dict[str, str] = {
+    "report": r"(?i)\b(write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(report|findings|impression)\b",
+    "choice": r"(?i)^\W*(is|are|was|were|does|do|did|has|have|can|which|what)\b.*\b\w+,? or \w+",
+    "yes/no": r"(?i)^\W*(is|are|was|were|does|do|did|has|have|can|could|should|will|would|any)\b",
+    "how many": r"(?i)^\W*how (many|much|often)\b",
+    "where": r"(?i)\bwhere\b",
+    "which": r"(?i)\b(in )?which\b",
+    "what": r"(?i)\bwhat\b",
+    "how or why": r"(?i)\b(how|why)\b",
+    "other": r"",
+}
+
+# Bits of `leak`.
+LEAK_CHOSEN, LEAK_REJECTED, COMMENT_CHOSEN, COMMENT_REJECTED = 1, 2, 4, 8
+# Values of `truth`.
+UNKNOWN, AGREES, DIFFERS, OPPOSITE = -1, 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Features:
+    """Numbers of N pairs, in the table's order.
+
+    Attributes:
+        columns: columns that the table has; checks ask here whether they apply.
+        visual: (N,) bool, kind is visual.
+        words_chosen, words_rejected: (N,) int32, runs of non-space.
+        chars_chosen, chars_rejected: (N,) int32, code points.
+        format_chosen, format_rejected: (N,) uint16, bits in the order of `FORMATS`.
+        polarity: (N,) int8, 1 where chosen says yes, -1 no, 0 neither.
+        equal: (N,) bool, both sides are the same text.
+        near_equal: (N,) bool, they differ in case, spacing or punctuation only.
+        empty: (N,) bool, a side has no text.
+        untrimmed: (N,) bool, a side begins or ends with white space.
+        leak: (N,) uint8, bits `LEAK_CHOSEN`, `LEAK_REJECTED`, `COMMENT_CHOSEN`, `COMMENT_REJECTED`.
+        pair_id: (N,) int64, hash of the id.
+        asked: (N,) int64, hash of image and question (0 where no image is named).
+        answer: (N,) int64, hash of the chosen answer's normalised text.
+        content: (N,) int64, hash of kind, images, question and both normalised sides.
+        same_image: (N,) bool, rejected_image_uri is image_uri.
+        weight: (N,) float64, NaN where null.
+        question_form: (N,) int8, index in `QUESTION_FORMS`.
+        first_word: (N,) int32, index in ``first_words``.
+        answer_type: (N,) int32, index in ``answer_types``.
+        noise_share: (N,) float32, share of the image that the noise covers, NaN where unknown.
+        sample_row: (N,) int64, row of the samples table, -1 where unknown.
+        truth: (N,) int8, `UNKNOWN`, `AGREES`, `DIFFERS` or `OPPOSITE` (yes for no).
+        of_test: (N,) bool, the pair's sample is of split test.
+        image_in_test: (N,) bool, it is not, but its image is also one of split test.
+    """
+
+    columns: frozenset[str]
+    has_samples: bool
+    visual: np.ndarray
+    words_chosen: np.ndarray
+    words_rejected: np.ndarray
+    chars_chosen: np.ndarray
+    chars_rejected: np.ndarray
+    format_chosen: np.ndarray
+    format_rejected: np.ndarray
+    polarity: np.ndarray
+    equal: np.ndarray
+    near_equal: np.ndarray
+    empty: np.ndarray
+    untrimmed: np.ndarray
+    leak: np.ndarray
+    pair_id: np.ndarray
+    asked: np.ndarray
+    answer: np.ndarray
+    content: np.ndarray
+    same_image: np.ndarray
+    weight: np.ndarray
+    question_form: np.ndarray
+    first_word: np.ndarray
+    answer_type: np.ndarray
+    noise_share: np.ndarray
+    sample_row: np.ndarray
+    truth: np.ndarray
+    of_test: np.ndarray
+    image_in_test: np.ndarray
+    first_words: tuple[str, ...]
+    answer_types: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.visual)
+
+    @property
+    def text(self) -> np.ndarray:
+        """(N,) bool, the pairs whose two answers differ by design."""
+        return ~self.visual
+
+    @property
+    def leaked(self) -> np.ndarray:
+        """(N,) bool, a side repeats the prompt that made it."""
+        return (self.leak & (LEAK_CHOSEN | LEAK_REJECTED)) > 0
+
+    def has_format(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) bool each: the chosen, and the rejected side has this format."""
+        return (self.format_chosen & _BIT[name]) > 0, (self.format_rejected & _BIT[name]) > 0
+
+
+def extract(pairs: PairTable, samples: Samples | None) -> Features:
+    """Reads the table once and keeps its numbers.
+
+    Args:
+        pairs: the table.
+        samples: the samples behind it, or None.
+
+    Raises:
+        UserError: the table cannot be read.
+    """
+    words: dict[str, int] = {}
+    types: dict[str, int] = {}
+    parts = [_batch_features(batch, samples, words, types) for batch in pairs.batches()]
+    if not parts:
+        parts = [_batch_features(_empty(pairs), samples, words, types)]
+    return Features(
+        columns=pairs.columns,
+        has_samples=samples is not None,
+        first_words=tuple(words),
+        answer_types=tuple(types),
+        **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
+    )
+
+
+def _empty(pairs: PairTable) -> pa.Table:
+    return pa.table(
+        {
+            name: pa.array([], pa.float64() if name == "weight" else pa.string())
+            for name in sorted(pairs.columns)
+        }
+    )
+
+
+def _batch_features(
+    batch: pa.Table, samples: Samples | None, words: dict[str, int], types: dict[str, int]
+) -> dict[str, np.ndarray]:
+    size = batch.num_rows
+    visual = (
+        _numpy(pc.fill_null(pc.equal(batch["kind"], "visual"), False))
+        if _has(batch, "kind")
+        else np.zeros(size, bool)
+    )
+    chosen, rejected, question = (_text(batch, name) for name in ("chosen", "rejected", "question"))
+    image = _text(batch, "image_uri")
+    rejected_image = _text(batch, "rejected_image_uri") if _has(batch, "rejected_image_uri") else image
+    norm_question, norm_chosen, norm_rejected = (normalised(texts) for texts in (question, chosen, rejected))
+    formats = [_formats(side) for side in (chosen, rejected)]
+    equal = _numpy(pc.equal(chosen, rejected))
+    kind = pa.array(np.where(visual, "v", "t"))
+    asked = hashes(image, norm_question)
+    first = pc.utf8_lower(pc.struct_field(pc.extract_regex(question, r"^\W*(?P<word>\w*)"), [0]))
+    found: dict[str, np.ndarray] = {
+        "visual": visual,
+        "words_chosen": _words(chosen),
+        "words_rejected": _words(rejected),
+        "chars_chosen": _numpy(pc.utf8_length(chosen)),
+        "chars_rejected": _numpy(pc.utf8_length(rejected)),
+        "format_chosen": formats[0],
+        "format_rejected": formats[1],
+        "polarity": _polarity(formats[0]),
+        "equal": equal,
+        "near_equal": ~equal & _numpy(pc.equal(norm_chosen, norm_rejected)),
+        "empty": _empty_text(chosen) | _empty_text(rejected),
+        "untrimmed": _untrimmed(chosen) | _untrimmed(rejected),
+        "leak": _leaks(chosen, rejected),
+        "pair_id": hashes(_text(batch, "pair_id")),
+        "asked": np.where(_numpy(pc.equal(image, "")), 0, asked),
+        "answer": hashes(norm_chosen),
+        "content": hashes(kind, image, rejected_image, norm_question, norm_chosen, norm_rejected),
+        "same_image": _numpy(pc.equal(image, rejected_image)),
+        "weight": _numpy(batch["weight"].combine_chunks())
+        if _has(batch, "weight")
+        else np.full(size, np.nan),
+        "question_form": _question_forms(question),
+        "first_word": _codes(first, words),
+        "answer_type": _codes(_text(batch, "answer_type"), types),
+        "noise_share": _noise_shares(batch),
+    }
+    return found | _against_samples(batch, samples, norm_chosen, found["polarity"])
+
+
+def normalised(texts: pa.Array) -> pa.Array:
+    """Texts in lower case, with spaces and punctuation folded; signs that carry meaning (+ - < > / %, 1.5) stay."""
+    lower = pc.utf8_lower(pc.utf8_normalize(texts, "NFKC"))
+    if not pc.all(pc.string_is_ascii(lower)).as_py():
+        for sign in _QUOTES:
+            lower = pc.replace_substring(lower, sign, " ")
+    kept = pc.replace_substring_regex(lower, _NUMBER_POINT, r"\1_\2")
+    return pc.binary_join(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(_without_punctuation(kept))), " ")
+
+
+def _without_punctuation(texts: pa.Array) -> pa.Array:
+    """Punctuation replaced by spaces, byte by byte: a regular expression takes ten times as long."""
+    if len(texts) == 0 or texts.buffers()[2] is None:
+        return texts
+    _, offsets, data = texts.buffers()
+    folded = _PUNCTUATION[np.frombuffer(data, np.uint8)]
+    return pa.StringArray.from_buffers(len(texts), offsets, pa.py_buffer(folded), offset=texts.offset)
+
+
+def _words(texts: pa.Array) -> np.ndarray:
+    """Runs of non-space, as ``len(text.split())`` counts them."""
+    trimmed = pc.utf8_trim_whitespace(texts)
+    counts = _numpy(pc.list_value_length(pc.utf8_split_whitespace(trimmed)))
+    return np.where(_numpy(pc.equal(trimmed, "")), 0, counts).astype(np.int32)
+
+
+def _has(batch: pa.Table, name: str) -> bool:
+    return name in batch.column_names
+
+
+def _text(batch: pa.Table, name: str) -> pa.Array:
+    """A text column as one array, null read as empty; empty texts where there is no such column."""
+    if not _has(batch, name):
+        return pa.array(np.full(batch.num_rows, ""), pa.string())
+    column = batch[name].combine_chunks() if batch.num_rows else pa.array([], pa.string())
+    return pc.fill_null(column, "")
+
+
+def _numpy(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    if isinstance(values, pa.ChunkedArray):
+        return values.to_numpy()
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _empty_text(texts: pa.Array) -> np.ndarray:
+    return _numpy(pc.equal(pc.utf8_trim_whitespace(texts), ""))
+
+
+def _untrimmed(texts: pa.Array) -> np.ndarray:
+    return _numpy(pc.not_equal(pc.utf8_trim_whitespace(texts), texts))
+
+
+def _formats(texts: pa.Array) -> np.ndarray:
+    bits = np.zeros(len(texts), np.uint16)
+    for name, pattern in FORMATS.items():
+        bits |= np.where(_numpy(pc.match_substring_regex(texts, pattern)), _BIT[name], 0).astype(np.uint16)
+    return bits
+
+
+def _polarity(bits: np.ndarray) -> np.ndarray:
+    yes, no = (bits & _BIT["says_yes"]) > 0, (bits & _BIT["says_no"]) > 0
+    return yes.astype(np.int8) - no.astype(np.int8)
+
+
+def _leaks(chosen: pa.Array, rejected: pa.Array) -> np.ndarray:
+    bits = np.zeros(len(chosen), np.uint8)
+    for texts, leak, comment in (
+        (chosen, LEAK_CHOSEN, COMMENT_CHOSEN),
+        (rejected, LEAK_REJECTED, COMMENT_REJECTED),
+    ):
+        leaked = _numpy(pc.match_substring_regex(texts, LEAKED_PROMPT))
+        talks = _numpy(pc.match_substring_regex(texts, COMMENTARY))
+        bits |= np.where(leaked, leak, np.where(talks, comment, 0)).astype(np.uint8)
+    return bits
+
+
+def _question_forms(question: pa.Array) -> np.ndarray:
+    forms = np.full(len(question), -1, np.int8)
+    for index, pattern in enumerate(QUESTION_FORMS.values()):
+        open_rows = np.flatnonzero(forms < 0)
+        matched = _numpy(pc.match_substring_regex(question.take(pa.array(open_rows)), pattern))
+        forms[open_rows[matched]] = index
+    return forms
+
+
+def _codes(texts: pa.Array, known: dict[str, int]) -> np.ndarray:
+    """Indices of texts in ``known``, which grows as new ones come."""
+    encoded = pc.dictionary_encode(texts)
+    codes = np.array(
+        [known.setdefault(text, len(known)) for text in encoded.dictionary.to_pylist()], np.int32
+    )
+    return codes[_numpy(encoded.indices)] if len(texts) else np.zeros(0, np.int32)
+
+
+def _noise_shares(batch: pa.Table) -> np.ndarray:
+    """Changed share where the noise parameters give it, else the mask's."""
+    noise = _text(batch, "noise")
+    shares = []
+    for key in ("changed_share", "mask_share"):
+        value = pc.struct_field(pc.extract_regex(noise, rf'"{key}":\s*(?P<share>[0-9][0-9.eE+-]*)'), [0])
+        shares.append(_numbers(value))
+    return np.where(np.isnan(shares[0]), shares[1], shares[0]).astype(np.float32)
+
+
+def _numbers(texts: pa.Array) -> np.ndarray:
+    try:
+        return _numpy(pc.fill_null(pc.cast(texts, pa.float64()), np.nan))
+    except pa.ArrowInvalid:
+        # A malformed number somewhere: row by row.
+        return np.array([_number(text) for text in texts.to_pylist()], np.float64)
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text) if text is not None else float("nan")
+    except ValueError:
+        return float("nan")
+
+
+def _against_samples(
+    batch: pa.Table, samples: Samples | None, norm_chosen: pa.Array, polarity: np.ndarray
+) -> dict[str, np.ndarray]:
+    size = batch.num_rows
+    rows = np.full(size, -1, np.int64)
+    truth = np.full(size, UNKNOWN, np.int8)
+    of_test, image_in_test = np.zeros(size, bool), np.zeros(size, bool)
+    if samples is not None and _has(batch, "sample_id") and size:
+        rows = samples.rows_of(_text(batch, "sample_id"))
+        known = rows >= 0
+        answers = pc.fill_null(samples.table["answer"].take(pa.array(rows[known])), "").combine_chunks()
+        expected = _polarity(_formats(answers))
+        same = _numpy(pc.equal(norm_chosen.filter(pa.array(known)), normalised(answers)))
+        opposite = expected * polarity[known] < 0
+        truth[known] = np.where(same, AGREES, np.where(opposite, OPPOSITE, DIFFERS))
+        of_test[known] = samples.in_test[rows[known]]
+        image_in_test[known] = samples.image_in_test[rows[known]]
+    return {"sample_row": rows, "truth": truth, "of_test": of_test, "image_in_test": image_in_test}

@@ -1,0 +1,327 @@
+"""What the audit reads: pairs as Parquet or as released MMedPO JSON, in batches and unchanged; and the samples table.
+
+Ingest strips texts and drops odd rows; the audit must see them as they are, so it reads the sources itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from mmedpo_ray import storage
+from mmedpo_ray.data.reader import read_json_list, storable
+from mmedpo_ray.errors import UserError
+
+_BATCH_ROWS = 65_536
+# Columns that some check looks at; everything but the first three may be absent.
+_REQUIRED = ("question", "chosen", "rejected")
+_TEXT_COLUMNS = (
+    *_REQUIRED,
+    "pair_id",
+    "sample_id",
+    "image_uri",
+    "rejected_image_uri",
+    "kind",
+    "dataset",
+    "task",
+    "answer_type",
+    "heat_map_uri",
+    "noise",
+)
+_NUMBER_COLUMNS = ("weight",)
+_JSON_FIELDS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("image_uri", pa.string()),
+        ("question", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("weight", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """A table of preference pairs to audit.
+
+    Attributes:
+        path: where it is.
+        num_rows: readable rows.
+        columns: names of the columns that checks may use.
+        fingerprint: changes with the content (for Parquet with the manifest's key, or with the files' sizes and times).
+        malformed: positions (0-based, in the JSON list) of rows that are no preference pair; they are no rows here.
+        source: the open Parquet data set, or the JSON as a table.
+        json_rows: the JSON rows behind ``source``, in order; null for Parquet.
+    """
+
+    path: str
+    num_rows: int
+    columns: frozenset[str]
+    fingerprint: str
+    malformed: tuple[int, ...]
+    source: pads.Dataset | pa.Table
+    json_rows: list[dict[str, Any]] | None = None
+
+    def batches(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The rows in order, in tables of 65,536 rows whose columns have one chunk.
+
+        Args:
+            columns: names to read, as they are in the file; null reads those that checks use, texts as strings.
+        """
+        wanted = columns if columns is not None else sorted(self.columns)
+        if isinstance(self.source, pa.Table):
+            for start in range(0, self.source.num_rows, _BATCH_ROWS):
+                yield self.source.select(wanted).slice(start, _BATCH_ROWS).combine_chunks()
+            return
+        held: list[pa.RecordBatch] = []
+        rows = 0
+        scanned = self.source.to_batches(
+            columns=wanted, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=1
+        )
+        for batch in _readable(scanned, self.path):
+            held.append(batch)
+            rows += batch.num_rows
+            if rows >= _BATCH_ROWS:
+                yield self._as_expected(pa.Table.from_batches(held), raw=columns is not None)
+                held, rows = [], 0
+        if rows:
+            yield self._as_expected(pa.Table.from_batches(held), raw=columns is not None)
+
+    def _as_expected(self, table: pa.Table, *, raw: bool) -> pa.Table:
+        if not raw:
+            for index, name in enumerate(table.column_names):
+                kind = pa.float64() if name in _NUMBER_COLUMNS else pa.string()
+                try:
+                    table = table.set_column(index, name, table[name].cast(kind))
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                    raise UserError(
+                        f"{self.path}: column {name!r} is {table[name].type}, expected {kind}. See the table reference."
+                    ) from error
+        return table.combine_chunks()
+
+    def values(self, column: str, positions: np.ndarray) -> list[Any]:
+        """One column at some rows (numbers of rows as strings where the table has no ids)."""
+        if len(positions) == 0:
+            return []
+        if column not in self.columns:
+            return [f"row {position}" for position in positions.tolist()]
+        table = self.source
+        if isinstance(table, pads.Dataset):
+            taken = table.scanner(columns=[column]).take(pa.array(np.sort(np.unique(positions))))
+            found = dict(zip(np.sort(np.unique(positions)).tolist(), taken[column].to_pylist(), strict=True))
+            return [found[position] for position in positions.tolist()]
+        return table[column].take(pa.array(positions)).to_pylist()
+
+
+def open_pairs(path: str) -> PairTable:
+    """Opens a folder of Parquet files, a Parquet file, or a released MMedPO JSON.
+
+    Raises:
+        UserError: nothing is there, it is none of these, or a required column is missing.
+    """
+    if path.endswith(".json"):
+        return _open_json(path)
+    try:
+        source = open_parquet(path)
+        num_rows = source.count_rows()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"cannot read {path} as Parquet: {type(error).__name__}. Write the table again."
+        ) from error
+    names = set(source.schema.names)
+    missing = [name for name in _REQUIRED if name not in names]
+    if missing:
+        raise UserError(
+            f"{path} has no column {missing[0]!r}, so it is no table of preference pairs (it has {', '.join(source.schema.names)})."
+        )
+    used = frozenset(names & {*_TEXT_COLUMNS, *_NUMBER_COLUMNS})
+    return PairTable(path, num_rows, used, parquet_fingerprint(path), (), source)
+
+
+def open_parquet(path: str) -> pads.Dataset:
+    """Opens a Parquet file or the Parquet files directly in a folder.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.endswith(".parquet"):
+        return storage.dataset(path)
+    if not storage.exists(path):
+        raise UserError(
+            f"no file {path}. Give a folder of Parquet files, a Parquet file or a released MMedPO JSON."
+        )
+    filesystem, inside = storage.resolve(path)
+    if filesystem.get_file_info(inside).is_file:
+        return pads.dataset([inside], filesystem=filesystem, format="parquet")
+    return storage.dataset(path)
+
+
+def parquet_fingerprint(path: str) -> str:
+    """The key of the table's manifest; where it has none, a hash of its files' names, sizes and times."""
+    key, files = None, [path]
+    filesystem, inside = storage.resolve(path)
+    if not filesystem.get_file_info(inside).is_file:
+        files = storage.list_files(path, ".parquet")
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            key = json.loads(storage.read_bytes(storage.join(path, "manifest.json")))["key"]
+    infos = [storage.resolve(name)[0].get_file_info(storage.resolve(name)[1]) for name in files]
+    facts = [key, [[posixpath.basename(item.path), item.size, item.mtime_ns] for item in infos]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _readable(batches: Iterator[pa.RecordBatch], path: str) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from batches
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+        raise UserError(
+            f"cannot read {path} as Parquet: {type(error).__name__}. Write the table again."
+        ) from error
+
+
+# ---------------------------------------------------------------------- released JSON
+
+
+def _open_json(path: str) -> PairTable:
+    rows = read_json_list(storage.absolute(path))
+    pairs, kept, malformed = [], [], []
+    for position, row in enumerate(rows):
+        pair = _json_pair(row, position)
+        if pair is None:
+            malformed.append(position)
+        else:
+            pairs.append(pair)
+            kept.append(row)
+    if not pairs:
+        raise UserError(
+            f"{path}: none of its {len(rows):,} rows is a preference pair. Expected the released layout: a list of "
+            '{"id", "image", "conversations", "rejected_conversations", "weighted_score"}.'
+        )
+    table = pa.Table.from_pylist(pairs, _JSON_FIELDS)
+    columns = set(table.column_names)
+    if table["weight"].null_count == table.num_rows:
+        columns -= {"weight"}
+    content = hashlib.sha256(storage.read_bytes(storage.absolute(path))).hexdigest()[:16]
+    return PairTable(path, table.num_rows, frozenset(columns), content, tuple(malformed), table, kept)
+
+
+def _json_pair(row: Any, position: int) -> dict[str, Any] | None:
+    """A row of the released layout with its texts as they are, or None."""
+    if not isinstance(row, dict):
+        return None
+    preferred, other = (_turn(row.get(key)) for key in ("conversations", "rejected_conversations"))
+    if preferred is None or other is None:
+        return None
+    given, image, weight = row.get("id"), row.get("image"), row.get("weighted_score")
+    return {
+        "pair_id": storable(str(given)) if given is not None else f"row {position}",
+        "image_uri": storable(image) if isinstance(image, str) else None,
+        "question": preferred[0].replace("<image>", " ").strip(),
+        "chosen": preferred[1],
+        "rejected": other[1],
+        "weight": _weight(weight),
+    }
+
+
+def _weight(value: Any) -> float | None:
+    """The weight, None where there is none; NaN, which is reported as invalid, for what is no number."""
+    if value is None:
+        return None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+
+
+def _turn(value: Any) -> tuple[str, str] | None:
+    """Question and answer of a conversation of one turn."""
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    question, answer = (turn.get("value") if isinstance(turn, dict) else None for turn in value)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        return None
+    return storable(question), storable(answer)
+
+
+# ---------------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the audit needs of the samples table.
+
+    Attributes:
+        path: where it is.
+        fingerprint: changes with the content.
+        table: columns sample_id, split, answer, image_sha256, image_id, image_uri and mask_uri, as far as they are there.
+        in_test: (rows,) bool, the sample is of split test.
+        image_in_test: (rows,) bool, the sample is not, but its image (by content, id or address) is also one of split test.
+        id_hashes: (rows,) int64, sorted hashes of the ids.
+        id_order: (rows,) int64, the row of each hash.
+    """
+
+    path: str
+    fingerprint: str
+    table: pa.Table
+    in_test: np.ndarray
+    image_in_test: np.ndarray
+    id_hashes: np.ndarray
+    id_order: np.ndarray
+
+    def rows_of(self, sample_ids: pa.Array) -> np.ndarray:
+        """Row of each sample id, -1 where the table has no such sample."""
+        if len(self.id_order) == 0:
+            return np.full(len(sample_ids), -1, np.int64)
+        wanted = hashes(sample_ids)
+        place = np.minimum(np.searchsorted(self.id_hashes, wanted), len(self.id_order) - 1)
+        return np.where(self.id_hashes[place] == wanted, self.id_order[place], -1)
+
+
+def open_samples(path: str) -> Samples:
+    """Reads a samples table.
+
+    Raises:
+        UserError: it is missing, or lacks sample_id or answer.
+    """
+    try:
+        source = open_parquet(path)
+        wanted = ("sample_id", "split", "answer", "image_sha256", "image_id", "image_uri", "mask_uri")
+        table = source.to_table(columns=[name for name in wanted if name in source.schema.names])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"cannot read {path} as Parquet: {type(error).__name__}. Run `mmedpo ingest` again."
+        ) from error
+    for name in ("sample_id", "answer"):
+        if name not in table.column_names:
+            raise UserError(
+                f"{path} has no column {name!r}, so it is no samples table. Give the folder that ingest wrote."
+            )
+    table = pa.table({name: table[name].cast(pa.string()) for name in table.column_names}).combine_chunks()
+    in_test = np.zeros(table.num_rows, bool)
+    shared = np.zeros(table.num_rows, bool)
+    if "split" in table.column_names:
+        in_test = pc.fill_null(pc.equal(table["split"], "test"), False).to_numpy()
+        for name in ("image_sha256", "image_id", "image_uri"):
+            if name in table.column_names:
+                of_test = table[name].filter(pa.array(in_test)).drop_null()
+                shared |= pc.is_in(table[name], value_set=of_test.combine_chunks()).to_numpy()
+    ids = hashes(pc.fill_null(table["sample_id"], "").combine_chunks())
+    order = np.argsort(ids, kind="stable")
+    return Samples(path, parquet_fingerprint(path), table, in_test, shared & ~in_test, ids[order], order)
+
+
+def hashes(*columns: pa.Array) -> np.ndarray:
+    """A 64-bit hash of each row's texts, never 0. Equal texts have equal hashes within this process only.
+
+    Two of a million different rows share a hash with probability 3e-8.
+    """
+    joined = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "\x1f")
+    values = np.fromiter(map(hash, joined.to_pylist()), np.int64, len(joined))
+    return np.where(values == 0, 1, values)

@@ -1,0 +1,254 @@
+"""Checks of visual pairs. The table tells of all of them; their images are looked at for a seeded sample.
+
+Decoding every image of a large table would take hours, so the findings say how many images stand for them. One pair's
+images are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from mmedpo_ray import images
+from mmedpo_ray.data.audit.features import Features
+from mmedpo_ray.data.audit.finding import (
+    Check,
+    Finding,
+    NotCheckedError,
+    finding_of_rows,
+    noun,
+    percent,
+    share_severity,
+)
+from mmedpo_ray.data.audit.table import PairTable, Samples
+from mmedpo_ray.settings.judge import AuditConfig
+
+SAMPLE = 64
+# A pixel counts as changed above this difference of 8-bit levels, which lossy files reach by themselves.
+_LEVELS = 4
+# Noise that changes less of the lesion than this leaves it as it is. Clipping at black hides about half of the noise
+# on a dark lesion, so that a half-changed lesion is no fault.
+_LEAST_COVER = 0.1
+# What a heat map marks: at least half of its highest value.
+_HOT = 0.5
+
+
+def _visual_pairs(features: Features) -> np.ndarray:
+    if not features.visual.any():
+        raise NotCheckedError("the table has no visual pair")
+    return features.visual
+
+
+def same_image(features: Features, _: AuditConfig) -> Finding:
+    """Visual pairs whose rejected image is the original."""
+    visual = _visual_pairs(features)
+    if "rejected_image_uri" not in features.columns:
+        raise NotCheckedError("the table has no column rejected_image_uri")
+    mask, of = visual & features.same_image, int(visual.sum())
+    return finding_of_rows(
+        "same_image",
+        mask,
+        of,
+        share_severity(int(mask.sum()), of, high=0.01, least="medium"),
+        f"{noun(int(mask.sum()), 'visual pair')} with the original as the rejected image: nothing to prefer",
+        "remove them (--fix), or curate again",
+        fixed=True,
+    )
+
+
+def noise_area(features: Features, settings: AuditConfig) -> Finding:
+    """Visual pairs whose noise covers most of the image."""
+    visual = _visual_pairs(features)
+    known = visual & ~np.isnan(features.noise_share)
+    if not known.any():
+        raise NotCheckedError("the visual pairs have no noise parameters")
+    mask, of = known & (features.noise_share > settings.max_noise_share), int(known.sum())
+    median = float(np.median(features.noise_share[known]))
+    return finding_of_rows(
+        "noise_area",
+        mask,
+        of,
+        share_severity(int(mask.sum()), of, high=0.5, medium=0.1),
+        f"the noise of {noun(int(mask.sum()), 'visual pair')} covers more than {percent(settings.max_noise_share)} of the image (median {percent(median)}): "
+        "any model sees it without reading the lesion",
+        "a smaller curate.visual.noise.area_share, mask: hard, and mode: diffusion instead of released",
+        details={"median_share": round(median, 6)},
+    )
+
+
+VISUAL_CHECKS: dict[str, Check] = {"same_image": same_image, "noise_area": noise_area}
+# Findings of `image_findings`.
+IMAGE_CHECKS = ("unreadable_image", "unchanged_image", "noise_beside_lesion")
+
+
+# ---------------------------------------------------------------------- images
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one visual pair's images show.
+
+    Attributes:
+        problem: why they could not be compared ("image_missing", "image_undecodable", "image_too_large", "size_differs"), or None.
+        changed: share of the image that differs by more than 4 levels of 255, 0 to 1.
+        identical: every pixel is the same.
+        cover: share of the lesion that differs; NaN where no lesion is known.
+        region: what stands for the lesion: the data set's mask, the tool's heat map, or None.
+    """
+
+    problem: str | None
+    changed: float = float("nan")
+    identical: bool = False
+    cover: float = float("nan")
+    region: Literal["mask", "heat map"] | None = None
+
+
+def image_findings(
+    pairs: PairTable, features: Features, samples: Samples | None, *, seed: int, max_pixels: int
+) -> list[Finding]:
+    """Measures a sample of the visual pairs.
+
+    Args:
+        pairs: the table.
+        features: its numbers.
+        samples: gives the lesion masks; without it the heat maps stand for them.
+        seed: of the draw.
+        max_pixels: larger images are not decoded.
+
+    Raises:
+        NotCheckedError: there is no visual pair with two images.
+    """
+    if not {"image_uri", "rejected_image_uri"} <= pairs.columns:
+        raise NotCheckedError("the table has no columns image_uri and rejected_image_uri")
+    candidates = np.flatnonzero(features.visual & ~features.same_image)
+    if len(candidates) == 0:
+        raise NotCheckedError("the table has no visual pair with a second image")
+    size = min(SAMPLE, len(candidates))
+    drawn = np.sort(np.random.default_rng(seed).choice(candidates, size, replace=False))
+    measured = [_measure(*uris, max_pixels) for uris in _uris(pairs, features, samples, drawn)]
+    return [
+        _unreadable(drawn, measured),
+        _unchanged(drawn, measured),
+        _beside_lesion(drawn, measured),
+    ]
+
+
+def _uris(
+    pairs: PairTable, features: Features, samples: Samples | None, drawn: np.ndarray
+) -> list[tuple[str, str, str | None, str | None]]:
+    """Original, noised image, lesion mask and heat map of each drawn pair."""
+    original, noised = (pairs.values(name, drawn) for name in ("image_uri", "rejected_image_uri"))
+    heat = pairs.values("heat_map_uri", drawn) if "heat_map_uri" in pairs.columns else [None] * len(drawn)
+    masks: list[str | None] = [None] * len(drawn)
+    if samples is not None and "mask_uri" in samples.table.column_names:
+        column = samples.table["mask_uri"]
+        masks = [column[int(row)].as_py() if row >= 0 else None for row in features.sample_row[drawn]]
+    return list(zip(original, noised, masks, heat, strict=True))
+
+
+def _measure(original: str, noised: str, mask: str | None, heat: str | None, max_pixels: int) -> Measured:
+    try:
+        before, after = (images.load_image(uri, max_pixels) for uri in (original, noised))
+    except images.ImageError as error:
+        return Measured(error.reason)
+    except OSError:
+        return Measured("image_missing")
+    if before.size != after.size:
+        return Measured("size_differs")
+    pixels = [np.asarray(images.to_rgb(image), np.int16) for image in (before, after)]
+    changed = np.abs(pixels[0] - pixels[1]).max(axis=2) > _LEVELS
+    identical = before.mode == after.mode and np.array_equal(np.asarray(before), np.asarray(after))
+    region, kind = _lesion(mask, heat, before.size, max_pixels)
+    cover = float(changed[region].mean()) if region is not None else float("nan")
+    return Measured(None, float(changed.mean()), identical, cover, kind)
+
+
+def _lesion(
+    mask: str | None, heat: str | None, size: tuple[int, int], max_pixels: int
+) -> tuple[np.ndarray | None, Literal["mask", "heat map"] | None]:
+    """(H, W) bool of the lesion and what it comes from; None where nothing readable marks one."""
+    sources: tuple[tuple[str | None, Literal["mask", "heat map"]], ...] = ((mask, "mask"), (heat, "heat map"))
+    for uri, kind in sources:
+        if not uri:
+            continue
+        try:
+            marked = images.load_image(uri, max_pixels)
+        except (images.ImageError, OSError):
+            continue
+        if marked.size != size:
+            marked = marked.resize(size, Image.Resampling.NEAREST)
+        values = np.asarray(
+            marked if marked.mode in ("L", "1", "I;16", "I", "F") else images.to_rgb(marked).convert("L")
+        )
+        values = values.astype(np.float64)
+        region = values > 0 if kind == "mask" else values >= max(_HOT * values.max(), 1e-9)
+        if region.any():
+            return region, kind
+    return None, None
+
+
+def _unreadable(drawn: np.ndarray, measured: list[Measured]) -> Finding:
+    bad = np.array([item.problem is not None for item in measured])
+    reasons = sorted({item.problem for item in measured if item.problem})
+    return Finding(
+        check="unreadable_image",
+        severity=share_severity(int(bad.sum()), len(drawn), high=0.05, least="medium"),
+        figure=float(bad.mean()),
+        says=f"the images of {int(bad.sum())} of {noun(len(drawn), 'visual pair')} looked at cannot be compared"
+        + (f" ({', '.join(reasons)})" if reasons else ""),
+        count=int(bad.sum()),
+        of=len(drawn),
+        rows=drawn[bad],
+        remedy="put the images back where the table names them, or curate again",
+        details={"reasons": {reason: sum(item.problem == reason for item in measured) for reason in reasons}},
+    )
+
+
+def _unchanged(drawn: np.ndarray, measured: list[Measured]) -> Finding:
+    readable = np.array([item.problem is None for item in measured])
+    if not readable.any():
+        return _not_seen("unchanged_image")
+    identical = np.array([item.identical for item in measured])
+    median = float(np.median([item.changed for item in measured if item.problem is None]))
+    return Finding(
+        check="unchanged_image",
+        severity=share_severity(int(identical.sum()), int(readable.sum()), high=0.01, least="medium"),
+        figure=float(identical.sum() / readable.sum()),
+        says=f"{int(identical.sum())} of {noun(int(readable.sum()), 'rejected image')} looked at have the original's pixels (median "
+        f"changed {percent(median)} of the image)",
+        count=int(identical.sum()),
+        of=int(readable.sum()),
+        rows=drawn[identical],
+        remedy="more noise (curate.visual.noise.steps, area_share), or leave out pairs whose tool found nothing (min_confidence)",
+        details={"median_changed_share": round(median, 6)},
+    )
+
+
+def _beside_lesion(drawn: np.ndarray, measured: list[Measured]) -> Finding:
+    known = np.array([item.region is not None for item in measured])
+    if not known.any():
+        return _not_seen("noise_beside_lesion")
+    cover = np.array([item.cover for item in measured])
+    missed = known & (np.nan_to_num(cover) < _LEAST_COVER)
+    sources = {kind: sum(item.region == kind for item in measured) for kind in ("mask", "heat map")}
+    median = float(np.median(cover[known]))
+    return Finding(
+        check="noise_beside_lesion",
+        severity=share_severity(int(missed.sum()), int(known.sum()), high=0.25, medium=0.05),
+        figure=float(missed.sum() / known.sum()),
+        says=f"the noise of {int(missed.sum())} of {noun(int(known.sum()), 'visual pair')} looked at leaves the lesion as it is (by "
+        f"{', '.join(f'{kind} {count}' for kind, count in sources.items() if count)}; median changed {percent(median)} of the lesion)",
+        count=int(missed.sum()),
+        of=int(known.sum()),
+        rows=drawn[missed],
+        remedy="another visual tool (curate.visual.tool), or a larger curate.visual.noise.area_share",
+        details={"median_cover": round(median, 6), "regions": sources},
+    )
+
+
+def _not_seen(check: str) -> Finding:
+    """A check that no drawn pair allowed; the unreadable images are their own finding."""
+    return Finding(check, None, 0.0, "no image to look at", 0, 0, np.zeros(0, np.int64), "")

@@ -1,0 +1,610 @@
+"""Audit: every planted fault is found with its count, the figures equal brute force, --fix mends what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+
+from mmedpo_ray import cli, tables
+from mmedpo_ray.config import load
+from mmedpo_ray.curate import lexicon
+from mmedpo_ray.data.audit import audit, audit_command
+from mmedpo_ray.data.audit.examine import NAMES, examine
+from mmedpo_ray.data.audit.features import COMMENTARY, LEAKED_PROMPT, extract
+from mmedpo_ray.data.audit.fix import removals, write_fixed
+from mmedpo_ray.data.audit.statistics import explained, separation
+from mmedpo_ray.data.audit.table import open_pairs
+from mmedpo_ray.errors import UserError
+
+_QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def pair(number: int, **changes: Any) -> dict[str, Any]:
+    """A text pair without any fault; both sides alike in form, chosen and rejected the longer one by turns."""
+    fillers = (("Small nodule", "Large nodule on the left"), ("Small nodule on the left", "Large nodule"))
+    chosen, rejected = fillers[number % 2]
+    return {
+        "pair_id": f"p{number}",
+        "sample_id": f"s{number}",
+        "image_id": f"i{number}",
+        "dataset": "made",
+        "task": "vqa",
+        "answer_type": "open",
+        "kind": "text",
+        "image_uri": f"/images/{number}.png",
+        "rejected_image_uri": f"/images/{number}.png",
+        "question": "What is seen?" if number % 3 else "Where is it?",
+        "chosen": f"{chosen} {number}",
+        "rejected": f"{rejected} {number}",
+        "generator": "rewrite",
+        "score": 0.5,
+        # Unrelated to the question (period 3) and to the answers (period 2).
+        "weight": 0.8 + 0.1 * ((number * 7) % 5),
+        "consensus": True,
+        "rounds": 1,
+        "history": [],
+    } | changes
+
+
+def visual(number: int, **changes: Any) -> dict[str, Any]:
+    answer = f"Small nodule {number}"
+    noise = json.dumps({"mode": "diffusion", "mask_share": 0.1})
+    defaults = {
+        "pair_id": f"v{number}",
+        "kind": "visual",
+        "image_uri": f"/images/v{number}.png",
+        "rejected_image_uri": f"/noised/v{number}.png",
+        "question": "What is seen in the noise?",
+        "chosen": answer,
+        "rejected": answer,
+        "noise": noise,
+    }
+    return pair(number, **(defaults | changes))
+
+
+def write(folder: Path, rows: list[dict[str, Any]], files: int = 1) -> str:
+    """A scored table, over several files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, part in enumerate(np.array_split(np.arange(len(rows)), files)):
+        table = tables.to_table([rows[i] for i in part], tables.SCORED)
+        pq.write_table(table, folder / f"part-{index}.parquet", row_group_size=7)
+    return str(folder)
+
+
+def samples(folder: Path, rows: list[dict[str, Any]]) -> str:
+    defaults = {
+        "dataset": "made",
+        "task": "vqa",
+        "answer_type": "open",
+        "question": "What is seen?",
+        "split": "train",
+    }
+    complete = [
+        {
+            "image_id": f"i-{r['sample_id']}",
+            "image_uri": f"/images/{r['sample_id']}.png",
+            "image_sha256": r["sample_id"],
+        }
+        | defaults
+        | r
+        for r in rows
+    ]
+    folder.mkdir(parents=True)
+    pq.write_table(tables.to_table(complete, tables.SAMPLES), folder / "part-0.parquet")
+    return str(folder)
+
+
+def run(tmp_path: Path, table: str, known: str | None = None, **options: Any) -> dict[str, Any]:
+    out = str(tmp_path / "found.json")
+    config = load(
+        None, [f"run.folder={tmp_path}", *(f"audit.{key}={value}" for key, value in options.items())]
+    )
+    assert audit_command(config, table, known, out, None) in (0, 1)
+    return json.loads(Path(out).read_text())
+
+
+def found(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {item["check"]: item for item in result["findings"]}
+
+
+# ---------------------------------------------------------------------- released data
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "equal", "leaks"), [("slake", 4919, 5, 144), ("vqa-rad", 1797, 0, 23)]
+)
+def test_released_data_has_the_known_faults(
+    shared_data: Path, tmp_path: Path, name: str, rows: int, equal: int, leaks: int
+) -> None:
+    result = run(tmp_path, str(shared_data / "released" / f"{name}_dpo_weighted.json"))
+    faults = found(result)
+    assert result["rows"] == result["text_pairs"] == rows
+    assert faults.get("equal_sides", {"count": 0})["count"] == equal
+    assert faults["leaked_prompt_chosen"]["count"] == leaks
+    assert round(100 * faults["length_shortcut"]["figure"], 1) == 92.8
+    assert faults["length_shortcut"]["severity"] == faults["leaked_prompt_chosen"]["severity"] == "high"
+    assert result["not_checked"] and all(item["reason"] for item in result["not_checked"])
+
+
+def test_released_data_fixed_is_free_of_what_was_fixed(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "released" / "slake_dpo_weighted.json"
+    config = load(None, [f"run.folder={tmp_path}"])
+    audit_command(config, str(source), None, str(tmp_path / "a.json"), str(tmp_path / "fixed"))
+    before, after = json.loads(source.read_text()), json.loads((tmp_path / "fixed" / source.name).read_text())
+    changes = [json.loads(line) for line in (tmp_path / "fixed" / "changes.jsonl").read_text().splitlines()]
+    removed = {item["pair_id"] for item in changes if item["action"] == "removed"}
+    assert {str(row["id"]) for row in before} - {str(row["id"]) for row in after} == removed
+    assert len(before) == len(after) + len(removed)
+    assert before[0].keys() == after[0].keys()
+    again = run(tmp_path, str(tmp_path / "fixed" / source.name))
+    assert not any(item["fixable"] for item in again["findings"])
+
+
+def test_what_ingest_drops_as_leaked_the_audit_finds(shared_data: Path) -> None:
+    """The patterns of the audit run in Arrow; they see at least what the lexicon calls meta text here."""
+    texts = [
+        conversation[1]["value"]
+        for name in ("slake", "vqa-rad")
+        for row in json.loads((shared_data / "released" / f"{name}_dpo_weighted.json").read_text())
+        for conversation in (row["conversations"], row["rejected_conversations"])
+    ]
+    values = pa.array(texts)
+    flagged = pa.compute.or_(
+        pa.compute.match_substring_regex(values, LEAKED_PROMPT),
+        pa.compute.match_substring_regex(values, COMMENTARY),
+    ).to_pylist()
+    missed = [index for index, text in enumerate(texts) if lexicon.is_meta_text(text) and not flagged[index]]
+    assert not missed
+
+
+# ---------------------------------------------------------------------- planted faults
+
+
+def test_a_table_without_faults_has_no_finding(tmp_path: Path) -> None:
+    result = run(tmp_path, write(tmp_path / "t", [pair(i) for i in range(60)], files=3))
+    assert result["findings"] == []
+    assert {item["check"] for item in result["passed"]} >= {
+        "length_shortcut",
+        "equal_sides",
+        "invalid_weight",
+    }
+
+
+def _leak(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"chosen": f"Question: {row['question']}\n-Original Answer: No\n{row['chosen']}"}
+
+
+# Check → what turns a good text pair into one that it must find.
+_PLANTS = {
+    "equal_sides": lambda row: row | {"rejected": row["chosen"]},
+    "near_equal_sides": lambda row: row | {"rejected": "  " + row["chosen"].upper() + "!"},
+    "empty_side": lambda row: row | {"rejected": " \n"},
+    "untrimmed_text": lambda row: row | {"chosen": " " + row["chosen"], "rejected": " " + row["rejected"]},
+    "leaked_prompt_chosen": _leak,
+    "leaked_prompt_rejected": lambda row: row | {"rejected": "<image> " + row["rejected"]},
+    "task_commentary": lambda row: row | {"rejected": "As an AI I see: " + row["rejected"]},
+    "confounded_pair": lambda row: row | {"rejected_image_uri": "/elsewhere.png"},
+    "zero_weight": lambda row: row | {"weight": 0.0},
+    "invalid_weight": lambda row: row | {"weight": float("nan")},
+}
+
+
+@pytest.mark.parametrize("name", _PLANTS)
+@pytest.mark.parametrize("places", [(0,), (3, 20, 41)])
+def test_a_planted_fault_is_found_with_its_count_and_ids(
+    tmp_path: Path, name: str, places: tuple[int, ...]
+) -> None:
+    rows = [_PLANTS[name](pair(i)) if i in places else pair(i) for i in range(60)]
+    result = found(run(tmp_path, write(tmp_path / "t", rows, files=2)))
+    assert result[name]["count"] == len(places)
+    assert result[name]["examples"] == [f"p{i}" for i in places]
+    # What the plant brings along is no other fault.
+    assert set(result) - {name, "untrimmed_text"} == set()
+
+
+@pytest.mark.parametrize(
+    ("repeat", "expected"),
+    [
+        ({}, {"duplicate_pair": 1}),
+        ({"rejected": "Nothing of that kind"}, {"repeated_question": 1}),
+        ({"chosen": "Mass"}, {"contradicting_chosen": 2, "repeated_question": 1}),
+        ({"question": "another"}, {}),
+        ({"image_uri": "/images/x.png", "rejected_image_uri": "/images/x.png"}, {}),
+    ],
+)
+def test_repeats_are_told_apart(tmp_path: Path, repeat: dict[str, str], expected: dict[str, int]) -> None:
+    rows = [pair(i) for i in range(30)] + [pair(4, pair_id="again", **repeat)]
+    result = found(run(tmp_path, write(tmp_path / "t", rows)))
+    assert {name: item["count"] for name, item in result.items()} == expected
+
+
+def test_yes_against_no_is_a_contradiction_and_yes_against_yes_is_none(tmp_path: Path) -> None:
+    same = {"image_uri": "/images/a.png", "rejected_image_uri": "/images/a.png", "question": "Is it there?"}
+    agree = [pair(30, chosen="Yes", **same), pair(31, chosen="Yes, it is there", **same)]
+    rows = [pair(i) for i in range(30)]
+    assert "contradicting_chosen" not in found(run(tmp_path, write(tmp_path / "a", rows + agree)))
+    conflict = [*agree, pair(32, chosen="No", **same)]
+    item = found(run(tmp_path, write(tmp_path / "b", rows + conflict)))["contradicting_chosen"]
+    assert (item["count"], item["details"]) == (3, {"questions": 1, "opposite_polarity": 1})
+
+
+def test_numbers_and_signs_are_part_of_an_answer(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(30)]
+    rows += [pair(30, chosen="1.5 cm", rejected="15 cm"), pair(31, chosen="< 5 mm", rejected="> 5 mm")]
+    assert "near_equal_sides" not in found(run(tmp_path, write(tmp_path / "t", rows)))
+
+
+def test_samples_tell_truth_and_leakage(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(40)]
+    rows[0] |= {"chosen": "Yes"}
+    rows[1] |= {"chosen": "Some other thing"}
+    known = [{"sample_id": row["sample_id"], "answer": row["chosen"].upper() + "."} for row in rows]
+    known[0]["answer"], known[1]["answer"] = "No.", "The reference"
+    known[2] |= {"split": "test"}
+    known[3] |= {"image_sha256": "shared"}
+    known.append({"sample_id": "held out", "answer": "x", "split": "test", "image_sha256": "shared"})
+    table, truth = write(tmp_path / "t", rows), samples(tmp_path / "known", known[:5] + known[6:])
+    result = found(run(tmp_path, table, truth))
+    expected = {
+        "chosen_against_truth": (2, ["p0", "p1"]),
+        "pairs_of_test_samples": (1, ["p2"]),
+        "images_shared_with_test": (1, ["p3"]),
+        "unknown_sample": (1, ["p5"]),
+    }
+    assert {name: (result[name]["count"], result[name]["examples"]) for name in expected} == expected
+    assert result["chosen_against_truth"]["details"] == {"opposite_polarity": 1}
+    assert result["images_shared_with_test"]["severity"] == "high"
+
+
+def test_weights_that_follow_the_question_are_found(tmp_path: Path) -> None:
+    rows = [pair(i, weight=1.2 if i % 3 else 0.8 + 0.001 * (i % 2)) for i in range(120)]
+    item = found(run(tmp_path, write(tmp_path / "t", rows)))["weights_by_question"]
+    assert item["figure"] > 0.99
+    assert item["severity"] == "medium"
+    constant = found(run(tmp_path, write(tmp_path / "c", [pair(i, weight=1.0) for i in range(60)])))
+    assert set(constant) == {"constant_weight"}
+
+
+def test_duplicate_ids_are_a_high_finding(tmp_path: Path) -> None:
+    rows = [pair(i, pair_id=f"p{min(i, 28)}") for i in range(30)]
+    item = found(run(tmp_path, write(tmp_path / "t", rows)))["duplicate_id"]
+    assert (item["count"], item["severity"]) == (1, "high")
+
+
+# ---------------------------------------------------------------------- visual pairs
+
+
+def _images(folder: Path, name: str, region: tuple[slice, slice] | None) -> tuple[str, str]:
+    """An image and a copy with other pixels in a region."""
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(0).integers(60, 190, (40, 40)).astype(np.uint8)
+    noised = pixels.copy()
+    if region is not None:
+        noised[region] = 255 - noised[region] // 2
+    paths = []
+    for suffix, values in (("", pixels), ("_noised", noised)):
+        paths.append(str(folder / f"{name}{suffix}.png"))
+        Image.fromarray(values).save(paths[-1])
+    return paths[0], paths[1]
+
+
+def test_noise_is_looked_at(tmp_path: Path) -> None:
+    lesion = (slice(0, 10), slice(0, 10))
+    mask = np.zeros((40, 40), np.uint8)
+    mask[lesion] = 255
+    mask_uri = str(tmp_path / "mask.png")
+    Image.fromarray(mask).save(mask_uri)
+    regions = {"good": lesion, "beside": (slice(20, 40), slice(20, 40)), "same": None}
+    rows, known = [], []
+    for number, (name, region) in enumerate(regions.items()):
+        original, noised = _images(tmp_path / "images", name, region)
+        rows.append(visual(number, pair_id=name, image_uri=original, rejected_image_uri=noised))
+        known.append({"sample_id": f"s{number}", "answer": f"Small nodule {number}", "mask_uri": mask_uri})
+    rows.append(visual(3, pair_id="gone", image_uri=str(tmp_path / "no.png")))
+    rows.append(visual(4, pair_id="named twice", rejected_image_uri="/images/v4.png"))
+    rows.append(visual(5, pair_id="all over", image_uri=original, rejected_image_uri=noised))
+    rows[-1]["noise"] = '{"mask_share": 0.2, "changed_share": 0.93}'
+    result = found(run(tmp_path, write(tmp_path / "t", rows), samples(tmp_path / "known", known)))
+    expected = {
+        "noise_beside_lesion": ["beside", "same"],
+        "unchanged_image": ["same", "all over"],
+        "unreadable_image": ["gone"],
+        "same_image": ["named twice"],
+        "noise_area": ["all over"],
+    }
+    assert {name: result[name]["examples"] for name in expected} == expected
+    assert result["noise_beside_lesion"]["details"]["regions"] == {"mask": 3, "heat map": 0}
+
+
+def test_the_heat_map_stands_for_a_missing_mask(tmp_path: Path) -> None:
+    original, noised = _images(tmp_path / "images", "a", (slice(20, 40), slice(20, 40)))
+    heat = np.zeros((40, 40), np.uint8)
+    heat[:10, :10] = 200
+    heat[20:, 20:] = 90  # warm, but less than half of the highest value
+    Image.fromarray(heat).save(tmp_path / "heat.png")
+    row = visual(0, image_uri=original, rejected_image_uri=noised, heat_map_uri=str(tmp_path / "heat.png"))
+    item = found(run(tmp_path, write(tmp_path / "t", [row])))["noise_beside_lesion"]
+    assert item["details"]["regions"] == {"mask": 0, "heat map": 1}
+
+
+# ---------------------------------------------------------------------- figures against brute force
+
+_LENGTHS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=25)
+
+
+@given(_LENGTHS)
+@_QUICK
+def test_separation_equals_brute_force(lengths: list[tuple[int, int]]) -> None:
+    chosen, rejected = (np.array(side) for side in zip(*lengths, strict=True))
+    measured = separation(chosen, rejected)
+    assert measured is not None
+    size = len(lengths)
+    accuracies = [
+        max(right, 2 * size - right) / (2 * size)
+        for right in (np.sum(chosen <= t) + np.sum(rejected > t) for t in range(-1, 13))
+    ]
+    assert measured.accuracy == pytest.approx(max(accuracies))
+    wins = sum(float(r > c) + 0.5 * float(r == c) for c in chosen for r in rejected)
+    assert measured.auc == pytest.approx(wins / size**2)
+    within = sum(float(r > c) + 0.5 * float(r == c) for c, r in lengths) / size
+    assert measured.pair_accuracy == pytest.approx(max(within, 1 - within))
+    # The rule that is named reaches the accuracy that is named.
+    above = np.sum(chosen <= measured.threshold) + np.sum(rejected > measured.threshold)
+    right = above if measured.rejected_is == "more" else 2 * size - above
+    assert right / (2 * size) == pytest.approx(measured.accuracy)
+
+
+@given(st.lists(st.tuples(st.floats(0, 2, width=16), st.integers(0, 3)), min_size=3, max_size=30))
+@_QUICK
+def test_explained_variance_equals_scipy(rows: list[tuple[float, int]]) -> None:
+    values, codes = np.array([r[0] for r in rows], float), np.array([r[1] for r in rows])
+    measured = explained(values, codes)
+    groups = [values[codes == code] for code in np.unique(codes)]
+    if measured is None:
+        assert len(groups) < 2 or len(values) <= len(groups) or np.ptp(values) < 1e-5
+        return
+    within = sum(((group - group.mean()) ** 2).sum() for group in groups)
+    total = ((values - values.mean()) ** 2).sum()
+    assert measured.eta_squared == pytest.approx(1 - within / total, abs=1e-9)
+    if within > 1e-9 * total:
+        assert measured.p_value == pytest.approx(stats.f_oneway(*groups).pvalue, rel=1e-6, abs=1e-12)
+
+
+_TEXT = st.one_of(
+    st.sampled_from(
+        [
+            "Yes",
+            "No",
+            " Yes",
+            "yes.",
+            "",
+            " ",
+            "\u00a0No",
+            "Question: Is it?\n Yes",
+            "T2",
+            "I cannot see the image",
+        ]
+    ),
+    st.text(st.characters(codec="utf-8"), max_size=12),
+)
+_ROW = st.fixed_dictionaries(
+    {
+        "image_uri": st.sampled_from(["/a.png", "/b.png", ""]),
+        "rejected_image_uri": st.sampled_from(["/a.png", "/b.png"]),
+        "kind": st.sampled_from(["text", "visual"]),
+        "question": _TEXT,
+        "chosen": _TEXT,
+        "rejected": _TEXT,
+        "weight": st.sampled_from([0.0, 0.75, 1.0, 1.25, -1.0, float("nan"), float("inf")]),
+        "noise": st.sampled_from(
+            [None, "", "{", '{"mask_share": 0.9}', '{"mask_share": 1e', '{"changed_share": .5}']
+        ),
+    }
+)
+
+
+@given(st.lists(_ROW, max_size=12), st.integers(1, 3))
+@_QUICK
+def test_random_tables_are_audited_and_fixed(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict], files: int
+) -> None:
+    """No table crashes; in = out + removed; an audit of the fixed table finds nothing that --fix mends."""
+    folder = tmp_path_factory.mktemp("random")
+    config = load(None, [f"run.folder={folder}"])
+    pairs = open_pairs(write(folder / "t", [pair(i, **row) for i, row in enumerate(rows)], files))
+    features = extract(pairs, None)
+    words = [[len(row[side].split()) for row in rows] for side in ("chosen", "rejected")]
+    assert features.words_chosen.tolist() == words[0]
+    assert features.words_rejected.tolist() == words[1]
+    assert features.chars_chosen.tolist() == [len(row["chosen"]) for row in rows]
+    result = examine(config, pairs, features, None)
+    named = {item["check"] for part in ("findings", "passed", "not_checked") for item in result[part]}
+    assert named == set(NAMES)
+    assert json.loads(json.dumps(result)) == result
+    assert extract(pairs, None).equal.tolist() == [row["chosen"] == row["rejected"] for row in rows]
+    stay = removals(features) < 0
+    if not stay.any():
+        with pytest.raises(UserError, match="no row"):
+            write_fixed(pairs, features, None, str(folder / "fixed"))
+        assert not (folder / "fixed").exists()
+        return
+    fixed = write_fixed(pairs, features, None, str(folder / "fixed"))
+    assert fixed.rows_in == len(rows) == fixed.rows_out + sum(fixed.removed.values())
+    cleaned = pads.dataset(fixed.folder, format="parquet", exclude_invalid_files=True).to_table()
+    assert cleaned.schema.names == tables.SCORED.names
+    assert cleaned["pair_id"].to_pylist() == [f"p{i}" for i in np.flatnonzero(stay)]
+    assert all(text == text.strip() for side in ("chosen", "rejected") for text in cleaned[side].to_pylist())
+    again = open_pairs(fixed.folder)
+    second = examine(config, again, extract(again, None), None)
+    assert not [item["check"] for item in second["findings"] if item["fixable"]]
+    assert (removals(extract(again, None)) < 0).all()
+
+
+# ---------------------------------------------------------------------- command, step, files
+
+
+def test_fix_logs_every_change_and_leaves_the_rest_alone(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(20)]
+    rows[1] |= {"chosen": " padded "}
+    rows[2] |= {"rejected": rows[2]["chosen"]}
+    rows[7] = _leak(rows[7])
+    rows.append(rows[5] | {"pair_id": "copy"})
+    table = write(tmp_path / "scored", rows, files=2)
+    (tmp_path / "scored" / "manifest.json").write_text(json.dumps({"station": "score", "key": "k1"}))
+    config = load(None, [f"run.folder={tmp_path}"])
+    for _ in range(2):  # an earlier fixed table may be replaced
+        assert audit_command(config, table, None, None, str(tmp_path / "fixed")) == 0
+    log = [json.loads(line) for line in (tmp_path / "fixed" / "changes.jsonl").read_text().splitlines()]
+    assert [(item["row"], item["pair_id"], item["action"], item["rule"]) for item in log] == [
+        (1, "p1", "trimmed", "untrimmed_text"),
+        (2, "p2", "removed", "equal_sides"),
+        (7, "p7", "removed", "leaked_prompt"),
+        (20, "copy", "removed", "duplicate_pair"),
+    ]
+    manifest = json.loads((tmp_path / "fixed" / "manifest.json").read_text())
+    assert manifest["rows_in"] == manifest["rows_out"] + sum(manifest["dropped"].values()) == 21
+    assert manifest["key"] != "k1"
+    expected = [row for row in rows if row["pair_id"] not in ("p2", "p7", "copy")]
+    expected[1]["chosen"] = "padded"
+    written = tables.check(pq.read_table(tmp_path / "fixed" / "part-00000.parquet"), tables.SCORED, "fixed")
+    assert written.equals(tables.to_table(expected, tables.SCORED))
+    assert (tmp_path / "audit.json").is_file()
+
+
+def test_fix_never_overwrites_anything_else(tmp_path: Path) -> None:
+    table = write(tmp_path / "t", [pair(i) for i in range(10)])
+    config = load(None, [f"run.folder={tmp_path}"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("keep")
+    for folder, message in (
+        (table, "audited table"),
+        (str(tmp_path / "mine"), "not empty"),
+        (table + "/part-0.parquet", "folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            audit_command(config, table, None, None, folder)
+    assert (tmp_path / "mine" / "note.txt").read_text() == "keep"
+    assert open_pairs(table).num_rows == 10
+
+
+def test_json_rows_that_are_no_pairs_are_counted_and_left_out(tmp_path: Path) -> None:
+    def row(number: int) -> dict[str, Any]:
+        turns = [
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": f" Answer {number} \ud83d"},
+        ]
+        other = [turns[0], {"from": "gpt", "value": f"Other {number}"}]
+        return {
+            "id": number,
+            "image": f"{number}.png",
+            "conversations": turns,
+            "rejected_conversations": other,
+            "extra": [1],
+        }
+
+    source = tmp_path / "data.json"
+    source.write_text(json.dumps([row(0), 3, row(1) | {"conversations": []}, row(4)]))
+    config = load(None, [f"run.folder={tmp_path}"])
+    audit_command(config, str(source), None, None, str(tmp_path / "fixed"))
+    result = json.loads((tmp_path / "data.json.audit.json").read_text())
+    assert found(result)["malformed_row"]["count"] == 2
+    assert "1, 2" in found(result)["malformed_row"]["says"]
+    after = json.loads((tmp_path / "fixed" / "data.json").read_text())
+    assert [item["id"] for item in after] == [0, 4]
+    assert after[0]["conversations"][1]["value"] == "Answer 0 \ud83d"
+    assert after[0]["extra"] == [1]
+    log = [json.loads(line) for line in (tmp_path / "fixed" / "changes.jsonl").read_text().splitlines()]
+    assert [(item["row"], item["rule"]) for item in log if item["action"] == "removed"] == [
+        (1, "malformed_row"),
+        (2, "malformed_row"),
+    ]
+
+
+def test_fail_on_decides_the_exit_status(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(30)]
+    rows[0] = _leak(rows[0])  # high: 1 of 30
+    table = write(tmp_path / "t", rows)
+    arguments = ["audit", table, "--out", str(tmp_path / "a.json"), f"run.folder={tmp_path}"]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--fail-on", "high"]) == 1
+    clean = write(tmp_path / "clean", [pair(i) for i in range(30)])
+    assert (
+        cli.main(
+            ["audit", clean, "--out", str(tmp_path / "b.json"), "--fail-on", "low", f"run.folder={tmp_path}"]
+        )
+        == 0
+    )
+    assert cli.main(["audit", str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_step_of_a_run_writes_skips_and_fails(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(30)]
+    write(tmp_path / "scored", rows)
+    samples(tmp_path / "samples", [{"sample_id": row["sample_id"], "answer": row["chosen"]} for row in rows])
+    config = load(None, [f"run.folder={tmp_path}"])
+    result = audit(config)
+    assert result["findings"] == []
+    assert result["samples"] == str(tmp_path / "samples")
+    written = (tmp_path / "audit.json").stat().st_mtime_ns
+    assert audit(config) == result
+    assert (tmp_path / "audit.json").stat().st_mtime_ns == written
+    rows[0] = _leak(rows[0])
+    write(tmp_path / "scored", rows)
+    assert "leaked_prompt_chosen" in found(audit(config))
+    with pytest.raises(UserError, match="high"):
+        audit(load(None, [f"run.folder={tmp_path}", "audit.fail_on=high"]))
+
+
+def test_no_text_of_the_data_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "Johnsonville"
+    rows = [
+        pair(i, chosen=f"{secret} {i}", rejected=f"{secret} {i}", question=f"{secret}?") for i in range(30)
+    ]
+    rows += [
+        pair(31),
+        pair(32, chosen=f" {secret}"),
+        pair(40, question=secret, chosen=f"Question: {secret}", weight=float("nan")),
+    ]
+    table = write(tmp_path / "t", rows)
+    config = load(None, [f"run.folder={tmp_path}"])
+    fixed = tmp_path / "fixed"
+    assert audit_command(config, table, None, str(tmp_path / "a.json"), str(fixed)) == 0
+    shown = capsys.readouterr()
+    assert "equal_sides" in shown.err
+    written = [tmp_path / "a.json", fixed / "changes.jsonl", fixed / "manifest.json"]
+    for text in (shown.err, shown.out, *(path.read_text() for path in written)):
+        assert secret.lower() not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.write_bytes(b"no parquet"), "Parquet"),
+        (lambda p: pq.write_table(pa.table({"question": ["a"]}), p), "chosen"),
+        (
+            lambda p: pq.write_table(pa.table({"question": [[1]], "chosen": [[1]], "rejected": [[1]]}), p),
+            "expected string",
+        ),
+    ],
+)
+def test_unusable_tables_are_named(tmp_path: Path, make: Any, message: str) -> None:
+    path = tmp_path / "t.parquet"
+    make(path)
+    with pytest.raises(UserError, match=message):
+        audit_command(load(None, [f"run.folder={tmp_path}"]), str(path), None, None, None)
+
+
+def test_every_check_is_documented(repository: Path) -> None:
+    page = (repository / "docs" / "how-to" / "audit.md").read_text()
+    assert [name for name in NAMES if f"`{name}`" not in page] == []
