@@ -62,7 +62,8 @@ class MedklipConfig(Section):
     """MedKLIP (``tool: medklip``)."""
 
     checkpoint: str | None = Field(
-        None, description="the official checkpoint (.pth, opened with weights_only)"
+        None,
+        description="the official checkpoint (.pth, opened with weights_only), its 'observation explanation.json' beside it",
     )
     text_model: str = Field(
         "emilyalsentzer/Bio_ClinicalBERT", description="folder or hub name of the clinical BERT"
@@ -73,7 +74,8 @@ class TextPromptedConfig(Section):
     """A segmentation or detection model that takes a text prompt (``tool: text_prompted``)."""
 
     model: str | None = Field(
-        None, description="folder or hub name: CLIPSeg, Grounding DINO, OWL-ViT, … as transformers knows them"
+        None,
+        description="folder or hub name of a CLIPSeg, SAM 3, Grounding DINO or OWL-ViT, as transformers knows them",
     )
     segmenter: str | None = Field(
         None,

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.tools import TOOLS, DatasetMask, SelfAttention
-from mmedpo_ray.curate.tools.self_attention import concentration, crop_box, patch_grid, upsample
+from mmedpo_ray.curate.tools import TOOLS, VisualTool
+from mmedpo_ray.curate.tools.base import upsample
+from mmedpo_ray.curate.tools.dataset_mask import DatasetMask
+from mmedpo_ray.curate.tools.pretrained import path_fingerprint
+from mmedpo_ray.curate.tools.self_attention import SelfAttention, concentration, crop_box, patch_grid
 from mmedpo_ray.data.phantom import generate
 from mmedpo_ray.images import load_image
+from mmedpo_ray.settings.curate import VisualCurationConfig
 
 
 def sample(mask_uri: Path | None = None, question: str = "Is there a nodule?") -> dict[str, Any]:
@@ -23,9 +31,32 @@ def sample(mask_uri: Path | None = None, question: str = "Is there a nodule?") -
     return {"sample_id": "s", "question": question, "answer": "Yes", "mask_uri": uri}
 
 
-def test_every_configured_tool_exists() -> None:
+def test_every_tool_of_the_settings_exists() -> None:
+    named = set(get_args(VisualCurationConfig.model_fields["tool"].annotation)) - {"none"}
+    assert named == set(TOOLS)
+    assert len(TOOLS) == len(named)
     for name in TOOLS:
-        assert load(None, (f"curate.visual.tool={name}",)).curate.visual.tool == name
+        assert issubclass(TOOLS[name], VisualTool)
+    assert {name for name in TOOLS if TOOLS[name].has_model} == named - {"dataset_mask"}
+    assert TOOLS["dataset_mask"].fingerprint(Config()) == []
+    assert len(TOOLS["self_attention"].fingerprint(Config())) == 1
+    assert "none" not in TOOLS
+
+
+def test_asking_for_a_tool_imports_no_model_library() -> None:
+    """Neither the registry nor any tool's class; only making one with a model does."""
+    code = (
+        "import sys\n"
+        "from mmedpo_ray.config import Config\n"
+        "from mmedpo_ray.curate.tools import TOOLS\n"
+        "assert 'mmedpo_ray.curate.tools.dataset_mask' not in sys.modules\n"
+        "TOOLS['dataset_mask'](Config())\n"
+        "assert 'mmedpo_ray.curate.tools.medklip' not in sys.modules\n"
+        "[TOOLS[name] for name in TOOLS]\n"
+        "heavy = {'torch', 'transformers', 'ray', 'vllm'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "I;16"])
@@ -116,6 +147,25 @@ def test_attention_of_the_embedded_model_finds_lesions() -> None:
     assert np.mean(hits) > 3 * np.mean([mask.mean() for mask in masks])
 
 
+def test_real_masks_are_read_whole(shared_data: Path) -> None:
+    """Every mask of the radiographs, which mark what their list says; images in their own modes."""
+    folder = shared_data / "cxr_masks"
+    read = 0
+    for entry in json.loads((folder / "index.json").read_text()):
+        image = load_image(str(folder / "images" / entry["image"]))
+        uris = [folder / "masks" / mask["file"] for mask in entry["masks"].values()]
+        found = DatasetMask(Config()).localise([image] * len(uris), [sample(uri) for uri in uris])
+        for mask, one in zip(entry["masks"].values(), found, strict=True):
+            assert one.problem is None
+            assert one.confidence == 1.0
+            assert one.heat_map is not None
+            assert one.heat_map.shape == (image.height, image.width)
+            assert set(np.unique(one.heat_map)) == {0.0, 1.0}
+            assert one.heat_map.mean() == pytest.approx(mask["frac"], abs=1e-3)
+            read += 1
+    assert read > 12
+
+
 def test_attention_on_real_images(attention: SelfAttention, shared_data: Path) -> None:
     paths = sorted((shared_data / "vqa_rad_sample" / "images").iterdir())
     images = [load_image(str(path)) for path in paths]
@@ -146,6 +196,35 @@ def test_the_heat_lies_where_the_hot_patch_is() -> None:
     assert heat[:, :20].max() == 0
     assert heat[:, 60:].max() == 0
     assert upsample(np.ones((4, 4)), 8, 8, (0, 0, 8, 8)).max() == 0
+
+
+def test_upsampling_is_bilinear() -> None:
+    """Equal to interpolation by SciPy at the pixels' centres."""
+    grid = np.random.default_rng(2).random((5, 7))
+    heat = upsample(grid, 33, 90)
+    y = (np.arange(33) + 0.5) / 33 * 5 - 0.5
+    x = (np.arange(90) + 0.5) / 90 * 7 - 0.5
+    expected = ndimage.map_coordinates(grid, np.meshgrid(y, x, indexing="ij"), order=1, mode="nearest")
+    low, high = grid.min(), grid.max()
+    np.testing.assert_allclose(heat, (expected - low) / (high - low), atol=1e-6)
+
+
+def test_a_fingerprint_follows_what_is_in_the_files(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    before = path_fingerprint(str(tmp_path / "model"))
+    (tmp_path / "model" / "notes.md").write_text("no part of the model")
+    assert path_fingerprint(str(tmp_path / "model")) == before
+    (tmp_path / "model" / "config.json").write_text("{ }")
+    assert path_fingerprint(str(tmp_path / "model")) != before
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"1")
+    first = path_fingerprint(str(file))
+    file.write_bytes(b"2")
+    assert path_fingerprint(str(file)) != first
+    assert (
+        path_fingerprint("owner/model") == path_fingerprint("owner/model") != path_fingerprint("owner/other")
+    )
 
 
 def test_the_crop_of_clip_is_the_middle() -> None:

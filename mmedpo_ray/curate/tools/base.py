@@ -1,4 +1,4 @@
-"""What a visual tool is."""
+"""What a visual tool is, and how its patches become a heat map."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class VisualTool(ABC):
     """Localises the lesion. One instance serves many batches in a Ray task or actor.
 
     Attributes:
-        has_model: it loads a model, so it runs in an actor that is kept.
+        has_model: whether making an instance loads a model. With one, `curate` keeps the tool in an actor, which holds a
+            GPU where the cluster has any; without, it makes the tool anew in every task, on CPUs alone.
 
     Args:
         config: all settings.
@@ -44,11 +45,54 @@ class VisualTool(ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
 
+    @classmethod
+    def fingerprint(cls, config: Config) -> list[str]:  # noqa: ARG003 - for tools with files
+        """What the tool's results depend on besides the settings: the state of the files it loads.
+
+        Part of the key of `curate`, so that another checkpoint under the same name makes the pairs anew. Loads no model.
+
+        Raises:
+            UserError: a file that the tool needs is not named or not there.
+        """
+        return []
+
     @abstractmethod
     def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
-        """One localisation an image.
+        """One localisation an image, in their order; a tool with a model runs as many at once as it can.
 
         Args:
-            images: decoded images in their own modes.
-            rows: the samples asked about, with at least ``question``, ``answer`` and ``mask_uri``.
+            images: decoded images in their own modes and sizes, ``curate.visual.batch_images`` at most.
+            rows: the samples asked about, with at least ``sample_id``, ``question``, ``answer`` and ``mask_uri``.
         """
+
+
+def upsample(
+    grid: np.ndarray, height: int, width: int, box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """Spreads a patch grid bilinearly over the part of the image that it was computed from.
+
+    Args:
+        grid: (rows, columns), one value a patch, of any range.
+        height, width: of the image in pixels.
+        box: left, top, right, bottom of that part in pixels; None: the whole image.
+
+    Returns:
+        float32 (H, W) in [0, 1]: the coldest patch is 0, the hottest 1, and so is everything outside ``box`` 0.
+    """
+    low, high = float(grid.min()), float(grid.max())
+    scaled = (grid - low) / (high - low) if high > low else np.zeros_like(grid, dtype=np.float64)
+    left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
+    rows, columns = grid.shape
+    down = _interpolation(height, rows, top, bottom)
+    across = _interpolation(width, columns, left, right)
+    return np.clip(down @ scaled @ across.T, 0.0, 1.0).astype(np.float32)
+
+
+def _interpolation(pixels: int, patches: int, start: float, end: float) -> np.ndarray:
+    """Linear weights of patches (columns) at pixels (rows), which sum to 1 inside ``start`` to ``end`` and to 0 outside."""
+    # Pixel centres in patch coordinates, where patch i has its centre at i.
+    place = (np.arange(pixels) + 0.5 - start) / (end - start) * patches - 0.5
+    inside = (place >= -0.5) & (place <= patches - 0.5)
+    nearest = np.clip(place, 0, patches - 1)
+    weights = np.maximum(0.0, 1.0 - np.abs(nearest[:, None] - np.arange(patches)[None, :]))
+    return weights * inside[:, None]

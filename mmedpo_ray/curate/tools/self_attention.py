@@ -3,7 +3,10 @@
 The attention that the tokens predicting the answer pay to each image patch, averaged over these tokens, heads and layers. On
 the embedded model and its phantoms this finds the lesion far above chance; dividing by the attention under a neutral
 instruction, which helps some large models, made it worse there. The confidence says how concentrated the attention is, not
-how likely a disease is: a normal image can have a confident heat map.
+how likely a disease is: a normal image can have a confident heat map. As the score of a visual pair it therefore ranks pairs by
+how local their noise is; whether that is clinical relevance is an open question.
+
+One row at a time: until they are averaged, the attention weights of a 7B model fill about a gigabyte a row.
 """
 
 from __future__ import annotations
@@ -12,10 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from mmedpo_ray.config import Config
-from mmedpo_ray.curate.tools.base import Localisation, VisualTool
+from mmedpo_ray.curate.tools.base import Localisation, VisualTool, upsample
 from mmedpo_ray.images import to_rgb
 
 # The confidence compares this share of the patches, the hottest ones, with what uniform attention would give them.
@@ -27,6 +29,12 @@ class SelfAttention(VisualTool):
     """Attention of the model to align, from the answer to the image."""
 
     has_model = True
+
+    @classmethod
+    def fingerprint(cls, config: Config) -> list[str]:
+        from mmedpo_ray.models.loading import model_fingerprint
+
+        return [model_fingerprint(config.model.path)]
 
     def __init__(self, config: Config) -> None:
         import torch
@@ -120,21 +128,3 @@ def crop_box(image_processor: Any, size: tuple[int, int]) -> tuple[float, float,
     seen_height = min(height, crop["height"] / scale)
     left, top = (width - seen_width) / 2, (height - seen_height) / 2
     return left, top, left + seen_width, top + seen_height
-
-
-def upsample(grid: np.ndarray, height: int, width: int, box: tuple[float, float, float, float]) -> np.ndarray:
-    """Spreads a patch grid smoothly over the part of the image it was computed from.
-
-    Returns:
-        float32 (H, W) in [0, 1]: the coldest patch is 0, the hottest 1, and so is everything outside ``box`` 0.
-    """
-    low, high = float(grid.min()), float(grid.max())
-    scaled = (grid - low) / (high - low) if high > low else np.zeros_like(grid)
-    left, top, right, bottom = box
-    rows, columns = grid.shape
-    # Pixel centres in patch coordinates, where patch i has its centre at i.
-    y = (np.arange(height) + 0.5 - top) / (bottom - top) * rows - 0.5
-    x = (np.arange(width) + 0.5 - left) / (right - left) * columns - 0.5
-    heat = ndimage.map_coordinates(scaled, np.meshgrid(y, x, indexing="ij"), order=1, mode="nearest")
-    inside = ((y >= -0.5) & (y <= rows - 0.5))[:, None] & ((x >= -0.5) & (x <= columns - 0.5))[None, :]
-    return np.clip(np.where(inside, heat, 0.0), 0.0, 1.0).astype(np.float32)
