@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "action", choices=["show", "validate"], help="show: print every setting; validate: only check"
     )
     _add_settings(settings)
+    _add_convert(verbs)
     _add_phantom(verbs)
     return parser
 
@@ -155,6 +156,33 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own log lines too")
 
 
+def _add_convert(verbs: argparse._SubParsersAction) -> None:
+    convert = verbs.add_parser(
+        "convert",
+        help="original LLaVA-Med 1.5 checkpoint → a model that transformers and vLLM load",
+        description="Converts an original LLaVA-Med 1.5 checkpoint (llava_mistral) shard by shard.",
+        epilog="example: mmedpo convert --source /models/llava-med-v1.5 --out /models/llava-med-v1.5-hf",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("--source", type=Path, required=True, metavar="DIR", help="the original checkpoint")
+    convert.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the model; must not exist or be empty",
+    )
+    convert.add_argument(
+        "--vision-tower", metavar="DIR", help="CLIP tower, where the checkpoint does not hold its weights"
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the written weights (default: as they are)",
+    )
+    _add_common(convert)
+
+
 def _add_phantom(verbs: argparse._SubParsersAction) -> None:
     phantom = verbs.add_parser("phantom", help="build the embedded model anew")
     actions = phantom.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -220,6 +248,13 @@ def _execute(arguments: argparse.Namespace) -> int:
         from mmedpo_ray.models.phantom import build_command
 
         build_command(arguments.out, seed=arguments.seed)
+        return 0
+    if arguments.verb == "convert":
+        from mmedpo_ray.models.convert import convert_command
+
+        convert_command(
+            arguments.source, arguments.out, vision_tower=arguments.vision_tower, dtype=arguments.dtype
+        )
         return 0
     config = settings_of(arguments)
     if arguments.verb == "config":

@@ -1,4 +1,4 @@
-"""Reading and writing image files: every mode in, nothing huge decoded, nothing lossy out."""
+"""Reading and writing image files: every mode in, DICOM too, nothing huge decoded, nothing lossy out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmedpo_ray import storage
 
 MAX_PIXELS = 100_000_000
+_DICOM_MAGIC = slice(128, 132)
+# First group (0002 or 0008) of a file without preamble, in both byte orders.
+_DICOM_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 
 
 class ImageError(Exception):
@@ -23,23 +26,44 @@ class ImageError(Exception):
 
 
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes a whole image in its own mode.
+    """Decodes a whole image in its own mode; DICOM as :mod:`mmedpo_ray.dicom` shows it.
 
     Raises:
-        ImageError: ``image_undecodable`` (also truncated files) or ``image_too_large`` (before decoding).
+        ImageError: ``image_undecodable`` (also truncated files), ``image_too_large`` (before decoding), or
+            ``image_multi_frame`` (DICOM).
     """
+    if is_dicom(data):
+        from mmedpo_ray import dicom  # pydicom is loaded only where there is a DICOM file
+
+        return dicom.decode(data, name, max_pixels)
     try:
         with warnings.catch_warnings():
             # The limit below is ours; Pillow's own only warns at first.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError("image_too_large", f"{name}: {width}×{height} pixels, limit {max_pixels}")
             image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except ImageError:
+        raise
+    except Exception as error:
+        # Decoders of rare formats raise anything on damaged files.
         raise ImageError("image_undecodable", f"{name}: {type(error).__name__}") from error
     return image
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether the bytes are a DICOM file, by content; without preamble only if they are no other image."""
+    if data[_DICOM_MAGIC] == b"DICM":
+        return True
+    if data[:2] not in _DICOM_GROUPS:
+        return False
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except Exception:
+        return True
+    return False
 
 
 def load_image(uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -26,7 +26,7 @@ class RunFolder:
 
     @property
     def raw(self) -> str:
-        """Images that ingest itself writes (the phantom world)."""
+        """Images that ingest itself writes (phantoms, images of Parquet files, side-by-side views)."""
         return join(self.root, "raw")
 
     @property

@@ -5,30 +5,37 @@ A new format is a file with a :class:`~mmedpo_ray.data.reader.Reader` and a line
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from mmedpo_ray import tables
+from mmedpo_ray import storage, tables
 from mmedpo_ray.config import Config
+from mmedpo_ray.data.hf_parquet import HfParquetReader
 from mmedpo_ray.data.llava_json import LlavaJsonReader
-from mmedpo_ray.data.mmedpo_json import MMedPOJsonReader
+from mmedpo_ray.data.mmedpo_json import SAMPLE_COLUMNS, MMedPOJsonReader, SortedSamples
 from mmedpo_ray.data.phantom_source import PhantomReader
-from mmedpo_ray.data.reader import Reader
+from mmedpo_ray.data.r2gen import R2GenReader
+from mmedpo_ray.data.reader import ROWS_PER_UNIT, UNITS, Reader, Unit
+from mmedpo_ray.data.slake import SlakeReader
+from mmedpo_ray.data.vqa_rad import VqaRadReader
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Manifest, Station, read_table
+from mmedpo_ray.stage import Manifest, Station
 
 FORMATS: dict[str, type[Reader]] = {
     "phantom": PhantomReader,
     "mmedpo_json": MMedPOJsonReader,
     "llava_json": LlavaJsonReader,
+    "slake": SlakeReader,
+    "vqa_rad": VqaRadReader,
+    "r2gen": R2GenReader,
+    "hf_parquet": HfParquetReader,
 }
-# Few tasks: each new worker process costs a second of imports.
-_UNITS_PER_TASK = 256
 
 
 def ingest(config: Config) -> Manifest:
@@ -53,16 +60,14 @@ def _ingest_samples(config: Config, reader: Reader) -> Manifest:
     station = Station("ingest", run.samples, config, settings=settings)
     if (manifest := station.finished()) is not None:
         return manifest
-    units = reader.units()
     schema = tables.with_drop_columns(tables.SAMPLES)
 
-    def convert(batch: pa.Table, done: Any) -> pa.Table:
-        written = _get(done)
-        rows = (row for unit in batch.to_pylist() for row in reader.samples(unit))
-        return tables.to_table((row for row in rows if row["sample_id"] not in written), schema)
+    def convert(unit: Unit, done: Any) -> pa.Table:
+        rows = reader.samples(unit, done)
+        return tables.to_table((row for row in rows if row["sample_id"] not in done), schema)
 
     return station.write_rows(
-        lambda done: _map(units, convert, ray.put(done), config),
+        lambda done: _map_units(reader, convert, ray.put(done), config),
         schema=tables.SAMPLES,
         id_column="sample_id",
         extra=_count_samples,
@@ -75,17 +80,16 @@ def _ingest_released(config: Config, reader: MMedPOJsonReader) -> Manifest:
     station = Station("released", run.released, config, settings=[config.data], inputs=[run.samples])
     if (manifest := station.finished()) is not None:
         return manifest
-    samples = read_table(run.samples, tables.SAMPLES, "samples")
-    by_id = ray.put({row["sample_id"]: row for row in samples.to_pylist()})
+    # Read by a task and fetched by the others from shared memory: the driver never holds it.
+    samples = ray.remote(_read_samples).options(num_cpus=config.ray.data_cpus).remote(run.samples)
     schema = tables.with_drop_columns(tables.PAIRS)
 
-    def convert(batch: pa.Table, done: Any) -> pa.Table:
-        written, known = _get(done), _get(by_id)
-        rows = (row for unit in batch.to_pylist() for row in reader.pairs(unit, known))
-        return tables.to_table((row for row in rows if row["pair_id"] not in written), schema)
+    def convert(unit: Unit, done: Any) -> pa.Table:
+        found = SortedSamples(ray.get(samples))
+        return tables.to_table(reader.pairs(unit, found, done), schema)
 
     return station.write_rows(
-        lambda done: _map(reader.units(), convert, ray.put(done), config),
+        lambda done: _map_units(reader, convert, ray.put(done), config),
         schema=tables.PAIRS,
         id_column="pair_id",
         total=None,
@@ -93,13 +97,26 @@ def _ingest_released(config: Config, reader: MMedPOJsonReader) -> Manifest:
     )
 
 
-def _map(units: pa.Table, convert: Any, done: ray.ObjectRef, config: Config) -> ray.data.Dataset:
-    """Runs ``convert`` over the units in Ray tasks, neighbours together."""
-    starts: Iterable[int] = range(0, units.num_rows, _UNITS_PER_TASK)
-    blocks = [units.slice(start, _UNITS_PER_TASK) for start in starts]
-    return ray.data.from_arrow(blocks).map_batches(
-        convert,
-        fn_kwargs={"done": [done]},
+def _read_samples(folder: str) -> pa.Table:
+    return (
+        storage.dataset(folder).to_table(columns=list(SAMPLE_COLUMNS)).sort_by("sample_id").combine_chunks()
+    )
+
+
+def _map_units(
+    reader: Reader, convert: Callable[[Unit, Any], pa.Table], done: ray.ObjectRef, config: Config
+) -> ray.data.Dataset:
+    """Runs ``convert`` over the units in Ray tasks, small neighbours together.
+
+    The driver holds of a unit only where it is: about 100 bytes for hundreds of rows.
+    """
+
+    def convert_units(batch: Any) -> Any:
+        written = ray.get(done)
+        return pa.concat_tables(convert(Unit(**unit), written) for unit in batch.to_pylist())
+
+    return ray.data.from_arrow(list(_blocks(reader.units()))).map_batches(
+        convert_units,
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
@@ -107,15 +124,25 @@ def _map(units: pa.Table, convert: Any, done: ray.ObjectRef, config: Config) -> 
     )
 
 
-def _get(reference: Any) -> Any:
-    """Fetches a broadcast object; Ray resolves a bare reference argument only at the top level of a task."""
-    return ray.get(reference[0] if isinstance(reference, list) else reference)
+def _blocks(units: Iterable[Unit]) -> Iterator[pa.Table]:
+    """Tables of neighbouring units, each a task's work."""
+    block: list[dict[str, Any]] = []
+    rows = 0
+    for unit in units:
+        if block and rows + unit.rows > ROWS_PER_UNIT:
+            yield pa.Table.from_pylist(block, UNITS)
+            block, rows = [], 0
+        block.append(asdict(unit))
+        rows += unit.rows
+    if block:
+        yield pa.Table.from_pylist(block, UNITS)
 
 
 def _count_samples(samples: pa.Table) -> dict[str, Any]:
     """Figures for the manifest: images and questions of each split, questions of each kind."""
     figures: dict[str, Any] = {}
-    for split in ("train", "test"):
+    splits = set(pc.unique(samples["split"]).to_pylist())
+    for split in ("train", "test", *sorted(splits - {"train", "test"})):
         part = samples.filter(pc.equal(samples["split"], split))
         kinds = {item["values"]: item["counts"] for item in pc.value_counts(part["answer_type"]).to_pylist()}
         images = pc.count_distinct(part["image_id"]).as_py()

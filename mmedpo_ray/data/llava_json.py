@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmedpo_ray.data.reader import AnnotationReader, conversation
+from mmedpo_ray.data.annotations import AnnotationReader, Turn, conversation
 
 
 class LlavaJsonReader(AnnotationReader):
     """Reads LLaVA conversations, of one turn or several."""
 
-    def turns(self, row: dict[str, Any]) -> list[tuple[str, str]]:
+    def turns(self, row: dict[str, Any]) -> list[Turn]:
         return conversation(row.get("conversations"))

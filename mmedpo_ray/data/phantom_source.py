@@ -7,15 +7,14 @@ the embedded model has seen neither.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, get_args
 
-import pyarrow as pa
 from PIL import Image
 
 from mmedpo_ray import storage
 from mmedpo_ray.data import phantom
-from mmedpo_ray.data.reader import UNITS, Reader
+from mmedpo_ray.data.reader import ROWS_PER_UNIT, Reader, Unit
 from mmedpo_ray.images import encode_png
 from mmedpo_ray.run_folder import RunFolder
 
@@ -24,29 +23,24 @@ assert set(_SPLITS.values()) <= set(get_args(phantom.Split))
 
 
 class PhantomReader(Reader):
-    """Draws phantoms; a unit is an image."""
+    """Draws phantoms; a unit is a range of images."""
 
-    def units(self) -> pa.Table:
+    def units(self) -> Iterator[Unit]:
         counts = {"train": self.data.phantom.images, "test": self.data.phantom.test_images}
-        return pa.concat_tables(self._units(split, count) for split, count in counts.items())
+        for split, count in counts.items():
+            for start in range(0, count, ROWS_PER_UNIT):
+                stop = min(start + ROWS_PER_UNIT, count)
+                yield Unit("phantom", None, split, start, stop, start, stop - start)
 
-    def _units(self, split: str, count: int) -> pa.Table:
-        source, prior = _SPLITS[split], self._prior(split)
+    def samples(self, unit: Unit, done: Container[str] = ()) -> Iterator[dict[str, Any]]:  # noqa: ARG002 - drawing is cheap
+        split = unit.split or "train"
         # The seeds of a split are consecutive, so any task can draw any image of it.
-        first = next(phantom.generate(source, 1, self.config.run.seed, prior)).seed
-        columns = {
-            "unit_id": [f"{number:05d}" for number in range(count)],
-            "split": [split] * count,
-            "file": ["phantom"] * count,
-            "position": list(range(count)),
-            "payload": [str(first + number) for number in range(count)],
-            "drop_reason": pa.nulls(count, pa.string()),
-        }
-        return pa.table(columns, UNITS)
+        first = next(phantom.generate(_SPLITS[split], 1, self.config.run.seed, self._prior(split))).seed
+        for number in range(unit.start, unit.stop):
+            yield from self._image_samples(split, f"{number:05d}", first + number)
 
-    def samples(self, unit: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        split, number = unit["split"], unit["unit_id"]
-        case = phantom.make_phantom(int(unit["payload"]), prior=self._prior(split))
+    def _image_samples(self, split: str, number: str, seed: int) -> Iterator[dict[str, Any]]:
+        case = phantom.make_phantom(seed, prior=self._prior(split))
         folder = storage.absolute(storage.join(RunFolder(self.config.run.folder).raw, self.dataset, split))
         image_uri, mask_uri = (storage.join(folder, f"{number}{suffix}.png") for suffix in ("", "_mask"))
         data = encode_png(Image.fromarray(case.image))

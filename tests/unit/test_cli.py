@@ -12,7 +12,7 @@ from mmedpo_ray import cli, pipeline
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import UserError
 
-VERBS = ["run", "ingest", "curate", "score", "align", "export", "serve", "evaluate", "report"]
+VERBS = ["run", "ingest", "curate", "score", "audit", "align", "export", "serve", "evaluate", "report"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -42,6 +42,19 @@ def test_settings_and_options_in_any_order(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     assert "beta: 0.25" in shown
     assert "seed: 7" in shown
+
+
+def test_options_stand_for_settings() -> None:
+    arguments = cli._parse(["ingest", "--format", "slake", "--root", "/data/slake"])
+    assert (cli.settings_of(arguments).data.format, cli.settings_of(arguments).data.root) == (
+        "slake",
+        "/data/slake",
+    )
+    arguments = cli._parse(["audit", "pairs.parquet", "--fail-on", "high", "audit.examples=2"])
+    config = cli.settings_of(arguments)
+    assert (arguments.table, config.audit.fail_on, config.audit.examples) == ("pairs.parquet", "high", 2)
+    arguments = cli._parse(["audit", "audit.examples=2"])
+    assert (arguments.table, cli.settings_of(arguments).audit.examples) == (None, 2)
 
 
 def test_unknown_option_is_refused() -> None:

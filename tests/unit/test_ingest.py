@@ -16,8 +16,11 @@ from mmedpo_ray import tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.data import phantom
 from mmedpo_ray.data.ingest import FORMATS
-from mmedpo_ray.data.reader import draw_split, infer_answer_type
+from mmedpo_ray.data.mmedpo_json import SortedSamples
+from mmedpo_ray.data.reader import Reader, draw_split
+from mmedpo_ray.data.texts import infer_answer_type
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.images import load_image
 
 SCHEMA = tables.with_drop_columns(tables.SAMPLES)
 
@@ -55,10 +58,13 @@ def config_of(root: Path, source: Any, kind: str, *overrides: str) -> Config:
     return load(None, (*settings_, *overrides))
 
 
+def samples_of(reader: Reader) -> list[dict[str, Any]]:
+    return [sample for unit in reader.units() for sample in reader.samples(unit)]
+
+
 def read(root: Path, source: Any, kind: str = "llava_json", *overrides: str) -> list[dict[str, Any]]:
     reader = FORMATS[kind](config_of(root, source, kind, *overrides))
-    rows = [sample for unit in reader.units().to_pylist() for sample in reader.samples(unit)]
-    table = tables.to_table(rows, SCHEMA)
+    table = tables.to_table(samples_of(reader), SCHEMA)
     ids = table["sample_id"].to_pylist()
     assert len(ids) == len(set(ids)), "ids must be unique, of kept and dropped rows alike"
     kept = [item for item in table.to_pylist() if item["drop_reason"] is None]
@@ -67,6 +73,42 @@ def read(root: Path, source: Any, kind: str = "llava_json", *overrides: str) -> 
     for item in kept:
         assert all(item[field.name] is not None for field in tables.SAMPLES if not field.nullable)
     return table.to_pylist()
+
+
+def test_rows_that_are_done_cost_no_decoding(root: Path) -> None:
+    turns = row()["conversations"] * 2
+    source = [row(), {**row(image="1.png"), "id": 1, "conversations": turns}, {**row(image="2.png"), "id": 2}]
+    reader = FORMATS["llava_json"](config_of(root, source, "llava_json"))
+    ids = [sample["sample_id"] for sample in samples_of(reader)]
+    for image in ("0.png", "1.png", "2.png"):
+        (root / "images" / image).unlink()
+    [unit] = reader.units()
+    assert list(reader.samples(unit, done=set(ids))) == []
+    left = list(reader.samples(unit, done=set(ids[:2])))
+    assert [item["drop_reason"] for item in left] == ["image_missing", "image_missing"]
+
+
+def test_json_lines(root: Path) -> None:
+    lines = [json.dumps(row()), "", "{broken", json.dumps({**row(), "id": 4})]
+    (root / "rows.jsonl").write_text("\n".join(lines))
+    config = config_of(root, [], "llava_json", "data.train_file=rows.jsonl")
+    kept, broken, last = samples_of(FORMATS["llava_json"](config))
+    assert (kept["sample_id"][-2:], last["sample_id"][-2:]) == ("/0", "/4")
+    assert (broken["drop_reason"], broken["drop_detail"]) == ("invalid_json", "rows.jsonl, row 1")
+
+
+def test_a_root_that_is_a_uri(root: Path) -> None:
+    name = "a b%é#?.png"
+    (root / "images" / "0.png").rename(root / "images" / name)
+    config_of(root, [row(image=name), {**row(image="a\0b.png"), "id": 1}], "llava_json")
+    config = load(
+        None,
+        ("data.format=llava_json", f"data.root=file://{root}", "data.train_file=rows.json", f"run.folder={root}/r"),
+    )  # fmt: skip
+    kept, missing = samples_of(FORMATS["llava_json"](config))
+    assert load_image(kept["image_uri"]).size == (8, 6)
+    assert kept["image_id"] == f"llava_json/{name}"
+    assert missing["drop_reason"] == "image_missing"
 
 
 def test_a_row_becomes_a_sample(root: Path) -> None:
@@ -104,6 +146,9 @@ def test_every_turn_is_a_sample(root: Path) -> None:
         (row(question="<image>\n "), "empty_question"),
         (row(answer="  "), "empty_answer"),
         (row(answer=None), "empty_answer"),
+        (row(answer=10**400), None),
+        (row(answer=float("inf")), "empty_answer"),
+        (row(image="http://host/x.png"), "image_missing"),
         (row(answer="Question: which side?\n left"), "leaked_prompt"),
         ({**row(), "conversations": row()["conversations"][:1]}, "malformed_conversation"),
         ({**row(), "conversations": row()["conversations"][::-1]}, "malformed_conversation"),
@@ -115,8 +160,9 @@ def test_a_bad_row_beside_a_good_one(root: Path, bad: Any, reason: str) -> None:
     good, dropped = read(root, source)
     assert good["drop_reason"] is None
     assert dropped["drop_reason"] == reason
-    assert "row 1" in dropped["drop_detail"]
-    assert "Which side" not in dropped["drop_detail"]
+    if reason is not None:
+        assert "row 1" in dropped["drop_detail"]
+        assert "Which side" not in dropped["drop_detail"]
 
 
 def test_a_large_image_is_dropped_undecoded(root: Path) -> None:
@@ -154,8 +200,7 @@ def test_the_share_of_test_images_is_as_asked() -> None:
 def test_a_test_file_gives_the_test_split(root: Path) -> None:
     (root / "test.json").write_text(json.dumps([row(image="1.png")]))
     reader = FORMATS["llava_json"](config_of(root, [row()], "llava_json", "data.test_file=test.json"))
-    samples = [sample for unit in reader.units().to_pylist() for sample in reader.samples(unit)]
-    assert [(s["split"], s["sample_id"]) for s in samples] == [
+    assert [(s["split"], s["sample_id"]) for s in samples_of(reader)] == [
         ("train", "llava_json/train/0"),
         ("test", "llava_json/test/0"),
     ]
@@ -164,7 +209,7 @@ def test_a_test_file_gives_the_test_split(root: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{not json", "not valid JSON"),
+        ("[not json", "not valid JSON"),
         ('{"a": 1}', "not a list"),
         ("[]", "empty list"),
         ("\xff", "not valid JSON"),
@@ -174,10 +219,12 @@ def test_a_wrong_file_is_the_users_error(root: Path, content: str, message: str)
     config = config_of(root, [], "llava_json")
     (root / "rows.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=message):
-        FORMATS["llava_json"](config).units()
+        list(FORMATS["llava_json"](config).units())
     (root / "rows.json").unlink()
     with pytest.raises(UserError, match="no annotation file"):
-        FORMATS["llava_json"](config).units()
+        list(FORMATS["llava_json"](config).units())
+    with pytest.raises(UserError, match="no annotation file"):
+        FORMATS["llava_json"](config).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +244,7 @@ def test_released_pairs(root: Path, rejected: Any, score: Any, reason: str | Non
     turns = row(answer=rejected)["conversations"]
     source = [row(rejected_conversations=turns, weighted_score=score)]
     reader: Any = FORMATS["mmedpo_json"](config_of(root, source, "mmedpo_json"))
-    [unit] = reader.units().to_pylist()
+    [unit] = reader.units()
     [sample] = reader.samples(unit)
     [pair] = reader.pairs(unit, {sample["sample_id"]: sample})
     assert pair.get("drop_reason") == reason
@@ -268,10 +315,13 @@ def test_no_row_breaks_a_reader(root: Path, source: list, kind: str) -> None:
     )
     if kind == "mmedpo_json":
         by_id = {item["sample_id"]: item for item in rows if item["drop_reason"] is None}
-        for unit in reader.units().to_pylist():
-            assert (
-                len(tables.to_table(reader.pairs(unit, by_id), tables.with_drop_columns(tables.PAIRS))) == 1
-            )
+        pairs = [pair for unit in reader.units() for pair in reader.pairs(unit, by_id)]
+        assert len(tables.to_table(pairs, tables.with_drop_columns(tables.PAIRS))) == len(source)
+        assert len({pair["pair_id"] for pair in pairs}) == len(source)
+        in_a_table = SortedSamples(tables.to_table(by_id.values(), SCHEMA).sort_by("sample_id"))
+        assert [pair for unit in reader.units() for pair in reader.pairs(unit, in_a_table)] == pairs, (
+            "a table is looked up as a dictionary is"
+        )
 
 
 def test_phantoms_are_those_of_the_generator(tmp_path: Path) -> None:
@@ -279,8 +329,7 @@ def test_phantoms_are_those_of_the_generator(tmp_path: Path) -> None:
         None, (f"run.folder={tmp_path}", "data.phantom.images=3", "data.phantom.test_images=2", "run.seed=4")
     )
     reader = FORMATS["phantom"](config)
-    units = reader.units().to_pylist()
-    samples = [sample for unit in units for sample in reader.samples(unit)]
+    samples = samples_of(reader)
     expected = [*phantom.generate("align", 3, 4, "uniform"), *phantom.generate("test", 2, 4, "uniform")]
     assert [s["answer"] for s in samples] == [q.answer for case in expected for q in case.questions]
     first_bytes = {s["image_uri"]: Path(s["image_uri"]).read_bytes() for s in samples}
@@ -290,6 +339,5 @@ def test_phantoms_are_those_of_the_generator(tmp_path: Path) -> None:
     for uri, case in zip(masks, expected, strict=True):
         assert np.array_equal(np.asarray(Image.open(uri)) > 0, case.mask)
     assert len({s["sample_id"] for s in samples}) == len(samples)
-    again = [sample for unit in units for sample in reader.samples(unit)]
-    assert again == samples
+    assert samples_of(reader) == samples
     assert {uri: Path(uri).read_bytes() for uri in first_bytes} == first_bytes

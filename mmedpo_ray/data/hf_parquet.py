@@ -1,0 +1,282 @@
+"""Hugging Face style Parquet: `train-*.parquet`, `test-*.parquet`, `validation-*.parquet`, with the image in a column.
+
+The files lie under the root or in `data/`; file names give the split, ``data.columns`` names the columns. An image is
+struct<bytes, path>, bytes, or the path of a file. Image bytes are written once per distinct image under the run's
+`raw/` by the task that reads them, so that the tables carry addresses as with every other format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmedpo_ray import images, storage
+from mmedpo_ray.data.annotations import image_name
+from mmedpo_ray.data.reader import (
+    ROWS_PER_UNIT,
+    ImageChecker,
+    ImageFacts,
+    Reader,
+    Unit,
+    UnusableError,
+    address,
+    given_name,
+)
+from mmedpo_ray.data.seen_ids import SeenIds
+from mmedpo_ray.data.texts import clean, stated_answer_type
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.run_folder import RunFolder
+
+_FOLDERS = ("", "data")
+_SPLITS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validate",
+    "validate": "validate",
+    "valid": "validate",
+    "val": "validate",
+    "dev": "validate",
+}
+_TAIL = 8
+# Rows decoded at a time: their images are in memory together.
+_ROWS_AT_A_TIME = 16
+
+
+class HfParquetReader(Reader):
+    """Reads Parquet files; a unit is a few row groups, or one large one."""
+
+    def units(self) -> Iterator[Unit]:
+        seen: dict[str | None, SeenIds] = {}
+        empty = True
+        for name, split in self._files():
+            with self._open(name) as file:
+                self._check_columns(name, file.schema_arrow)
+                for start, stop, position, rows in _row_groups(file.metadata):
+                    empty = False
+                    ids = self._ids(name, file, start, stop, position, rows)
+                    repeated = seen.setdefault(split, SeenIds()).add(ids) if ids else []
+                    positions = [position + index for index, again in enumerate(repeated) if again]
+                    yield Unit(name, None, split, start, stop, position, rows, positions)
+        if empty:
+            raise UserError(
+                f"the Parquet files under {self.data.root} have no row: there is nothing to read."
+            )
+
+    def fingerprint(self) -> list[str]:
+        # The footer holds place, size and extremes of every column chunk, so it changes with the content.
+        return [f"{name} {_footer_sha256(self.file(name))}" for name, _ in self._files()]
+
+    def samples(self, unit: Unit, done: Container[str] = ()) -> Iterator[dict[str, Any]]:
+        images_of_unit = _UnitImages(self)
+        for position, row in self._rows(unit):
+            place, split = unit.place(position), unit.split
+            name = self._name(unit.file, row, position)
+            try:
+                if position in unit.repeated:
+                    name = f"{name}~r{position}"
+                    raise UnusableError("duplicate_id")
+                if row is None:
+                    raise UnusableError("unreadable_row_group", f"row groups {unit.start} to {unit.stop - 1}")
+                if self.is_done([name], split, done):
+                    continue
+                image = images_of_unit.facts(row, place)
+                split = self.split_by_image(split, image)
+                yield self.sample(name=name, split=split, image=image, **self._texts(row))
+            except UnusableError as error:
+                yield self.dropped(name, split, place, error)
+
+    # ------------------------------------------------------------------ files
+
+    def _files(self) -> list[tuple[str, str | None]]:
+        """The Parquet files under the root with the split they stand for; None: drawn image by image."""
+        if self.data.train_file is not None:
+            held_out = self.data.test_share > 0 and self.data.test_file is None
+            found: list[tuple[str, str | None]] = [(self.data.train_file, None if held_out else "train")]
+            return found + ([(self.data.test_file, "test")] if self.data.test_file else [])
+        names = next(filter(None, map(self._names, _FOLDERS)), [])
+        if not names:
+            raise UserError(
+                f"no Parquet file in {self.data.root} or its folder data/. Check data.root, or name the file in "
+                "data.train_file."
+            )
+        stated = {name: _split_of_name(name) for name in names}
+        held_out = self.data.test_share > 0 and "test" not in stated.values()
+        rest = None if held_out else "train"
+        return [(name, rest if split in (None, "train") else split) for name, split in stated.items()]
+
+    def _names(self, folder: str) -> list[str]:
+        found = storage.list_files(self.file(folder) if folder else storage.absolute(self.data.root or "."))
+        names = [PurePosixPath(uri).name for uri in found if uri.endswith(".parquet")]
+        return [f"{folder}/{name}" if folder else name for name in names]
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[pq.ParquetFile]:
+        with open_file(self.file(name)) as file:
+            try:
+                # Without reading ahead, a row group of gigabytes is taken page by page.
+                parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(
+                    f"{self.file(name)} is no Parquet file ({type(error).__name__}). Check data.root and the file."
+                ) from error
+            yield parquet
+
+    def _check_columns(self, name: str, schema: pa.Schema) -> None:
+        columns = self.data.columns
+        for key in type(columns).model_fields:
+            wanted = getattr(columns, key)
+            if wanted is not None and wanted not in schema.names:
+                raise UserError(
+                    f"{self.file(name)} has no column {wanted!r} (data.columns.{key}); it has {', '.join(schema.names)}."
+                )
+
+    # ------------------------------------------------------------------ rows
+
+    def _rows(self, unit: Unit) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Position and content of every row; None from where the file is damaged."""
+        wanted = sorted({value for value in self.data.columns.model_dump().values() if value is not None})
+        position = unit.position
+        with self._open(unit.file) as file:
+            groups = range(unit.start, unit.stop)
+            try:
+                for batch in file.iter_batches(_ROWS_AT_A_TIME, row_groups=list(groups), columns=wanted):
+                    for row in batch.to_pylist():
+                        yield position, row
+                        position += 1
+            except (pa.ArrowException, OSError, UnicodeDecodeError):
+                yield from ((damaged, None) for damaged in range(position, unit.position + unit.rows))
+
+    def _ids(
+        self, name: str, file: pq.ParquetFile, start: int, stop: int, position: int, rows: int
+    ) -> list[str]:
+        """Names of the rows of some row groups, from the id column alone; none where there is no such column."""
+        column = self.data.columns.sample_id
+        if column is None:
+            return []
+        try:
+            found = file.read_row_groups(list(range(start, stop)), columns=[column])
+            return [self._name(name, row, place) for place, row in enumerate(found.to_pylist(), position)]
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            return [self._name(name, None, place) for place in range(position, position + rows)]
+
+    def _name(self, file: str, row: dict[str, Any] | None, position: int) -> str:
+        column = self.data.columns.sample_id
+        given = given_name(row[column]) if column is not None and row is not None else None
+        return f"~{PurePosixPath(file).stem}/{position}" if given is None else given
+
+    def _texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        columns = self.data.columns
+        answer_type = row[columns.answer_type] if columns.answer_type is not None else None
+        return {
+            "question": clean(row[columns.question]),
+            "answer": clean(row[columns.answer]),
+            "answer_type": stated_answer_type(answer_type),
+        }
+
+
+class _UnitImages:
+    """The images of a unit's rows, each distinct one decoded and written once.
+
+    Args:
+        reader: whose settings apply.
+    """
+
+    def __init__(self, reader: HfParquetReader) -> None:
+        data = reader.data
+        self._columns = data.columns
+        self._max_pixels = data.max_pixels
+        self._folder = reader.file(data.image_folder or "")
+        self._raw = storage.absolute(storage.join(RunFolder(reader.config.run.folder).raw, reader.dataset))
+        self._checker = ImageChecker(data.max_pixels)
+        self._written: dict[str, str | UnusableError] = {}
+
+    def facts(self, row: dict[str, Any], place: str) -> ImageFacts:
+        """The image of a row as a file.
+
+        Raises:
+            UnusableError: it is missing, broken or too large.
+        """
+        value = row[self._columns.image]
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            sha256 = hashlib.sha256(value).hexdigest()
+            uri = self._write(value, sha256, place)
+        else:
+            uri = address(image_name(value), self._folder)
+            sha256 = self._checker.sha256(uri)
+        named = row[self._columns.image_id] if self._columns.image_id is not None else None
+        return ImageFacts(uri, sha256, given_name(named) or sha256)
+
+    def _write(self, data: bytes, sha256: str, place: str) -> str:
+        if sha256 not in self._written:
+            self._written[sha256] = self._checked_file(data, sha256, place)
+        written = self._written[sha256]
+        if isinstance(written, UnusableError):
+            raise UnusableError(written.reason)
+        return written
+
+    def _checked_file(self, data: bytes, sha256: str, place: str) -> str | UnusableError:
+        try:
+            image = images.decode(data, place, self._max_pixels)
+        except images.ImageError as error:
+            return UnusableError(error.reason)
+        suffix = "dcm" if images.is_dicom(data) else (image.format or "image").lower()
+        uri = storage.join(self._raw, sha256[:2], f"{sha256}.{suffix}")
+        if not storage.exists(uri):
+            storage.write_bytes(uri, data)
+        return uri
+
+
+@contextmanager
+def open_file(uri: str) -> Iterator[pa.NativeFile]:
+    """Opens a file for reading at any place.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    filesystem, path = storage.resolve(uri)
+    try:
+        file = filesystem.open_input_file(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {uri} ({type(error).__name__}). Check data.root, data.train_file and data.test_file."
+        ) from error
+    with file:
+        yield file
+
+
+def _row_groups(metadata: pq.FileMetaData) -> Iterator[tuple[int, int, int, int]]:
+    """Neighbouring row groups of about a unit's rows: first, past the last, position of the first row, rows."""
+    start = position = rows = 0
+    for group in range(metadata.num_row_groups):
+        rows += metadata.row_group(group).num_rows
+        if rows >= ROWS_PER_UNIT or group == metadata.num_row_groups - 1:
+            if rows:
+                yield start, group + 1, position, rows
+            start, position, rows = group + 1, position + rows, 0
+
+
+def _footer_sha256(uri: str) -> str:
+    with open_file(uri) as file:
+        size = file.size()
+        file.seek(max(0, size - _TAIL))
+        tail = file.read()
+        length = int.from_bytes(tail[:4], "little")
+        if not tail.endswith(b"PAR1") or length + _TAIL > size:
+            raise UserError(f"{uri} is no Parquet file. Check data.root and the file.")
+        file.seek(size - _TAIL - length)
+        return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
+
+
+def _split_of_name(name: str) -> str | None:
+    """The split that a file name states ("train-00000-of-00003.parquet"), else None."""
+    words = re.split(r"[^a-z]+", PurePosixPath(name).stem.lower())
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)

@@ -1,0 +1,74 @@
+"""Questions and answers as annotation files write them: cleaned, checked, told apart by kind."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from mmedpo_ray.curate import lexicon
+
+_REPORT_INSTRUCTION = re.compile(
+    r"\b(?:write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(?:report|findings|impression)\b",
+    re.IGNORECASE,
+)
+_YES_NO_QUESTION = re.compile(
+    r"^\W*(?:is|are|was|were|does|do|did|has|have|can|could|should|will|would|any)\b", re.I
+)
+_REPORT_WORDS = 25
+_WORDS_OF_A_BARE_CLOSED_ANSWER = 2
+_ANSWER_TYPES = ("closed", "open", "report")
+
+
+def clean(value: Any) -> str:
+    """A question or answer without image placeholder and surrounding space.
+
+    A number is written out, as VQA-RAD's counts are; anything else that is no text is empty.
+    """
+    if isinstance(value, str):
+        return storable(value).replace("<image>", " ").strip()
+    if isinstance(value, float):
+        return str(value) if math.isfinite(value) else ""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
+
+
+def storable(text: str) -> str:
+    """The text without lone surrogates, which JSON allows and UTF-8 does not."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def text_problem(question: str, answer: str) -> str | None:
+    """The reason to drop a question with its answer, or None."""
+    if not question:
+        return "empty_question"
+    if not answer:
+        return "empty_answer"
+    return "leaked_prompt" if lexicon.is_meta_text(answer) else None
+
+
+def stated_answer_type(value: Any) -> str | None:
+    """closed, open or report as a data set spells it ("CLOSED "); None where it does not say."""
+    name = value.strip().lower() if isinstance(value, str) else None
+    return name if name in _ANSWER_TYPES else None
+
+
+def infer_answer_type(question: str, answer: str) -> str:
+    """closed, open or report, for formats that do not say.
+
+    Closed is a question answered by yes or no, or by one of the two options that it names; a report is what an
+    instruction asks for, or anything long.
+    """
+    if _REPORT_INSTRUCTION.search(question):
+        return "report"
+    count = len(lexicon.words(answer))
+    if lexicon.polarity(answer) is not None and (
+        _YES_NO_QUESTION.match(question) or count <= _WORDS_OF_A_BARE_CLOSED_ANSWER
+    ):
+        return "closed"
+    options = lexicon.choices(question)
+    if options is not None:
+        content = lexicon.content_words(answer)
+        named = [option for option in options if lexicon.content_words(option) <= content]
+        if len(named) == 1:
+            return "closed"
+    return "report" if count > _REPORT_WORDS else "open"

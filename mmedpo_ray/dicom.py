@@ -1,0 +1,183 @@
+"""DICOM images as a reader sees them on screen: rescaled, windowed, with bright as bright.
+
+What comes out:
+- A grey image with a window or a VOI table is 8 bit (L): the site chose that range of values as the one to look at, and
+  the full range of a CT (air to metal) would leave soft tissue a few grey levels.
+- A grey image of more than 8 bits without one keeps its depth (I;16), shifted so that its darkest value is 0; models
+  scale it by its range, noise is added at full depth.
+- Colour is RGB.
+
+A file of several frames cannot be used: which frame a question is about is not known, and the first may not show it.
+Nothing of the file but numbers of pixels, bits and frames ever enters a message: tags hold patient data.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from mmedpo_ray.images import ImageError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_HEAD = 2048
+# Beyond every value a modality yields; shows the ends of a window's output.
+_FAR = 1e9
+
+
+def decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """Decodes a DICOM file.
+
+    Args:
+        data: the file's bytes.
+        name: what messages call it.
+        max_pixels: a larger image is not decoded.
+
+    Returns:
+        An image of mode L, I;16 or RGB.
+
+    Raises:
+        ImageError: ``image_undecodable`` (also compressed by a method without a decoder here), ``image_too_large`` or
+            ``image_multi_frame``.
+    """
+    if _DEFLATED in data[:_HEAD]:
+        # The parser would inflate the whole file, whatever its size, before the size of the image is known.
+        raise ImageError("image_undecodable", f"{name}: DICOM with a deflated data set")
+    with _quiet():
+        try:
+            return _decode(data, name, max_pixels)
+        except ImageError:
+            raise
+        except Exception as error:
+            # The parser raises anything on damaged files, and its messages quote them.
+            kind = type(error).__name__
+        raise ImageError("image_undecodable", f"{name}: DICOM, {kind}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences warnings, which quote the file's tags, and arithmetic on odd windows."""
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    import pydicom
+    from pydicom.pixels import pixel_array
+
+    dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+    width, height = int(dataset.Columns), int(dataset.Rows)
+    if width * height > max_pixels:
+        raise ImageError("image_too_large", f"{name}: {width}×{height} pixels, limit {max_pixels}")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise ImageError("image_multi_frame", f"{name}: {frames} frames; export the one that is meant")
+    _check_syntax(dataset, name)
+    stored = pixel_array(dataset)
+    photometric = str(dataset.PhotometricInterpretation)
+    if photometric == "PALETTE COLOR":
+        return _colour(_palette(stored, dataset), bits=16)
+    if stored.ndim == 3:
+        return _colour(stored, int(dataset.BitsStored))
+    return _grey(stored, dataset, inverted=photometric == "MONOCHROME1")
+
+
+def _check_syntax(dataset: Dataset, name: str) -> None:
+    """Says why a compressed image cannot be decoded; fills in the syntax of files that do without a header."""
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    meta: Any = getattr(dataset, "file_meta", None)
+    if meta is None or "TransferSyntaxUID" not in meta:
+        implicit, little = dataset.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta = FileMetaDataset() if meta is None else meta
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+        return
+    syntax = meta.TransferSyntaxUID
+    if syntax.is_private or not syntax.is_transfer_syntax:
+        raise ImageError("image_undecodable", f"{name}: DICOM of an unknown transfer syntax")
+    if not get_decoder(syntax).is_available:
+        raise ImageError(
+            "image_undecodable",
+            f"{name}: DICOM compressed by {syntax.name}; install a decoder for pydicom (pylibjpeg) on every node",
+        )
+
+
+def _colour(stored: np.ndarray, bits: int) -> Image.Image:
+    """RGB from stored values of the given depth, shape (H, W, 3)."""
+    if bits > 8:
+        stored = stored >> (bits - 8)
+    return Image.fromarray(np.ascontiguousarray(stored[..., :3]).astype(np.uint8))
+
+
+def _palette(stored: np.ndarray, dataset: Dataset) -> np.ndarray:
+    from pydicom.pixels import apply_color_lut
+
+    found = apply_color_lut(stored, dataset)
+    return found.astype(np.uint16) << 8 if found.dtype == np.uint8 else found
+
+
+def _grey(stored: np.ndarray, dataset: Dataset, inverted: bool) -> Image.Image:
+    from pydicom.pixels import apply_modality_lut
+
+    values = apply_modality_lut(stored, dataset)
+    shown = _windowed(values, dataset)
+    if shown is None:
+        shown = _full_range(values, stored, dataset)
+    if inverted:
+        shown = (255 if shown.dtype == np.uint8 else shown.max()) - shown
+    return Image.fromarray(shown)
+
+
+def _windowed(values: np.ndarray, dataset: Dataset) -> np.ndarray | None:
+    """The first window or VOI table applied, as uint8; None where there is none or it shows nothing.
+
+    Windows by PS3.3 C.11.2.1.2 (linear, linear exact, sigmoid).
+    """
+    from pydicom.pixels import apply_voi, apply_windowing
+
+    try:
+        if dataset.get("VOILUTSequence"):
+            bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
+            shown, low, high = apply_voi(values, dataset).astype(np.float64), 0.0, float(2**bits - 1)
+        elif "WindowCenter" in dataset and "WindowWidth" in dataset:
+            shown = apply_windowing(values, dataset)
+            low, high = apply_windowing(np.array([-_FAR, _FAR]), dataset)
+        else:
+            return None
+    except (ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
+        # An empty or impossible window (width 0): the image itself is sound.
+        return None
+    if not high > low or not np.isfinite(shown).all() or (shown.min() == shown.max() and np.ptp(values) > 0):
+        return None
+    return np.round(np.clip((shown - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+
+
+def _full_range(values: np.ndarray, stored: np.ndarray, dataset: Dataset) -> np.ndarray:
+    """All values: unchanged as uint8 where 8 bits hold them, else as uint16 from 0, scaled only if they need it."""
+    values = np.nan_to_num(np.asarray(values, dtype=np.float64))
+    whole = bool((values == np.round(values)).all())
+    if int(dataset.BitsStored) <= 8 and whole and values.min() >= 0 and values.max() <= 255:
+        return values.astype(np.uint8)
+    # What pads the image to a rectangle is far outside the range of the rest.
+    padding = dataset.get("PixelPaddingValue")
+    inside = values[stored != padding] if padding is not None else values
+    inside = inside if inside.size else values
+    low, high = float(inside.min()), float(inside.max())
+    shown = np.clip(values, low, high) - low
+    if not whole or high - low > 65535:
+        shown *= 65535 / (high - low)
+    return np.round(shown).astype(np.uint16)

@@ -1,0 +1,257 @@
+"""Hugging Face style Parquet: images in a column become files, once each; any row is kept or dropped once."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmedpo_ray import tables
+from mmedpo_ray.config import load
+from mmedpo_ray.data import hf_parquet
+from mmedpo_ray.data.ingest import FORMATS
+from mmedpo_ray.data.reader import Reader, Unit
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.images import load_image
+
+SCHEMA = tables.with_drop_columns(tables.SAMPLES)
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (6, 4), value).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def reader_of(root: Path | str, *overrides: str, run: Path | str | None = None) -> Reader:
+    return FORMATS["hf_parquet"](
+        load(
+            None, ("data.format=hf_parquet", f"data.root={root}", f"run.folder={run or root}/run", *overrides)
+        )
+    )
+
+
+def read(root: Path | str, *overrides: str, run: Path | str | None = None) -> list[dict[str, Any]]:
+    reader = reader_of(root, *overrides, run=run)
+    rows = [row for unit in reader.units() for row in reader.samples(unit)]
+    assert len({row["sample_id"] for row in rows}) == len(rows)
+    for row in tables.to_table(rows, SCHEMA).to_pylist():
+        if row["drop_reason"] is None:
+            assert all(row[field.name] is not None for field in tables.SAMPLES if not field.nullable)
+        else:
+            assert ".parquet, row " in row["drop_detail"]
+    return rows
+
+
+def write(
+    path: Path, rows: list[dict[str, Any]], row_group_size: int = 2, image: pa.DataType = IMAGE
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    images = pa.array([row["image"] for row in rows], image)
+    table = table.set_column(table.column_names.index("image"), "image", images)
+    pq.write_table(table, path, row_group_size=row_group_size)
+
+
+def row(value: int = 1, question: Any = "Is it?", answer: Any = "Yes", **more: Any) -> dict[str, Any]:
+    return {"image": {"bytes": png(value), "path": None}, "question": question, "answer": answer, **more}
+
+
+@pytest.mark.parametrize("folder", ["", "data"])
+def test_files_give_the_split_and_images_are_written_once(tmp_path: Path, folder: str) -> None:
+    write(tmp_path / folder / "train-00000-of-00002.parquet", [row(1), row(1), row(2), row(1, answer="")])
+    write(tmp_path / folder / "train-00001-of-00002.parquet", [row(2)])
+    write(tmp_path / folder / "validation-00000-of-00001.parquet", [row(3)])
+    write(tmp_path / folder / "test-00000-of-00001.parquet", [row(4)])
+    rows = read(tmp_path)
+    assert [item.get("split") for item in rows] == [
+        "test",
+        "train",
+        "train",
+        "train",
+        None,
+        "train",
+        "validate",
+    ]
+    dropped = rows[4]
+    prefix = f"{folder}/" if folder else ""
+    assert dropped["drop_reason"] == "empty_answer"
+    assert dropped["drop_detail"] == f"{prefix}train-00000-of-00002.parquet, row 3"
+    assert rows[1]["image_uri"] == rows[2]["image_uri"] != rows[3]["image_uri"] == rows[5]["image_uri"]
+    written = [path for path in (tmp_path / "run" / "raw").rglob("*") if path.is_file()]
+    assert sorted(path.read_bytes() for path in written) == sorted(map(png, (1, 2, 3, 4)))
+    assert load_image(rows[0]["image_uri"]).getpixel((0, 0)) == 4
+    assert read(tmp_path) == rows
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_an_image_column_of_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    source = [{**row(), "image": png(7)}, {**row(), "image": b"no image"}, {**row(), "image": None}]
+    write(tmp_path / "a.parquet", source, image=kind)
+    rows = read(tmp_path, "data.test_share=0")
+    assert [item.get("drop_reason") for item in rows] == [None, "image_undecodable", "no_image_name"]
+    assert rows[0]["split"] == "train"
+    assert read(tmp_path, "data.max_pixels=23")[0]["drop_reason"] == "image_too_large"
+
+
+def test_an_image_column_of_paths(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(png(7))
+    write(
+        tmp_path / "x.parquet", [{**row(), "image": "a.png"}, {**row(), "image": "b.png"}], image=pa.string()
+    )
+    kept, missing = read(tmp_path, "data.image_folder=pictures")
+    assert kept["image_uri"] == str(tmp_path / "pictures" / "a.png")
+    assert missing["drop_reason"] == "image_missing"
+    write(tmp_path / "x.parquet", [{**row(), "image": {"bytes": None, "path": "pictures/a.png"}}])
+    assert read(tmp_path)[0]["image_uri"] == kept["image_uri"]
+
+
+def test_columns_by_name_and_repeated_ids(tmp_path: Path) -> None:
+    def named(key: Any, **more: Any) -> dict[str, Any]:
+        item = row(more.pop("value", 1), key=key, kind="OPEN", patient="p1", **more)
+        return {"query": item.pop("question"), **item}
+
+    write(tmp_path / "train-0.parquet", [named(5), named(6), named(None), named(5)])
+    write(tmp_path / "train-1.parquet", [named(6), named(7)])
+    write(tmp_path / "test-0.parquet", [named(5)])
+    columns = ["question=query", "sample_id=key", "image_id=patient", "answer_type=kind"]
+    rows = read(tmp_path, *(f"data.columns.{item}" for item in columns))
+    assert {item["sample_id"].removeprefix("hf_parquet/"): item.get("drop_reason") for item in rows} == {
+        "test/5": None,
+        "train/5": None,
+        "train/6": None,
+        "train/~train-0/2": None,
+        "train/5~r3": "duplicate_id",
+        "train/6~r0": "duplicate_id",
+        "train/7": None,
+    }
+    assert {item.get("answer_type") for item in rows} == {"open", None}
+    assert {item["image_id"] for item in rows if "image_id" in item} == {"hf_parquet/p1"}
+    with pytest.raises(UserError, match=r"no column 'question' \(data\.columns\.question\); it has query"):
+        read(tmp_path)
+
+
+def test_one_image_is_in_one_split_only(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", [row(number % 50) for number in range(200)], row_group_size=30)
+    splits: dict[str, set[str]] = {}
+    for item in read(tmp_path, "data.test_share=0.4"):
+        splits.setdefault(item["image_id"], set()).add(item["split"])
+    assert len(splits) == 50
+    assert all(len(found) == 1 for found in splits.values())
+    assert set.union(*splits.values()) == {"train", "test"}
+
+
+def test_units_are_row_groups_and_nothing_done_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_parquet, "ROWS_PER_UNIT", 4)
+    write(tmp_path / "train.parquet", [row(number) for number in range(11)], row_group_size=2)
+    reader = reader_of(tmp_path)
+    units = list(reader.units())
+    assert [(unit.start, unit.stop, unit.position, unit.rows) for unit in units] == [
+        (0, 2, 0, 4),
+        (2, 4, 4, 4),
+        (4, 6, 8, 3),
+    ]
+    ids = {item["sample_id"] for item in read(tmp_path)}
+    assert list(reader.samples(units[1], done=ids)) == []
+
+
+def test_a_damaged_row_group_drops_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    write(path, [row(number, question=f"Is it {number}?") for number in range(6)])
+    column = pq.read_metadata(path).row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    reader = reader_of(tmp_path)
+    [unit] = reader.units()
+    found = [item.get("drop_reason") for item in reader.samples(unit)]
+    assert len(found) == 6
+    assert found[-1] == "unreadable_row_group"
+    assert read(tmp_path)[-1]["drop_detail"].startswith("train.parquet, row 5: row groups 0 to 2")
+
+
+def test_no_parquet_and_changed_parquet(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no Parquet file in"):
+        reader_of(tmp_path).fingerprint()
+    (tmp_path / "train.parquet").write_text("no Parquet")
+    with pytest.raises(UserError, match="is no Parquet file"):
+        reader_of(tmp_path).fingerprint()
+    with pytest.raises(UserError, match="is no Parquet file"):
+        list(reader_of(tmp_path).units())
+    write(tmp_path / "train.parquet", [row(1)])
+    before = reader_of(tmp_path).fingerprint()
+    write(tmp_path / "train.parquet", [row(1, answer="No")])
+    assert reader_of(tmp_path).fingerprint() != before
+    pq.write_table(pq.read_table(tmp_path / "train.parquet").slice(0, 0), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="have no row"):
+        list(reader_of(tmp_path).units())
+    with pytest.raises(UserError, match=r"cannot read .*mine\.parquet"):
+        reader_of(tmp_path, "data.train_file=mine.parquet").fingerprint()
+
+
+def test_a_root_and_a_run_that_are_uris(tmp_path: Path) -> None:
+    write(
+        tmp_path / "data" / "train.parquet", [row(1), {**row(), "image": {"bytes": None, "path": "a b.png"}}]
+    )
+    (tmp_path / "a b.png").write_bytes(png(2))
+    rows = read(f"file://{tmp_path}", run=f"file://{tmp_path}")
+    assert rows[0]["image_uri"].startswith(f"file://{tmp_path}/run/raw/hf_parquet/")
+    assert [load_image(item["image_uri"]).getpixel((0, 0)) for item in rows] == [1, 2]
+
+
+_TEXTS = st.none() | st.text(st.characters(codec="utf-8"), max_size=6)
+_BYTES = st.none() | st.sampled_from([png(1), png(2), png(3)[:40], b""]) | st.binary(max_size=8)
+_ROW = st.fixed_dictionaries(
+    {
+        "image": st.none() | st.fixed_dictionaries({"bytes": _BYTES, "path": _TEXTS}),
+        "question": st.just("Is it?") | _TEXTS,
+        "answer": st.just("Yes") | _TEXTS,
+        "key": st.sampled_from(["1", "a~b", "a%7Eb", " ", "~x"]) | _TEXTS,
+        "kind": st.just("closed") | _TEXTS,
+    }
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(_ROW, min_size=1, max_size=7), st.integers(1, 4), st.booleans())
+def test_any_row_is_kept_or_dropped_once(tmp_path: Path, source: list, size: int, with_ids: bool) -> None:
+    table = pa.Table.from_pylist(
+        source, pa.schema([("image", IMAGE), *((key, pa.string()) for key in _STRINGS)])
+    )
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=size)
+    named = ("data.columns.sample_id=key", "data.columns.answer_type=kind") if with_ids else ()
+    assert len(read(tmp_path, *named)) == len(source)
+
+
+_STRINGS = ("question", "answer", "key", "kind")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array([3, None]), pa.array([2.5, float("nan")]), pa.array([["a"], []]), pa.array([{"x": 1}, None])],
+)
+def test_columns_of_other_types(tmp_path: Path, column: pa.Array) -> None:
+    for name in ("image", "question", "answer"):
+        table = pa.Table.from_pylist([row(), row()])
+        table = table.set_column(table.column_names.index(name), name, column)
+        pq.write_table(table, tmp_path / "train.parquet")
+        rows = read(tmp_path)
+        assert len(rows) == 2
+        assert all(item.get("drop_reason") or name == "answer" or name == "question" for item in rows)
+
+
+def test_a_unit_names_its_rows() -> None:
+    assert Unit("a.parquet", None, None, 0, 1, 0, 4).place(3) == "a.parquet, row 3"
+    assert Unit("a.json", "val", "validate", 0, 9, 0, 4).place(3) == "a.json, val, row 3"
