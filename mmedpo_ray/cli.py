@@ -173,7 +173,9 @@ def _add_convert(verbs: argparse._SubParsersAction) -> None:
         help="folder of the model; must not exist or be empty",
     )
     convert.add_argument(
-        "--vision-tower", metavar="DIR", help="CLIP tower, where the checkpoint does not hold its weights"
+        "--vision-tower",
+        metavar="DIR",
+        help="CLIP folder whose tower replaces the checkpoint's, or supplies it where it has none",
     )
     convert.add_argument(
         "--dtype",
@@ -297,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _execute(arguments)
     except KeyboardInterrupt:
-        console.console.print("interrupted; the same command resumes where it stopped")
+        again = "starts anew" if arguments.verb in ("convert", "phantom") else "resumes where it stopped"
+        console.console.print(f"interrupted; the same command {again}")
         return 130
     except Exception as error:
         message = user_message(error)

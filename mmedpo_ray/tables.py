@@ -113,7 +113,7 @@ PAIRS = pa.schema(
         _field(
             "noise",
             pa.string(),
-            "noise parameters as JSON (mode, steps, signal share, mask area share)",
+            "noise parameters as JSON (mode, strength, mask share, changed share, lesion covered)",
             nullable=True,
         ),
     ]

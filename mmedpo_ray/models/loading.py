@@ -25,6 +25,11 @@ EMBEDDED_FOLDER = Path(__file__).parent / "phantom_llava"
 
 # Their features come in a fixed number per image, which the planning of a training run relies on.
 _SUPPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_NEEDED_FOR_ANOTHER = (
+    "Another architecture would need: a fixed number of image tokens an image, an image before the text in its chat "
+    "template, 4-D attention masks and position ids in its forward pass (tree packing), LoRA names of its language model "
+    "(align), and a spelling of its weights that vLLM loads (export)."
+)
 # Below this a model is identified by its bytes, above by the sizes and times of its files.
 _HASH_WHOLE_BYTES = 256 * 1024**2
 
@@ -92,12 +97,13 @@ def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     Raises:
         UserError: not a ``LlavaForConditionalGeneration``, or its files are missing or damaged.
     """
-    from transformers import AutoConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
     source = resolve_model(path)
     try:
-        config = AutoConfig.from_pretrained(source)
-        _check_architecture(config.to_dict(), path)
+        # As written, before transformers looks for a class of that type: a hub name may be a llava_mistral.
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+        _check_architecture(settings, path)
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
@@ -267,7 +273,8 @@ def _check_architecture(config: dict[str, Any], name: str) -> None:
         )
     if kind != "llava":
         raise UserError(
-            f"{name} is a {kind or 'model of unknown type'}. Supported is LlavaForConditionalGeneration (model_type llava)."
+            f"{name} is a {kind or 'model of unknown type'}. Supported is LlavaForConditionalGeneration (model_type llava). "
+            f"{_NEEDED_FOR_ANOTHER}"
         )
     tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
     if tower not in _SUPPORTED_TOWERS:

@@ -83,9 +83,10 @@ def upsample(
     scaled = (grid - low) / (high - low) if high > low else np.zeros_like(grid, dtype=np.float64)
     left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
     rows, columns = grid.shape
-    down = _interpolation(height, rows, top, bottom)
-    across = _interpolation(width, columns, left, right)
-    return np.clip(down @ scaled @ across.T, 0.0, 1.0).astype(np.float32)
+    down = _interpolation(height, rows, top, bottom).astype(np.float32)
+    across = _interpolation(width, columns, left, right).astype(np.float32)
+    heat_map = down @ scaled.astype(np.float32) @ across.T
+    return np.clip(heat_map, 0.0, 1.0, out=heat_map)
 
 
 def _interpolation(pixels: int, patches: int, start: float, end: float) -> np.ndarray:

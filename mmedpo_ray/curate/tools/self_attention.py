@@ -115,10 +115,15 @@ def crop_box(image_processor: Any, size: tuple[int, int]) -> tuple[float, float,
     """The part of an image that the model sees, (left, top, right, bottom) in pixels of the original.
 
     Args:
-        image_processor: the model's; CLIP's resizes the shortest edge and crops the centre.
+        image_processor: the model's; CLIP's resizes the shortest edge and crops the centre, LLaVA's may first widen the
+            image to a square (``do_pad``), of which the box then is the whole and reaches beyond the image.
         size: width and height of the original.
     """
     width, height = size
+    if hasattr(image_processor, "pad_to_square") and image_processor.do_pad:
+        side = max(size)
+        left, top = float(-((side - width) // 2)), float(-((side - height) // 2))
+        return left, top, left + side, top + side
     edge = (image_processor.size or {}).get("shortest_edge") if image_processor.do_resize else None
     if edge is None or not getattr(image_processor, "do_center_crop", False):
         return 0.0, 0.0, float(width), float(height)

@@ -1,0 +1,165 @@
+"""Visual pairs of a batch: files that do not depend on the batch, nothing lost, every image decoded once."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmedpo_ray import images, tables
+from mmedpo_ray.config import Config, load
+from mmedpo_ray.curate.visual import VisualPairs, encode_png
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    return load(None, (f"run.folder={folder}", "curate.visual.tool=dataset_mask", *overrides))
+
+
+def sample(folder: Path, name: str, question: int = 0, *, lesion: bool = True) -> dict[str, Any]:
+    """A sample with its image and mask on disk, made by its name alone."""
+    rng = np.random.default_rng(list(name.encode()))
+    image, mask = folder / f"{name}.png", folder / f"{name}_mask.png"
+    if not image.exists():
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(image)
+        marked = np.zeros((40, 30), bool)
+        marked[5:15, 8:20] = lesion
+        Image.fromarray(marked).save(mask)
+    return {
+        "sample_id": f"{name}/{question}",
+        "image_id": name,
+        "dataset": "made",
+        "split": "train",
+        "task": "vqa",
+        "answer_type": "open",
+        "image_uri": str(image),
+        "image_sha256": "",
+        "question": "what is it?",
+        "answer": "a nodule",
+        "mask_uri": str(mask),
+    }
+
+
+def made(settings_: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return VisualPairs(settings_)(tables.to_table(rows, tables.SAMPLES)).to_pylist()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "noised").iterdir()}
+
+
+def test_the_same_files_from_any_order_and_batch(tmp_path: Path) -> None:
+    rows = [sample(tmp_path, name, question) for name in "abcde" for question in range(3)]
+    whole = made(config(tmp_path / "1"), rows)
+    mixed = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    split = config(tmp_path / "2", "curate.visual.batch_images=2")
+    parts = made(split, mixed[:4]) + made(split, mixed[4:])
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert len(files(tmp_path / "1")) == 2 * len(rows)
+    by_id = {pair["pair_id"]: pair for pair in parts}
+    for pair in whole:
+        other = by_id[pair["pair_id"]]
+        assert (pair["noise"], pair["seed"]) == (other["noise"], other["seed"])
+    # Three questions about one image get three different noises, another run seed others again.
+    assert len({files(tmp_path / "1")[Path(p["rejected_image_uri"]).name] for p in whole}) == len(rows)
+    made(config(tmp_path / "3", "run.seed=1"), rows)
+    assert not set(files(tmp_path / "3").values()) & {
+        data for name, data in files(tmp_path / "1").items() if "heat" not in name
+    }
+
+
+def test_every_image_is_decoded_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    load_image = images.load_image
+
+    def spy(uri: str, *arguments: Any) -> Image.Image:
+        read.append(uri)
+        return load_image(uri, *arguments)
+
+    monkeypatch.setattr(images, "load_image", spy)
+    rows = [sample(tmp_path, name, question) for question in range(5) for name in "abc"]
+    made(config(tmp_path / "run", "curate.visual.batch_images=4"), rows)
+    decoded = [uri for uri in read if not uri.endswith("_mask.png")]
+    assert sorted(decoded) == sorted({row["image_uri"] for row in rows})
+
+
+def test_what_gives_no_pair_is_dropped_with_its_reason(tmp_path: Path) -> None:
+    good, missing, unmarked, maskless, torn, small = (
+        sample(tmp_path, name, lesion=name != "c") for name in "abcdef"
+    )
+    missing["image_uri"] = str(tmp_path / "nowhere.png")
+    maskless["mask_uri"] = None
+    Path(torn["image_uri"]).write_bytes(Path(torn["image_uri"]).read_bytes()[:60])
+    Image.new("1", (5, 5)).save(small["mask_uri"])
+    rows = [good, missing, unmarked, maskless, torn, small]
+    pairs = made(config(tmp_path / "run"), rows)
+    assert {pair["sample_id"]: pair[tables.DROP_REASON] for pair in pairs} == {
+        "a/0": None,
+        "b/0": "image_missing",
+        "c/0": "tool_found_nothing",
+        "d/0": "no_mask",
+        "e/0": "image_undecodable",
+        "f/0": "mask_size",
+    }
+    assert len(files(tmp_path / "run")) == 2
+    details = " ".join(pair[tables.DROP_DETAIL] or "" for pair in pairs)
+    assert "nodule" not in details
+    assert "what is it" not in details
+
+
+def test_a_pair_whose_images_are_equal_is_dropped(tmp_path: Path) -> None:
+    row = sample(tmp_path, "flat")
+    Image.new("RGB", (30, 40), (90, 90, 90)).save(row["image_uri"])
+    (pair,) = made(config(tmp_path / "run", "curate.visual.noise.mode=blur"), [row])
+    assert pair[tables.DROP_REASON] == "noise_changed_nothing"
+    assert not (tmp_path / "run" / "noised").exists()
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "additive", "blur", "released"])
+def test_parameters_tell_what_was_noised(tmp_path: Path, mode: str) -> None:
+    row = sample(tmp_path, "a")
+    (pair,) = made(config(tmp_path / "run", f"curate.visual.noise.mode={mode}"), [row])
+    noise = json.loads(pair["noise"])
+    before, after = (np.asarray(Image.open(pair[key])) for key in ("image_uri", "rejected_image_uri"))
+    assert noise["mode"] == mode
+    assert noise["changed_share"] == pytest.approx((before != after).any(axis=2).mean(), rel=1e-5)
+    assert noise["lesion_covered"] == 1
+    if mode == "released":
+        assert noise["mask_share"] > 0.5
+    else:
+        assert noise["mask_share"] == pytest.approx(120 / 1200)
+    lesion = np.asarray(Image.open(row["mask_uri"]))
+    assert np.array_equal(np.asarray(Image.open(pair["heat_map_uri"])) == 255, lesion)
+
+
+def test_an_empty_batch_is_an_empty_table(tmp_path: Path) -> None:
+    result = VisualPairs(config(tmp_path))(tables.SAMPLES.empty_table())
+    assert isinstance(result, pa.Table)
+    assert result.num_rows == 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    mode=st.sampled_from(["L", "LA", "RGB", "RGBA", "I;16"]),
+    height=st.integers(1, 30),
+    width=st.integers(1, 30),
+    seed=st.integers(0, 100),
+)
+def test_png_files_read_back_as_they_were(mode: str, height: int, width: int, seed: int) -> None:
+    bands = {"L": (), "I;16": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}[mode]
+    high, kind = (65536, np.uint16) if mode == "I;16" else (256, np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, high, (height, width, *bands)).astype(kind)
+    data = encode_png(pixels)
+    read = Image.open(io.BytesIO(data))
+    read.load()
+    assert (read.mode, read.size) == (mode, (width, height))
+    assert np.array_equal(np.asarray(read), pixels)
+    Image.open(io.BytesIO(data)).verify()
+    assert encode_png(pixels.copy()) == data
