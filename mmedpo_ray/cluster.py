@@ -53,7 +53,8 @@ def start(settings: RayConfig) -> None:
             raise _no_cluster(address, error) from error
     else:
         cpus = settings.local_cpus or max(_FEWEST_LOCAL_CPUS, os.cpu_count() or 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, **options)
+        # "local": not the cluster that somebody else may have started on this machine.
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
         log.debug("started a local Ray cluster with %d logical CPUs", cpus)
     _quiet_data()
 
