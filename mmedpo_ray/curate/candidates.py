@@ -22,11 +22,13 @@ from mmedpo_ray.config import Config
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.models.engine import EngineSettings, engine_settings
 from mmedpo_ray.models.loading import PromptWriter, load_processor, model_fingerprint, resolve_model
+from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import Manifest, Station
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
 
-_COLUMNS = ["sample_id", "image_id", "image_uri", "question"]
+# What sampling needs of a sample.
+COLUMNS = ("sample_id", "image_id", "image_uri", "question")
 
 
 def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
@@ -51,14 +53,11 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
     station = Station("candidates", run.candidates, config, settings=settings, inputs=[run.samples])
     if (manifest := station.finished()) is not None:
         return manifest
-    planned = plan(samples.select(_COLUMNS), text.num_candidates)
+    planned = plan(samples.select(COLUMNS), text.num_candidates)
     engine = engine_settings(config.model.engine, has_gpu=has_gpu(), model=resolve_model(config.model.path))
 
-    def build(done: set[str]) -> ray.data.Dataset | None:
-        remaining = planned
-        if done:
-            known = pa.array(sorted(done), pa.string())
-            remaining = planned.filter(pc.invert(pc.is_in(planned["candidate_id"], value_set=known)))
+    def build(done: DoneIds) -> ray.data.Dataset | None:
+        remaining = done.leave_out(planned, "candidate_id")
         if remaining.num_rows == 0:
             return None
         rows = config.model.engine.batch_rows
@@ -77,7 +76,12 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
         )
 
     return station.write_rows(
-        build, schema=tables.CANDIDATES, id_column="candidate_id", total=planned.num_rows, extra=_count
+        build,
+        schema=tables.CANDIDATES,
+        id_column="candidate_id",
+        total=planned.num_rows,
+        extra=_count,
+        extra_columns=["sample_id", "candidate", "num_tokens"],
     )
 
 

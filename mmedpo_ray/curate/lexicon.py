@@ -63,14 +63,16 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
         (
-            r"\b(?:heart|cardiac silhouette|cardiomediastinal silhouette)(?: size)?(?: (?:is|appears|remains))?"
+            r"\b(?:heart|cardiac|cardio-?mediastinal)(?: size| silhouette| shadow| contours?)*"
+            r"(?: and (?:the )?mediastin\w+(?: contours?| silhouette)?)?(?: (?:is|are|appears?|remains?))?"
             r"(?: (?:of|within))? (?:normal(?: size| limits)?|not enlarged|unremarkable)(?: in size)?\b",
             "no cardiomegaly",
         ),
         (r"\bnormal (?:heart|cardiac|cardiomediastinal)(?: size| silhouette)*\b", "no cardiomegaly"),
         (
-            r"\b(?:heart|cardiac silhouette)(?: size)?(?: (?:is|appears|remains))?(?: (?:mildly|moderately|severely))?"
-            r" enlarged\b",
+            r"\b(?:heart|cardiac|cardio-?mediastinal)(?: size| silhouette| shadow| contours?)*"
+            r"(?: and (?:the )?mediastin\w+(?: contours?| silhouette)?)?(?: (?:is|are|appears?|remains?))?"
+            r"(?: (?:mildly|moderately|severely|markedly))? enlarged\b",
             "cardiomegaly",
         ),
         (r"\benlarged (?:heart|cardiac silhouette)\b", "cardiomegaly"),
@@ -91,6 +93,11 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"\bno (?:acute )?(?:cardiopulmonary )?(?:abnormality|abnormalities|process|disease|findings?)\b",
             "no abnormality",
         ),
+        (
+            r"\bacute (?:cardiopulmonary |cardiac |pulmonary |osseous |bony |intracranial )?"
+            r"(?:process|disease|findings?)\b",
+            "abnormality",
+        ),
     )
 )
 # A statement of overall normality; not part of the vocabulary because no finding can stand in for it.
@@ -99,7 +106,7 @@ _OVERALL = {
     "abnormality": Concept("abnormality", "finding", "overall", ("abnormality",), 0.8),
 }
 _OVERALL_PATTERN = re.compile(r"\b(lung abnormality|abnormality|abnormalities)\b", re.IGNORECASE)
-_LUNG_FINDINGS = frozenset(c.name for c in CONCEPTS.values() if c.group == "chest") - {
+LUNG_FINDINGS = frozenset(c.name for c in CONCEPTS.values() if c.group == "chest") - {
     "cardiomegaly",
     "hernia",
 }
@@ -190,14 +197,40 @@ def content_words(text: str) -> frozenset[str]:
     return frozenset(str(_NUMBER_WORDS.get(word, word)) for word in kept)
 
 
+def placed_content_words(text: str, start: int, end: int) -> list[tuple[str, int]]:
+    """The words of ``text[start:end]`` that carry meaning, folded as in :func:`content_words`, each with its place."""
+    found = [(match.group(0).lower(), match.start()) for match in _WORD.finditer(text, start, end)]
+    kept = [(_singular(word), place) for word, place in found if word not in _FILLER]
+    return [(str(_NUMBER_WORDS.get(word, word)), place) for word, place in kept]
+
+
 def equivalent(first: str, second: str) -> bool:
     """Whether two answers say the same in other words: equal polarity, numbers, content words and facts."""
-    if polarity(first) != polarity(second):
+    if polarity(first) != polarity(second) or _other_letters(first) != _other_letters(second):
         return False
     left, right = content_words(first), content_words(second)
     if not left and not right:
         return words(first) == words(second)
-    return left == right and set(facts(first)) == set(facts(second))
+    return (
+        left == right and set(facts(first)) == set(facts(second)) and _opposites(first) == _opposites(second)
+    )
+
+
+@lru_cache(maxsize=8192)
+def _opposites(text: str) -> tuple[tuple[str, ...], ...]:
+    """Concepts that exclude each other and are named together, in order: "dark centre, bright rim" is not its reverse."""
+    groups: dict[str, list[str]] = {}
+    for mention in mentions(text):
+        if mention.concept.axis not in ("finding", "anatomy"):
+            groups.setdefault(mention.concept.group, []).append(mention.concept.name)
+    return tuple(tuple(names) for _, names in sorted(groups.items()) if len(set(names)) > 1)
+
+
+def _other_letters(text: str) -> str:
+    """Letters and digits beyond ASCII, of which :func:`words` knows nothing."""
+    if text.isascii():
+        return ""
+    return "".join(letter for letter in text.casefold() if letter.isalnum() and not letter.isascii())
 
 
 def is_meta_text(text: str) -> bool:
@@ -226,14 +259,29 @@ def implied_polarity(question: str, answer: str) -> Polarity | None:
     direct = polarity(answer)
     if direct is not None:
         return direct
+    agreed = _agreement(question, answer)
+    if agreed is not None:
+        return "yes" if agreed else "no"
+    return "no" if _NEGATION.search(answer) else None
+
+
+def stated_polarity(question: str, answer: str) -> Polarity | None:
+    """As :func:`implied_polarity`, only where the text leaves no doubt: a negation about something else is no "no"."""
+    direct = polarity(answer)
+    if direct is not None:
+        return direct
+    agreed = _agreement(question, answer)
+    if agreed is None or (agreed and is_negated(answer)):
+        return None
+    return "yes" if agreed else "no"
+
+
+def _agreement(question: str, answer: str) -> bool | None:
+    """Whether question and answer say the same of the findings that both name; None where they disagree among each other."""
     asked = _presence(question.rstrip("?"))
     said = _presence(answer)
     agreements = {asked[name] == said[name] for name in asked if name in said}
-    if len(agreements) == 1:
-        return "yes" if agreements.pop() else "no"
-    if _NEGATION.search(answer):
-        return "no"
-    return None
+    return agreements.pop() if len(agreements) == 1 else None
 
 
 def choices(question: str) -> tuple[str, str] | None:
@@ -281,6 +329,36 @@ def facts(text: str) -> tuple[Fact, ...]:
                     None
                 )
     return tuple(found)
+
+
+def is_negated(text: str) -> bool:
+    """Whether the text denies something anywhere."""
+    return bool(_NEGATION.search(text) or _AFTER_NEGATION.search(text))
+
+
+@lru_cache(maxsize=65536)
+def negated_spans(text: str) -> tuple[tuple[int, int], ...]:
+    """Places ``text[start:end]`` whose statements the text denies: in a sentence, what follows a negation, and what stands
+    before "is absent" and the like."""
+    spans: list[tuple[int, int]] = []
+    for start, end in sentence_spans(text):
+        after = _AFTER_NEGATION.search(text, start, end)
+        if after:
+            spans.append((start, after.start()))
+        before = _NEGATION.search(text, start, end)
+        if before:
+            spans.append((before.end(), end))
+    return tuple(spans)
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """The sentences of a text as ``text[start:end]``, without what ends them; "but" and the like begin another."""
+    spans, start = [], 0
+    for stop in _SENTENCE.finditer(text):
+        spans.append((start, stop.start()))
+        start = stop.end()
+    spans.append((start, len(text)))
+    return spans
 
 
 def conflicts(reference: str, answer: str, question: str = "") -> tuple[Conflict, ...]:
@@ -418,7 +496,7 @@ def _denied_overall(finding: str, others: dict[str, Fact]) -> bool:
     overall = others.get("abnormality")
     lungs = others.get("lung abnormality")
     return bool(
-        (overall and not overall.present) or (lungs and not lungs.present and finding in _LUNG_FINDINGS)
+        (overall and not overall.present) or (lungs and not lungs.present and finding in LUNG_FINDINGS)
     )
 
 

@@ -8,65 +8,106 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from mmedpo_ray.curate import lexicon
+from mmedpo_ray.curate.edits import Edit, capitalise, is_plural, like, plural, with_article
+from mmedpo_ray.curate.negation import clear_lung_edits, negation_edits, polarity_edits, statement_edits
 from mmedpo_ray.curate.terms import CONCEPTS, Concept, Mention, group_of, mentions
 
 GENERATOR = "rule_edit"
 
-_ACRONYMS = frozenset({"ct", "mri", "mr", "pet", "t1", "t2", "flair", "dwi", "pa", "ap", "copd"})
 # Findings that have no side or zone; they do not stand in where one is stated.
 _MIDLINE = frozenset(
     {"cardiomegaly", "pneumoperitoneum", "mediastinal widening", "interstitial lung disease"}
 )
 _EXCLUSIVE_OPPOSITE = {"normal": ("abnormal", "enlarged"), "enlarged": ("normal",), "abnormal": ("normal",)}
-_POLARITY = re.compile(r"^(\W*)(yes|no)\b(.*)$", re.IGNORECASE | re.DOTALL)
-_THERE_IS = re.compile(r"\b(there (?:is|are)) (?!no\b|not\b)(?:an? )?", re.IGNORECASE)
-_THERE_IS_NO = re.compile(r"\b(there (?:is|are)) no ", re.IGNORECASE)
-_AUXILIARY = re.compile(
-    r"\b(is|are|was|were|does|do|has|have|appears?|shows?)\b(?! not\b)(?: no\b)?", re.IGNORECASE
-)
-_DENIAL = re.compile(r"(^|[.;]\s+)No ([^.;]+?)(?: or ([^.;]+?))?(?=[.;]|$)")
-_STATEMENTS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\b(the )(?:heart|cardiac) size is normal\b", re.IGNORECASE), r"\1heart is enlarged"),
-    (
-        re.compile(r"\b(the )heart is (?:normal|of normal size|normal in size)\b", re.IGNORECASE),
-        r"\1heart is enlarged",
-    ),
-    (
-        re.compile(r"\b(the )(?:heart|cardiac silhouette) is enlarged\b", re.IGNORECASE),
-        r"\1heart size is normal",
-    ),
-)
 _NUMBER_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _COUNT = re.compile(
-    r"(?<![\w.])(\d{1,3}|"
+    r"(?<![\w./])(\d{1,3}|"
     + "|".join(_NUMBER_NAMES)
-    + r")(st|nd|rd|th)?(?![\w]|\.\d|\s*(?:%|cm|mm|ml|hu)\b|%)",
+    + r")(st|nd|rd|th)?(?![\w/]|\.\d|\s*(?:%|cm|mm|ml|hu)\b|%|[\s-]*(?:second|minute|hour|day|week|month|year)s?\b)",
     re.IGNORECASE,
 )
+# "1. Effusion. 2. Nodule.": the number of a list's item is no count.
+_LISTED = re.compile(r"(?:^|[.;:\n]\s*)\d{1,3}[.)]\s")
 _WHOLE_NORMAL_WORDS = 4
 # Groups whose concepts list this many spellings in the same order ("left-sided", "right-sided").
 _ALIGNED_FORMS = {"side": 5, "modality": 3, "sequence": 3, "contrast": 2, "depth": 2, "axiality": 2}
+# Spellings whose counterpart is another than the concept's first: (spelling, concept) → spelling; None: there is none.
+_COUNTERPARTS: dict[tuple[str, str], str | None] = {
+    ("left-sided", "bilateral"): "bilateral",
+    ("right-sided", "bilateral"): "bilateral",
+    ("leftward", "bilateral"): None,
+    ("rightward", "bilateral"): None,
+    ("left-hand", "bilateral"): None,
+    ("right-hand", "bilateral"): None,
+    ("bilaterally", "left"): "on the left",
+    ("bilaterally", "right"): "on the right",
+    ("both sides", "left"): "the left side",
+    ("both sides", "right"): "the right side",
+    ("both lungs", "left"): "the left lung",
+    ("both lungs", "right"): "the right lung",
+    ("apical", "lower"): "basal",
+    ("apical", "middle"): "perihilar",
+    ("apex", "lower"): "base",
+    ("top", "lower"): "bottom",
+    ("superior", "lower"): "inferior",
+    ("inferior", "upper"): "superior",
+    ("bottom", "upper"): "top",
+    ("base", "upper"): "apex",
+    ("basal", "upper"): "apical",
+    ("basilar", "upper"): "apical",
+    ("basilar", "middle"): "perihilar",
+    ("bibasilar", "upper"): "biapical",
+    ("bibasilar", "middle"): "bilateral perihilar",
+    ("mild", "large"): "severe",
+    ("mildly", "moderate"): "moderately",
+    ("mildly", "large"): "severely",
+    ("slight", "large"): "marked",
+    ("minimal", "large"): "extensive",
+    ("moderately", "small"): "mildly",
+    ("moderately", "large"): "severely",
+    ("severe", "small"): "mild",
+    ("severely", "small"): "mildly",
+    ("severely", "moderate"): "moderately",
+    ("marked", "small"): "slight",
+    ("extensive", "small"): "minimal",
+}
+# What has a degree rather than a size: "moderate edema" is mild or severe, "a moderate effusion" small or large.
+_GRADED = frozenset(
+    {
+        "cardiomegaly",
+        "atelectasis",
+        "pulmonary edema",
+        "emphysema",
+        "interstitial lung disease",
+        "hydrocephalus",
+    }
+    | {
+        "midline shift",
+        "mass effect",
+        "edema",
+        "atrophy",
+        "hydronephrosis",
+        "cirrhosis",
+        "inflammation",
+        "obstruction",
+    }
+    | {"hepatomegaly", "pancreatitis", "lymphadenopathy"}
+)
+# "The lungs are clear": what is said of one organ makes no sense of another.
+_SUBJECT_OF = re.compile(r"\s+(?:fields?\s+)?(?:is|are|appears?|remains?)\b", re.IGNORECASE)
+# Names of views, vessels and chambers, in which a side or level is no fact of its own.
+_PART_OF_A_NAME = re.compile(
+    r"(?:\s+and\s+\w+)?\s+(?:views?|projections?|radiographs?|films?|vena cava|limits?|ventric\w*|atri\w+|main\w*|"
+    r"circumflex|mediastinum|internal jugular|jugular|subclavian|decubitus)\b",
+    re.IGNORECASE,
+)
 # In running text other words hold sentences together ("the heart is …"), so only these are exchanged.
 _SWAPPED_IN_REPORTS = frozenset({"finding", "side", "zone", "size"})
 _SHORT_WORDS = 12
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A reference answer with one fact changed.
-
-    Attributes:
-        text: the new answer.
-        axis: kind of fact that was changed.
-    """
-
-    text: str
-    axis: str
 
 
 def vocabulary_of(texts: Iterable[str]) -> frozenset[str]:
@@ -85,94 +126,60 @@ def rule_edit(
         rng: source of randomness; the same state gives the same edit.
         vocabulary: concepts to prefer as replacements, see :func:`vocabulary_of`.
     """
+    known = vocabulary or frozenset(CONCEPTS)
     by_axis: dict[str, list[Edit]] = {}
-    for edit in _all_edits(answer, question, vocabulary or frozenset(CONCEPTS)):
+    for edit in _all_edits(answer, question, known):
         by_axis.setdefault(edit.axis, []).append(edit)
     if "polarity" in by_axis:
         # A closed answer has one fact; everything behind it is comment.
         by_axis = {"polarity": by_axis["polarity"]}
+    return _first_fitting(answer, question, _drawn(by_axis, rng)) or _first_fitting(
+        answer, question, clear_lung_edits(answer, _lung_findings(known))
+    )
+
+
+def _drawn(by_axis: dict[str, list[Edit]], rng: np.random.Generator) -> Iterator[Edit]:
     axes = sorted(by_axis)
     for axis_index in rng.permutation(len(axes)):
         edits = by_axis[axes[axis_index]]
         for index in rng.permutation(len(edits)):
-            if _is_other(answer, edits[index].text, question):
-                return edits[index]
-    return None
+            yield edits[index]
 
 
-def _is_other(answer: str, edited: str, question: str) -> bool:
-    return not lexicon.equivalent(answer, edited) and bool(lexicon.conflicts(answer, edited, question))
+def _first_fitting(answer: str, question: str, edits: Iterable[Edit]) -> Edit | None:
+    """The first edit that contradicts the answer in one fact; where there is none, the first that contradicts it."""
+    second_best = None
+    for edit in edits:
+        if lexicon.equivalent(answer, edit.text):
+            continue
+        found = lexicon.conflicts(answer, edit.text, question)
+        if _is_one_fact(found):
+            return edit
+        if found and second_best is None:
+            second_best = edit
+    return second_best
+
+
+def _is_one_fact(found: tuple[lexicon.Conflict, ...]) -> bool:
+    # Another finding in its place is one edit but two conflicts: one missed, one invented.
+    return len(found) == 1 or sorted(conflict.kind for conflict in found) == ["invented", "missed"]
 
 
 def _all_edits(answer: str, question: str, vocabulary: frozenset[str]) -> Iterator[Edit]:
-    yield from _polarity_edits(answer)
+    yield from polarity_edits(answer)
     yield from _swaps(answer, question, vocabulary)
-    yield from _negations(answer)
-    yield from _statements(answer)
+    yield from negation_edits(answer)
+    yield from statement_edits(answer)
     yield from _counts(answer)
     yield from _abnormal(answer, question, vocabulary)
 
 
-# ---------------------------------------------------------------------- polarity and negation
-
-
-def _polarity_edits(answer: str) -> Iterator[Edit]:
-    if lexicon.polarity(answer) is None:
-        return
-    match = _POLARITY.match(answer)
-    if match is None:
-        return
-    lead, word, rest = match.groups()
-    if not rest.strip(" .") or rest.lstrip().startswith((",", ".", ";", ":", "-", "–")):
-        other = _like(word, "no" if word.lower() == "yes" else "yes")
-        yield Edit(lead + other + _negate(rest, deny=word.lower() == "yes"), "polarity")
-
-
-def _negate(statement: str, *, deny: bool) -> str:
-    """Turns the statement after "Yes," or "No," round; the bare polarity where its grammar is not known."""
-    if not statement.strip(" ."):
-        return statement
-    if deny:
-        changed, count = _THERE_IS.subn(r"\1 no ", statement, count=1)
-        if not count:
-            changed, count = _AUXILIARY.subn(r"\1 not", statement, count=1)
-            if count and re.match(r".*\b(?:do|does|has|have|appears?|shows?) not\b", changed, re.I | re.S):
-                count = 0
-    else:
-        changed, count = _THERE_IS_NO.subn(r"\1 ", statement, count=1)
-        if not count:
-            changed, count = re.subn(
-                r"\b(is|are|was|were) not\b", r"\1", statement, count=1, flags=re.IGNORECASE
-            )
-    if count:
-        return changed
-    return "." if statement.rstrip().endswith(".") else ""
-
-
-def _negations(answer: str) -> Iterator[Edit]:
-    """ "There is a nodule" → "There is no nodule"; "No effusion or nodule" → "There is an effusion. No nodule"."""
-    for match in _THERE_IS.finditer(answer):
-        yield Edit(answer[: match.start()] + match.group(1) + " no " + answer[match.end() :], "negation")
-    for match in _THERE_IS_NO.finditer(answer):
-        yield Edit(answer[: match.start()] + match.group(1) + " " + answer[match.end() :], "negation")
-    if len(lexicon.words(answer)) <= _WHOLE_NORMAL_WORDS:
-        return
-    for match in _DENIAL.finditer(answer):
-        lead, first, second = match.groups()
-        for claimed, denied in ((first, second), (second, first)):
-            named = mentions(claimed) if claimed else ()
-            if len(named) != 1 or named[0].concept.axis != "finding":
-                continue
-            claim = f"There is {_with_article(claimed, named[0].concept)}"
-            text = lead + claim + (f". No {denied}" if denied else "")
-            yield Edit(answer[: match.start()] + text + answer[match.end() :], "negation")
-
-
-def _statements(answer: str) -> Iterator[Edit]:
-    for pattern, replacement in _STATEMENTS:
-        changed, count = pattern.subn(replacement, answer, count=1)
-        if count:
-            yield Edit(changed, "finding")
+def _lung_findings(vocabulary: frozenset[str]) -> list[tuple[str, bool]]:
+    return [
+        (name, CONCEPTS[name].mass_noun)
+        for name in sorted(lexicon.LUNG_FINDINGS & vocabulary or lexicon.LUNG_FINDINGS)
+        if name not in _MIDLINE
+    ]
 
 
 # ---------------------------------------------------------------------- swaps
@@ -184,13 +191,23 @@ def _swaps(answer: str, question: str, vocabulary: frozenset[str]) -> Iterator[E
     options = lexicon.choices(question)
     placed = any(mention.concept.axis in ("side", "zone") for mention in found)
     is_short = len(lexicon.words(answer)) <= _SHORT_WORDS
+    denied = lexicon.negated_spans(answer)
     for mention in found:
-        if not is_short and mention.concept.axis not in _SWAPPED_IN_REPORTS:
+        axis = mention.concept.axis
+        if not is_short and axis not in _SWAPPED_IN_REPORTS:
+            continue
+        if any(start <= mention.start < end for start, end in denied):
+            continue
+        if axis == "anatomy" and _SUBJECT_OF.match(answer, mention.end):
+            continue
+        if axis in ("side", "zone") and _PART_OF_A_NAME.match(answer, mention.end):
             continue
         for target in _targets(mention.concept, vocabulary, options):
             if target.name in named or (placed and target.name in _MIDLINE):
                 continue
-            yield Edit(_replace(answer, mention, target), mention.concept.axis)
+            changed = _replace(answer, mention, target)
+            if changed is not None:
+                yield Edit(changed, axis)
 
 
 def _targets(
@@ -207,63 +224,59 @@ def _targets(
     return usual or others
 
 
-def _replace(answer: str, mention: Mention, target: Concept) -> str:
-    """The answer with one mention exchanged, in its spelling, number, capitals and article."""
+def _replace(answer: str, mention: Mention, target: Concept) -> str | None:
+    """The answer with one mention exchanged, in its spelling, number, capitals and article; None where it would not fit."""
     surface = answer[mention.start : mention.end]
     before, after = answer[: mention.start], answer[mention.end :]
     if surface in ("L", "R"):
         return before + ("R" if surface == "L" else "L") + after
-    index = mention.form if mention.form < _ALIGNED_FORMS.get(target.group, 0) else 0
-    spelled = target.forms[index]
-    is_plural = surface.lower() == mention.concept.forms[mention.form] + "s"
-    if is_plural and not spelled.endswith("s") and not target.mass_noun:
-        spelled += "s"
-    spelled = _like(surface, spelled)
+    if target.name == "middle" and after.startswith(" lobe") and before.lower().endswith("left "):
+        return None
+    spelled = _counterpart(surface, mention, target, after)
+    if spelled is None:
+        return None
+    many = is_plural(surface, mention)
+    spelled = like(surface, plural(target, spelled) if many else spelled)
     article = re.search(r"\b(an?) ((?:\w+ )*)$", before, re.IGNORECASE)
     if mention.concept.axis == "finding" and not article and re.search(r"\b(?:is|shows?) $", before):
-        return before + (_with_article(spelled, target) if not is_plural else spelled) + after
+        return before + with_article(spelled, bare=many or target.mass_noun) + after
     if article and not article.group(2):
         start = before[: article.start()]
         word = "" if target.mass_noun else ("an" if spelled[0].lower() in "aeiou" else "a")
         if article.group(1)[0].isupper():
-            word, spelled = word.capitalize(), spelled if word else _capitalise(spelled)
+            word, spelled = word.capitalize(), spelled if word else capitalise(spelled)
         return f"{start}{word} {spelled}{after}" if word else f"{start}{spelled}{after}"
     return before + spelled + after
 
 
-def _with_article(spelled: str, concept: Concept) -> str:
-    if concept.mass_noun:
-        return spelled
-    return f"{'an' if spelled[0].lower() in 'aeiou' else 'a'} {spelled}"
-
-
-def _like(surface: str, spelled: str) -> str:
-    """``spelled`` with the capitals of ``surface``; acronyms in capitals always."""
-    first, _, rest = spelled.partition(" ")
-    stem, hyphen, suffix = first.partition("-")
-    if stem in _ACRONYMS:
-        return stem.upper() + hyphen + suffix + (f" {rest}" if rest else "")
-    if len(surface) > 1 and surface.isupper() and surface.lower() not in _ACRONYMS:
-        return spelled.upper()
-    return _capitalise(spelled) if surface[:1].isupper() and surface.lower() not in _ACRONYMS else spelled
-
-
-def _capitalise(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _counterpart(surface: str, mention: Mention, target: Concept, after: str) -> str | None:
+    """How the target is spelled in the place of the mention; None where it has no such form."""
+    key = (surface.lower(), target.name)
+    if key in _COUNTERPARTS:
+        return _COUNTERPARTS[key]
+    if surface.lower() == "moderate":
+        graded = next((m.concept.name for m in mentions(after) if m.concept.axis == "finding"), None)
+        if graded in _GRADED:
+            return "mild" if target.name == "small" else "severe"
+    aligned = min(_ALIGNED_FORMS.get(target.group, 0), len(target.forms))
+    return target.forms[mention.form if mention.form < aligned else 0]
 
 
 # ---------------------------------------------------------------------- counts and overall statements
 
 
 def _counts(answer: str) -> Iterator[Edit]:
+    listed = [match.span() for match in _LISTED.finditer(answer)]
     for match in _COUNT.finditer(answer):
+        if any(start <= match.start() < end for start, end in listed):
+            continue
         spelled, ordinal = match.group(1), match.group(2)
         is_word = spelled.lower() in _NUMBER_NAMES
         value = _NUMBER_NAMES.index(spelled.lower()) if is_word else int(spelled)
         for other in (value + 1, value - 1):
             if other < 1 or (is_word and other >= len(_NUMBER_NAMES)):
                 continue
-            text = _like(spelled, _NUMBER_NAMES[other]) if is_word else str(other)
+            text = like(spelled, _NUMBER_NAMES[other]) if is_word else str(other)
             if ordinal:
                 text += _ordinal(other)
             yield Edit(answer[: match.start()] + text + answer[match.end() :], "number")
@@ -286,4 +299,4 @@ def _abnormal(answer: str, question: str, vocabulary: frozenset[str]) -> Iterato
     usual = [concept for concept in findings if concept.name in vocabulary and concept.group != "device"]
     for concept in usual:
         end = "." if answer.endswith(".") else ""
-        yield Edit(_capitalise(concept.name) + end, "finding")
+        yield Edit(capitalise(concept.name) + end, "finding")

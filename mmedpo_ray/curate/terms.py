@@ -152,7 +152,7 @@ _OTHERS: dict[str, tuple[Axis, float, list[str]]] = {
         "zone",
         0.6,
         [
-            "upper|superior|apical|top|apex|suprahilar",
+            "upper|superior|apical|top|apex|suprahilar|biapical",
             "middle|mid|perihilar|central|center|centre",
             "lower|inferior|basal|bottom|base|basilar|bibasilar",
         ],
@@ -201,7 +201,7 @@ _OTHERS: dict[str, tuple[Axis, float, list[str]]] = {
         [
             "small|mild|minimal|slight|tiny|trace|mildly",
             "moderate|moderately",
-            "large|severe|massive|marked|extensive",
+            "large|severe|massive|marked|extensive|severely",
         ],
     ),
     "state": ("state", 0.7, ["normal|unremarkable", "enlarged|dilated", "abnormal", "absent", "clear"]),
@@ -235,8 +235,8 @@ _OTHERS: dict[str, tuple[Axis, float, list[str]]] = {
         "appearance",
         0.5,
         [
-            "hyperintense|hyper intense|bright|white",
-            "hypointense|hypo intense|dark|black",
+            "hyperintense|hyper intense|bright|white|hyperintensity",
+            "hypointense|hypo intense|dark|black|hypointensity",
             "isointense|iso intense|intermediate|gray|grey",
         ],
     ),

@@ -337,7 +337,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     )
     table.add_column("")
     for name in names.values():
-        table.add_column(name.replace("_", "_\u200b"), justify="right", overflow="fold")
+        table.add_column(name.replace("_", "_\n", 1), justify="right", overflow="fold")
     table.add_column(f"{names.get('aligned', 'aligned')} −\n{names.get('base', 'base')}", justify="right")
     if "control" in names:
         table.add_column(f"{names['aligned']} −\n{names['control']}", justify="right")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from mmedpo_ray.settings.base import Section
@@ -19,13 +21,22 @@ class EndpointConfig(Section):
     )
     concurrency: int = Field(16, ge=1, description="requests in flight")
     requests_per_minute: float | None = Field(
-        None, gt=0, description="rate limit over all workers; null: none"
+        None, gt=0, description="rate limit over all workers, retries included; null: none"
     )
-    timeout_s: float = Field(60, gt=0, description="of one request")
+    timeout_s: float = Field(60, gt=0, description="longest silence of one try of a request")
     retries: int = Field(
-        4, ge=0, description="after rate limits, time-outs and server errors, with growing pauses"
+        4,
+        ge=0,
+        description="after rate limits, time-outs and server errors, with growing pauses or the endpoint's Retry-After",
     )
-    temperature: float = Field(0.0, ge=0)
-    max_tokens: int = Field(256, ge=16)
+    temperature: float | None = Field(0.0, ge=0, description="null: not sent, for models that refuse it")
+    max_tokens: int = Field(
+        1024,
+        ge=16,
+        description="longest answer in tokens; a rewrite repeats the reference, so room for twice that",
+    )
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="name of that limit; OpenAI's reasoning models want max_completion_tokens"
+    )
     usd_per_million_input: float = Field(0.0, ge=0, description="price, for the cost in the manifest")
     usd_per_million_output: float = Field(0.0, ge=0, description="price, for the cost in the manifest")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from chat_server import MODEL, Reply, running
 from PIL import Image
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray import stage, storage, tables
 from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.curate import curate, draw_visual_samples, train_samples
+from mmedpo_ray.curate.curate import curate, draw_visual_samples, key_settings, train_samples
 from mmedpo_ray.data.ingest import ingest
 from mmedpo_ray.errors import DroppedShareError, UserError
 from mmedpo_ray.run_folder import RunFolder
@@ -86,7 +89,7 @@ def test_a_resumed_station_writes_the_same_table(ingested: Path, tmp_path: Path)
         "curate",
         RunFolder(str(ingested)).pairs,
         config,
-        settings=[config.curate, config.run.seed],
+        settings=key_settings(config),
         inputs=[RunFolder(str(ingested)).samples],
     )
     station.done_ids("pair_id")
@@ -119,18 +122,16 @@ def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
         storage.remove(path)
     storage.write_parquet(folder / "samples" / "part-0.parquet", tables.to_table(samples, tables.SAMPLES))
     model = build_tiny_llava(tmp_path / "llava")
-    config = phantom_config(
-        folder,
+    sampling = (
         "curate.text.method=on_policy",
         "curate.text.num_candidates=2",
         "curate.text.max_tokens=12",
-        "curate.visual.tool=self_attention",
-        "curate.visual.min_confidence=0",
         f"model.path={model}",
         "model.engine.max_model_len=256",
         "model.engine.kv_cache_gib=0.25",
     )
-    manifest = curate(config)
+    visual = ("curate.visual.tool=self_attention", "curate.visual.min_confidence=0")
+    manifest = curate(phantom_config(folder, *sampling, *visual))
     questions = sum(row["split"] == "train" for row in samples)
     lost_questions = sum(row["image_id"] == lost for row in samples)
     sampled = stage.read_manifest(RunFolder(str(folder)).candidates)
@@ -152,6 +153,60 @@ def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
             assert pair["generator"] == str(model)
         if pair["kind"] == "visual":
             assert 0 < pair["tool_confidence"] < 1
+    check_judge_and_rewrite_behind_an_endpoint(folder, sampling, sampled)
+
+
+def check_judge_and_rewrite_behind_an_endpoint(
+    folder: Path, sampling: tuple[str, ...], sampled: stage.Manifest
+) -> None:
+    """The candidates that are there, now judged by a model that knows every third question, which then writes itself."""
+    opposites = {"Yes": "No", "No": "Yes", "left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+
+    def answer(body: dict[str, Any], before: int) -> Reply:
+        (line,) = [text for text in body["messages"][0]["content"].splitlines() if text.startswith("{")]
+        asked = json.loads(line)
+        if "answers" in asked:
+            knows = len(asked["reference_answer"]) % 3 == 0
+            return Reply(json.dumps({"choice": str(len(asked["answers"])) if knows else "none"}))
+        reference = asked["reference_answer"]
+        found = re.search(rf"\\b(?:{'|'.join(opposites)})\\b", reference)
+        if found is None:
+            return Reply("I would rather not.")
+        other = opposites[found.group(0)]
+        rewritten = reference[: found.start()] + other + reference[found.end() :]
+        fields = {"original_span": found.group(0), "new_span": other, "changed": "side"}
+        return Reply(json.dumps(fields | {"rewritten": rewritten}))
+
+    run = RunFolder(str(folder))
+    with running() as server:
+        server.answer = answer
+        endpoint = (f"curate.text.endpoint.base_url={server.url}", f"curate.text.endpoint.model={MODEL}")
+        behind = ("curate.text.judge=endpoint", "curate.text.fallback=rewrite", "curate.visual.tool=none")
+        manifest = curate(phantom_config(folder, *sampling, *endpoint, *behind))
+        requests = len(server.requests)
+    assert stage.read_manifest(run.candidates) == sampled, "nothing is sampled anew"
+    train = {row["sample_id"]: row for row in train_samples(phantom_config(folder)).to_pylist()}
+    chosen = {row["sample_id"]: row for row in storage.dataset(run.choices).to_table().to_pylist()}
+    rewrites = {row["sample_id"]: row for row in storage.dataset(run.rewrites).to_table().to_pylist()}
+    unread = storage.dataset(storage.join(run.rewrites, "dropped")).to_table()["sample_id"].to_pylist()
+    assert requests == len(chosen) + len(rewrites) + len(unread)
+    picked = {name for name, row in chosen.items() if row["candidate_id"] is not None}
+    assert picked
+    assert set(chosen) - picked
+    assert set(train) == picked | set(rewrites) | set(unread), (
+        "who has no candidate is rewritten, nobody else"
+    )
+    assert not picked & (set(rewrites) | set(unread))
+    pairs = {pair["sample_id"]: pair for pair in pairs_of(folder)}
+    assert set(pairs) == picked | set(rewrites)
+    assert manifest.dropped == {"rewrite_unreadable": len(unread)}
+    candidates = stage.read_table(run.candidates, tables.CANDIDATES, "candidates").to_pylist()
+    text_of = {row["candidate_id"]: row["candidate"] for row in candidates}
+    for name in picked:
+        assert pairs[name]["rejected"] == text_of[chosen[name]["candidate_id"]]
+    for name, row in rewrites.items():
+        assert (pairs[name]["rejected"], pairs[name]["generator"]) == (row["rewritten"], "rewrite")
+        assert row["original_span"] in train[name]["answer"]
 
 
 def test_released_rows_of_real_images(shared_data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray import stage, storage, tables
+from mmedpo_ray import parts, stage, storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import DroppedShareError, UserError, user_message
+from mmedpo_ray.slices import map_slices
 
 SCHEMA = pa.schema(
     [pa.field("id", pa.string(), nullable=False), pa.field("value", pa.int64(), nullable=False)]
@@ -179,3 +182,221 @@ def test_a_user_error_in_a_task_reaches_the_user_without_the_traceback() -> None
         ray.data.range(3).map_batches(fail, num_cpus=0.25).take_all()
     assert user_message(caught.value) == "row 5 of rows.json: do this"
     assert user_message(ValueError("something else")) is None
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(1, 30), st.integers(1, 30))
+def test_slices_hold_every_row_once_in_blocks_of_their_size(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], rows: int, group: int
+) -> None:
+    folder = tmp_path_factory.mktemp("slices")
+    written = []
+    for index, size in enumerate(sizes):
+        table = pa.table({"id": [f"{index}-{number}" for number in range(size)], "other": [1] * size})
+        storage.write_parquet(folder / f"{index % 2}" / f"{index}.parquet", table, row_group_size=group)
+        written += table["id"].to_pylist()
+    schema = pa.schema([("id", pa.string()), ("value", pa.int64())])
+
+    def count(batch: pa.Table) -> pa.Table:
+        assert batch.schema == schema and batch["value"].null_count == len(batch)
+        return batch.append_column("rows", pa.array([len(batch)] * len(batch)))
+
+    folders = [str(folder / "0"), str(folder / "1"), str(folder / "nowhere")]
+    dataset = map_slices(folders, schema, count, num_cpus=0.25, rows=rows)
+    if not written:
+        assert dataset is None
+        return
+    found = dataset.take_all()
+    assert sorted(row["id"] for row in found) == sorted(written)
+    assert max(row["rows"] for row in found) <= rows
+
+
+# ---------------------------------------------------------------------- rows tried again
+
+
+def run_asked(folder: Path, fails: set[str], seen: list[str] | None = None) -> stage.Manifest:
+    """A station that asks something which fails for some ids, and drops one for good."""
+    station = stage.Station("asked", str(folder / "t"), config_of(folder), settings=["ask"])
+    if manifest := station.finished():
+        return manifest
+
+    def ask(row: dict) -> dict:
+        if row["id"] in fails:
+            return {"id": row["id"], "value": None, "drop_reason": "no_answer", "drop_detail": "503"}
+        if row["id"] == "0001":
+            return {"id": row["id"], "value": None, "drop_reason": "useless", "drop_detail": "empty"}
+        return {"id": row["id"], "value": len(row["id"]), "drop_reason": None, "drop_detail": None}
+
+    def build(done: set[str]) -> ray.data.Dataset | None:
+        names = [f"{number:04d}" for number in range(20)]
+        if seen is not None:
+            seen.extend(name for name in names if name not in done)
+        return stage.without(ray.data.from_arrow(pa.table({"id": names})), "id", done).map(ask, num_cpus=0.25)
+
+    return station.write_rows(build, schema=SCHEMA, id_column="id", retry_reasons=("no_answer",))
+
+
+def next_key(folder: Path) -> str:
+    return stage.Station("next", str(folder / "n"), config_of(folder), inputs=[str(folder / "t")]).key
+
+
+def test_rows_that_failed_are_tried_again_and_only_a_change_reaches_later_stations(tmp_path: Path) -> None:
+    first = run_asked(tmp_path, {"0003", "0004"})
+    assert first.dropped == {"no_answer": 2, "useless": 1}
+    key = next_key(tmp_path)
+
+    seen: list[str] = []
+    again = run_asked(tmp_path, {"0003", "0004"}, seen)
+    assert seen == ["0003", "0004"], "kept rows and those dropped for good stay"
+    assert (again.rows_in, again.dropped) == (first.rows_in, first.dropped)
+    assert next_key(tmp_path) == key, "nothing changed"
+
+    better = run_asked(tmp_path, {"0004"}, seen := [])
+    assert seen == ["0003", "0004"]
+    assert (better.rows_in, better.rows_out, better.dropped) == (20, 18, {"no_answer": 1, "useless": 1})
+    changed = next_key(tmp_path)
+    assert changed != key
+
+    run_asked(tmp_path, {"0004"})
+    assert next_key(tmp_path) == changed, "again nothing changed"
+    done = run_asked(tmp_path, set(), seen := [])
+    assert seen == ["0004"] and done.dropped == {"useless": 1}
+    assert next_key(tmp_path) not in {key, changed}
+    seen = []
+    assert run_asked(tmp_path, {"0002"}, seen) == done and not seen, "nothing failed: skipped"
+
+    whole = tmp_path / "whole"
+    run_asked(whole, set())
+    assert files_of(tmp_path / "t") == files_of(whole / "t")
+
+
+def test_a_second_attempt_that_dies_keeps_the_finished_table(tmp_path: Path) -> None:
+    first = run_asked(tmp_path, {"0003"})
+    station = stage.Station("asked", str(tmp_path / "t"), config_of(tmp_path), settings=["ask"])
+
+    def build(done: set[str]) -> None:
+        raise RuntimeError("endpoint is down")
+
+    with pytest.raises(RuntimeError, match="down"):
+        station.write_rows(build, schema=SCHEMA, id_column="id", retry_reasons=("no_answer",))
+    assert stage.read_manifest(str(tmp_path / "t")) == first
+    assert table_of(tmp_path).num_rows == first.rows_out
+    assert run_asked(tmp_path, set()).rows_out == 19
+
+
+# ---------------------------------------------------------------------- large tables
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Content of every file of a table but the manifest."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def shuffled_table(folder: Path, order: list[int], part_rows: int) -> stage.Manifest:
+    """A table of 300 rows, every seventh dropped, whose rows come in the given order."""
+    station = stage.Station("s", str(folder / "t"), config_of(folder, "ray.rows_per_part=1000"))
+    station.done_ids("id")
+    for start in range(0, len(order), part_rows):
+        rows = [
+            {"id": f"{number}", "value": number, tables.DROP_REASON: None if number % 7 else "seventh"}
+            for number in order[start : start + part_rows]
+        ]
+        station.write_part(rows, SCHEMA, "id")
+    return station.finish_parts(schema=SCHEMA, id_column="id")
+
+
+@pytest.fixture
+def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges of about 25 rows, two of them a file, cut at one id in four."""
+    monkeypatch.setattr(parts, "ROWS_PER_RANGE", 25)
+    monkeypatch.setattr(parts, "_RANGES_PER_FILE", 2)
+    monkeypatch.setattr(parts, "_SAMPLED", 4)
+
+
+def test_a_table_of_many_ranges_is_the_same_however_its_rows_came(
+    tmp_path: Path, small_ranges: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = list(range(300))
+    on_driver = shuffled_table(tmp_path / "driver", numbers, 40)
+    monkeypatch.setattr(parts, "DRIVER_ROWS", 0)
+    in_tasks = shuffled_table(tmp_path / "tasks", numbers[::-1], 17)
+    random.Random(0).shuffle(numbers)
+    # Parts of five rows from anywhere meet every range, so they are sorted into longer runs first.
+    scattered = shuffled_table(tmp_path / "scattered", numbers, 5)
+    monkeypatch.setattr(parts, "_MOST_VISITS", 0)
+    through_runs = shuffled_table(tmp_path / "runs", numbers, 5)
+    found = files_of(tmp_path / "driver" / "t")
+    assert len([name for name in found if not name.startswith("dropped")]) > 3
+    for name in ("tasks", "scattered", "runs"):
+        assert files_of(tmp_path / name / "t") == found, name
+    assert on_driver.content == in_tasks.content == scattered.content == through_runs.content
+    assert table_of(tmp_path / "driver")["id"].to_pylist() == sorted(
+        str(number) for number in range(300) if number % 7
+    )
+    assert on_driver.dropped == {"seventh": 43} and on_driver.rows_in == 300
+
+
+def test_an_id_in_two_parts_of_a_large_table_is_found(
+    tmp_path: Path, small_ranges: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "DRIVER_ROWS", 0)
+    with pytest.raises(UserError, match=r"id '199' occurs 3 times \(2 ids repeat\)"):
+        shuffled_table(tmp_path, [*range(300), 199, 250, 199], 40)
+    assert not (tmp_path / "t" / ".merged").exists()
+    assert stage.read_manifest(str(tmp_path / "t")) is None
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_a_crash_while_files_take_their_places_is_mended(
+    tmp_path: Path, small_ranges: None, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    whole = shuffled_table(tmp_path / "whole", list(range(300)), 60)
+    shuffled_table(tmp_path / "broken", list(range(80)), 60)
+    move, left = storage.move, moves
+
+    def move_some(source: str, target: str) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "move", move_some)
+        with pytest.raises(KeyboardInterrupt):
+            shuffled_table(tmp_path / "broken", list(range(300)), 60)
+    assert stage.read_manifest(str(tmp_path / "broken" / "t")) is None
+    (tmp_path / "broken" / "t" / "manifest.json.0123.tmp").write_bytes(b"half")
+    station = stage.Station("s", str(tmp_path / "broken" / "t"), config_of(tmp_path))
+    found = station.finished()
+    assert found is not None and found.content == whole.content
+    assert files_of(tmp_path / "broken" / "t") == files_of(tmp_path / "whole" / "t")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sets(st.text(max_size=4)), st.sets(st.text(max_size=4)))
+def test_done_ids_are_a_set(
+    tmp_path_factory: pytest.TempPathFactory, names: set[str], others: set[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("done")
+    station = stage.Station("s", str(folder / "t"), config_of(folder))
+    station.done_ids("id")
+    for name in sorted(names):
+        station.write_part([{"id": name, "value": 1}], SCHEMA, "id")
+    done = pickle.loads(pickle.dumps(station.done_ids("id")))
+    assert done == names and len(done) == len(names) and bool(done) == bool(names)
+    assert {name for name in others if name in done} == names & others == done & others
+    column = pa.chunked_array([pa.array(sorted(others), pa.string())])
+    assert done.mask(column).to_pylist() == [name in names for name in sorted(others)]
+    assert 3 not in done
+
+
+def test_no_id_of_many_is_forgotten() -> None:
+    names = [f"case-{number}" for number in range(5000)]
+    done = parts.DoneIds(codes=[parts.encode(names[::2])])
+    assert [name in done for name in names] == [True, False] * 2500
+    assert done.mask(pa.array(names)).to_pylist() == [True, False] * 2500

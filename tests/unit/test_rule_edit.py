@@ -1,4 +1,4 @@
-"""Rule edits change one fact; filters and the choice among sampled answers."""
+"""Rule edits change one fact of an answer or a report; which sampled answer is wrong, and which pair comes of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmedpo_ray.config import TextCurationConfig
 from mmedpo_ray.curate import lexicon
-from mmedpo_ray.curate.hallucinate import Candidate, choose, is_wrong, problem, text_pair
+from mmedpo_ray.curate.hallucinate import Candidate, Material, choose, is_wrong, pick, text_pair
 from mmedpo_ray.curate.rule_edit import rule_edit, vocabulary_of
 from mmedpo_ray.data.phantom import generate
 
@@ -138,39 +138,206 @@ def test_what_counts_as_wrong(kind: str, question: str, reference: str, answer: 
     assert is_wrong(reference, answer, question, kind) is wrong
 
 
-def test_filters_name_their_reason() -> None:
-    assert problem("Left", "Right", 4) is None
-    assert problem("The liver", "liver", 4) == "same_answer"
-    assert problem("Left", " ", 4) == "empty_rejected"
-    assert problem("Left", "Question: which side? Right", 4) == "meta_text"
-    assert problem("Left", "right " * 9, 4) == "rejected_too_long"
-    assert problem("Left", "right " * 8, 4) is None
-
-
 def candidate(text: str) -> Candidate:
-    return Candidate(text, "model", "hash", 1)
+    return Candidate(text, "model", "hash", 1, candidate_id=f"id of {text}")
+
+
+def material(*texts: str, **tables: dict) -> Material:
+    return Material([candidate(text) for text in texts], **tables)
+
+
+def sample(answer: str, question: str = "Which side?") -> dict[str, str]:
+    names = ("sample_id", "image_id", "dataset", "task", "image_uri")
+    return dict.fromkeys(names, "x") | {"question": question, "answer": answer, "answer_type": "open"}
 
 
 def test_the_most_conflicting_wrong_candidate_is_chosen() -> None:
-    answers = [candidate(text) for text in ("Left upper zone", "Left lower zone", "Right upper zone", "")]
-    found = choose("Left upper zone", "Where?", "open", answers, 4)
+    answers = [candidate(text) for text in ("Left upper zone", "Left lower zone", "Right upper zone")]
+    found = choose("Left upper zone", "Where?", "open", answers)
     assert found is not None
     assert found.text == "Right upper zone"
-    assert choose("Left upper zone", "Where?", "open", answers[:1], 4) is None
+    assert choose("Left upper zone", "Where?", "open", answers[:1]) is None
 
 
 def test_a_right_answer_is_filled_in_or_dropped() -> None:
-    sample = dict.fromkeys(("sample_id", "image_id", "dataset", "task", "image_uri"), "x") | {
-        "question": "Which side?",
-        "answer": "Left",
-        "answer_type": "open",
-    }
     fill = TextCurationConfig()
-    row = text_pair(sample, [candidate("Left")], fill, frozenset(), 0)
-    assert (row["rejected"], row["generator"]) == ("Right", "rule_edit") or row["rejected"] == "Bilateral"
-    row = text_pair(sample, [candidate("Right")], fill, frozenset(), 0)
+    row = text_pair(sample("Left"), material("Left"), fill, frozenset(), 0)
+    assert row["generator"] == "rule_edit"
+    assert row["rejected"] in ("Right", "Bilateral")
+    row = text_pair(sample("Left"), material("Right"), fill, frozenset(), 0)
     assert (row["rejected"], row["generator"], row["seed"]) == ("Right", "model", 1)
-    strict = TextCurationConfig(fallback="none")
-    row = text_pair(sample, [candidate("Left")], strict, frozenset(), 0)
-    assert row["drop_reason"] == "no_wrong_answer"
-    assert "Left" not in str(row["drop_detail"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "candidates", "reason"),
+    [
+        ("Left", ["Left"], "same_answer"),
+        ("Left", ["<image> Right", "left.", "USER: Right"], "meta_text"),
+        ("Left", ["", ""], "empty_rejected"),
+        ("Left", [], "no_wrong_answer"),
+        # One passes the filters, but is not wrong.
+        ("Left lung", ["The left upper lung", "<image>"], "no_wrong_answer"),
+    ],
+)
+def test_the_reason_says_which_filter_took_the_candidates(
+    answer: str, candidates: list[str], reason: str
+) -> None:
+    row = text_pair(
+        sample(answer), material(*candidates), TextCurationConfig(fallback="none"), frozenset(), 0
+    )
+    assert row["drop_reason"] == reason
+    assert answer not in str(row["drop_detail"])
+
+
+def test_a_judge_chooses_only_among_what_the_filters_left() -> None:
+    settings = TextCurationConfig(judge="endpoint", fallback="none")
+    texts = ("Left", "Right", "Bilateral")
+
+    def chosen(name: str | None, **dropped: str) -> tuple[str | None, str]:
+        given = material(*texts, choice={"candidate_id": name} | dropped)
+        found, reason = pick(sample("Left"), given, settings)
+        return found and found.text, reason
+
+    assert chosen("id of Bilateral")[0] == "Bilateral"
+    assert chosen(None) == (None, "no_wrong_answer")
+    assert chosen("id of Left") == (None, "no_wrong_answer")
+    assert chosen(None, drop_reason="choice_unreadable") == (None, "choice_unreadable")
+
+
+def test_a_rewrite_is_taken_filled_in_or_awaited() -> None:
+    settings = TextCurationConfig(method="rewrite")
+
+    def pair(**rewrite: str | None) -> dict:
+        return text_pair(sample("Left"), material(rewrite=rewrite), settings, frozenset({"right"}), 0)
+
+    taken = pair(rewritten="Both", prompt_sha256="hash", drop_reason=None)
+    assert (taken["rejected"], taken["generator"], taken["prompt_sha256"]) == ("Both", "rewrite", "hash")
+    assert pair(drop_reason="rewrite_inexact")["generator"] == "rule_edit"
+    assert pair(drop_reason="endpoint_failed")["drop_reason"] == "endpoint_failed", "the next run asks again"
+
+
+# ---------------------------------------------------------------------- real wording
+
+# (report, one of the edits it must be able to get)
+REPORTS = [
+    (
+        "Heart size and mediastinal contours are within normal limits. No focal consolidation, pneumothorax, or "
+        "pleural effusion. No acute bony abnormality.",
+        "There is a pneumothorax. No focal consolidation or pleural effusion.",
+    ),
+    (
+        "Cardiomediastinal silhouette is within normal limits. There is no pleural effusion or pneumothorax. "
+        "Degenerative changes of the thoracic spine.",
+        "There is a pleural effusion but no pneumothorax.",
+    ),
+    (
+        "Stable cardiomegaly with mild pulmonary vascular congestion. Small bilateral pleural effusions. Left basilar "
+        "atelectasis.",
+        "Left apical atelectasis.",
+    ),
+    (
+        "PA and lateral views of the chest. There is a small right apical pneumothorax. Left-sided chest tube in place.",
+        "small right basal pneumothorax",
+    ),
+    (
+        "The cardiac silhouette is enlarged. The lungs are without focal consolidation. No large pleural effusions are "
+        "seen.",
+        "The lungs are with focal consolidation.",
+    ),
+    (
+        "Interval removal of the endotracheal tube. Right internal jugular central venous catheter terminates in the "
+        "SVC. No pneumothorax is seen.",
+        "A pneumothorax is seen.",
+    ),
+    (
+        "1. Right lower lobe pneumonia. 2. Small parapneumonic effusion. 3. Follow-up radiograph in 6 weeks is "
+        "recommended.",
+        "2. No small parapneumonic effusion.",
+    ),
+    (
+        "CT abdomen and pelvis with contrast: The liver, spleen, and pancreas are normal. There is moderate right "
+        "hydronephrosis due to a 6 mm stone in the distal right ureter. No free air or free fluid.",
+        "severe right hydronephrosis",
+    ),
+    (
+        "Non-contrast CT of the head demonstrates an acute subdural hematoma along the left cerebral convexity "
+        "measuring 8 mm, with 4 mm of rightward midline shift. No skull fracture.",
+        "There is a skull fracture.",
+    ),
+    (
+        "MRI brain: There is restricted diffusion in the left basal ganglia consistent with acute infarct. No "
+        "hemorrhage. Ventricles are normal in size.",
+        "in the right basal ganglia",
+    ),
+    (
+        "There is no evidence of acute intracranial hemorrhage, mass, or midline shift. The ventricles are symmetric.",
+        "There is evidence of mass but no evidence of acute intracranial hemorrhage or midline shift.",
+    ),
+    ("Lungs are clear bilaterally. No pleural effusions or pneumothoraces.", "There are pleural effusions."),
+    ("The lungs are clear. Negative for acute cardiopulmonary process.", "Positive for acute"),
+    ("The osseous structures are intact. The lungs are clear.", "The lungs show a"),
+    ("The lungs are clear.", "The lungs show a"),
+]
+WORDING = vocabulary_of(report for report, _ in REPORTS)
+
+
+def changed_place(before: str, after: str) -> tuple[int, int]:
+    """The smallest place of ``before`` outside which nothing differs."""
+    start = 0
+    while start < min(len(before), len(after)) and before[start] == after[start]:
+        start += 1
+    end = 0
+    while end < min(len(before), len(after)) - start and before[-1 - end] == after[-1 - end]:
+        end += 1
+    return start, len(before) - end
+
+
+@pytest.mark.parametrize(("report", "wanted"), REPORTS, ids=lambda text: text[:24].strip())
+def test_real_reports_lose_one_fact_in_one_sentence(report: str, wanted: str) -> None:
+    question = "Write a radiology report of this image."
+    edits = {edit(report, question, seed, WORDING) for seed in range(60)}
+    assert None not in edits
+    assert any(wanted in text for text in edits if text), edits
+    sentences = lexicon.sentence_spans(report)
+    for text in edits:
+        assert text is not None
+        start, end = changed_place(report, text)
+        assert any(first <= start and end <= last for first, last in sentences), (report, text)
+        conflicts = lexicon.conflicts(report, text, question)
+        assert len({conflict.subject for conflict in conflicts}) <= 2, (text, conflicts)
+        # Views, list numbers and follow-up times are no findings.
+        for kept in (
+            "lateral views",
+            "1. ",
+            "2. ",
+            "3. ",
+            "6 weeks",
+            "Right internal jugular",
+            "with contrast",
+        ):
+            assert (kept in report) == (kept in text)
+        for broken in ("  ", " ,", ",.", " a a", "is is", "pneumothoraxs", "a pleural effusions", "not not"):
+            assert broken not in text
+
+
+_PIECES = (
+    "No|no|There is|There are|a|the|left|Right|bilateral|effusion|pneumothorax or|nodule,|pleural effusions|without|"
+    "is seen|is not seen|heart is enlarged|lungs are clear|mild|moderate edema|1.|2 cm|two|.|;|but|CT|L lung|Yes,|"
+    "evidence of|negative for|consolidation, and|apical|middle lobe|both lungs"
+)
+FRAGMENTS = st.sampled_from(_PIECES.split("|"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(FRAGMENTS, max_size=14).map(" ".join) | st.text(max_size=80), st.integers(0, 9))
+def test_any_text_is_edited_in_one_place_or_not_at_all(answer: str, seed: int) -> None:
+    for vocabulary in (None, WORDING):
+        found = edit(answer, "What is seen?", seed, vocabulary)
+        if found is None:
+            continue
+        assert found == edit(answer, "What is seen?", seed, vocabulary)
+        assert found != answer
+        assert lexicon.conflicts(answer, found, "What is seen?")
+        start, end = changed_place(answer, found)
+        if lexicon.polarity(answer) is None:
+            assert any(first <= start and end <= last for first, last in lexicon.sentence_spans(answer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,6 +47,21 @@ def test_list_move_remove(tmp_path: Path) -> None:
     storage.remove(tmp_path / "u")
     storage.remove(tmp_path / "u")
     assert not (tmp_path / "u").exists()
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    table = pa.table({"x": [1, 2], "y": ["a", "b"]})
+    digest = storage.write_parquet(tmp_path / "t" / "a.parquet", table)
+    assert digest == hashlib.sha256((tmp_path / "t" / "a.parquet").read_bytes()).hexdigest()
+    (tmp_path / "t" / "a.parquet.0123.tmp").write_bytes(b"half")
+    (tmp_path / "t" / "deep").mkdir()
+    (tmp_path / "t" / "deep" / "b.png.4567.tmp").write_bytes(b"half")
+    storage.remove_temporary(tmp_path / "t")
+    storage.remove_temporary(tmp_path / "nowhere")
+    assert [path.name for path in (tmp_path / "t").rglob("*") if path.is_file()] == ["a.parquet"]
+    assert storage.read_parquet(tmp_path / "t" / "a.parquet", ["y"]).to_pydict() == {"y": ["a", "b"]}
+    with pytest.raises(FileNotFoundError):
+        storage.read_parquet(tmp_path / "t" / "b.parquet")
 
 
 def test_unknown_scheme_and_cloud_models_are_refused() -> None:

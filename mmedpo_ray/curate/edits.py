@@ -1,0 +1,76 @@
+"""An edit of one fact, and how replaced words take over capitals, number and article from the text around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmedpo_ray.curate.terms import Concept, Mention
+
+_ACRONYMS = frozenset({"ct", "mri", "mr", "pet", "t1", "t2", "flair", "dwi", "pa", "ap", "copd"})
+_IRREGULAR = {
+    "pneumothorax": "pneumothoraces",
+    "opacity": "opacities",
+    "mass": "masses",
+    "abscess": "abscesses",
+    "metastasis": "metastases",
+}
+_PLURAL_ENDINGS = ("ies", "ses", "xes", "ces", "wires", "fractures", "lymph nodes")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A reference answer with one fact changed.
+
+    Attributes:
+        text: the new answer.
+        axis: kind of fact that was changed.
+    """
+
+    text: str
+    axis: str
+
+
+def with_article(spelled: str, *, bare: bool) -> str:
+    """The words with "a" or "an"; ``bare``: a mass noun or plural, which take none."""
+    if bare:
+        return spelled
+    return f"{'an' if spelled[:1].lower() in 'aeiou' else 'a'} {spelled}"
+
+
+def is_plural(surface: str, mention: Mention) -> bool:
+    """Whether the text has the concept in its plural."""
+    low = surface.lower()
+    return low == mention.concept.forms[mention.form] + "s" or low.endswith(_PLURAL_ENDINGS)
+
+
+def is_bare(surface: str, mention: Mention) -> bool:
+    """Whether the mention takes no article."""
+    return mention.concept.mass_noun or is_plural(surface, mention)
+
+
+def like(surface: str, spelled: str) -> str:
+    """``spelled`` with the capitals of ``surface``; acronyms in capitals always."""
+    first, _, rest = spelled.partition(" ")
+    stem, hyphen, suffix = first.partition("-")
+    if stem in _ACRONYMS:
+        return stem.upper() + hyphen + suffix + (f" {rest}" if rest else "")
+    if len(surface) > 1 and surface.isupper() and surface.lower() not in _ACRONYMS:
+        return spelled.upper()
+    return capitalise(spelled) if surface[:1].isupper() and surface.lower() not in _ACRONYMS else spelled
+
+
+def capitalise(text: str) -> str:
+    """The text with its first letter as a capital."""
+    return text[:1].upper() + text[1:]
+
+
+def uncapitalise(text: str) -> str:
+    """The text with its first letter small, unless it begins with an acronym or a single capital."""
+    return text if text[1:2].isupper() or not text[1:2].isalpha() else text[:1].lower() + text[1:]
+
+
+def plural(concept: Concept, spelled: str) -> str:
+    """The plural of a concept's spelling."""
+    if spelled in _IRREGULAR:
+        return _IRREGULAR[spelled]
+    return spelled if spelled.endswith("s") or concept.mass_noun else spelled + "s"

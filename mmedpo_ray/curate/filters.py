@@ -1,0 +1,189 @@
+"""What makes a rejected answer unfit to stand beside a chosen one; every filter has its own drop reason.
+
+| reason | the rejected answer |
+| --- | --- |
+| ``empty_rejected`` | has no text |
+| ``meta_text`` | (or the chosen one) talks about the task: leaked prompts, role tags, refusals |
+| ``same_answer`` | says the same in other words |
+| ``contains_truth`` | says the chosen answer in more words, so that preferring against it would punish the truth |
+| ``rejected_too_long`` | is so much longer that length alone tells the two apart |
+| ``wrong_script``, ``wrong_language`` | is written in another script or language, which tells them apart as well |
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+
+from mmedpo_ray.curate import lexicon
+from mmedpo_ray.curate.terms import CONCEPTS, mentions
+
+# A short answer may be longer than the ratio allows by this many words.
+_EXTRA_WORDS = 8
+# A Greek letter or a name in its own spelling is no other script.
+_FOREIGN_LETTERS = 0.2
+_BARE_WORDS = 2
+_MODALITIES = frozenset(concept.name for concept in CONCEPTS.values() if concept.axis == "modality")
+# Turns down what follows, like a negation; the lexicon does not count these as one.
+_CONTRAST = re.compile(
+    r"\b(?:rather than|instead of|as opposed to|unlike|and not|but not)\s+(?:\w+\s+){0,2}$", re.I
+)
+
+# Function words of a language that are no words of English, and of English that are none of the others.
+_FUNCTION_WORDS: dict[str, frozenset[str]] = {
+    language: frozenset(words.split())
+    for language, words in {
+        "en": "the of and are there with this that which it to at were be has have from by not shows seen appears "
+        "what where how does image",
+        "de": "der das und ist ein eine einen einer mit den dem nicht im zu auf sich von bei keine zeigt es sind wird",
+        "fr": "le les est une dans et il avec pas sur aux au ce cette sont qui y du il des elle",
+        "es": "el los las es una del con y que se por para hay esta este al muestra en la",
+        "it": "il lo gli una è con della del nella nel di che non si sono nei al dei una mostra",
+        "pt": "um uma é com da na não que se dos há ao das os mostra em sem",
+        "nl": "het een van en met niet er op zijn geen dat aan bij wordt",
+    }.items()
+}
+_FEWEST_LANGUAGE_WORDS = 6
+_FEWEST_HITS = 3
+
+
+def problem(chosen: str, rejected: str, max_length_ratio: float, question: str = "") -> str | None:
+    """Why two answers make no pair: the drop reason, or None.
+
+    Args:
+        chosen: preferred answer.
+        rejected: dispreferred answer.
+        max_length_ratio: in words; a rejected answer over it, and over by 8 words, is too long.
+        question: what was asked; gives a bare "Yes" its meaning and short answers their language.
+    """
+    if not rejected.strip():
+        return "empty_rejected"
+    if lexicon.is_meta_text(rejected) or lexicon.is_meta_text(chosen):
+        return "meta_text"
+    if lexicon.equivalent(chosen, rejected):
+        return "same_answer"
+    if contains_truth(chosen, rejected, question):
+        return "contains_truth"
+    wanted, got = len(lexicon.words(chosen)), len(lexicon.words(rejected))
+    if got > max_length_ratio * wanted and got >= wanted + _EXTRA_WORDS:
+        return "rejected_too_long"
+    return _foreign(chosen, rejected, question)
+
+
+def most_frequent(reasons: Iterable[str]) -> str | None:
+    """The reason that turned down most candidates, of several the one that came first; None where there is none."""
+    counted = Counter(reasons).most_common(1)
+    return counted[0][0] if counted else None
+
+
+# ---------------------------------------------------------------------- the truth inside a longer answer
+
+
+def contains_truth(chosen: str, rejected: str, question: str = "") -> bool:
+    """Whether the rejected answer states the chosen one and nothing that conflicts with it.
+
+    An answer that states the truth and invents a finding beside it is wrong, and stays. What counts as stated:
+
+    - A bare yes or no is stated by an answer of the same polarity, never by the word alone ("No, …" may contain a "yes").
+    - One option of an "A or B" question is stated where it is named and the other is not: "The liver is larger than the
+      kidney" names both.
+    - Any other answer is stated where its words occur one after the other, whole and in any spelling that the lexicon
+      knows, and are not denied there: "MRI" is stated by "This is an MRI of the brain", not by "This is a CT, not an MRI".
+      Words of the question prove nothing, since every answer may repeat them.
+    """
+    return _states(chosen, rejected, question) and not lexicon.conflicts(chosen, rejected, question)
+
+
+def _states(chosen: str, rejected: str, question: str) -> bool:
+    expected = lexicon.polarity(chosen)
+    if expected is not None and len(lexicon.words(chosen)) <= _BARE_WORDS and len(_phrase(chosen)) == 1:
+        return lexicon.stated_polarity(question, rejected) == expected
+    wanted = [word for word, _ in _phrase(chosen)]
+    if not wanted or len(wanted) > len(_phrase(rejected)):
+        return False
+    if _places(wanted, _phrase(question)):
+        options = [_phrase(option)[0][0] for option in lexicon.choices(question) or () if _phrase(option)]
+        said = {word for word, _ in _phrase(rejected)}
+        named = [option for option in options if option in said]
+        return named == wanted and not any(
+            _is_denied(rejected, place) for place in _places(wanted, _phrase(rejected))
+        )
+    denies = lexicon.is_negated(chosen)
+    return any(denies or not _is_denied(rejected, place) for place in _places(wanted, _phrase(rejected)))
+
+
+def _places(wanted: list[str], said: tuple[tuple[str, int], ...]) -> list[int]:
+    """Where in the text the words stand one after the other; "chest" is not found in "chest X-ray", which names a study."""
+    words = [word for word, _ in said]
+    size = len(wanted)
+    return [
+        said[first][1]
+        for first in range(len(words) - size + 1)
+        if words[first : first + size] == wanted
+        and not (words[first + size : first + size + 1] and words[first + size] in _MODALITIES)
+    ]
+
+
+@lru_cache(maxsize=8192)
+def _phrase(text: str) -> tuple[tuple[str, int], ...]:
+    """The words that carry meaning, in order, each with its place in the text; a concept is one word, its name."""
+    found: list[tuple[str, int]] = []
+    position = 0
+    for mention in mentions(text):
+        found += lexicon.placed_content_words(text, position, mention.start)
+        found.append((mention.concept.name, mention.start))
+        position = mention.end
+    found += lexicon.placed_content_words(text, position, len(text))
+    return tuple(found)
+
+
+def _is_denied(text: str, position: int) -> bool:
+    if _CONTRAST.search(text, 0, position):
+        return True
+    return any(start <= position < end for start, end in lexicon.negated_spans(text))
+
+
+# ---------------------------------------------------------------------- script and language
+
+
+def _foreign(chosen: str, rejected: str, question: str) -> str | None:
+    if not (rejected.isascii() and chosen.isascii()):
+        home = _scripts(chosen) or _scripts(question)
+        written = _scripts(rejected)
+        foreign = sum(count for script, count in written.items() if script not in home)
+        if home and foreign > _FOREIGN_LETTERS * written.total():
+            return "wrong_script"
+    spoken = language(rejected)
+    if spoken is None:
+        return None
+    expected = language(chosen) or language(f"{question} {chosen}")
+    return "wrong_language" if expected is not None and spoken != expected else None
+
+
+def _scripts(text: str) -> Counter[str]:
+    """Letters by script; the scripts that Chinese and Japanese mix count as one."""
+    found: Counter[str] = Counter()
+    for letter in text:
+        if letter.isascii():
+            found["LATIN"] += letter.isalpha()
+        elif letter.isalpha():
+            script = unicodedata.name(letter, "UNKNOWN").split(" ")[0]
+            found["CJK" if script in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else script] += 1
+    return +found
+
+
+def language(text: str) -> str | None:
+    """The language of a text by its function words; None where it is too short or no language stands out.
+
+    Knows seven languages in Latin script. A sentence of jargon ("Stable cardiomegaly.") has none, and is no problem.
+    """
+    spelled = re.findall(r"\w+", text.lower())
+    if len(spelled) < _FEWEST_LANGUAGE_WORDS:
+        return None
+    words = set(spelled)
+    hits = sorted(((len(known & words), name) for name, known in _FUNCTION_WORDS.items()), reverse=True)
+    (best, name), (second, _) = hits[:2]
+    return name if best >= _FEWEST_HITS and best >= 2 * second else None

@@ -1,0 +1,148 @@
+"""The text half of `curate` as Ray Data maps: slices of `samples` → candidates, choices, rewrites → text pairs.
+
+Which tables there are depends on the method; each is a station of its own, and each reads what the one before it left:
+
+    on_policy: candidates [→ choices, judge: endpoint] [→ rewrites of the samples without a wrong candidate, fallback: rewrite]
+    rewrite:   rewrites
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import ray
+
+from mmedpo_ray.config import Config
+from mmedpo_ray.curate import choose, rewrite, slices, text_tasks
+from mmedpo_ray.curate.asking import Asking
+from mmedpo_ray.curate.candidates import sample_candidates
+from mmedpo_ray.curate.hallucinate import stable_seed
+from mmedpo_ray.parts import DoneIds
+from mmedpo_ray.run_folder import RunFolder
+
+_ROWS_PER_TASK = 2048
+
+
+def prepare(config: Config, narrow_samples: Any) -> list[str]:
+    """Runs the stations that the method needs; returns the folders that the pairs are made of.
+
+    Args:
+        config: all settings.
+        narrow_samples: called for the train samples as the sampling of candidates wants them.
+
+    Raises:
+        UserError: a model or an endpoint cannot be used.
+    """
+    run = RunFolder(config.run.folder)
+    text = config.curate.text
+    inputs = [run.samples]
+    if text.method == "released":
+        inputs.append(run.released)
+    if text.method == "on_policy":
+        sample_candidates(config, narrow_samples())
+        inputs.append(run.candidates)
+        if text.judge == "endpoint":
+            _choose(config, inputs)
+            inputs.append(run.choices)
+    if "rewrite" in (text.method, text.fallback if text.method == "on_policy" else None):
+        _rewrite(config, inputs)
+        inputs.append(run.rewrites)
+    return inputs
+
+
+def text_pairs(config: Config, done: DoneIds) -> ray.data.Dataset | None:
+    """The text pairs, kept and dropped, of the train samples that have none yet; None without a method.
+
+    Args:
+        config: all settings.
+        done: ids of the pairs that are there.
+    """
+    run = RunFolder(config.run.folder)
+    settings = config.curate.text
+    if settings.method == "none":
+        return None
+    if settings.method == "released":
+        skip = text_tasks.Skip(done, "pair_id")
+        task = partial(text_tasks.released_pairs, skip=skip, train=_train_ids(run.samples), settings=settings)
+        return _map(slices.cut(run.released, _ROWS_PER_TASK), task, config)
+    task = partial(
+        text_tasks.make_pairs,
+        skip=text_tasks.Skip(done, "sample_id", ":text"),
+        joined=text_tasks.Joined.of(config),
+        settings=settings,
+        vocabulary=ray.put(_vocabulary(config)),
+        seed=config.run.seed,
+    )
+    return _map(slices.cut(run.samples, _ROWS_PER_TASK), task, config)
+
+
+# ---------------------------------------------------------------------- stations behind an endpoint
+
+
+def _choose(config: Config, inputs: list[str]) -> None:
+    run, text = RunFolder(config.run.folder), config.curate.text
+    seed = stable_seed(config.run.seed, "choose")
+    asking = Asking(
+        name="choices",
+        folder=run.choices,
+        endpoint=text.endpoint,
+        task=choose.ChooseTask(text.endpoint.model, seed),
+        settings=[choose.prompt_key(), text.max_length_ratio, seed],
+        inputs=list(inputs),
+    )
+
+    def build(done: DoneIds) -> ray.data.Dataset:
+        joined = text_tasks.Joined.of(config, choices=False, rewrites=False)
+        task = partial(
+            text_tasks.to_choose, skip=text_tasks.Skip(done, "sample_id"), joined=joined, settings=text
+        )
+        return _map(slices.cut(run.samples, _ROWS_PER_TASK), task, config)
+
+    asking.run(config, build)
+
+
+def _rewrite(config: Config, inputs: list[str]) -> None:
+    run, text = RunFolder(config.run.folder), config.curate.text
+    seed = stable_seed(config.run.seed, "rewrite")
+    asking = Asking(
+        name="rewrites",
+        folder=run.rewrites,
+        endpoint=text.endpoint,
+        task=rewrite.RewriteTask(text.endpoint.model, text.max_length_ratio, seed),
+        settings=[rewrite.prompt_key(), text.method, text.judge, text.max_length_ratio, seed],
+        inputs=list(inputs),
+    )
+
+    def build(done: DoneIds) -> ray.data.Dataset:
+        joined = text_tasks.Joined.of(config, rewrites=False)
+        task = partial(
+            text_tasks.to_rewrite, skip=text_tasks.Skip(done, "sample_id"), joined=joined, settings=text
+        )
+        return _map(slices.cut(run.samples, _ROWS_PER_TASK), task, config)
+
+    asking.run(config, build)
+
+
+# ---------------------------------------------------------------------- shared
+
+
+def _vocabulary(config: Config) -> frozenset[str]:
+    """The concepts of all reference answers, read in tasks; empty where no rule edit can be asked for."""
+    text = config.curate.text
+    if "rule_edit" not in (text.method, text.fallback):
+        return frozenset()
+    samples = slices.cut(RunFolder(config.run.folder).samples, _ROWS_PER_TASK)
+    found = _map(samples, partial(text_tasks.read_concepts, skip=text_tasks.Skip(None, "sample_id")), config)
+    return frozenset(row["concept"] for row in found.iter_rows())
+
+
+def _train_ids(folder: str) -> ray.ObjectRef:
+    return ray.put(slices.column(folder, "sample_id", split="train"))
+
+
+def _map(planned: ray.data.Dataset, task: Any, config: Config) -> ray.data.Dataset:
+    """Runs a function of a slice in Ray tasks."""
+    return planned.map_batches(
+        task, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=config.ray.data_cpus
+    )

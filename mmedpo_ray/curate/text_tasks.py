@@ -1,0 +1,172 @@
+"""What Ray tasks do with a slice of `samples`: join the other tables, leave out what is done, make rows.
+
+Apart from the stations, so that a worker imports no model code for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from mmedpo_ray import tables
+from mmedpo_ray.config import Config, TextCurationConfig
+from mmedpo_ray.curate import slices
+from mmedpo_ray.curate.hallucinate import (
+    Candidate,
+    Material,
+    needs_rewrite,
+    released_pair,
+    text_pair,
+    usable,
+)
+from mmedpo_ray.curate.rule_edit import vocabulary_of
+from mmedpo_ray.parts import DoneIds
+from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.storage import join
+
+_SAMPLE_COLUMNS = [name for name in tables.SAMPLES.names if name not in ("image_sha256", "mask_uri")]
+_CANDIDATES = pa.schema(
+    [
+        tables.CANDIDATES.field(name)
+        for name in ("sample_id", "candidate_id", "candidate", "generator", "prompt_sha256", "seed")
+    ]
+)
+_ASKED = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("candidate_ids", pa.list_(pa.string())),
+        ("candidates", pa.list_(pa.string())),
+    ]
+)
+_CONCEPT = pa.schema([("concept", pa.string())])
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The other tables about a sample, as far as the method has them."""
+
+    candidates: slices.BySample | None
+    choices: slices.BySample | None
+    rewrites: slices.BySample | None
+
+    @classmethod
+    def of(cls, config: Config, *, choices: bool = True, rewrites: bool = True) -> Joined:
+        """Opens the tables that :func:`prepare` has made."""
+        run, text = RunFolder(config.run.folder), config.curate.text
+        is_sampled = text.method == "on_policy"
+        is_rewritten = text.method == "rewrite" or (is_sampled and text.fallback == "rewrite")
+        return cls(
+            slices.BySample([run.candidates], _CANDIDATES) if is_sampled else None,
+            _with_dropped(run.choices, tables.CHOICES)
+            if choices and is_sampled and text.judge == "endpoint"
+            else None,
+            _with_dropped(run.rewrites, tables.REWRITES) if rewrites and is_rewritten else None,
+        )
+
+    def material(self, samples: pa.Table) -> dict[str, Material]:
+        """What the tables hold about each of these samples."""
+        ids = samples["sample_id"]
+        candidates = self.candidates.rows(ids) if self.candidates else {}
+        choices = self.choices.rows(ids) if self.choices else {}
+        rewrites = self.rewrites.rows(ids) if self.rewrites else {}
+        return {
+            name: Material(
+                [_candidate(row) for row in candidates.get(name, ())],
+                next(iter(choices.get(name, ())), None),
+                next(iter(rewrites.get(name, ())), None),
+            )
+            for name in ids.to_pylist()
+        }
+
+
+class Skip:
+    """Leaves out the rows that an earlier attempt has written.
+
+    Args:
+        done: ids that are there.
+        column: column that such an id begins with.
+        suffix: what follows it in the id.
+    """
+
+    def __init__(self, done: DoneIds | None, column: str, suffix: str = "") -> None:
+        self._column = column
+        self._suffix = suffix
+        self._done = ray.put(done) if done else None
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        if self._done is None:
+            return rows
+        ids = pc.binary_join_element_wise(rows[self._column], self._suffix, "")
+        return rows.filter(pc.invert(ray.get(self._done).mask(ids)))
+
+
+def _train(slice_: pa.Table, skip: Skip, columns: list[str]) -> pa.Table:
+    rows = slices.read(slice_, [*columns, "split"])
+    return skip(rows.filter(pc.equal(rows["split"], "train")))
+
+
+def make_pairs(
+    slice_: pa.Table,
+    *,
+    skip: Skip,
+    joined: Joined,
+    settings: TextCurationConfig,
+    vocabulary: ray.ObjectRef,
+    seed: int,
+) -> pa.Table:
+    samples = _train(slice_, skip, _SAMPLE_COLUMNS)
+    material, known = joined.material(samples), ray.get(vocabulary)
+    rows = (text_pair(row, material[row["sample_id"]], settings, known, seed) for row in samples.to_pylist())
+    return tables.to_table(rows, tables.with_drop_columns(tables.PAIRS))
+
+
+def released_pairs(
+    slice_: pa.Table, *, skip: Skip, train: ray.ObjectRef, settings: TextCurationConfig
+) -> pa.Table:
+    rows = skip(slices.read(slice_, tables.PAIRS.names))
+    rows = rows.filter(pc.is_in(rows["sample_id"], value_set=ray.get(train)))
+    made = (released_pair(row, settings.max_length_ratio) for row in rows.to_pylist())
+    return tables.to_table(made, tables.with_drop_columns(tables.PAIRS))
+
+
+def read_concepts(slice_: pa.Table, *, skip: Skip) -> pa.Table:
+    answers = _train(slice_, skip, ["answer"])["answer"].to_pylist()
+    return pa.table({"concept": sorted(vocabulary_of(answers))}, _CONCEPT)
+
+
+def to_rewrite(slice_: pa.Table, *, skip: Skip, joined: Joined, settings: TextCurationConfig) -> pa.Table:
+    samples = _train(slice_, skip, ["sample_id", "question", "answer", "answer_type"])
+    rows = samples.to_pylist()
+    if settings.method == "on_policy":
+        material = joined.material(samples)
+        rows = [row for row in rows if needs_rewrite(row, material[row["sample_id"]], settings)]
+    return tables.to_table(rows, _ASKED)
+
+
+def to_choose(slice_: pa.Table, *, skip: Skip, joined: Joined, settings: TextCurationConfig) -> pa.Table:
+    samples = _train(slice_, skip, ["sample_id", "question", "answer"])
+    material = joined.material(samples)
+    rows = []
+    for row in samples.to_pylist():
+        candidates = material[row["sample_id"]].candidates
+        fit, _ = usable(row["answer"], row["question"], candidates, settings.max_length_ratio)
+        if fit:
+            offered = {"candidate_ids": [c.candidate_id for c in fit], "candidates": [c.text for c in fit]}
+            rows.append(row | offered)
+    return tables.to_table(rows, _ASKED)
+
+
+def _with_dropped(folder: str, schema: pa.Schema) -> slices.BySample:
+    return slices.BySample([folder, join(folder, "dropped")], tables.with_drop_columns(schema))
+
+
+def _candidate(row: dict[str, Any]) -> Candidate:
+    return Candidate(
+        row["candidate"], row["generator"], row["prompt_sha256"], row["seed"], row["candidate_id"]
+    )

@@ -1,0 +1,96 @@
+"""Finished tables read in slices of a few hundred rows, each by the task that works on it.
+
+The driver reads the footers of the files only. (``ray.data.read_parquet`` makes one task a file, of 50,000 rows: few
+tasks, and a crash would cost as many judgements.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from mmedpo_ray import storage
+
+_MOST_ROWS = 2048
+_FEWEST_ROWS = 256
+_SLICES_PER_CPU = 4
+
+_PLAN = pa.schema([("path", pa.string()), ("start", pa.int64()), ("stop", pa.int64())])
+
+
+def map_slices(
+    folders: Sequence[str],
+    schema: pa.Schema,
+    task: Callable[[pa.Table], pa.Table],
+    *,
+    num_cpus: float,
+    rows: int | None = None,
+    alone: bool = False,
+) -> ray.data.Dataset | None:
+    """Runs a function over the rows of some tables; ``None`` where they have no row.
+
+    Args:
+        folders: of the tables; those without files count as empty.
+        schema: columns to read; those that a file lacks are null.
+        task: gets the rows of a slice.
+        num_cpus: CPUs a task asks for.
+        rows: rows of a slice; None: such that every CPU of the cluster gets some.
+        alone: keeps what follows in tasks of its own, as an actor that gathers batches wants its rows, not slices.
+    """
+    sizes = {
+        path: _footer(path).num_rows for folder in folders for path in storage.list_files(folder, ".parquet")
+    }
+    rows = rows or _slice_rows(sum(sizes.values()), num_cpus)
+    plan = [
+        pa.table([[path], [start], [min(start + rows, size)]], schema=_PLAN)
+        for path, size in sizes.items()
+        for start in range(0, size, rows)
+    ]
+    if not plan:
+        return None
+
+    def work(slice_: pa.Table) -> pa.Table:
+        return task(pa.concat_tables([_read(**planned, schema=schema) for planned in slice_.to_pylist()]))
+
+    return ray.data.from_arrow(plan).map_batches(
+        work,
+        batch_format="pyarrow",
+        batch_size=None,
+        zero_copy_batch=True,
+        num_cpus=num_cpus,
+        # Ray Data joins no step to one whose arguments are made task by task.
+        ray_remote_args_fn=dict if alone else None,
+    )
+
+
+def _slice_rows(total: int, num_cpus: float) -> int:
+    tasks = _SLICES_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1) / num_cpus))
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, -(-total // tasks)))
+
+
+def _read(path: str, start: int, stop: int, schema: pa.Schema) -> pa.Table:
+    """Rows ``start`` to ``stop`` (excluded) of a file, from the row groups that hold them."""
+    filesystem, inner = storage.resolve(path)
+    with filesystem.open_input_file(inner) as source:
+        file = pq.ParquetFile(source)
+        sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+        ends = np.cumsum(sizes)
+        first, last = (int(np.searchsorted(ends, place, side="right")) for place in (start, stop - 1))
+        names = [name for name in schema.names if name in file.schema_arrow.names]
+        found = file.read_row_groups(list(range(first, last + 1)), columns=names)
+    found = found.slice(start - (int(ends[first]) - sizes[first]), stop - start)
+    columns = [
+        found[field.name].cast(field.type) if field.name in names else pa.nulls(len(found), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=pa.schema([field.with_nullable(True) for field in schema]))
+
+
+def _footer(path: str) -> pq.FileMetaData:
+    filesystem, inner = storage.resolve(path)
+    with filesystem.open_input_file(inner) as source:
+        return pq.ParquetFile(source).metadata
