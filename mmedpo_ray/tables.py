@@ -23,7 +23,11 @@ SAMPLES = pa.schema(
         _field("sample_id", pa.string(), "unique id of the question about the image"),
         _field("image_id", pa.string(), "unique name of the image or study; all its questions share it"),
         _field("dataset", pa.string(), "name of the data set"),
-        _field("split", pa.string(), "train (pairs are made of these), test (evaluation only) or validate (kept, used by neither)"),
+        _field(
+            "split",
+            pa.string(),
+            "train (pairs are made of these), test (evaluation only) or validate (kept, used by neither)",
+        ),
         _field("task", pa.string(), "vqa or report"),
         _field("answer_type", pa.string(), "closed (yes/no or a choice), open, or report"),
         _field("image_uri", pa.string(), "image file: absolute path, s3:// or gs://"),

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import torch
 
@@ -21,6 +20,7 @@ from mmedpo_ray.align.policy import objective_of
 from mmedpo_ray.align.prepare import COLUMNS, Refusal, tokenise, with_reversed_pairs
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, model_fingerprint
+from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import Manifest, Station, digest, read_manifest, read_table
 
@@ -69,13 +69,13 @@ def needs_reference_table(align: AlignConfig) -> bool:
     )
 
 
-def _pipeline(config: Config, done: set[str], key: str) -> ray.data.Dataset | None:
+def _pipeline(config: Config, done: DoneIds, key: str) -> ray.data.Dataset | None:
     align = config.align
     # The rows are small (no image bytes): handing them over directly spares the tasks that would read and split them.
     table = read_table(RunFolder(config.run.folder).scored, tables.SCORED, "scored").select(COLUMNS)
     if align.reversed_visual_coefficient:
         table = with_reversed_pairs(table)
-    table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=pa.array(sorted(done), pa.string()))))
+    table = done.leave_out(table, "pair_id")
     if not table.num_rows:
         return None
     rows = min(align.pairs_per_forward * _BATCH_FORWARDS, -(-table.num_rows // align.max_workers))

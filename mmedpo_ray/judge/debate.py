@@ -10,8 +10,8 @@ model are cheap and share a pass; the result is the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -19,8 +19,9 @@ import pyarrow as pa
 
 from mmedpo_ray import tables
 from mmedpo_ray.config import AgentConfig
+from mmedpo_ray.endpoint import UsageLog
 from mmedpo_ray.judge import agents as judges
-from mmedpo_ray.judge.agents import Agent, Case, Judgement, Refusal
+from mmedpo_ray.judge.agents import Agent, Case, ChargedAgent, Judgement, Refusal
 
 # Pairs in the middle of a debate.
 DEBATE = pa.schema(
@@ -166,13 +167,26 @@ class HoldPass:
         which: the pass.
         agents: all agents of the debate, in order.
         max_rounds: rounds after which a debate is over.
+        secrets: keys of endpoints, by agent; where one is missing, from the environment of the process that judges.
+        usage: where agents that are charged by the token leave their counters, batch by batch; None: nowhere.
     """
 
-    def __init__(self, which: Pass, agents: Sequence[AgentConfig], max_rounds: int) -> None:
+    def __init__(
+        self,
+        which: Pass,
+        agents: Sequence[AgentConfig],
+        max_rounds: int,
+        secrets: Mapping[str, str | None] | None = None,
+        usage: UsageLog | None = None,
+    ) -> None:
         self._pass = which
         self._max_rounds = max_rounds
+        self._usage = usage
         names = {agent.name for agent in which.agents}
-        self._speakers = [judges.build(agent) if agent.name in names else None for agent in agents]
+        self._speakers = [
+            judges.build(agent, (secrets or {}).get(agent.name)) if agent.name in names else None
+            for agent in agents
+        ]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.select(["question", "chosen", "rejected", "history"]).to_pylist()
@@ -186,7 +200,10 @@ class HoldPass:
             )
             for row in rows
         ]
-        held = hold(cases, self._pass.turns, self._speakers, self._max_rounds)
+        try:
+            held = hold(cases, self._pass.turns, self._speakers, self._max_rounds)
+        finally:
+            self._note_usage()
         columns: dict[str, pa.Array] = {
             "history": pa.array([to_rows(history) for history, _ in held], tables.HISTORY),
             "settled": pa.array(
@@ -196,10 +213,7 @@ class HoldPass:
                 [refusal.reason if refusal else None for _, refusal in held], pa.string()
             ),
             tables.DROP_DETAIL: pa.array(
-                [
-                    f"{self._pass.name}, after {len(history)} judgements" if refusal else None
-                    for history, refusal in held
-                ],
+                [self._detail(history, refusal) if refusal else None for history, refusal in held],
                 pa.string(),
             ),
         }
@@ -207,6 +221,16 @@ class HoldPass:
         for name, values in columns.items():
             kept = kept.append_column(name, values)
         return kept
+
+    def _detail(self, history: Sequence[Judgement], refusal: Refusal) -> str:
+        where = f"{self._pass.name}, after {len(history)} judgements"
+        return f"{where}: {refusal.detail}" if refusal.detail else where
+
+    def _note_usage(self) -> None:
+        """What was charged is noted also where the batch then failed."""
+        for speaker in self._speakers:
+            if self._usage is not None and isinstance(speaker, ChargedAgent):
+                self._usage.add(speaker.take_usage())
 
 
 def from_rows(rows: Sequence[dict[str, Any]] | None) -> tuple[Judgement, ...]:
@@ -216,4 +240,4 @@ def from_rows(rows: Sequence[dict[str, Any]] | None) -> tuple[Judgement, ...]:
 
 def to_rows(history: Sequence[Judgement]) -> list[dict[str, Any]]:
     """A value of the ``history`` column."""
-    return [asdict(item) for item in history]
+    return [dict(vars(item)) for item in history]

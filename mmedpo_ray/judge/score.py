@@ -10,6 +10,7 @@ Three steps, each with tables of its own, so that a crash costs little and a new
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,17 +21,23 @@ import pyarrow.compute as pc
 import ray
 
 from mmedpo_ray import cluster, storage, tables
-from mmedpo_ray.config import Config, WeightConfig
+from mmedpo_ray.config import AgentConfig, Config, OpenAIAgentConfig, ScoreConfig, WeightConfig
+from mmedpo_ray.endpoint import UsageLog
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.judge import agents as judges
 from mmedpo_ray.judge import debate, weights
+from mmedpo_ray.merge import DROPPED
+from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Manifest, Station, read_manifest
+from mmedpo_ray.slices import map_slices
+from mmedpo_ray.stage import LITTLE_AHEAD, Manifest, Station, digest, read_manifest
 
 log = logging.getLogger(__name__)
 
 # Everything of a scored pair but its weight.
 _SCORES = pa.schema([field for field in tables.SCORED if field.name != "weight"])
+_RAW_SCORES = tables.with_drop_columns(_SCORES)
+_DEBATE = ".debate"
 
 
 def score(config: Config) -> Manifest:
@@ -58,21 +65,22 @@ def score(config: Config) -> Manifest:
         return manifest
     total = _rows(run.pairs)
     scores = _scores(config, judging, total)
-    columns = storage.dataset(scores).to_table(columns=["score", "kind", "dataset"])
-    groups = _groups(columns, settings.weights)
-    moments = weights.fit(columns["score"].to_numpy(), groups)
+    moments = _moments(scores, settings.weights)
 
-    def build(done: set[str]) -> ray.data.Dataset | None:
-        rows = _rows_of([scores, storage.join(scores, "dropped")], tables.with_drop_columns(_SCORES), done)
-        weighted = _attach_weights(rows, moments=moments, settings=settings.weights)
-        return _blocks(weighted, config.ray.rows_per_part)
+    def build(done: DoneIds) -> ray.data.Dataset | None:
+        def weigh(rows: pa.Table) -> pa.Table:
+            return _attach_weights(
+                done.leave_out(rows, "pair_id"), moments=moments, settings=settings.weights
+            )
+
+        return map_slices(_with_dropped(scores), _RAW_SCORES, weigh, num_cpus=config.ray.data_cpus)
 
     return station.write_rows(
         build,
         schema=tables.SCORED,
         id_column="pair_id",
         total=total,
-        extra=partial(_figures, config=config),
+        extra=_Figures(settings, _usage(scores)),
     )
 
 
@@ -94,7 +102,7 @@ def _hold_debate(config: Config, judging: Sequence[Any]) -> list[str]:
     folders: list[str] = []
     for which in debate.plan(settings.agents, settings.max_rounds):
         source = folders[-1] if folders else run.pairs
-        folder = storage.join(run.scored, ".debate", which.name)
+        folder = storage.join(run.scored, _DEBATE, which.name)
         station = Station(
             f"debate {which.index + 1}",
             folder,
@@ -103,11 +111,12 @@ def _hold_debate(config: Config, judging: Sequence[Any]) -> list[str]:
             inputs=[source],
         )
         manifest = station.finished() or station.write_rows(
-            partial(_build_pass, which=which, config=config, source=source, options=options),
+            partial(_build_pass, which=which, config=config, source=source, options=options, judging=judging),
             schema=debate.DEBATE,
             id_column="pair_id",
             total=open_pairs,
             extra=lambda table: {"open": pc.sum(pc.invert(table["settled"])).as_py() or 0},
+            extra_columns=["settled"],
             allow_empty=True,
         )
         folders.append(folder)
@@ -118,35 +127,57 @@ def _hold_debate(config: Config, judging: Sequence[Any]) -> list[str]:
 
 
 def _build_pass(
-    done: set[str],
+    done: DoneIds,
     *,
     which: debate.Pass,
     config: Config,
     source: str,
     options: dict[str, dict[str, Any]],
+    judging: Sequence[Any],
 ) -> ray.data.Dataset | None:
     """The open pairs of the pass before (or of ``pairs``) through the agents of this one."""
     settings = config.score
-    if which.index:
-        rows = _rows_of([source], debate.DEBATE, done)
-        rows = rows.filter(pc.invert(rows["settled"]))
-    else:
-        rows = _rows_of([source], tables.PAIRS, done)
-        rows = _open_debate(rows, keep_source_scores=settings.keep_source_scores)
-    chosen = options[which.agents[0].name]
-    blocks = _blocks(rows, chosen["batch_size"])
-    if blocks is None:
-        return None
-    if "concurrency" in chosen:
-        return blocks.map_batches(
-            debate.HoldPass,
-            fn_constructor_args=(which, settings.agents, settings.max_rounds),
-            batch_format="pyarrow",
-            **chosen,
-        )
-    return blocks.map_batches(
-        debate.HoldPass(which, settings.agents, settings.max_rounds), batch_format="pyarrow", **chosen
+    first = which.agents[0]
+    chosen = dict(options[first.name])
+    batch_size = chosen.pop("batch_size")
+    holds_model = "concurrency" in chosen
+    keep_source_scores = settings.keep_source_scores
+
+    def still_open(rows: pa.Table) -> pa.Table:
+        rows = done.leave_out(rows, "pair_id")
+        if which.index:
+            return rows.filter(pc.invert(rows["settled"]))
+        return _open_debate(rows, keep_source_scores=keep_source_scores)
+
+    rows = map_slices(
+        [source],
+        debate.DEBATE if which.index else tables.PAIRS,
+        still_open,
+        num_cpus=config.ray.data_cpus,
+        # What a judge has answered is written when its batch is whole.
+        rows=batch_size if holds_model else None,
+        alone=holds_model,
     )
+    if rows is None:
+        return None
+    if not holds_model:
+        hold = debate.HoldPass(which, settings.agents, settings.max_rounds)
+        return rows.map_batches(hold, batch_format="pyarrow", batch_size=None, **chosen)
+    extra = {"usage": _usage_log(config, judging, first), **chosen.pop("fn_constructor_kwargs", {})}
+    return rows.map_batches(
+        debate.HoldPass,
+        fn_constructor_args=(which, settings.agents, settings.max_rounds),
+        fn_constructor_kwargs=extra,
+        batch_format="pyarrow",
+        batch_size=batch_size,
+        **chosen,
+    )
+
+
+def _usage_log(config: Config, judging: Sequence[Any], agent: AgentConfig) -> UsageLog:
+    """Where an agent that is charged by the token leaves its counters; goes with the debate's tables."""
+    folder = storage.join(RunFolder(config.run.folder).scored, _DEBATE, ".usage")
+    return UsageLog(storage.join(folder, digest(judging, agent.name)))
 
 
 def _needs_debate(keep_source_scores: bool) -> pc.Expression:
@@ -173,23 +204,37 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
     station = Station(
         "scores", folder, config, settings=[judging, settings.keep_source_scores], inputs=[run.pairs]
     )
+    debates = storage.join(run.scored, _DEBATE)
     if station.finished():
+        storage.remove(debates)
         return folder
     passes = _hold_debate(config, judging)
-    held = [part for path in passes for part in (path, storage.join(path, "dropped"))]
+    num_agents, keep_source_scores = len(settings.agents), settings.keep_source_scores
 
-    def build(done: set[str]) -> ray.data.Dataset | None:
-        pairs = _rows_of([run.pairs], tables.with_drop_columns(tables.PAIRS), done)
-        debated = _rows_of(held, tables.with_drop_columns(debate.DEBATE), done)
-        parts = [
-            _score_undebated(pairs, keep_source_scores=settings.keep_source_scores),
-            _score_debated(debated, num_agents=len(settings.agents)),
-        ]
-        names = tables.with_drop_columns(_SCORES).names
-        return _blocks(pa.concat_tables([part.select(names) for part in parts]), config.ray.rows_per_part)
+    def build(done: DoneIds) -> ray.data.Dataset | None:
+        def give_scores(rows: pa.Table) -> pa.Table:
+            rows = done.leave_out(rows, "pair_id")
+            # Only rows of a debate say whether it is settled.
+            debated = pc.is_valid(rows["settled"])
+            undebated = _score_undebated(
+                rows.filter(pc.invert(debated)), keep_source_scores=keep_source_scores
+            )
+            parts = [undebated, _score_debated(rows.filter(debated), num_agents=num_agents)]
+            return pa.concat_tables([part.select(_RAW_SCORES.names) for part in parts])
 
-    station.write_rows(build, schema=_SCORES, id_column="pair_id", total=total)
-    storage.remove(storage.join(run.scored, ".debate"))
+        sources = [run.pairs, *(path for held in passes for path in _with_dropped(held))]
+        schema = tables.with_drop_columns(debate.DEBATE)
+        return map_slices(sources, schema, give_scores, num_cpus=config.ray.data_cpus)
+
+    def usage(_: pa.Table) -> dict[str, Any]:
+        charged = [agent for agent in settings.agents if isinstance(agent, OpenAIAgentConfig)]
+        logs = {agent.name: (_usage_log(config, judging, agent), agent.endpoint) for agent in charged}
+        return {"usage": {name: log.total().figures(endpoint) for name, (log, endpoint) in logs.items()}}
+
+    station.write_rows(
+        build, schema=_SCORES, id_column="pair_id", total=total, extra=usage, extra_columns=["score"]
+    )
+    storage.remove(debates)
     return folder
 
 
@@ -237,6 +282,16 @@ def _score_debated(batch: pa.Table, *, num_agents: int) -> pa.Table:
 # ---------------------------------------------------------------------- step 3: weights
 
 
+def _moments(scores: str, settings: WeightConfig) -> dict[str, weights.Moments]:
+    """The moments of the scores in a table, read batch by batch."""
+    fit = weights.Fit()
+    columns = ["score", "kind", "dataset"]
+    for batch in storage.dataset(scores).to_batches(columns=columns, **LITTLE_AHEAD):
+        if batch.num_rows:
+            fit.add(batch["score"].to_numpy(), _groups(batch, settings))
+    return fit.moments()
+
+
 def _attach_weights(
     batch: pa.Table, *, moments: dict[str, weights.Moments], settings: WeightConfig
 ) -> pa.Table:
@@ -247,40 +302,50 @@ def _attach_weights(
     return _with_columns(batch, weight=pa.array(values, pa.float64(), mask=~kept))
 
 
-def _groups(table: pa.Table, settings: WeightConfig) -> list[str]:
+def _groups(rows: pa.Table | pa.RecordBatch, settings: WeightConfig) -> list[str]:
     return [
         weights.group_of(kind, dataset, settings)
-        for kind, dataset in zip(table["kind"].to_pylist(), table["dataset"].to_pylist(), strict=True)
+        for kind, dataset in zip(rows["kind"].to_pylist(), rows["dataset"].to_pylist(), strict=True)
     ]
 
 
-def _figures(table: pa.Table, *, config: Config) -> dict[str, Any]:
-    """What the manifest tells of the final table."""
-    settings = config.score
-    values = table["weight"].to_numpy()
-    if not values.any():
-        raise UserError(
-            f"score: every weight is 0 with score.weights.mode={settings.weights.mode}, so nothing could be learned. "
-            "Use match_moments, or check the scores in the data."
-        )
-    rounds = table["rounds"].to_numpy()
-    judged = rounds > 0
-    by_round = {str(number): int((rounds == number).sum()) for number in sorted(set(rounds[judged]))}
-    return {
-        "debate": {
-            "agents": [agent.name for agent in settings.agents],
-            "judged": int(judged.sum()),
-            "consensus": int((table["consensus"].to_numpy(zero_copy_only=False) & judged).sum()),
-            "rounds": by_round,
-        },
-        "weights": {
-            "mode": settings.weights.mode,
-            "per": settings.weights.per,
-            "kinds": weights.summary(
-                table["score"].to_numpy(), values, table["kind"].to_pylist(), settings.weights
-            ),
-        },
-    }
+class _Figures:
+    """What the manifest tells of the final table (a :class:`~mmedpo_ray.stage.Tally`)."""
+
+    columns = ("score", "weight", "kind", "rounds", "consensus")
+
+    def __init__(self, settings: ScoreConfig, usage: dict[str, Any]) -> None:
+        self._settings = settings
+        self._usage = usage
+        self._summary = weights.Summary(settings.weights)
+        self._rounds: Counter[int] = Counter()
+        self._agreed = 0
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        self._summary.add(rows["score"].to_numpy(), rows["weight"].to_numpy(), rows["kind"].to_pylist())
+        judged = rows.filter(pc.greater(rows["rounds"], 0))
+        self._rounds.update(judged["rounds"].to_pylist())
+        self._agreed += judged["consensus"].true_count
+
+    def figures(self) -> dict[str, Any]:
+        mode, per = self._settings.weights.mode, self._settings.weights.per
+        if not self._summary.any_weight:
+            raise UserError(
+                f"score: every weight is 0 with score.weights.mode={mode}, so nothing could be learned. Use match_moments, "
+                "or check the scores in the data."
+            )
+        held = {
+            "agents": [agent.name for agent in self._settings.agents],
+            "judged": self._rounds.total(),
+            "consensus": self._agreed,
+            "rounds": {str(number): count for number, count in sorted(self._rounds.items())},
+        }
+        if self._usage:
+            held["usage"] = self._usage
+        return {
+            "debate": held,
+            "weights": {"mode": mode, "per": per, "kinds": self._summary.figures()},
+        }
 
 
 # ---------------------------------------------------------------------- tables
@@ -291,30 +356,13 @@ def _rows(folder: str) -> int:
     return manifest.rows_out if manifest else 0
 
 
-def _rows_of(folders: Sequence[str], schema: pa.Schema, done: set[str]) -> pa.Table:
-    """The rows of several table folders that are not done yet, with the columns of ``schema`` (absent ones null).
-
-    Tables are read here and handed to the workers in blocks: they hold text only, every station sorts its table as a whole
-    in the end, and a small run spends its time on starting readers otherwise.
-    """
-    nullable = pa.schema([field.with_nullable(True).remove_metadata() for field in schema])
-    parts = [
-        storage.dataset(folder, nullable).to_table()
-        for folder in folders
-        if storage.list_files(folder, ".parquet")
-    ]
-    rows = pa.concat_tables(parts) if parts else nullable.empty_table()
-    finished = pa.array(sorted(done), pa.string())
-    return rows.filter(pc.invert(pc.is_in(rows["pair_id"], value_set=finished)))
+def _usage(scores: str) -> dict[str, Any]:
+    manifest = read_manifest(scores)
+    return manifest.extra.get("usage", {}) if manifest else {}
 
 
-def _blocks(rows: pa.Table, size: int) -> ray.data.Dataset | None:
-    """The rows as a Ray dataset in blocks of ``size`` rows, so that workers share them; ``None`` where there is none."""
-    if not rows.num_rows:
-        return None
-    return ray.data.from_arrow(
-        [rows.slice(start, size).combine_chunks() for start in range(0, rows.num_rows, size)]
-    )
+def _with_dropped(folder: str) -> list[str]:
+    return [folder, storage.join(folder, DROPPED)]
 
 
 def _with_columns(batch: pa.Table, **columns: pa.Array | pa.ChunkedArray) -> pa.Table:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,23 +37,51 @@ class Moments:
     std: float
 
 
+class Fit:
+    """The moments of each group, from scores that come batch by batch (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        # Group → rows, mean, sum of squared deviations from it.
+        self._sums: dict[str, tuple[int, float, float]] = {}
+
+    def add(self, scores: Floats, groups: Sequence[str]) -> None:
+        """Adds a batch.
+
+        Args:
+            scores: [N], in [0, 1].
+            groups: [N], see :func:`group_of`.
+        """
+        names = np.asarray(groups, dtype=object)
+        for name in dict.fromkeys(groups):
+            values = scores[names == name]
+            fresh_mean = float(values.mean())
+            fresh_squares = float(np.square(values - fresh_mean).sum())
+            count, mean, squares = self._sums.get(str(name), (0, 0.0, 0.0))
+            total, apart = count + values.size, fresh_mean - mean
+            self._sums[str(name)] = (
+                total,
+                mean + apart * values.size / total,
+                squares + fresh_squares + apart**2 * count * values.size / total,
+            )
+
+    def moments(self) -> dict[str, Moments]:
+        """The moments of all that was added."""
+        return {
+            name: Moments(mean, math.sqrt(squares / count))
+            for name, (count, mean, squares) in self._sums.items()
+        }
+
+
 def group_of(kind: str, dataset: str, settings: WeightConfig) -> str:
     """The group in which a pair's score is normalised."""
     return {"kind": kind, "dataset": dataset, "global": "all"}[settings.per]
 
 
 def fit(scores: Floats, groups: Sequence[str]) -> dict[str, Moments]:
-    """The moments of each group.
-
-    Args:
-        scores: [N], in [0, 1].
-        groups: [N], see :func:`group_of`.
-    """
-    names = np.asarray(groups, dtype=object)
-    return {
-        str(name): Moments(float(scores[names == name].mean()), float(scores[names == name].std()))
-        for name in dict.fromkeys(groups)
-    }
+    """The moments of each group of a whole table; see :meth:`Fit.add`."""
+    whole = Fit()
+    whole.add(scores, groups)
+    return whole.moments()
 
 
 def apply(
@@ -93,38 +121,94 @@ def weigh(scores: Floats, groups: Sequence[str], settings: WeightConfig) -> Floa
 
 def effective_share(weights: Floats) -> float:
     """Effective sample size as a share of the rows: (Σw)² / (n·Σw²), 1 for equal weights, 0 where all are 0."""
-    squares = float(np.square(weights).sum())
-    return float(weights.sum()) ** 2 / (weights.size * squares) if squares > 0 else 0.0
+    return _effective_share(weights.size, float(weights.sum()), float(np.square(weights).sum()))
 
 
 def summary(scores: Floats, weights: Floats, kinds: Sequence[str], settings: WeightConfig) -> dict[str, Any]:
-    """Figures for the manifest: per kind the mean, effective sample share and histograms of scores and weights.
+    """Figures of a whole table; see :class:`Summary`."""
+    whole = Summary(settings)
+    whole.add(scores, weights, kinds)
+    return whole.figures()
 
-    Returns:
-        ``{kind: {"n", "score_mean", "score_std", "mean", "at_clip", "effective_share", "weights": H, "scores": H}}`` with
-        ``H = {"edges": [21], "counts": [20]}``; ``at_clip`` is the share of rows on a clip bound.
+
+@dataclass
+class _Sums:
+    """What a summary adds up about one kind."""
+
+    n: int = 0
+    score: float = 0.0
+    score_squares: float = 0.0
+    weight: float = 0.0
+    weight_squares: float = 0.0
+    at_clip: int = 0
+    score_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
+    weight_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
+
+
+class Summary:
+    """Figures for the manifest: per kind the mean, effective sample share and histograms, from rows that come batch by batch.
+
+    Args:
+        settings: mode, variance and clip bounds.
     """
-    names = np.asarray(kinds, dtype=object)
-    clips = settings.mode in ("match_moments", "literal")
-    low, high = settings.clip if clips else ((0.0, 1.0) if settings.mode == "raw" else (0.5, 1.5))
-    found: dict[str, Any] = {}
-    for kind in sorted(set(kinds)):
-        chosen, values = weights[names == kind], scores[names == kind]
-        at_bound = np.isclose(chosen, low) | np.isclose(chosen, high)
-        found[kind] = {
-            "n": int(chosen.size),
-            "score_mean": round(float(values.mean()), 4),
-            "score_std": round(float(values.std()), 4),
-            "mean": round(float(chosen.mean()), 4),
-            "at_clip": round(float(at_bound.mean()), 4) if clips else 0.0,
-            "effective_share": round(effective_share(chosen), 4),
-            # A constant score has weight 1, which any clip bounds may leave out.
-            "weights": _histogram(chosen, min(low, float(chosen.min())), max(high, float(chosen.max()))),
-            "scores": _histogram(values, 0.0, 1.0),
-        }
-    return found
+
+    def __init__(self, settings: WeightConfig) -> None:
+        self._clips = settings.mode in ("match_moments", "literal")
+        self._bounds = (
+            settings.clip if self._clips else ((0.0, 1.0) if settings.mode == "raw" else (0.5, 1.5))
+        )
+        # A constant score has weight 1, which any clip bounds may leave out.
+        self._range = (min(self._bounds[0], 1.0), max(self._bounds[1], 1.0))
+        self._kinds: dict[str, _Sums] = {}
+
+    def add(self, scores: Floats, weights: Floats, kinds: Sequence[str]) -> None:
+        """Adds a batch: [N] scores in [0, 1], [N] weights, [N] kinds."""
+        names = np.asarray(kinds, dtype=object)
+        low, high = self._bounds
+        for kind in dict.fromkeys(kinds):
+            sums = self._kinds.setdefault(kind, _Sums())
+            chosen, values = weights[names == kind], scores[names == kind]
+            sums.n += chosen.size
+            sums.score += float(values.sum())
+            sums.score_squares += float(np.square(values).sum())
+            sums.weight += float(chosen.sum())
+            sums.weight_squares += float(np.square(chosen).sum())
+            sums.at_clip += int((np.isclose(chosen, low) | np.isclose(chosen, high)).sum())
+            sums.score_counts += np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0]
+            sums.weight_counts += np.histogram(chosen, bins=_BINS, range=self._range)[0]
+
+    @property
+    def any_weight(self) -> bool:
+        """Whether some weight is above 0."""
+        return any(sums.weight > 0 for sums in self._kinds.values())
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of all that was added.
+
+        Returns:
+            ``{kind: {"n", "score_mean", "score_std", "mean", "at_clip", "effective_share", "weights": H, "scores": H}}``
+            with ``H = {"edges": [21], "counts": [20]}``; ``at_clip`` is the share of rows on a clip bound.
+        """
+        found: dict[str, Any] = {}
+        for kind, sums in sorted(self._kinds.items()):
+            mean = sums.score / sums.n
+            found[kind] = {
+                "n": sums.n,
+                "score_mean": round(mean, 4),
+                "score_std": round(math.sqrt(max(0.0, sums.score_squares / sums.n - mean**2)), 4),
+                "mean": round(sums.weight / sums.n, 4),
+                "at_clip": round(sums.at_clip / sums.n, 4) if self._clips else 0.0,
+                "effective_share": round(_effective_share(sums.n, sums.weight, sums.weight_squares), 4),
+                "weights": _histogram(sums.weight_counts, self._range),
+                "scores": _histogram(sums.score_counts, (0.0, 1.0)),
+            }
+        return found
 
 
-def _histogram(values: Floats, low: float, high: float) -> dict[str, list[float]]:
-    counts, edges = np.histogram(values, bins=_BINS, range=(low, high))
+def _effective_share(count: int, total: float, squares: float) -> float:
+    return total**2 / (count * squares) if squares > 0 else 0.0
+
+
+def _histogram(counts: npt.NDArray[np.int64], limits: tuple[float, float]) -> dict[str, list[float]]:
+    edges = np.linspace(*limits, _BINS + 1)
     return {"edges": [round(float(edge), 6) for edge in edges], "counts": [int(count) for count in counts]}

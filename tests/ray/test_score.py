@@ -12,7 +12,7 @@ from tiny_chat import build_tiny_chat
 from mmedpo_ray import storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import UserError, user_message
-from mmedpo_ray.judge.agents.vllm import GRID
+from mmedpo_ray.judge.agents.prompt import GRID
 from mmedpo_ray.judge.score import score
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import Manifest, Station, read_manifest, read_table

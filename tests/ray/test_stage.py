@@ -14,7 +14,7 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray import parts, stage, storage, tables
+from mmedpo_ray import merge, parts, stage, storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import DroppedShareError, UserError, user_message
 from mmedpo_ray.slices import map_slices
@@ -296,7 +296,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def shuffled_table(folder: Path, order: list[int], part_rows: int) -> stage.Manifest:
+def shuffled_table(
+    folder: Path, order: list[int], part_rows: int, extra: stage.Extra | None = None
+) -> stage.Manifest:
     """A table of 300 rows, every seventh dropped, whose rows come in the given order."""
     station = stage.Station("s", str(folder / "t"), config_of(folder, "ray.rows_per_part=1000"))
     station.done_ids("id")
@@ -306,14 +308,14 @@ def shuffled_table(folder: Path, order: list[int], part_rows: int) -> stage.Mani
             for number in order[start : start + part_rows]
         ]
         station.write_part(rows, SCHEMA, "id")
-    return station.finish_parts(schema=SCHEMA, id_column="id")
+    return station.finish_parts(schema=SCHEMA, id_column="id", extra=extra)
 
 
 @pytest.fixture
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges of about 25 rows, two of them a file, cut at one id in four."""
-    monkeypatch.setattr(parts, "ROWS_PER_RANGE", 25)
-    monkeypatch.setattr(parts, "_RANGES_PER_FILE", 2)
+    monkeypatch.setattr(merge, "ROWS_PER_RANGE", 25)
+    monkeypatch.setattr(merge, "_RANGES_PER_FILE", 2)
     monkeypatch.setattr(parts, "_SAMPLED", 4)
 
 
@@ -322,12 +324,12 @@ def test_a_table_of_many_ranges_is_the_same_however_its_rows_came(
 ) -> None:
     numbers = list(range(300))
     on_driver = shuffled_table(tmp_path / "driver", numbers, 40)
-    monkeypatch.setattr(parts, "DRIVER_ROWS", 0)
+    monkeypatch.setattr(merge, "DRIVER_ROWS", 0)
     in_tasks = shuffled_table(tmp_path / "tasks", numbers[::-1], 17)
     random.Random(0).shuffle(numbers)
     # Parts of five rows from anywhere meet every range, so they are sorted into longer runs first.
     scattered = shuffled_table(tmp_path / "scattered", numbers, 5)
-    monkeypatch.setattr(parts, "_MOST_VISITS", 0)
+    monkeypatch.setattr(merge, "_MOST_VISITS", 0)
     through_runs = shuffled_table(tmp_path / "runs", numbers, 5)
     found = files_of(tmp_path / "driver" / "t")
     assert len([name for name in found if not name.startswith("dropped")]) > 3
@@ -340,10 +342,32 @@ def test_a_table_of_many_ranges_is_the_same_however_its_rows_came(
     assert on_driver.dropped == {"seventh": 43} and on_driver.rows_in == 300
 
 
+class Sum:
+    """A tally of one column."""
+
+    columns = ("value",)
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        assert rows.schema.names == ["value"] and rows.num_rows
+        self.total += sum(rows["value"].to_pylist())
+
+    def figures(self) -> dict[str, int]:
+        return {"total": self.total}
+
+
+@pytest.mark.parametrize("extra", [Sum(), lambda table: {"total": sum(table["value"].to_pylist())}])
+def test_figures_come_from_the_kept_rows(tmp_path: Path, small_ranges: None, extra: stage.Extra) -> None:
+    expected = {"total": sum(number for number in range(300) if number % 7)}
+    assert shuffled_table(tmp_path, list(range(300)), 40, extra).extra == expected
+
+
 def test_an_id_in_two_parts_of_a_large_table_is_found(
     tmp_path: Path, small_ranges: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "DRIVER_ROWS", 0)
+    monkeypatch.setattr(merge, "DRIVER_ROWS", 0)
     with pytest.raises(UserError, match=r"id '199' occurs 3 times \(2 ids repeat\)"):
         shuffled_table(tmp_path, [*range(300), 199, 250, 199], 40)
     assert not (tmp_path / "t" / ".merged").exists()

@@ -15,8 +15,8 @@ from mmedpo_ray.align.checkpoint import (
     remove_checkpoints,
     save_checkpoint,
 )
-from mmedpo_ray.align.policy import learning_rate_factor
 from mmedpo_ray.align.metrics import MetricsWriter, read_metrics
+from mmedpo_ray.align.policy import learning_rate_factor
 
 
 def checkpoint(step: int, key: str = "run") -> Checkpoint:

@@ -87,18 +87,114 @@ def test_a_refusal_ends_only_its_own_debate() -> None:
     ] * 2
 
 
+SCORES = st.sampled_from([0.0, 0.2, 0.5, 1.0])
+
+
+class Fixed:
+    """A judge whose scores are a plan: turn → score; ``None`` agrees."""
+
+    def __init__(self, name: str, scores: list[float | None]) -> None:
+        self.name = name
+        self.scores = scores
+        self.shown: list[Case] = []
+
+    def judge(self, cases: Sequence[Case]) -> list[Judgement | Refusal]:
+        self.shown += cases
+        answers: list[Judgement | Refusal] = []
+        for case in cases:
+            score = self.scores[len(case.history)]
+            if score is None:
+                score = case.history[-1].score if case.history else 0.5
+            answers.append(Judgement(self.name, case.round, score, f"turn {len(case.history)}"))
+        return answers
+
+
+@st.composite
+def debates(draw: st.DrawFn) -> tuple[int, int, list[list[float | None]]]:
+    """Agents, rounds, and for some debates what would be said in each turn."""
+    num_agents, max_rounds = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    turns = num_agents * max_rounds
+    plans = st.lists(SCORES | st.none(), min_size=turns, max_size=turns)
+    return num_agents, max_rounds, draw(st.lists(plans, min_size=1, max_size=4))
+
+
+@settings(deadline=None, max_examples=300)
+@given(debates())
+def test_a_debate_ends_at_the_first_agreement_or_at_the_cap(
+    world: tuple[int, int, list[list[float | None]]],
+) -> None:
+    num_agents, max_rounds, plans = world
+    for said in plans:
+        agents = [Fixed(str(number), said) for number in range(num_agents)]
+        ((history, refusal),) = debate.hold([CASE], range(num_agents * max_rounds), agents, max_rounds)
+        assert refusal is None
+        # Order: turn t belongs to agent t mod n in round t div n + 1, who sees all that was said before.
+        for turn, item in enumerate(history):
+            assert (item.agent, item.round) == (str(turn % num_agents), turn // num_agents + 1)
+            shown = agents[turn % num_agents].shown[turn // num_agents]
+            assert (shown.history, shown.round) == (history[:turn], item.round)
+            assert (shown.question, shown.reference, shown.answer) == (
+                CASE.question,
+                CASE.reference,
+                CASE.answer,
+            )
+        # Number: the first time that the last n scores are one, or every turn.
+        scores = [item.score for item in history]
+        agreements = [
+            end for end in range(num_agents, len(scores) + 1) if len({*scores[end - num_agents : end]}) == 1
+        ]
+        assert agreements in ([], [len(history)])
+        assert agreements or len(history) == num_agents * max_rounds
+        # Result: the score agreed on, else the mean of everything said.
+        outcome = debate.outcome(history, num_agents)
+        assert outcome.consensus == bool(agreements)
+        assert outcome.score == (scores[-1] if agreements else pytest.approx(sum(scores) / len(scores)))
+        assert outcome.rounds == history[-1].round <= max_rounds
+        assert min(scores) - 1e-12 <= outcome.score <= max(scores) + 1e-12
+
+
 @settings(deadline=None)
-@given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=1, max_size=20), st.integers(1, 4))
-def test_outcome_is_inside_the_history(scores: list[float], num_agents: int) -> None:
-    history = [
-        Judgement(str(turn % num_agents), turn // num_agents + 1, score, "")
+@given(debates())
+def test_debates_held_together_are_those_held_alone(
+    world: tuple[int, int, list[list[float | None]]],
+) -> None:
+    """Only unresolved rows travel on, and none of them looks at its neighbours."""
+    num_agents, max_rounds, plans = world
+
+    class ByQuestion(Fixed):
+        def judge(self, cases: Sequence[Case]) -> list[Judgement | Refusal]:
+            self.shown += cases
+            return [Fixed(self.name, plans[int(case.question)]).judge([case])[0] for case in cases]
+
+    cases = [Case(str(number), "left", "right", (), 1) for number in range(len(plans))]
+    agents = [ByQuestion(str(number), []) for number in range(num_agents)]
+    together = debate.hold(cases, range(num_agents * max_rounds), agents, max_rounds)
+    alone = [debate.hold([case], range(num_agents * max_rounds), agents, max_rounds)[0] for case in cases]
+    assert together == alone
+    # Each debate was held twice, and nobody was asked about a settled one.
+    assert sum(len(agent.shown) for agent in agents) == 2 * sum(len(history) for history, _ in alone)
+
+
+@settings(deadline=None)
+@given(st.lists(SCORES, min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 5))
+def test_a_history_goes_through_its_column_unchanged(
+    scores: list[float], num_agents: int, max_rounds: int
+) -> None:
+    history = tuple(
+        Judgement(str(turn % num_agents), turn // num_agents + 1, score, f"“{turn}”")
         for turn, score in enumerate(scores)
-    ]
-    outcome = debate.outcome(history, num_agents)
-    assert min(scores) - 1e-12 <= outcome.score <= max(scores) + 1e-12
-    assert outcome.rounds == (len(scores) - 1) // num_agents + 1
-    if outcome.consensus:
-        assert len(set(scores[-num_agents:])) == 1 and outcome.score == scores[-1]
+    )
+    column = pa.array([debate.to_rows(history)], tables.HISTORY)
+    assert debate.from_rows(column.to_pylist()[0]) == history
+    assert debate.settled(history, num_agents, max_rounds) == (
+        debate.agree(history, num_agents) or len(history) >= num_agents * max_rounds
+    )
+
+
+def test_scores_a_hair_apart_are_the_same_one() -> None:
+    first, second = Judgement("a", 1, 0.3, ""), Judgement("b", 1, 0.1 + 0.2, "")
+    assert first.score != second.score and debate.agree([first, second], 2)
+    assert not debate.agree([first, Judgement("b", 1, 0.3001, "")], 2)
 
 
 RULES = [RulesAgentConfig(name=name) for name in ("a", "b", "c")]

@@ -87,6 +87,32 @@ def test_applied_in_batches_equals_the_whole(scores: np.ndarray, size: int) -> N
 
 
 @settings(deadline=None)
+@given(SCORES, st.integers(1, 10), st.sampled_from(["match_moments", "raw", "none"]))
+def test_moments_and_summary_from_batches_are_those_of_the_whole(
+    scores: np.ndarray, size: int, mode: str
+) -> None:
+    groups = ["a" if index % 3 else "b" for index in range(len(scores))]
+    fit, chosen = weights.Fit(), of(mode=mode)
+    for at in range(0, len(scores), size):
+        fit.add(scores[at : at + size], groups[at : at + size])
+    found = fit.moments()
+    for name in set(groups):
+        values = scores[np.array(groups) == name]
+        assert found[name].mean == pytest.approx(values.mean(), abs=1e-12)
+        assert found[name].std == pytest.approx(values.std(), abs=1e-9)
+    values = weights.weigh(scores, groups, chosen)
+    summary = weights.Summary(chosen)
+    for at in range(0, len(scores), size):
+        part = slice(at, at + size)
+        summary.add(scores[part], values[part], groups[part])
+    whole = weights.summary(scores, values, groups, chosen)
+    for kind, figures in summary.figures().items():
+        for name, value in figures.items():
+            expected = whole[kind][name]
+            assert value == (expected if isinstance(expected, dict) else pytest.approx(expected, abs=2e-4))
+
+
+@settings(deadline=None)
 @given(hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0.01, 10)), st.floats(0.1, 10))
 def test_effective_share_is_scale_free_and_at_most_one(values: np.ndarray, factor: float) -> None:
     share = weights.effective_share(values)

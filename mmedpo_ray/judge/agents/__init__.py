@@ -3,7 +3,7 @@
 A judge sees question, reference answer, dispreferred answer and the judgements given so far, and gives a score in [0, 1] with
 a reason: how clinically relevant it is that the dispreferred answer is wrong (0: it says the same or nothing that matters,
 1: acting on it could harm the patient). A new kind is one file here, one entry in :data:`_KINDS` and its settings in
-``config.AgentConfig``.
+``settings.judge.AgentConfig``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mmedpo_ray.config import AgentConfig
+from mmedpo_ray.endpoint import Usage
+
+# An agent whose own view has no fixed grid agrees with a score this close to it, and then repeats that score.
+AGREEMENT = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An agent that could not judge a case; the pair is dropped with this reason."""
+    """An agent that could not judge a case; the pair is dropped.
+
+    Attributes:
+        reason: drop reason.
+        detail: what happened, without the texts.
+    """
 
     reason: str
+    detail: str = ""
 
 
 class Agent(Protocol):
@@ -67,14 +77,32 @@ class Agent(Protocol):
         ...
 
 
-# Kind → module. A module offers `build(settings) -> Agent`, `map_options(settings, data_cpus, has_gpu) -> dict` (how Ray
+@runtime_checkable
+class ChargedAgent(Agent, Protocol):
+    """An agent whose judgements are charged by the token."""
+
+    def take_usage(self) -> Usage:
+        """What was sent and charged since the last call."""
+        ...
+
+
+# Kind → module. A module offers `build(settings, secret) -> Agent`, `map_options(settings, data_cpus, has_gpu) -> dict` (how Ray
 # Data runs it), `key(settings)` (what its judgements depend on) and `CHEAP` (whether passes of such agents may share one map).
-_KINDS = {"rules": "mmedpo_ray.judge.agents.rules", "vllm": "mmedpo_ray.judge.agents.vllm"}
+_KINDS = {
+    "rules": "mmedpo_ray.judge.agents.rules",
+    "vllm": "mmedpo_ray.judge.agents.vllm",
+    "openai": "mmedpo_ray.judge.agents.openai",
+}
 
 
-def build(settings: AgentConfig) -> Agent:
-    """Loads the agent that the settings describe."""
-    return _module(settings).build(settings)
+def build(settings: AgentConfig, secret: str | None = None) -> Agent:
+    """Loads the agent that the settings describe.
+
+    Args:
+        settings: of the agent.
+        secret: key of the endpoint behind it, if there is one; None: from the environment of this process.
+    """
+    return _module(settings).build(settings, secret)
 
 
 def map_options(settings: AgentConfig, *, data_cpus: float, has_gpu: bool) -> dict[str, Any]:

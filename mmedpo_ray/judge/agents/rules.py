@@ -12,12 +12,10 @@ from typing import Any
 
 from mmedpo_ray.config import RulesAgentConfig
 from mmedpo_ray.curate import lexicon
-from mmedpo_ray.judge.agents import Case, Judgement, Refusal
+from mmedpo_ray.judge.agents import AGREEMENT, Case, Judgement, Refusal
 
 CHEAP = True
 
-# Scores this close count as agreement.
-TOLERANCE = 0.1
 # What a conflict outside the agent's focus counts for.
 _OUTSIDE_SHARE = 0.5
 # The wording differs, but on nothing the lexicon knows: an error is likely (the pair was made of it) and its weight unknown.
@@ -49,12 +47,12 @@ class RulesAgent:
         if not case.history:
             return Judgement(self._name, case.round, view, reason)
         previous = case.history[-1]
-        if abs(view - previous.score) <= TOLERANCE:
+        if abs(view - previous.score) <= AGREEMENT:
             return Judgement(self._name, case.round, previous.score, f"agrees; {reason}")
         low, high = _OPENNESS
         share = min(1.0, (high - (high - low) * focus_share) * case.round)
         score = round(view + (previous.score - view) * share, 2)
-        if abs(score - previous.score) <= TOLERANCE:
+        if abs(score - previous.score) <= AGREEMENT:
             return Judgement(self._name, case.round, previous.score, f"agrees, own view {view:.2f}; {reason}")
         return Judgement(self._name, case.round, score, f"own view {view:.2f}; {reason}")
 
@@ -97,7 +95,7 @@ def _words(conflict: lexicon.Conflict) -> str:
     return f"{conflict.axis}{subject} {conflict.kind}{change}"
 
 
-def build(settings: RulesAgentConfig) -> RulesAgent:
+def build(settings: RulesAgentConfig, secret: str | None = None) -> RulesAgent:  # noqa: ARG001
     """Makes the agent."""
     return RulesAgent(settings)
 

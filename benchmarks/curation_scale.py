@@ -1,0 +1,350 @@
+"""Rows per second and memory of `ingest` → `curate` (rule_edit) → `score` (three rules agents) from 10⁴ to 10⁶ rows.
+
+    python benchmarks/curation_scale.py [--rows 10000 100000 1000000] [--folder DIR] [--json FILE] [--chart FILE.svg]
+
+The rows are made up: questions and answers of the phantom world, every fourth row a report of several sentences put together
+from findings, sides, zones and degrees, so that most reports occur once. They lie in Parquet files in Hugging Face style
+(row groups of 1,000) and share eight images; there is no visual curation, and weights match moments.
+
+Each table size runs in a process and a local Ray cluster of its own. What is measured:
+
+- *Start-up*: on the same cluster, after a first round has started the workers and imported everything, the three stations
+  run over 256 rows, one block each: the median of three such rounds, station by station.
+- *Rows per second*: rows over the time from the call of a station until its manifest is written (planning, tasks, merge into
+  the sorted table, figures); once as it is, and once without start-up: (rows − 256) / (seconds − seconds of the 256 rows).
+- *Memory*: every half second, of the driver and of each Ray worker process, the resident set and the part of it that is not
+  shared (the object store is mapped into every process, and its pages count for each that has touched them). The peaks
+  are of the measured round alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+START_ROWS = 256
+_IMAGES = 8
+_ROWS_PER_FILE = 250_000
+_ROWS_PER_GROUP = 1_000
+_REPORT_EVERY = 4
+_EVERY_S = 0.5
+_MIB = 2**20
+
+_FINDINGS = (
+    "pleural effusion", "pneumothorax", "consolidation", "pulmonary nodule", "atelectasis", "pulmonary edema",
+    "rib fracture", "lung mass", "infiltrate", "pleural thickening", "cavitation", "granuloma",
+)  # fmt: skip
+_SIDES = ("left", "right", "bilateral")
+_ZONES = ("upper", "middle", "lower")
+_DEGREES = ("small", "mild", "moderate", "large", "severe")
+
+
+def main() -> int:
+    """Measures each table size in a process of its own, prints the table, writes JSON and chart."""
+    arguments = _arguments()
+    if arguments.single:
+        return _measure(arguments.single, arguments.folder, arguments.json)
+    with tempfile.TemporaryDirectory(prefix="curation-scale-") as scratch:
+        folder = arguments.folder or Path(scratch)
+        sizes = [_in_own_process(rows, folder / str(rows)) for rows in arguments.rows]
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "sizes": sizes,
+    }
+    print(_table(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if arguments.chart:
+        _chart(result, arguments.chart)
+    return 0
+
+
+def _in_own_process(rows: int, folder: Path) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = folder / "result.json"
+    command = [sys.executable, __file__, "--single", str(rows), "--folder", str(folder), "--json", str(found)]
+    subprocess.run(command, check=True)
+    return json.loads(found.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------- one table size
+
+
+def _measure(rows: int, folder: Path, target: Path) -> int:
+    from mmedpo_ray import cluster, console
+    from mmedpo_ray.config import RayConfig
+
+    console.configure()
+    for size in (START_ROWS, rows):
+        write_rows(folder / f"data-{size}", size)
+    cluster.start(RayConfig())
+    watch = Watch()
+    # The first round starts the workers and is not counted.
+    starts = [_round(folder, f"start-{index}", START_ROWS, watch) for index in range(4)][1:]
+    start = {name: statistics.median(item[name] for item in starts) for name in starts[0]}
+    watch.begin()
+    seconds = _round(folder, "run", rows, watch)
+    watch.end()
+    result = {
+        "rows": rows,
+        "start_seconds": start,
+        "seconds": seconds,
+        "rows_per_s": {name: round(rows / value, 1) for name, value in seconds.items()},
+        "rows_per_s_without_start": {
+            name: round((rows - START_ROWS) / max(1e-9, value - start[name]), 1)
+            for name, value in seconds.items()
+        },
+        "counts": _counts(folder / "run"),
+        "memory_mib": watch.peaks(),
+        "series": watch.series,
+    }
+    target.write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+def _round(folder: Path, name: str, rows: int, watch: Watch) -> dict[str, float]:
+    """Seconds of each station, and of all."""
+    from mmedpo_ray.config import load
+    from mmedpo_ray.curate.curate import curate
+    from mmedpo_ray.data.ingest import ingest
+    from mmedpo_ray.judge.score import score
+
+    config = load(
+        None,
+        [
+            f"run.folder={folder / name}", "data.format=hf_parquet", f"data.root={folder / f'data-{rows}'}",
+            "data.name=scale", "data.test_share=0", "data.columns.sample_id=id", "data.columns.image_id=image",
+            "curate.text.method=rule_edit", "curate.visual.tool=none",
+        ],
+    )  # fmt: skip
+    seconds: dict[str, float] = {}
+    for station in (ingest, curate, score):
+        watch.station = station.__name__
+        began = time.monotonic()
+        station(config)
+        seconds[station.__name__] = round(time.monotonic() - began, 3)
+    watch.station = ""
+    return {**seconds, "all": round(sum(seconds.values()), 3)}
+
+
+def _counts(run: Path) -> dict[str, dict[str, Any]]:
+    from mmedpo_ray.stage import read_manifest
+
+    found = {}
+    for name in ("samples", "pairs", "scored"):
+        manifest = read_manifest(str(run / name))
+        assert manifest is not None
+        found[name] = {"in": manifest.rows_in, "out": manifest.rows_out, "dropped": manifest.dropped}
+    return found
+
+
+class Watch:
+    """Samples the memory of this process and of the Ray workers below it.
+
+    Attributes:
+        station: the station that is running.
+        series: a row every half second: seconds, station, and in MiB the driver's resident and unshared memory, the same of the
+            largest worker, the sum of the workers' unshared memory, and their number.
+    """
+
+    def __init__(self) -> None:
+        self.station = ""
+        self.series: list[dict[str, Any]] = []
+        self._driver = psutil.Process()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def begin(self) -> None:
+        """Starts sampling."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stops sampling."""
+        self._over.set()
+        self._thread.join()
+
+    def peaks(self) -> dict[str, dict[str, float]]:
+        """The largest value of every column, by station."""
+        stations = dict.fromkeys(row["station"] for row in self.series if row["station"])
+        columns = ("driver", "driver_unshared", "worker", "worker_unshared", "workers_unshared")
+        return {
+            station: {
+                name: max(row[name] for row in self.series if row["station"] == station) for name in columns
+            }
+            for station in stations
+        }
+
+    def _sample(self) -> None:
+        began = time.monotonic()
+        while not self._over.wait(_EVERY_S):
+            driver = self._driver.memory_info()
+            workers = [info for info in self._workers() if info is not None]
+            unshared = [info.rss - info.shared for info in workers] or [0]
+            self.series.append(
+                {
+                    "seconds": round(time.monotonic() - began, 1),
+                    "station": self.station,
+                    "driver": round(driver.rss / _MIB, 1),
+                    "driver_unshared": round((driver.rss - driver.shared) / _MIB, 1),
+                    "worker": round(max([info.rss for info in workers] or [0]) / _MIB, 1),
+                    "worker_unshared": round(max(unshared) / _MIB, 1),
+                    "workers_unshared": round(sum(unshared) / _MIB, 1),
+                    "workers": len(workers),
+                }
+            )
+
+    def _workers(self) -> Iterator[Any]:
+        for process in self._driver.children(recursive=True):
+            try:
+                # Ray names its workers after what they do: "ray::IDLE", "ray::MapBatches(…)".
+                if " ".join(process.cmdline()).startswith("ray::"):
+                    yield process.memory_info()
+            except psutil.Error:
+                continue
+
+
+# ---------------------------------------------------------------------- made-up rows
+
+
+def write_rows(folder: Path, rows: int) -> None:
+    """Writes a data set of ``rows`` rows, unless it is there."""
+    if (folder / "done").exists():
+        return
+    from PIL import Image
+
+    from mmedpo_ray.data.phantom import make_phantom
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(_IMAGES):
+        Image.fromarray(make_phantom(index, prior="uniform").image).save(folder / f"image-{index}.png")
+    schema = pa.schema([(name, pa.string()) for name in ("id", "image", "question", "answer")])
+    for number, start in enumerate(range(0, rows, _ROWS_PER_FILE)):
+        stop = min(rows, start + _ROWS_PER_FILE)
+        with pq.ParquetWriter(folder / f"train-{number:05d}.parquet", schema) as writer:
+            for at in range(start, stop, _ROWS_PER_GROUP):
+                group = [_row(index) for index in range(at, min(stop, at + _ROWS_PER_GROUP))]
+                writer.write_table(pa.Table.from_pylist(group, schema))
+    (folder / "done").touch()
+
+
+def _row(index: int) -> dict[str, str]:
+    question, answer = _report(index) if index % _REPORT_EVERY == 0 else _short(index)
+    return {
+        "id": f"case-{index}",
+        "image": f"image-{index % _IMAGES}.png",
+        "question": question,
+        "answer": answer,
+    }
+
+
+def _short(index: int) -> tuple[str, str]:
+    from mmedpo_ray.data.phantom.findings import sample_findings
+    from mmedpo_ray.data.phantom.text import write_questions
+
+    rng = np.random.default_rng(index)
+    asked = write_questions(rng, sample_findings(rng, "uniform"))
+    chosen = asked[index % len(asked)]
+    return chosen.question, chosen.answer
+
+
+def _report(index: int) -> tuple[str, str]:
+    rng = np.random.default_rng(index)
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[rng.integers(len(options))]
+
+    sentences = [
+        f"There is a {pick(_DEGREES)} {pick(_SIDES)} {pick(_FINDINGS)} in the {pick(_ZONES)} zone."
+        for _ in range(int(rng.integers(1, 4)))
+    ]
+    sentences += [f"No {pick(_FINDINGS)}.", pick(("The heart size is normal.", "The heart is enlarged."))]
+    return "Describe the findings of this chest radiograph.", " ".join(sentences)
+
+
+# ---------------------------------------------------------------------- results
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        "| rows | station | seconds | rows/s | rows/s without start-up | start-up s | driver MiB (unshared) | "
+        "largest worker MiB (unshared) |",
+        "|" + " ---: |" * 8,
+    ]
+    for size in result["sizes"]:
+        for name, seconds in size["seconds"].items():
+            of_station = [peaks for station, peaks in size["memory_mib"].items() if name in ("all", station)]
+            driver, own, worker, unshared = (
+                max((peaks[column] for peaks in of_station), default=0.0)
+                for column in ("driver", "driver_unshared", "worker", "worker_unshared")
+            )
+            lines.append(
+                f"| {size['rows']:,} | {name} | {seconds:.1f} | {size['rows_per_s'][name]:,.0f} | "
+                f"{size['rows_per_s_without_start'][name]:,.0f} | {size['start_seconds'][name]:.2f} | "
+                f"{driver:.0f} ({own:.0f}) | {worker:.0f} ({unshared:.0f}) |"
+            )
+    return "\n".join([*lines, "", f"{result['hardware']}, {result['date']}, `{result['command']}`"])
+
+
+def _chart(result: dict[str, Any], target: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sizes = result["sizes"]
+    rows = [size["rows"] for size in sizes]
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in sizes[0]["seconds"]:
+        width = 2.5 if name == "all" else 1.5
+        speed.plot(
+            rows,
+            [size["rows_per_s_without_start"][name] for size in sizes],
+            "o-",
+            label=name,
+            linewidth=width,
+        )
+    speed.set(title="Rows per second, without start-up", xlabel="rows", xscale="log", yscale="log")
+    for column, label in (("driver_unshared", "driver"), ("worker_unshared", "largest worker")):
+        peaks = [max(of[column] for of in size["memory_mib"].values()) for size in sizes]
+        memory.plot(rows, peaks, "o-", label=label)
+    memory.set(title="Peak of unshared memory, MiB", xlabel="rows", xscale="log")
+    memory.set_ylim(bottom=0)
+    for axes in (speed, memory):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(target, dpi=150)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--folder", type=Path, help="data and tables; kept (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--chart", type=Path, help="where to write the chart (.svg or .png)")
+    parser.add_argument("--single", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

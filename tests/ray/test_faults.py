@@ -1,0 +1,249 @@
+"""kill -9 of a worker, of a node and of the driver in the middle of every station: the tables are those of a quiet run.
+
+The cluster outlives the drivers, so a task of a killed driver may still write while the next one resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mmedpo_ray.stage import Manifest, read_manifest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+ROWS = 2500
+FOLDERS = {"ingest": "samples", "curate": "pairs", "score": "scored"}
+DRIVER = """
+import sys
+from mmedpo_ray import cluster, config, console
+from mmedpo_ray.curate.curate import curate
+from mmedpo_ray.data.ingest import ingest
+from mmedpo_ray.judge.score import score
+
+console.configure()
+settings = config.load(None, sys.argv[1:])
+cluster.start(settings.ray)
+for station in (ingest, curate, score):
+    station(settings)
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A cluster of two nodes beside the one of the other tests; drivers join it by its address."""
+    from ray.cluster_utils import Cluster
+
+    # A lost node is noticed within a second rather than half a minute.
+    checks = {"initial_delay_ms": 1000, "period_ms": 300, "timeout_ms": 1000, "failure_threshold": 3}
+    system = {f"health_check_{name}": value for name, value in checks.items()}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": system})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reports that differ, so that no judgement is remembered, some rows that must be dropped, four shared images."""
+    folder = tmp_path_factory.mktemp("data")
+    for index in range(4):
+        Image.fromarray(np.full((8, 8), 40 * index, np.uint8)).save(folder / f"{index}.png")
+    rows = [
+        {
+            "id": f"case-{number}",
+            "image": "missing.png" if number % 50 == 0 else f"{number % 4}.png",
+            "question": "Describe the findings.",
+            "answer": "" if number % 70 == 1 else report(number),
+        }
+        for number in range(ROWS)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000.parquet", row_group_size=256)
+    return folder
+
+
+def report(number: int) -> str:
+    sides, zones = ("left", "right"), ("upper", "middle", "lower")
+    findings = ("pleural effusion", "nodule", "consolidation", "pneumothorax", "atelectasis")
+    sentences = [
+        f"There is a {number + index} mm {findings[(number + index) % 5]} in the {sides[(number >> index) % 2]} "
+        f"{zones[(number + index) % 3]} zone."
+        for index in range(4)
+    ]
+    return " ".join([*sentences, "No fracture."])
+
+
+@pytest.fixture(scope="module")
+def quiet(nodes: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run that nothing disturbs leaves."""
+    run = tmp_path_factory.mktemp("quiet") / "run"
+    driver = start(nodes, data, run)
+    assert driver.wait() == 0, log_of(run)
+    found = what_is_left(run)
+    for name, folder in FOLDERS.items():
+        manifest = found["manifests"][folder]
+        assert manifest["rows_in"] > ROWS * 0.9, name
+    assert found["manifests"]["samples"]["dropped"] == {"image_missing": 50, "empty_answer": 36}
+    return found
+
+
+def start(nodes: Any, data: Path, run: Path) -> subprocess.Popen:
+    """A driver that runs the three stations, or what is left of them."""
+    overrides = [
+        f"run.folder={run}", "data.format=hf_parquet", f"data.root={data}", "data.name=faults", "data.test_share=0",
+        "data.columns.sample_id=id", "data.columns.image_id=image", "curate.text.method=rule_edit",
+        "curate.visual.tool=none", "ray.rows_per_part=128", f"ray.address={nodes.address}",
+    ]  # fmt: skip
+    run.parent.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *overrides], stdout=log_path(run).open("a"), stderr=subprocess.STDOUT
+    )
+
+
+def log_path(run: Path) -> Path:
+    return run.parent / "driver.log"
+
+
+def log_of(run: Path) -> str:
+    return log_path(run).read_text()[-4000:]
+
+
+def what_is_left(run: Path) -> dict[str, Any]:
+    """Tables byte by byte, and what the manifests count."""
+    half_written = [
+        path for path in run.rglob("*") if path.name.endswith(".tmp") or path.name in (".parts", ".merged")
+    ]
+    assert not half_written
+    manifests: dict[str, Any] = {}
+    for folder in FOLDERS.values():
+        manifest = read_manifest(str(run / folder))
+        assert isinstance(manifest, Manifest)
+        assert manifest.rows_in == manifest.rows_out + sum(manifest.dropped.values())
+        # Image addresses are in the data's folder, not in the run's, so nothing depends on where the run is.
+        manifests[folder] = manifest.model_dump(
+            include={"rows_in", "rows_out", "dropped", "content", "extra"}
+        )
+    files = {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(run.rglob("*.parquet"))
+        if path.is_file()
+    }
+    return {"manifests": manifests, "files": files}
+
+
+def assert_same(run: Path, quiet: dict[str, Any]) -> None:
+    """The run's tables are those of the quiet one, byte by byte."""
+    found = what_is_left(run)
+    assert found["manifests"] == quiet["manifests"]
+    assert list(found["files"]) == list(quiet["files"])
+    for name, content in found["files"].items():
+        if content != quiet["files"][name]:
+            ours, theirs = (pq.read_table(pa.BufferReader(data)) for data in (content, quiet["files"][name]))
+            columns = [column for column in ours.column_names if ours[column] != theirs[column]]
+            pytest.fail(f"{name} differs in {columns or 'its encoding'}")
+
+
+# ---------------------------------------------------------------------- faults
+
+
+def wait_for(found: Callable[[], Any], driver: subprocess.Popen, run: Path, what: str) -> Any:
+    """The first result that is not empty."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if result := found():
+            return result
+        assert driver.poll() is None, f"the driver ended before {what}: {log_of(run)}"
+        time.sleep(0.003)
+    pytest.fail(f"no {what}: {log_of(run)}")
+
+
+def parts_of(run: Path, station: str) -> list[Path]:
+    """Parts that the station has written and not yet merged."""
+    return [] if finished(run, station) else list((run / FOLDERS[station]).rglob(".parts/*.parquet"))
+
+
+def finished(run: Path, station: str) -> bool:
+    return (run / FOLDERS[station] / "manifest.json").exists()
+
+
+def busy_workers(node: Any, run: Path, station: str) -> list[psutil.Process]:
+    """Processes of a node that run a task of the station."""
+    folder = run / FOLDERS[station]
+    if finished(run, station) or not any(folder.rglob(".parts/key.json")):
+        return []
+    found = []
+    for info in node.all_processes["raylet"]:
+        try:
+            for process in psutil.Process(info.process.pid).children(recursive=True):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MapBatches"):
+                    found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_workers_killed_in_every_station(
+    nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    driver = start(nodes, data, run)
+    for station in FOLDERS:
+        victims = wait_for(
+            lambda station=station: [
+                process for node in nodes.list_all_nodes() for process in busy_workers(node, run, station)
+            ],
+            driver,
+            run,
+            f"task of {station}",
+        )
+        victims[0].kill()
+        assert not finished(run, station), f"{station} was killed too late"
+    assert driver.wait() == 0, log_of(run)
+    assert_same(run, quiet)
+
+
+def test_a_node_lost_in_every_station(nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    driver = start(nodes, data, run)
+    for station in FOLDERS:
+        (node,) = nodes.worker_nodes
+        wait_for(
+            lambda node=node, station=station: busy_workers(node, run, station),
+            driver,
+            run,
+            f"task of {station}",
+        )
+        nodes.remove_node(node, allow_graceful=False)
+        assert not finished(run, station), f"{station} was hit too late"
+        nodes.add_node(num_cpus=1, wait=False)
+    assert driver.wait() == 0, log_of(run)
+    assert_same(run, quiet)
+
+
+def test_the_driver_killed_in_every_station(
+    nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for station in FOLDERS:
+        driver = start(nodes, data, run)
+        wait_for(lambda station=station: parts_of(run, station), driver, run, f"part of {station}")
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+        assert not finished(run, station), f"{station} was killed too late"
+    driver = start(nodes, data, run)
+    assert driver.wait() == 0, log_of(run)
+    assert log_of(run).count("rows are already there") >= 3, "every station resumed from its parts"
+    assert_same(run, quiet)
