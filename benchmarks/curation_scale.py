@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -259,13 +260,18 @@ def _row(index: int) -> dict[str, str]:
 
 
 def _short(index: int) -> tuple[str, str]:
+    asked = _questions(index // _REPORT_EVERY)
+    chosen = asked[index % len(asked)]
+    return chosen.question, chosen.answer
+
+
+@lru_cache(maxsize=1)
+def _questions(case: int) -> tuple[Any, ...]:
     from mmedpo_ray.data.phantom.findings import sample_findings
     from mmedpo_ray.data.phantom.text import write_questions
 
-    rng = np.random.default_rng(index)
-    asked = write_questions(rng, sample_findings(rng, "uniform"))
-    chosen = asked[index % len(asked)]
-    return chosen.question, chosen.answer
+    rng = np.random.default_rng(case)
+    return write_questions(rng, sample_findings(rng, "uniform"))
 
 
 def _report(index: int) -> tuple[str, str]:

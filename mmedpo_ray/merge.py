@@ -1,7 +1,7 @@
 """Parts become the files of a table: sorted by id, cut by ranges of it, checked.
 
-Parts come in any order and any size. The ids are cut into ranges of about 8,000 rows, and each range is gathered from the
-parts that reach into it, sorted, checked and written, six of them to a file: memory is bounded by a range, however large the
+Parts come in any order and any size. The ids are cut into ranges of about 4,000 rows, and each range is gathered from the
+parts that reach into it, sorted, checked and written, twelve of them to a file: memory is bounded by a range, however large the
 table. Where the ranges begin depends on the set of ids alone, so the files do too, whatever crashed before and however many
 workers there were.
 """
@@ -23,12 +23,12 @@ import ray
 from mmedpo_ray import storage, tables
 from mmedpo_ray.parts import Part
 
-ROWS_PER_RANGE = 8_192
+ROWS_PER_RANGE = 4_096
 # Smaller tables are merged where the station runs: a task would cost more than the work.
 DRIVER_ROWS = 8_192
 DROPPED = "dropped"
 
-_RANGES_PER_FILE = 6
+_RANGES_PER_FILE = 12
 _ROW_GROUP = 1024
 # Where a range meets more parts than this many times their mean number, they are sorted into longer runs first.
 _MOST_VISITS = 8
@@ -150,7 +150,8 @@ def _write_file(index: int, ranges: Sequence[_Range], how: Merge) -> Merged:
     for item in ranges:
         rows = _read_sorted(item, raw, how.id_column)
         is_dropped = pc.is_valid(rows[tables.DROP_REASON])
-        dropped, kept = rows.filter(is_dropped), rows.filter(pc.invert(is_dropped)).select(how.schema.names)
+        dropped = rows.filter(is_dropped)
+        kept = rows.filter(pc.invert(is_dropped)) if dropped.num_rows else rows
         kept_file.add(tables.check(kept, how.schema, how.name))
         dropped_file.add(dropped)
         content.update(json.dumps(dropped.select([how.id_column, tables.DROP_REASON]).to_pydict()).encode())

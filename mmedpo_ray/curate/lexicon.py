@@ -406,22 +406,18 @@ def _clauses(sentence: str) -> list[tuple[str, bool]]:
 
 def _split_joints(text: str) -> list[str]:
     """Splits at commas, "and" and "with" where a finding stands on both sides ("A in the left lung and B in the right")."""
+    findings = [mention for mention in mentions(text) if mention.concept.axis == "finding"]
     parts: list[str] = []
-    current, position = "", 0
-    for match in _JOINT.finditer(text):
-        current += text[position : match.start()]
-        if _has_finding(current) and _has_finding(text[match.end() :]):
-            parts.append(current)
-            current = ""
-        else:
-            current += match.group(0)
-        position = match.end()
-    parts.append(current + text[position:])
-    return parts
-
-
-def _has_finding(text: str) -> bool:
-    return any(m.concept.axis == "finding" for m in mentions(text))
+    start = following = 0
+    for joint in _JOINT.finditer(text):
+        while following < len(findings) and findings[following].start < start:
+            following += 1
+        if following == len(findings) or joint.end() > findings[-1].start:
+            break
+        if findings[following].end <= joint.start():
+            parts.append(text[start : joint.start()])
+            start = joint.end()
+    return [*parts, text[start:]]
 
 
 def _overall_name(spelled: str) -> str:

@@ -23,7 +23,9 @@ class EngineConfig(Section):
     gpu_memory_utilization: Share = 0.9
     enforce_eager: bool | None = Field(None, description="null: true on CPU, false on GPU")
     replicas: int = Field(1, ge=1, description="engines in parallel when mapping over a table")
-    batch_rows: int = Field(64, ge=1, description="rows handed to an engine at a time")
+    batch_rows: int = Field(
+        64, ge=1, description="rows handed to an engine at a time (judges: at least 8 × max_num_seqs)"
+    )
     extra: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine arguments")
 
 
