@@ -103,7 +103,7 @@ class RayConfig(Section):
     )
     data_cpus: float = Field(1.0, gt=0, description="CPUs a Ray Data map task asks for")
     rows_per_part: int = Field(
-        512, ge=1, description="rows a station writes (and can lose in a crash) at a time"
+        512, ge=1, description="most rows of a part file; a crash costs the blocks in work"
     )
 
 

@@ -127,7 +127,7 @@ def _places(wanted: list[str], said: tuple[tuple[str, int], ...]) -> list[int]:
     ]
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2048)
 def _phrase(text: str) -> tuple[tuple[str, int], ...]:
     """The words that carry meaning, in order, each with its place in the text; a concept is one word, its name."""
     found: list[tuple[str, int]] = []

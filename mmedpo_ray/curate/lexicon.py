@@ -216,7 +216,7 @@ def equivalent(first: str, second: str) -> bool:
     )
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2048)
 def _opposites(text: str) -> tuple[tuple[str, ...], ...]:
     """Concepts that exclude each other and are named together, in order: "dark centre, bright rim" is not its reverse."""
     groups: dict[str, list[str]] = {}
@@ -311,7 +311,7 @@ def numbers(text: str) -> frozenset[int]:
 # ---------------------------------------------------------------------- findings
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=2048)
 def facts(text: str) -> tuple[Fact, ...]:
     """The findings that a text asserts or denies, each with the side, zone and size said of it, in order, without repeats."""
     for pattern, replacement in _REWRITES:
@@ -336,7 +336,7 @@ def is_negated(text: str) -> bool:
     return bool(_NEGATION.search(text) or _AFTER_NEGATION.search(text))
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=2048)
 def negated_spans(text: str) -> tuple[tuple[int, int], ...]:
     """Places ``text[start:end]`` whose statements the text denies: in a sentence, what follows a negation, and what stands
     before "is absent" and the like."""

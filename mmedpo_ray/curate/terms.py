@@ -292,7 +292,7 @@ _PATTERN = re.compile(
 )
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=2048)
 def mentions(text: str) -> tuple[Mention, ...]:
     """Every concept named in ``text``, in order; the longest spelling wins, mentions never overlap."""
     found = []

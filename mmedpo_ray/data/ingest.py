@@ -71,6 +71,7 @@ def _ingest_samples(config: Config, reader: Reader) -> Manifest:
         schema=tables.SAMPLES,
         id_column="sample_id",
         extra=_count_samples,
+        extra_columns=["split", "image_id", "answer_type"],
     )
 
 

@@ -84,7 +84,7 @@ class RulesAgent:
 
 
 # Every agent of a debate asks about the same answer, several times.
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def _conflicts(reference: str, answer: str, question: str) -> tuple[lexicon.Conflict, ...]:
     return lexicon.conflicts(reference, answer, question)
 
