@@ -1,5 +1,5 @@
-# make demo   the whole method on the embedded default, six minutes on two idle cores
-# make test   the test suite
+# make demo   the whole method on the embedded default, five minutes on two idle cores
+# make test   the test suite; make test-slow runs the longest tests
 # Both build .venv from the pinned lock first (CPU; about 4 GB, a minute or two).
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 # Without byte code every worker process would compile torch, Ray and vLLM anew: minutes instead of seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast lint format lock clean help
+.PHONY: demo test test-slow test-fast lint format lock clean help
 help:
 	@sed -n '1,4s/^# //p' Makefile
 
@@ -41,7 +41,10 @@ demo: .venv
 	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
 
 test: .venv
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv
+	$(OFFLINE) $(BIN)/python -m pytest -m slow
 
 test-fast: .venv
 	$(OFFLINE) $(BIN)/python -m pytest tests/unit

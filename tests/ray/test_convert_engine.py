@@ -76,6 +76,7 @@ def transformers_tokens(folder: Path, question: str) -> list[int]:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_the_same_greedy_tokens_in_vllm_transformers_and_the_original(tmp_path: Path) -> None:
     """In a process of its own: an engine in this one would outlive the test."""
     original = build_tiny_llava_med(tmp_path / "original")
