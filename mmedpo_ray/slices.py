@@ -42,7 +42,9 @@ def map_slices(
         alone: keeps what follows in tasks of its own, as an actor that gathers batches wants its rows, not slices.
     """
     sizes = {
-        path: _footer(path).num_rows for folder in folders for path in storage.list_files(folder, ".parquet")
+        path: footer_of(path).num_rows
+        for folder in folders
+        for path in storage.list_files(folder, ".parquet")
     }
     rows = rows or _slice_rows(sum(sizes.values()), num_cpus)
     plan = [
@@ -90,7 +92,8 @@ def _read(path: str, start: int, stop: int, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=pa.schema([field.with_nullable(True) for field in schema]))
 
 
-def _footer(path: str) -> pq.FileMetaData:
+def footer_of(path: str) -> pq.FileMetaData:
+    """What a Parquet file says of itself: rows, row groups, ranges of columns."""
     filesystem, inner = storage.resolve(path)
     with filesystem.open_input_file(inner) as source:
         return pq.ParquetFile(source).metadata

@@ -60,17 +60,7 @@ def dry_run(config: Config) -> dict[str, Any]:
         visual_coefficient=align.visual_coefficient,
         reversed_visual_coefficient=align.reversed_visual_coefficient,
     )
-    both_sides = align.objective == "dpo"
-    plan = Plan(
-        pairs,
-        seed=config.run.seed,
-        epochs=align.epochs,
-        images_per_step=align.images_per_step,
-        pairs_per_forward=align.pairs_per_forward,
-        tokens_per_forward=align.tokens_per_forward,
-        max_steps=align.max_steps,
-        both_sides=both_sides,
-    )
+    plan = Plan.of(pairs, align, config.run.seed)
     largest = plan.largest_micro_batch(align.max_workers)
     figures = {
         **plan.summary(),

@@ -92,7 +92,7 @@ class TrainingLoop:
             started = time.monotonic()
             sums = self._forward_backward(step, batches)
             self._refuse_non_finite(step, sums)
-            self._check_reference(step, sums)
+            self._check_reference()
             learning_rate = self._learning_rate(step)
             grad_norm = self.engine.update(learning_rate)
             self.step = step + 1
@@ -199,7 +199,7 @@ class TrainingLoop:
             and align.lora.dropout == 0
         )
 
-    def _check_reference(self, step: int, sums: Tensor) -> None:  # noqa: ARG002
+    def _check_reference(self) -> None:
         """Refuses a `reference` table whose values are not those of this model."""
         if not self._is_first_step:
             return
@@ -256,16 +256,7 @@ class TrainingLoop:
         )
         if self.rank == 0:
             self._write_dropped(dropped)
-        plan = Plan(
-            pairs,
-            seed=self.spec.seed,
-            epochs=align.epochs,
-            images_per_step=align.images_per_step,
-            pairs_per_forward=align.pairs_per_forward,
-            tokens_per_forward=align.tokens_per_forward,
-            max_steps=align.max_steps,
-            both_sides=self.both_sides,
-        )
+        plan = Plan.of(pairs, align, self.spec.seed)
         if self.rank == 0:
             self._write_json(
                 "plan.json",

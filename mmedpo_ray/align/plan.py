@@ -15,6 +15,7 @@ import numpy as np
 
 from mmedpo_ray.align.batch import Pair, num_tokens
 from mmedpo_ray.align.losses import Normaliser
+from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
 
 
@@ -96,6 +97,20 @@ class Plan:
             key=lambda pair: (self._cost([pair]), pair.pair_id),
         )
         self._order: tuple[int, np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], align: AlignConfig, seed: int) -> Plan:
+        """The plan that the settings describe."""
+        return cls(
+            pairs,
+            seed=seed,
+            epochs=align.epochs,
+            images_per_step=align.images_per_step,
+            pairs_per_forward=align.pairs_per_forward,
+            tokens_per_forward=align.tokens_per_forward,
+            max_steps=align.max_steps,
+            both_sides=align.objective == "dpo",
+        )
 
     def epoch(self, step: int) -> int:
         """The epoch (from 0) of a step (from 0)."""

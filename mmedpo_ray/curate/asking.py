@@ -6,6 +6,7 @@ the node of the driver where that has room: a local server is there, and often t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,7 +72,7 @@ class Asking:
     settings: list[Any]
     inputs: list[str]
 
-    def run(self, config: Config, build: Callable[[DoneIds], ray.data.Dataset]) -> Manifest:
+    def run(self, config: Config, build: Callable[[DoneIds], ray.data.Dataset | None]) -> Manifest:
         """Asks about every row of the dataset that ``build`` makes, given the ids that are there.
 
         Raises:
@@ -93,9 +94,11 @@ class Asking:
         # A block is asked about and written as one: it is what a crash can cost, and the step of the progress bar.
         rows = min(config.ray.rows_per_part, _ROUNDS * self.endpoint.concurrency)
 
-        def asked(done: DoneIds) -> ray.data.Dataset:
-            blocks = build(done).repartition(target_num_rows_per_block=rows, strict=True)
-            return blocks.map_batches(
+        def asked(done: DoneIds) -> ray.data.Dataset | None:
+            found = build(done)
+            if found is None:
+                return None
+            return found.repartition(target_num_rows_per_block=rows, strict=True).map_batches(
                 AskEndpoint,
                 fn_constructor_args=(self.endpoint, key, self.task, log),
                 batch_format="pyarrow",
@@ -143,6 +146,16 @@ class AskEndpoint:
             self._log.add(self._client.take_usage())
         made = (self._task.row(row, answer) for row, answer in zip(rows, answers, strict=True))
         return tables.to_table(made, tables.with_drop_columns(self._task.schema))
+
+
+def provenance(model: str, prompt: str, answer: Completion | Failure) -> dict[str, Any]:
+    """The columns that every table behind an endpoint has, of an answer or a failure."""
+    return {
+        "model": model,
+        "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+        "input_tokens": answer.input_tokens,
+        "output_tokens": answer.output_tokens,
+    }
 
 
 def dropped(row: dict[str, Any], reason: str, detail: str = "", **columns: Any) -> dict[str, Any]:

@@ -110,11 +110,6 @@ class CandidateSampler:
         self._processor: Any = load_processor(config.model.path)
         self._writer = PromptWriter(self._processor)
         arguments = dict(engine.engine_kwargs)
-        if engine.device == "cpu":
-            # vLLM 0.32 cannot take back the random number of a half-read prompt on CPU ("CPU Generator does not use
-            # offset"), so with seeds every prompt is read in one step.
-            arguments.setdefault("enable_chunked_prefill", False)
-            arguments.setdefault("max_num_batched_tokens", max(4096, arguments["max_model_len"]))
         if config.model.engine.tensor_parallel_size > 1:
             # The actor holds all its GPUs itself; a Ray executor would ask for them once more.
             arguments["distributed_executor_backend"] = "mp"

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmedpo_ray import tables
-from mmedpo_ray.curate.asking import dropped
+from mmedpo_ray.curate.asking import dropped, provenance
 from mmedpo_ray.endpoint import ChatRequest, Completion, Failure, as_data
 
 NONE = "none"
@@ -59,12 +59,7 @@ class ChooseTask:
 
     def row(self, row: dict[str, Any], answer: Completion | Failure) -> dict[str, Any]:
         """The chosen candidate's id, null for none, or the reason why nothing was chosen."""
-        columns: dict[str, Any] = {
-            "model": self._model,
-            "prompt_sha256": hashlib.sha256(prompt(row).encode()).hexdigest(),
-            "input_tokens": answer.input_tokens,
-            "output_tokens": answer.output_tokens,
-        }
+        columns = provenance(self._model, prompt(row), answer)
         if isinstance(answer, Failure):
             return dropped(row, answer.reason, answer.detail, **columns)
         chosen = parse(answer.text, row)

@@ -17,13 +17,12 @@ import ray
 from mmedpo_ray import storage, tables
 from mmedpo_ray.cluster import has_gpu
 from mmedpo_ray.config import Config
-from mmedpo_ray.curate import candidates, slices
+from mmedpo_ray.curate import candidates, joins
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.curate.text_pairs import prepare, text_pairs
 from mmedpo_ray.curate.tools import TOOLS
 from mmedpo_ray.curate.visual import VisualPairs
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import model_fingerprint
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import Manifest, Station, read_manifest
@@ -78,10 +77,7 @@ def key_settings(config: Config) -> list[Any]:
     chosen = config.curate.model_dump(mode="json", exclude={"text": {"endpoint"}, "visual": {"batch_images"}})
     settings: list[Any] = [chosen, config.run.seed]
     if config.curate.visual.tool != "none":
-        tool = TOOLS[config.curate.visual.tool]
-        settings.append(tool.fingerprint(config))
-        if tool.has_model:
-            settings.append(model_fingerprint(config.model.path))
+        settings.append(TOOLS[config.curate.visual.tool].fingerprint(config))
     return settings
 
 
@@ -105,13 +101,13 @@ def train_samples(config: Config, columns: Sequence[str] = tuple(tables.SAMPLES.
 
 def _check_samples(folder: str) -> None:
     # `Station` says what to run where the table is missing.
-    if read_manifest(folder) is not None and slices.num_rows(folder, split="train") == 0:
+    if read_manifest(folder) is not None and joins.num_rows(folder, split="train") == 0:
         raise _no_train_row(folder)
 
 
 def _no_train_row(folder: str) -> UserError:
     return UserError(
-        f"none of the {slices.num_rows(folder):,} samples is in the train split, so there is nothing to make pairs from. "
+        f"none of the {joins.num_rows(folder):,} samples is in the train split, so there is nothing to make pairs from. "
         "Lower data.test_share or check data.train_file."
     )
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mmedpo_ray import tables
 from mmedpo_ray.curate import lexicon
-from mmedpo_ray.curate.asking import dropped
+from mmedpo_ray.curate.asking import dropped, provenance
 from mmedpo_ray.curate.filters import problem
 from mmedpo_ray.endpoint import ChatRequest, Completion, Failure, as_data
 
@@ -82,12 +82,7 @@ class RewriteTask:
 
     def row(self, row: dict[str, Any], answer: Completion | Failure) -> dict[str, Any]:
         """The checked edit, or the reason why there is none."""
-        columns: dict[str, Any] = {
-            "model": self._model,
-            "prompt_sha256": hashlib.sha256(prompt(row).encode()).hexdigest(),
-            "input_tokens": answer.input_tokens,
-            "output_tokens": answer.output_tokens,
-        }
+        columns = provenance(self._model, prompt(row), answer)
         if isinstance(answer, Failure):
             return dropped(row, answer.reason, answer.detail, **columns)
         edit = verify(answer.text, row["answer"])

@@ -11,15 +11,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import ray
 
+from mmedpo_ray import tables
 from mmedpo_ray.config import Config
-from mmedpo_ray.curate import choose, rewrite, slices, text_tasks
+from mmedpo_ray.curate import choose, joins, rewrite, text_tasks
 from mmedpo_ray.curate.asking import Asking
 from mmedpo_ray.curate.candidates import sample_candidates
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.slices import map_slices
 
 _ROWS_PER_TASK = 2048
 
@@ -65,7 +68,7 @@ def text_pairs(config: Config, done: DoneIds) -> ray.data.Dataset | None:
     if settings.method == "released":
         skip = text_tasks.Skip(done, "pair_id")
         task = partial(text_tasks.released_pairs, skip=skip, train=_train_ids(run.samples), settings=settings)
-        return _map(slices.cut(run.released, _ROWS_PER_TASK), task, config)
+        return _map(run.released, tables.PAIRS, task, config)
     task = partial(
         text_tasks.make_pairs,
         skip=text_tasks.Skip(done, "sample_id", ":text"),
@@ -74,7 +77,7 @@ def text_pairs(config: Config, done: DoneIds) -> ray.data.Dataset | None:
         vocabulary=ray.put(_vocabulary(config)),
         seed=config.run.seed,
     )
-    return _map(slices.cut(run.samples, _ROWS_PER_TASK), task, config)
+    return _map(run.samples, _columns(text_tasks.SAMPLE_COLUMNS), task, config)
 
 
 # ---------------------------------------------------------------------- stations behind an endpoint
@@ -92,12 +95,12 @@ def _choose(config: Config, inputs: list[str]) -> None:
         inputs=list(inputs),
     )
 
-    def build(done: DoneIds) -> ray.data.Dataset:
+    def build(done: DoneIds) -> ray.data.Dataset | None:
         joined = text_tasks.Joined.of(config, choices=False, rewrites=False)
         task = partial(
             text_tasks.to_choose, skip=text_tasks.Skip(done, "sample_id"), joined=joined, settings=text
         )
-        return _map(slices.cut(run.samples, _ROWS_PER_TASK), task, config)
+        return _map(run.samples, _columns(text_tasks.CHOOSE_COLUMNS), task, config)
 
     asking.run(config, build)
 
@@ -114,12 +117,12 @@ def _rewrite(config: Config, inputs: list[str]) -> None:
         inputs=list(inputs),
     )
 
-    def build(done: DoneIds) -> ray.data.Dataset:
+    def build(done: DoneIds) -> ray.data.Dataset | None:
         joined = text_tasks.Joined.of(config, rewrites=False)
         task = partial(
             text_tasks.to_rewrite, skip=text_tasks.Skip(done, "sample_id"), joined=joined, settings=text
         )
-        return _map(slices.cut(run.samples, _ROWS_PER_TASK), task, config)
+        return _map(run.samples, _columns(text_tasks.REWRITE_COLUMNS), task, config)
 
     asking.run(config, build)
 
@@ -132,17 +135,18 @@ def _vocabulary(config: Config) -> frozenset[str]:
     text = config.curate.text
     if "rule_edit" not in (text.method, text.fallback):
         return frozenset()
-    samples = slices.cut(RunFolder(config.run.folder).samples, _ROWS_PER_TASK)
-    found = _map(samples, partial(text_tasks.read_concepts, skip=text_tasks.Skip(None, "sample_id")), config)
-    return frozenset(row["concept"] for row in found.iter_rows())
+    columns = _columns(text_tasks.CONCEPT_COLUMNS)
+    found = _map(RunFolder(config.run.folder).samples, columns, text_tasks.read_concepts, config)
+    return frozenset(row["concept"] for row in found.iter_rows()) if found else frozenset()
 
 
 def _train_ids(folder: str) -> ray.ObjectRef:
-    return ray.put(slices.column(folder, "sample_id", split="train"))
+    return ray.put(joins.column(folder, "sample_id", split="train"))
 
 
-def _map(planned: ray.data.Dataset, task: Any, config: Config) -> ray.data.Dataset:
-    """Runs a function of a slice in Ray tasks."""
-    return planned.map_batches(
-        task, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=config.ray.data_cpus
-    )
+def _columns(names: list[str]) -> pa.Schema:
+    return pa.schema([tables.SAMPLES.field(name) for name in names])
+
+
+def _map(folder: str, columns: pa.Schema, task: Any, config: Config) -> ray.data.Dataset | None:
+    return map_slices([folder], columns, task, num_cpus=config.ray.data_cpus, rows=_ROWS_PER_TASK)

@@ -1,4 +1,4 @@
-"""What Ray tasks do with a slice of `samples`: join the other tables, leave out what is done, make rows.
+"""What Ray tasks do with rows of `samples`: join the other tables, leave out what is done, make rows.
 
 Apart from the stations, so that a worker imports no model code for them.
 """
@@ -14,7 +14,7 @@ import ray
 
 from mmedpo_ray import tables
 from mmedpo_ray.config import Config, TextCurationConfig
-from mmedpo_ray.curate import slices
+from mmedpo_ray.curate import joins
 from mmedpo_ray.curate.hallucinate import (
     Candidate,
     Material,
@@ -28,7 +28,11 @@ from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.storage import join
 
-_SAMPLE_COLUMNS = [name for name in tables.SAMPLES.names if name not in ("image_sha256", "mask_uri")]
+# The columns of `samples` that each task below wants.
+SAMPLE_COLUMNS = [name for name in tables.SAMPLES.names if name not in ("image_sha256", "mask_uri")]
+CONCEPT_COLUMNS = ["answer", "split"]
+REWRITE_COLUMNS = ["sample_id", "question", "answer", "answer_type", "split"]
+CHOOSE_COLUMNS = ["sample_id", "question", "answer", "split"]
 _CANDIDATES = pa.schema(
     [
         tables.CANDIDATES.field(name)
@@ -51,9 +55,9 @@ _CONCEPT = pa.schema([("concept", pa.string())])
 class Joined:
     """The other tables about a sample, as far as the method has them."""
 
-    candidates: slices.BySample | None
-    choices: slices.BySample | None
-    rewrites: slices.BySample | None
+    candidates: joins.BySample | None
+    choices: joins.BySample | None
+    rewrites: joins.BySample | None
 
     @classmethod
     def of(cls, config: Config, *, choices: bool = True, rewrites: bool = True) -> Joined:
@@ -62,7 +66,7 @@ class Joined:
         is_sampled = text.method == "on_policy"
         is_rewritten = text.method == "rewrite" or (is_sampled and text.fallback == "rewrite")
         return cls(
-            slices.BySample([run.candidates], _CANDIDATES) if is_sampled else None,
+            joins.BySample([run.candidates], _CANDIDATES) if is_sampled else None,
             _with_dropped(run.choices, tables.CHOICES)
             if choices and is_sampled and text.judge == "endpoint"
             else None,
@@ -106,13 +110,12 @@ class Skip:
         return rows.filter(pc.invert(ray.get(self._done).mask(ids)))
 
 
-def _train(slice_: pa.Table, skip: Skip, columns: list[str]) -> pa.Table:
-    rows = slices.read(slice_, [*columns, "split"])
-    return skip(rows.filter(pc.equal(rows["split"], "train")))
+def _train(rows: pa.Table) -> pa.Table:
+    return rows.filter(pc.equal(rows["split"], "train"))
 
 
 def make_pairs(
-    slice_: pa.Table,
+    rows: pa.Table,
     *,
     skip: Skip,
     joined: Joined,
@@ -120,50 +123,50 @@ def make_pairs(
     vocabulary: ray.ObjectRef,
     seed: int,
 ) -> pa.Table:
-    samples = _train(slice_, skip, _SAMPLE_COLUMNS)
+    samples = skip(_train(rows))
     material, known = joined.material(samples), ray.get(vocabulary)
-    rows = (text_pair(row, material[row["sample_id"]], settings, known, seed) for row in samples.to_pylist())
-    return tables.to_table(rows, tables.with_drop_columns(tables.PAIRS))
+    made = (text_pair(row, material[row["sample_id"]], settings, known, seed) for row in samples.to_pylist())
+    return tables.to_table(made, tables.with_drop_columns(tables.PAIRS))
 
 
 def released_pairs(
-    slice_: pa.Table, *, skip: Skip, train: ray.ObjectRef, settings: TextCurationConfig
+    rows: pa.Table, *, skip: Skip, train: ray.ObjectRef, settings: TextCurationConfig
 ) -> pa.Table:
-    rows = skip(slices.read(slice_, tables.PAIRS.names))
+    rows = skip(rows)
     rows = rows.filter(pc.is_in(rows["sample_id"], value_set=ray.get(train)))
     made = (released_pair(row, settings.max_length_ratio) for row in rows.to_pylist())
     return tables.to_table(made, tables.with_drop_columns(tables.PAIRS))
 
 
-def read_concepts(slice_: pa.Table, *, skip: Skip) -> pa.Table:
-    answers = _train(slice_, skip, ["answer"])["answer"].to_pylist()
+def read_concepts(rows: pa.Table) -> pa.Table:
+    answers = _train(rows)["answer"].to_pylist()
     return pa.table({"concept": sorted(vocabulary_of(answers))}, _CONCEPT)
 
 
-def to_rewrite(slice_: pa.Table, *, skip: Skip, joined: Joined, settings: TextCurationConfig) -> pa.Table:
-    samples = _train(slice_, skip, ["sample_id", "question", "answer", "answer_type"])
-    rows = samples.to_pylist()
+def to_rewrite(rows: pa.Table, *, skip: Skip, joined: Joined, settings: TextCurationConfig) -> pa.Table:
+    samples = skip(_train(rows))
+    asked = samples.to_pylist()
     if settings.method == "on_policy":
         material = joined.material(samples)
-        rows = [row for row in rows if needs_rewrite(row, material[row["sample_id"]], settings)]
-    return tables.to_table(rows, _ASKED)
+        asked = [row for row in asked if needs_rewrite(row, material[row["sample_id"]], settings)]
+    return tables.to_table(asked, _ASKED)
 
 
-def to_choose(slice_: pa.Table, *, skip: Skip, joined: Joined, settings: TextCurationConfig) -> pa.Table:
-    samples = _train(slice_, skip, ["sample_id", "question", "answer"])
+def to_choose(rows: pa.Table, *, skip: Skip, joined: Joined, settings: TextCurationConfig) -> pa.Table:
+    samples = skip(_train(rows))
     material = joined.material(samples)
-    rows = []
+    asked = []
     for row in samples.to_pylist():
         candidates = material[row["sample_id"]].candidates
         fit, _ = usable(row["answer"], row["question"], candidates, settings.max_length_ratio)
         if fit:
             offered = {"candidate_ids": [c.candidate_id for c in fit], "candidates": [c.text for c in fit]}
-            rows.append(row | offered)
-    return tables.to_table(rows, _ASKED)
+            asked.append(row | offered)
+    return tables.to_table(asked, _ASKED)
 
 
-def _with_dropped(folder: str, schema: pa.Schema) -> slices.BySample:
-    return slices.BySample([folder, join(folder, "dropped")], tables.with_drop_columns(schema))
+def _with_dropped(folder: str, schema: pa.Schema) -> joins.BySample:
+    return joins.BySample([folder, join(folder, "dropped")], tables.with_drop_columns(schema))
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:

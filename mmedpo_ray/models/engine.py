@@ -17,6 +17,8 @@ from mmedpo_ray.errors import UserError
 Device = Literal["cpu", "gpu"]
 
 _GIB = 1024**3
+# Prompts read together on CPU; at least the longest of them.
+_PREFILL_TOKENS = 4096
 
 # Every engine process works from local files and reports to nobody.
 _QUIET_ENVIRONMENT = {
@@ -91,6 +93,12 @@ def engine_settings(
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * _GIB)
         arguments["skip_mm_profiling"] = True
         arguments["mm_processor_cache_gb"] = 0.5
+        # After part of a prompt vLLM 0.32 rewinds the generator of a seeded request, which a generator on CPU cannot:
+        # "CPU Generator does not use offset" ends the engine. Whole prompts need no rewinding.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(
+            _PREFILL_TOKENS, arguments["max_model_len"], engine.max_num_seqs
+        )
     else:
         arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
     arguments.update(engine.extra)

@@ -148,12 +148,7 @@ def engine_arguments(engine: EngineSettings) -> dict[str, Any]:
     # Free whitespace would let a model fill its tokens with blanks. vLLM 0.32 reads this from the engine only, not from
     # the request, and only for a named backend.
     output = {"backend": "xgrammar", "disable_any_whitespace": True}
-    arguments: dict[str, Any] = {"structured_outputs_config": output}
-    if engine.device == "cpu":
-        # After part of a prompt vLLM 0.32 rewinds the generator of a seeded request, which a generator on CPU cannot:
-        # "CPU Generator does not use offset" ends the engine. Whole prompts need no rewinding.
-        arguments["enable_chunked_prefill"] = False
-    return {**arguments, **engine.engine_kwargs}
+    return {"structured_outputs_config": output, **engine.engine_kwargs}
 
 
 def _engine(settings: VllmAgentConfig, has_gpu: bool) -> EngineSettings:

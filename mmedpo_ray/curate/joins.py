@@ -1,10 +1,8 @@
-"""A table between stations, cut into slices that tasks read themselves, and joined to others by the sample's id.
+"""Finished tables joined by the sample's id, in the tasks that read a slice of one of them (:mod:`mmedpo_ray.slices`).
 
 Every finished table is sorted by its id and keeps the range of its columns in the footers of its files. So the driver
-reads footers only, a task reads its own slice, and the rows of another table that belong to it come from the few row groups
-whose range meets the slice's. No process ever holds a table.
-
-(``ray.data.read_parquet`` makes one task a file of 50,000 rows, and a join is a shuffle there.)
+reads footers only, and the rows of another table that belong to a slice come from the few row groups whose range meets the
+slice's. No process ever holds a table. (With ``ray.data`` a join is a shuffle.)
 """
 
 from __future__ import annotations
@@ -15,41 +13,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
-import ray
 
 from mmedpo_ray import storage
-
-_PLAN = pa.schema(
-    [("path", pa.string()), ("first_group", pa.int64()), ("num_groups", pa.int64()), ("rows", pa.int64())]
-)
-
-
-def cut(folder: str, rows: int) -> ray.data.Dataset:
-    """The slices of a finished table, one block each, about ``rows`` rows; for :func:`read`."""
-    planned: list[dict[str, str | int]] = []
-    for path in storage.list_files(folder, ".parquet"):
-        sizes = _row_group_sizes(path)
-        first = 0
-        while first < len(sizes):
-            end, size = first + 1, sizes[first]
-            while end < len(sizes) and size + sizes[end] <= rows:
-                size += sizes[end]
-                end += 1
-            planned.append({"path": path, "first_group": first, "num_groups": end - first, "rows": size})
-            first = end
-    return ray.data.from_arrow([pa.Table.from_pylist([slice_], _PLAN) for slice_ in planned])
-
-
-def read(slice_: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """The rows of a slice made by :func:`cut`."""
-    parts = []
-    for planned in slice_.to_pylist():
-        filesystem, path = storage.resolve(planned["path"])
-        groups = range(planned["first_group"], planned["first_group"] + planned["num_groups"])
-        with filesystem.open_input_file(path) as source:
-            parts.append(pq.ParquetFile(source).read_row_groups(list(groups), columns=list(columns)))
-    return pa.concat_tables(parts)
+from mmedpo_ray.slices import footer_of
 
 
 def num_rows(folder: str, **equal: str) -> int:
@@ -117,22 +83,11 @@ class BySample:
         return found
 
 
-def _row_group_sizes(path: str) -> list[int]:
-    footer = _footer(path)
-    return [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
-
-
 def _range(path: str) -> Range:
-    footer = _footer(path)
+    footer = footer_of(path)
     column = footer.schema.to_arrow_schema().get_field_index("sample_id")
     known = [footer.row_group(index).column(column).statistics for index in range(footer.num_row_groups)]
     if not known or any(item is None or not item.has_min_max for item in known):
         # Without statistics every slice looks into this file.
         return Range(path, "", chr(0x10FFFF))
     return Range(path, min(item.min for item in known), max(item.max for item in known))
-
-
-def _footer(path: str) -> pq.FileMetaData:
-    filesystem, inner = storage.resolve(path)
-    with filesystem.open_input_file(inner) as source:
-        return pq.ParquetFile(source).metadata
