@@ -127,6 +127,19 @@ def post(endpoint, body: dict) -> tuple[int, dict | str]:
 
 
 @pytest.mark.engine
+def test_seeded_sampling_of_many_long_questions_does_not_end_the_engine(endpoint):
+    """More prompt tokens at once than the engine reads in a step; on CPU a seeded request must not be cut there."""
+
+    def ask(number: int) -> int:
+        content = f"Question {number}: " + "is there a nodule " * 25
+        body = {"model": "base", "max_tokens": 4, "temperature": 1.0, "seed": number}
+        return post(endpoint, body | {"messages": [{"role": "user", "content": content}]})[0]
+
+    with ThreadPoolExecutor(64) as pool:
+        assert set(pool.map(ask, range(64))) == {200}
+
+
+@pytest.mark.engine
 def test_each_name_answers_with_its_own_weights(endpoint, config):
     """Token for token what transformers gives for the base and for the merged model, also when asked all at once."""
     buffer = io.BytesIO()
