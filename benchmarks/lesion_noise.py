@@ -41,7 +41,7 @@ from mmedpo_ray import images as image_files
 from mmedpo_ray.config import NoiseConfig
 from mmedpo_ray.curate.lesion_noise import add_lesion_noise, signal_share
 from mmedpo_ray.curate.tools.base import upsample
-from mmedpo_ray.curate.visual import encode_png, heat_map_pixels
+from mmedpo_ray.curate.visual import heat_map_pixels
 
 GRID, PATCH = 14, 16
 DEFAULT, RELEASED = NoiseConfig(), NoiseConfig(mode="released")
@@ -143,9 +143,9 @@ def our_way(config: NoiseConfig) -> Way:
         heat_map = upsample(grid, image.height, image.width)
         noised = add_lesion_noise(image, heat_map, config, np.random.default_rng(0))
         lap("noise")
-        path.with_suffix(f".{config.mode}.png").write_bytes(encode_png(noised.pixels))
+        path.with_suffix(f".{config.mode}.png").write_bytes(image_files.encode_pixels(noised.pixels))
         lap("save")
-        path.with_suffix(".heat.png").write_bytes(encode_png(heat_map_pixels(heat_map)))
+        path.with_suffix(".heat.png").write_bytes(image_files.encode_pixels(heat_map_pixels(heat_map)))
         lap("save heat map")
 
     return run
@@ -170,7 +170,7 @@ def check(paths: list[Path]) -> str | None:
         ours = add_lesion_noise(Image.open(path), spread, RELEASED, np.random.default_rng(0))
         noise = 10.0 * spread_draws(ours.mask, pixels.shape, grey=False)
         theirs = authors_noised(pixels, grid, lambda _, noise=noise: noise.astype(np.float64))
-        saved = Image.open(io.BytesIO(encode_png(ours.pixels)))
+        saved = Image.open(io.BytesIO(image_files.encode_pixels(ours.pixels)))
         same = (np.asarray(saved) == theirs).reshape(*ours.mask.shape, -1).all(axis=2)
         # SciPy and OpenCV round the smoothed map differently in the last bit, which can move a pixel of the mask's edge.
         if (~same).mean() > 1e-5:

@@ -21,9 +21,9 @@ from mmedpo_ray.config import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.curate.curate import draw_visual_samples, train_samples
 from mmedpo_ray.curate.hallucinate import stable_seed
-from mmedpo_ray.curate.visual import PairMaker, VisualPair, encode_png, visual_pair_id
+from mmedpo_ray.curate.visual import PairMaker, VisualPair, visual_pair_id
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.images import to_rgb
+from mmedpo_ray.images import encode_pixels, to_rgb
 from mmedpo_ray.run_folder import RunFolder
 
 _COLUMNS = ("original", "heat map", "mask outline", "noised")
@@ -65,7 +65,7 @@ def preview(config: Config, count: int) -> Path:
             "curate.visual.min_confidence."
         )
     sheet = draw_sheet(pairs, show_text=config.report.show_text)
-    storage.write_bytes(path, encode_png(np.asarray(sheet)))
+    storage.write_bytes(path, encode_pixels(np.asarray(sheet)))
     left_out = f"; without a pair: {reasons}" if reasons else ""
     console.print(f"{len(pairs)} visual pairs in {path}{left_out}", soft_wrap=True, markup=False)
     return path

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +20,6 @@ from mmedpo_ray.curate.lesion_noise import Noised, add_lesion_noise
 from mmedpo_ray.curate.tools import TOOLS, Localisation
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
-
-# PNG's colour type by the number of bands: grey, grey with alpha, RGB, RGBA.
-_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
-_FILTER_UP = 2
 
 
 @dataclass(frozen=True)
@@ -162,8 +156,8 @@ class VisualPairs:
         name = hashlib.sha256(pair_id.encode()).hexdigest()[:24]
         noised_uri = storage.join(self._folder, f"{name}.png")
         heat_map_uri = storage.join(self._folder, f"{name}_heat.png")
-        storage.write_bytes(heat_map_uri, encode_png(heat_map_pixels(pair.heat_map)))
-        storage.write_bytes(noised_uri, encode_png(pair.noised.pixels))
+        storage.write_bytes(heat_map_uri, image_files.encode_pixels(heat_map_pixels(pair.heat_map)))
+        storage.write_bytes(noised_uri, image_files.encode_pixels(pair.noised.pixels))
         return {
             "pair_id": pair_id,
             "kind": "visual",
@@ -202,34 +196,3 @@ def heat_map_pixels(heat_map: np.ndarray) -> np.ndarray:
     scaled = heat_map * np.float32(255)
     scaled += np.float32(0.5)
     return scaled.astype(np.uint8)
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of an L, LA, RGB, RGBA or 16-bit grey image; equal pixels give equal bytes.
-
-    Pillow tries five filters on every row and searches long, which takes several times all the rest of a visual pair. One
-    filter (the difference from the row above) and the fastest deflate make files of about the same size (0.96 to 1.06 of
-    Pillow's default on noised radiographs) in about a tenth of the time. In one band only runs are looked for: noise repeats
-    nothing longer.
-
-    Args:
-        pixels: uint8 (H, W) or (H, W, 2 to 4), or uint16 (H, W).
-    """
-    height, width = pixels.shape[:2]
-    bands = 1 if pixels.ndim == 2 else pixels.shape[2]
-    wide = pixels.dtype == np.uint16
-    rows = (pixels.astype(">u2").view(np.uint8) if wide else pixels).reshape(height, -1)
-    filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
-    filtered[:, 0] = _FILTER_UP
-    filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    deflate = zlib.compressobj(
-        level=1, memLevel=9, strategy=zlib.Z_RLE if bands == 1 else zlib.Z_DEFAULT_STRATEGY
-    )
-    data = deflate.compress(filtered.data) + deflate.flush()
-    header = struct.pack(">IIBBBBB", width, height, 16 if wide else 8, _COLOUR_TYPES[bands], 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(name)))
-        for name, body in chunks
-    )

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmedpo_ray import images, tables
 from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.visual import VisualPairs, encode_png
+from mmedpo_ray.curate.visual import VisualPairs
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -156,10 +156,10 @@ def test_png_files_read_back_as_they_were(mode: str, height: int, width: int, se
     bands = {"L": (), "I;16": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}[mode]
     high, kind = (65536, np.uint16) if mode == "I;16" else (256, np.uint8)
     pixels = np.random.default_rng(seed).integers(0, high, (height, width, *bands)).astype(kind)
-    data = encode_png(pixels)
+    data = images.encode_pixels(pixels)
     read = Image.open(io.BytesIO(data))
     read.load()
     assert (read.mode, read.size) == (mode, (width, height))
     assert np.array_equal(np.asarray(read), pixels)
     Image.open(io.BytesIO(data)).verify()
-    assert encode_png(pixels.copy()) == data
+    assert images.encode_pixels(pixels.copy()) == data
