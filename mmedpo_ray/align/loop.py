@@ -77,7 +77,6 @@ class TrainingLoop:
         self.plan = self._make_plan()
         self.engine, self.step = self._make_engine()
         self.metrics = MetricsWriter(spec.folder, self.step, spec.align.trackers) if self.rank == 0 else None
-        self._resumed_at = self.step
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[Any] | None = None
 

@@ -28,6 +28,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     write_reference(folder, write_scored(folder))
     plain = training_spec(folder, model, folder / "plain", nll_coefficient=0.5, visual_coefficient=0.5)
     moved = with_settings(plain, folder / "moved")
+
+    def all_terms(name: str, **changes: object) -> TrainingSpec:
+        """Every further term at once, the reference from a second forward with the adapter off."""
+        terms = {
+            "loss": "ipo",
+            "reference": "online",
+            "kl_coefficient": 0.2,
+            "anchor_coefficient": 0.3,
+            "reversed_visual_coefficient": 0.4,
+            "common_token_weight": 0.3,
+        }
+        return replace(with_settings(plain, folder / name, **(terms | changes)), reference=None)
+
     train(
         [
             Launch(plain),
@@ -38,6 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(moved, crash_after=3),
             Launch(with_settings(plain, folder / "ddp", strategy="ddp", pairs_per_forward=5)),
             Launch(with_settings(plain, folder / "token_budget", tokens_per_forward=200)),
+            Launch(all_terms("all_terms", strategy="ddp")),
         ]
     )
     train(
@@ -49,6 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(zero_two),
             Launch(ddp := with_settings(plain, folder / "ddp_two_ranks", strategy="ddp"), crash_after=3),
             Launch(ddp),
+            Launch(all_terms("all_terms_two_ranks", pairs_per_forward=5)),
             Launch(moved),
             Launch(with_settings(plain, folder / "sft", objective="sft")),
             Launch(

@@ -45,6 +45,15 @@ def test_the_way_of_computing_does_not_matter(runs: Runs, name: str) -> None:
     assert_same_training(runs.folder / name, runs.folder / "plain")
 
 
+def test_every_term_at_once_is_the_same_on_two_sharded_ranks(runs: Runs) -> None:
+    """ZeRO-3 switches the adapter off inside its forward; one rank holds everything."""
+    assert_same_training(runs.folder / "all_terms_two_ranks", runs.folder / "all_terms")
+    rows = read_metrics(runs.folder / "all_terms")
+    assert rows[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6), "policy and reference begin as one model"
+    assert rows[-1]["kl"] > 0
+    assert rows[0]["pairs"] == 15, "three images with three text pairs, a visual and a reversed pair each"
+
+
 def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
     """The objective over each whole step, torch's AdamW and clipping, without DeepSpeed, plan packing or sharding."""
     spec = runs.spec
