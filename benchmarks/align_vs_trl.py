@@ -4,9 +4,9 @@
 
 Both train the same random LLaVA (576 image tokens, CLIP 336/14) with the same LoRA, AdamW and pairs; both get their batches
 ready-made, so reading images and tokenising count on neither side. TRL runs its fastest working settings for a
-vision-language model: LoRA with the adapter switched off as reference, no gradient checkpointing, the batch size that was fastest
-in a trial (TRL 1.16 has no padding-free batches and no precomputed reference for images). Ours are packed trees; the one reference
-pass is counted in, spread over three epochs.
+vision-language model: LoRA with the adapter switched off as reference, no gradient checkpointing (TRL 1.16 has no padding-free batches
+and no precomputed reference for images). Ours are packed trees; the one reference pass is counted in, spread over three epochs.
+Each side runs in the micro-batches with which it was fastest in a trial.
 
 shapes  slake   one image with 11 questions, chosen about 3 tokens, rejected about 17 (the released SLAKE pairs)
         report  eight images with one report each, about 75 tokens a side
@@ -19,6 +19,7 @@ Cost: a few minutes on two cores. Peak memory is taken in a process of its own f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from torch import Tensor
 
 from mmedpo_ray.align.batch import Pair, forest_batch, pair_batch
 from mmedpo_ray.align.ddp_engine import DdpEngine
-from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.losses import Normaliser, Objective, preference_objective
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 from mmedpo_ray.config import AlignConfig
@@ -205,27 +206,39 @@ def lora() -> LoraConfig:
 
 
 class Ours:
-    """A step of our trainer on one rank."""
+    """A step of our trainer on one rank, ``batch_size`` images in a forward."""
 
     def __init__(
-        self, folder: Path, rows: list[dict[str, Any]], device: torch.device, dtype: torch.dtype
+        self,
+        folder: Path,
+        rows: list[dict[str, Any]],
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
     ) -> None:
         self.policy = load_policy(folder, device, dtype)
+        make_fast(self.policy)
         writer = PromptWriter(load_processor(str(folder)))
         images: dict[str, Image.Image] = {}
         for row in rows:
             for side in ("image", "rejected_image"):
                 images[str(id(row[side]))] = row[side]
         pixels = {name: writer.pixels([image])[0] for name, image in images.items()}
-        pairs = [_pair(row, writer) for row in rows]
 
         def load(uris: list[str]) -> Tensor:
             return torch.stack([pixels[uri] for uri in uris])
 
-        self.batch = forest_batch(pairs, load, writer.pad_token_id, both_sides=True).to(device)  # type: ignore[arg-type]
-        self.count = len(pairs)
-        self.total = Normaliser(float(len(pairs)), sum(len(pair.chosen) for pair in pairs), len(pairs))
-        self.known = pair_batch(pairs, device=device)
+        trees: dict[str, list[Pair]] = {}
+        for row in rows:
+            trees.setdefault(row["id"].split("-")[0], []).append(_pair(row, writer))
+        self.batches = []
+        whole = list(trees.values())
+        for start in range(0, len(whole), batch_size):
+            pairs = list(itertools.chain.from_iterable(whole[start : start + batch_size]))
+            forest = forest_batch(pairs, load, writer.pad_token_id, both_sides=True)  # type: ignore[arg-type]
+            self.batches.append((forest.to(device), pair_batch(pairs, device=device)))
+        tokens = sum(len(pair.chosen) for tree in trees.values() for pair in tree)
+        self.total = Normaliser(float(len(rows)), tokens, len(rows))
         spec = TrainingSpec(
             align=AlignConfig(strategy="ddp", learning_rate=1e-4, max_grad_norm=1e9, precision="fp32"),
             model=str(folder),
@@ -241,23 +254,25 @@ class Ours:
 
     def reference_pass(self) -> None:
         """What the station `reference` does once."""
-        with torch.no_grad(), self.policy.disable_adapter():
-            out = response_logps(self.policy, self.batch).logps
-        self.known = type(self.known)(
-            self.known.weight,
-            out[: self.count],
-            out[self.count :],
-            self.known.is_visual,
-            self.known.counts_nll,
-        )
+        known = []
+        for forest, pairs in self.batches:
+            count = len(pairs.weight)
+            with torch.no_grad(), self.policy.disable_adapter():
+                out = response_logps(self.policy, forest).logps
+            known.append((forest, replace(pairs, ref_chosen=out[:count], ref_rejected=out[count:])))
+        self.batches = known
 
     def step(self) -> float:
         """Forward, backward, update."""
-        out = self.engine.logps(self.batch)
-        loss, _ = preference_objective(*out.sides(self.count), self.known, self.total, Objective(beta=BETA))
-        self.engine.backward(loss, is_last=True)
+        value = 0.0
+        for number, (forest, pairs) in enumerate(self.batches):
+            out = self.engine.logps(forest)
+            sides = out.sides(len(pairs.weight))
+            loss, _ = preference_objective(*sides, pairs, self.total, Objective(beta=BETA))
+            self.engine.backward(loss, is_last=number == len(self.batches) - 1)
+            value += float(loss.detach())
         self.engine.update(1e-4)
-        return float(loss.detach())
+        return value
 
 
 def _pair(row: dict[str, Any], writer: PromptWriter) -> Pair:
@@ -435,16 +450,15 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def best_batch_size(make: Callable[[int], Any], count: int, device: torch.device) -> tuple[int, Any]:
-    """The micro-batch with which the other side is fastest, and that side."""
-    found: dict[int, tuple[float, Any]] = {}
+def best_batch_size(make: Callable[[int], Any], count: int, device: torch.device) -> int:
+    """The micro-batch with which a side is fastest."""
+    seconds: dict[int, float] = {}
     for size in sorted({1, 4, count}):
         if size <= count:
             side = make(size)
             side.step()
-            found[size] = (timed(side.step, device), side)
-    size = min(found, key=lambda key: found[key][0])
-    return size, found[size][1]
+            seconds[size] = min(timed(side.step, device) for _ in range(2))
+    return min(seconds, key=lambda size: seconds[size])
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -453,15 +467,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     rows = draw_rows(SHAPES[arguments.shape], visual=arguments.visual)
     other = Padded if arguments.visual else Trl
-    ours = Ours(folder, rows, device, dtype)
-    reference = [timed(ours.reference_pass, device) for _ in range(2)]
-    size, theirs = best_batch_size(lambda n: other(folder, rows, device, dtype, n), len(rows), device)
+    sizes = {
+        "ours": best_batch_size(
+            lambda size: Ours(folder, rows, device, dtype, size), SHAPES[arguments.shape].images, device
+        ),
+        "theirs": best_batch_size(lambda size: other(folder, rows, device, dtype, size), len(rows), device),
+    }
     # Both begin again from the same weights; the first step of each gives the losses to compare.
-    ours = Ours(folder, rows, device, dtype)
+    ours = Ours(folder, rows, device, dtype, sizes["ours"])
     ours.reference_pass()
-    theirs = other(folder, rows, device, dtype, size)
+    theirs = other(folder, rows, device, dtype, sizes["theirs"])
     losses = {"ours": ours.step(), "theirs": theirs.step()}
-    times: dict[str, list[float]] = {"ours": [], "theirs": [], "reference": reference[1:]}
+    times: dict[str, list[float]] = {"ours": [], "theirs": [], "reference": []}
     for _ in range(arguments.repetitions):
         times["theirs"].append(timed(theirs.step, device))
         times["ours"].append(timed(ours.step, device))
@@ -477,7 +494,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "pairs_per_second_ratio": theirs_seconds / ours_seconds,
         "loss_difference": abs(losses["ours"] - losses["theirs"]),
         "losses": losses,
-        "their_batch_size": size,
+        "batch_sizes": sizes,
         "seconds": times,
     }
 
@@ -498,7 +515,7 @@ def print_peak_memory(arguments: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     rows = draw_rows(SHAPES[arguments.shape], visual=arguments.visual)
     if arguments.memory == "ours":
-        side: Any = Ours(arguments.model, rows, device, dtype)
+        side: Any = Ours(arguments.model, rows, device, dtype, arguments.batch_size)
         side.reference_pass()
     else:
         other = Padded if arguments.visual else Trl
@@ -544,7 +561,7 @@ def main() -> int:
         build_model(folder, size)
         result = measure(arguments, folder)
         memory = {
-            side: peak_memory(arguments, folder, side, result["their_batch_size"])
+            side: peak_memory(arguments, folder, side, result["batch_sizes"][side])
             for side in ("ours", "theirs")
         }
     result |= {
@@ -557,12 +574,12 @@ def main() -> int:
         else f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
-    speed = result["pairs_per_second"]
+    speed, sizes = result["pairs_per_second"], result["batch_sizes"]
     print(
         f"{result['shape']}{' + visual' if arguments.visual else ''} against {result['against']}: "
         f"{speed['ours']:.2f} and {speed['theirs']:.2f} pairs/s, ratio {result['pairs_per_second_ratio']:.1f}; "
         f"peak memory {memory['ours']:.0f} and {memory['theirs']:.0f} MiB, ratio {result['peak_memory_ratio']:.2f}; "
-        f"loss difference {result['loss_difference']:.1e} (their micro-batch: {result['their_batch_size']} pairs)"
+        f"loss difference {result['loss_difference']:.1e} (in a forward: {sizes['ours']} images, {sizes['theirs']} pairs)"
     )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

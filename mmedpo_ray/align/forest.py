@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmedpo_ray.align.tree_attention import TreeLayout, lay_out
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -55,6 +57,9 @@ class Forest:
         term_edge, term_sequence: (S,) int64: the edge belongs to the response of the sequence.
         term_weight: (S,) float32, its weight there.
         num_tokens: (N,) int64, response tokens of each sequence.
+        outputs: (R, O) int64, the distinct positions that predict response tokens, row by row, filled up with 0.
+        edge_output: (E,) int64, where the position that predicts an edge's token lies among the R·O outputs.
+        layout: trunks and branches of the rows, for attention.
     """
 
     input_ids: Tensor
@@ -69,6 +74,9 @@ class Forest:
     term_sequence: Tensor
     term_weight: Tensor
     num_tokens: Tensor
+    outputs: Tensor
+    edge_output: Tensor
+    layout: TreeLayout
 
     def to(self, device: torch.device) -> Forest:
         """The batch on another device."""
@@ -79,9 +87,18 @@ class Forest:
 
     def dense_mask(self) -> Tensor:
         """(R, 1, T, T) bool, True where the query (third axis) sees the key; for scaled dot-product attention."""
-        position = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        query, key = position[:, None], position[None, :]
-        return ((key <= query) & (query < self.subtree_end[:, None, :])).unsqueeze(1)
+        return self._sees(
+            torch.arange(self.input_ids.shape[1], device=self.input_ids.device)[None, :]
+        ).unsqueeze(1)
+
+    def output_mask(self) -> Tensor:
+        """(R, O, T) bool, the rows of :meth:`dense_mask` at ``outputs``."""
+        return self._sees(self.outputs)
+
+    def _sees(self, positions: Tensor) -> Tensor:
+        query = positions.unsqueeze(-1)
+        key = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return (key <= query) & (query < self.subtree_end[:, None, :])
 
     def block_mask(self) -> Any:
         """The same as FlexAttention's ``BlockMask``: (R, 1, T, T) that is never stored."""
@@ -159,7 +176,8 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
     paths = []
     for sequence in sequences:
         tree = trees.setdefault(sequence.image, _Tree(sequence.image))
-        paths.append(tree.add(sequence.prompt + sequence.response))
+        # The last token is predicted and predicts nothing: it is no input.
+        paths.append(tree.add(sequence.prompt + sequence.response[:-1]))
     rows = _lay_out(list(trees.values()))
     length = max(sum(len(tree.tokens) for tree in row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
@@ -177,22 +195,22 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
             subtree_end[number, place] = place + torch.tensor(size)
             positions[tree.image] = (number, place.tolist())
             start += len(tree.tokens)
-    edges: dict[tuple[int, int], int] = {}
+    edges: dict[tuple[int, int, int], int] = {}
     rows_of, parents, tokens, term_edge, term_sequence = [], [], [], [], []
     term_weight: list[float] = []
     for index, (sequence, path) in enumerate(zip(sequences, paths, strict=True)):
-        tree = trees[sequence.image]
         number, at = positions[sequence.image]
-        for node in path[len(sequence.prompt) :]:
-            key = (sequence.image, node)
+        for parent, token in zip(path[len(sequence.prompt) - 1 :], sequence.response, strict=True):
+            key = (sequence.image, parent, token)
             if key not in edges:
                 edges[key] = len(edges)
                 rows_of.append(number)
-                parents.append(at[tree.parents[node]])
-                tokens.append(tree.tokens[node])
+                parents.append(at[parent])
+                tokens.append(token)
             term_edge.append(edges[key])
             term_sequence.append(index)
         term_weight += sequence.weights or [1.0] * len(sequence.response)
+    outputs, edge_output = _outputs(rows_of, parents, len(rows))
     return Forest(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -206,7 +224,25 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
         term_sequence=torch.tensor(term_sequence),
         term_weight=torch.tensor(term_weight),
         num_tokens=torch.tensor([len(sequence.response) for sequence in sequences]),
+        outputs=outputs,
+        edge_output=edge_output,
+        layout=lay_out(subtree_end, [sum(len(tree.tokens) for tree in row) for row in rows]),
     )
+
+
+def _outputs(edge_rows: list[int], edge_parents: list[int], num_rows: int) -> tuple[Tensor, Tensor]:
+    """``outputs`` and ``edge_output`` of a forest: several edges may leave one position."""
+    found: list[dict[int, int]] = [{} for _ in range(num_rows)]
+    for row, parent in zip(edge_rows, edge_parents, strict=True):
+        found[row].setdefault(parent, len(found[row]))
+    width = max(map(len, found))
+    outputs = torch.zeros((num_rows, width), dtype=torch.int64)
+    for row, positions in enumerate(found):
+        outputs[row, : len(positions)] = torch.tensor(list(positions))
+    edge_output = [
+        row * width + found[row][parent] for row, parent in zip(edge_rows, edge_parents, strict=True)
+    ]
+    return outputs, torch.tensor(edge_output)
 
 
 def _lay_out(trees: list[_Tree]) -> list[list[_Tree]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmedpo_ray.align import last_layer, lora, tree_attention
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.losses import Side, kl_divergence
 
@@ -59,15 +60,15 @@ def response_logps(
     """
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
     embeddings = _embeddings(llava, batch)
-    mask = batch.block_mask() if _uses_flex(llava) else batch.dense_mask()
+    attention = _attention(llava, batch)
     reference_logits = None
     if with_reference:
         with torch.no_grad(), model.disable_adapter():
-            reference_logits = _edge_logits(llava, batch, embeddings, mask)
+            reference_logits = _edge_logits(llava, batch, embeddings, attention)
     if torch.is_grad_enabled() and getattr(llava.model.language_model, "gradient_checkpointing", False):
         # Reentrant checkpointing only recomputes a block whose input wants a gradient.
         embeddings.requires_grad_(True)
-    logits = _edge_logits(llava, batch, embeddings, mask)
+    logits = _edge_logits(llava, batch, embeddings, attention)
     edges = _token_logps(logits, batch)
     weights = batch.term_weight
     ref_logps = kl = None
@@ -94,11 +95,28 @@ def _embeddings(llava: Any, batch: Forest) -> Tensor:
         return embeddings.masked_scatter(is_image, features[batch.tree_image].to(embeddings.dtype))
 
 
-def _edge_logits(llava: Any, batch: Forest, embeddings: Tensor, mask: Any) -> Tensor:
+def _attention(llava: Any, batch: Forest) -> dict[str, Any]:
+    """What the language model's forward must know of the trees, as its layers take it."""
+    language_model = llava.model.language_model
+    known: dict[str, Any] = {"attention_mask": None}
+    if tree_attention.is_installed(language_model):
+        known["tree"] = tree_attention.for_layers(batch.layout, language_model)
+    elif language_model.config._attn_implementation == "flex_attention":
+        known["attention_mask"] = batch.block_mask()
+    else:
+        known["attention_mask"] = batch.dense_mask()
+    if last_layer.is_installed(language_model):
+        known |= {"outputs": batch.outputs, "bias": last_layer.bias(batch.output_mask(), language_model)}
+    return known
+
+
+def _edge_logits(llava: Any, batch: Forest, embeddings: Tensor, attention: dict[str, Any]) -> Tensor:
     """(E, V) float32 logits of the positions that predict a response token."""
     hidden = llava.model.language_model(
-        inputs_embeds=embeddings, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False, **attention
     ).last_hidden_state
+    if "outputs" in attention:
+        return llava.lm_head(hidden.flatten(0, 1)[batch.edge_output]).float()
     return llava.lm_head(hidden[batch.edge_row, batch.edge_parent]).float()
 
 
@@ -116,12 +134,26 @@ def _sum(edges: Tensor, batch: Forest, weights: Tensor | None = None) -> Tensor:
     return zeros.index_add(0, batch.term_sequence, terms)
 
 
-def _uses_flex(llava: Any) -> bool:
-    return llava.model.language_model.config._attn_implementation == "flex_attention"
-
-
 def image_features(llava: Any, pixel_values: Tensor) -> Tensor:
     """Projected features of images in one pass of the frozen tower: (I, 3, H, W) → (I, P, D)."""
     dtype = llava.get_input_embeddings().weight.dtype
     output = llava.get_image_features(pixel_values=pixel_values.to(dtype), return_dict=True)
     return torch.stack(list(output.pooler_output))
+
+
+def make_fast(model: Any, *, attention: str = "tree", sharded: bool = False) -> None:
+    """Sets a LLaVA up for :func:`response_logps`; afterwards its ``forward`` works on packed trees alone.
+
+    Args:
+        model: a ``LlavaForConditionalGeneration`` or a peft model of one.
+        attention: ``tree`` (:mod:`~mmedpo_ray.align.tree_attention`), ``sdpa`` (a dense mask) or ``flex`` (FlexAttention).
+        sharded: weights will be sharded over ranks (ZeRO-3).
+    """
+    llava = model.get_base_model() if hasattr(model, "get_base_model") else model
+    language_model = llava.model.language_model
+    if attention == "tree":
+        tree_attention.install(language_model)
+    else:
+        language_model.set_attn_implementation("flex_attention" if attention == "flex" else "sdpa")
+    last_layer.install(language_model)
+    lora.install(model, sharded=sharded)

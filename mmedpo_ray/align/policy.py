@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmedpo_ray.align.forest import Forest
-from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.losses import Objective
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
@@ -148,8 +148,7 @@ def build_policy(spec: TrainingSpec) -> Policy:
             f"align.lora.target_modules={lora.target_modules} names no layer of the language model of {spec.model}. "
             "Use the names of its linear layers, such as q_proj and down_proj."
         ) from error
-    if spec.align.attention == "flex":
-        model.model.language_model.set_attn_implementation("flex_attention")
+    make_fast(peft_model, attention=spec.align.attention, sharded=spec.align.strategy == "zero3")
     if spec.align.gradient_checkpointing:
         # Non-reentrant checkpointing checks saved tensors that ZeRO-3 has meanwhile released.
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": True})

@@ -15,7 +15,7 @@ import torch
 
 from mmedpo_ray import cluster, tables
 from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch
-from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.policy import objective_of
 from mmedpo_ray.align.prepare import COLUMNS, Refusal, tokenise, with_reversed_pairs
 from mmedpo_ray.config import AlignConfig, Config
@@ -110,6 +110,7 @@ class ReferenceScorer:
         dtype = torch.bfloat16 if align.precision == "bf16" else torch.float32
         policy: Any = load_model(model, dtype)  # mypy misreads transformers' decorated `to`
         self._model = policy.to(self._device)
+        make_fast(self._model, attention=align.attention)
         self._writer = PromptWriter(load_processor(model))
         self._images = ImageLoader(self._writer)
 

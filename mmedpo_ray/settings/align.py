@@ -87,8 +87,9 @@ class AlignConfig(Section):
     lora: LoraConfig = LoraConfig()
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = True
-    attention: Literal["sdpa", "flex"] = Field(
-        "sdpa", description="sdpa: dense mask, everywhere; flex: FlexAttention's block mask, on CUDA"
+    attention: Literal["tree", "sdpa", "flex"] = Field(
+        "tree",
+        description="tree: trunks and branches apart; sdpa: a dense mask; flex: FlexAttention's block mask, on CUDA. Equal values",
     )
     strategy: Literal["zero3", "zero2", "ddp"] = Field(
         "zero3",

@@ -6,6 +6,7 @@ every position. Log-probabilities, losses and every LoRA gradient must be those 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from tiny_llava import build_tiny_llava
 from torch import Tensor
 
 from mmedpo_ray.align.forest import TokenSequence, pack
-from mmedpo_ray.align.logps import LogpOutput, response_logps
+from mmedpo_ray.align.logps import LogpOutput, make_fast, response_logps
 from mmedpo_ray.align.losses import (
     LOSSES,
     Normaliser,
@@ -35,18 +36,24 @@ TOLERANCE = 1e-5
 
 @dataclass
 class World:
-    """A tiny LLaVA with LoRA whose B matrices are not 0, and its prompts."""
+    """A tiny LLaVA with LoRA whose B matrices are not 0, and its prompts.
+
+    Attributes:
+        model: as transformers and peft compute it.
+        packed: copies of it set up for packed trees, by the way of attention.
+        writer: of both.
+    """
 
     model: Any
+    packed: dict[str, Any]
     writer: PromptWriter
 
-    def gradients(self) -> dict[str, Tensor]:
-        found = {name: value.grad.clone() for name, value in self.parameters().items()}
-        self.model.zero_grad(set_to_none=True)
-        return found
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+def take_gradients(model: Any) -> dict[str, Tensor]:
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    found = {name: value.grad.clone() for name, value in named.items()}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +62,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     torch.manual_seed(0)
     model = get_peft_model(
         load_model(folder, torch.float32),
-        LoraConfig(r=4, lora_alpha=8, target_modules=r".*\.language_model\..*\.(q_proj|v_proj|down_proj)"),
+        LoraConfig(
+            r=4, lora_alpha=8, target_modules=r".*\.language_model\..*\.(q_proj|v_proj|o_proj|down_proj)"
+        ),
     )
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_B" in name:
                 value.normal_(std=0.05)
-    return World(model, PromptWriter(load_processor(folder)))
+    copies = {name: copy.deepcopy(model) for name in ("tree", "sdpa", "flex")}
+    for attention, packed_model in copies.items():
+        make_fast(packed_model, attention=attention, sharded=attention != "tree")
+    return World(model, copies, PromptWriter(load_processor(folder)))
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,9 @@ def _pixels() -> Tensor:
     return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def packed(world: World, sequences: list[TokenSequence], **options: Any) -> LogpOutput:
+def packed(
+    world: World, sequences: list[TokenSequence], attention: str = "tree", **options: Any
+) -> LogpOutput:
     """The packed forward; images are numbered as they come."""
     used = list(dict.fromkeys(sequence.image for sequence in sequences))
     renumbered = [
@@ -124,7 +138,9 @@ def packed(world: World, sequences: list[TokenSequence], **options: Any) -> Logp
     ]
     size = world.writer.pixels([_blank()]).shape[-1]
     pixels = torch.nn.functional.interpolate(_pixels(), size)[used]
-    return response_logps(world.model, pack(renumbered, pixels, world.writer.pad_token_id), **options)
+    return response_logps(
+        world.packed[attention], pack(renumbered, pixels, world.writer.pad_token_id), **options
+    )
 
 
 def padded(world: World, sequences: list[TokenSequence]) -> tuple[Tensor, Tensor]:
@@ -175,8 +191,10 @@ def _same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(drawn=pairs(), loss=st.sampled_from(sorted(LOSSES)))
-def test_losses_and_lora_gradients_equal_the_padded_ones(world: World, drawn: list[Draw], loss: str) -> None:
+@given(drawn=pairs(), loss=st.sampled_from(sorted(LOSSES)), attention=st.sampled_from(["tree", "sdpa"]))
+def test_losses_and_lora_gradients_equal_the_padded_ones(
+    world: World, drawn: list[Draw], loss: str, attention: str
+) -> None:
     sequences, (batch, total) = _sequences(world, drawn), _batch(drawn)
     objective = Objective(
         loss=loss,
@@ -186,10 +204,10 @@ def test_losses_and_lora_gradients_equal_the_padded_ones(world: World, drawn: li
         anchor_coefficient=0.3,
     )
     count = len(drawn)
-    out = packed(world, sequences)
+    out = packed(world, sequences, attention)
     ours, _ = preference_objective(*out.sides(count), batch, total, objective)
     ours.backward()
-    our_gradients = world.gradients()
+    our_gradients = take_gradients(world.packed[attention])
 
     chosen_logps, _ = padded(world, sequences[:count])
     rejected_logps, _ = padded(world, sequences[count:])
@@ -204,7 +222,7 @@ def test_losses_and_lora_gradients_equal_the_padded_ones(world: World, drawn: li
     theirs.backward()
     assert torch.allclose(out.logps, torch.cat([chosen_logps, rejected_logps]), rtol=0, atol=TOLERANCE * 10)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5, abs=TOLERANCE)
-    _same_gradients(our_gradients, world.gradients())
+    _same_gradients(our_gradients, take_gradients(world.model))
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -216,7 +234,7 @@ def test_the_online_reference_and_the_divergence_equal_the_padded_ones(
     out = packed(world, sequences, with_reference=True, kl_forward_share=forward_share)
     assert out.ref_logps is not None and out.kl is not None
     out.kl.sum().backward()
-    our_gradients = world.gradients()
+    our_gradients = take_gradients(world.packed["tree"])
     _, logits = padded(world, sequences)
     with torch.no_grad(), world.model.disable_adapter():
         ref_logps, ref_logits = padded(world, sequences)
@@ -233,7 +251,7 @@ def test_the_online_reference_and_the_divergence_equal_the_padded_ones(
     divergence.sum().backward()
     assert torch.allclose(out.ref_logps, ref_logps, rtol=0, atol=TOLERANCE * 10)
     assert torch.allclose(out.kl, divergence, rtol=1e-4, atol=TOLERANCE)
-    _same_gradients(our_gradients, world.gradients())
+    _same_gradients(our_gradients, take_gradients(world.model))
 
 
 def test_span_weights_count_only_what_differs(world: World) -> None:
@@ -254,19 +272,14 @@ def test_span_weights_count_only_what_differs(world: World) -> None:
         assert out.logps[index].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_flex_attention_gives_the_same_values(world: World) -> None:
+def test_every_way_of_attention_gives_the_same_values(world: World) -> None:
     drawn = [
         Draw(QUESTIONS[0], [6, 7], [8], 0, 0, 1.0, False),
         Draw(QUESTIONS[1], [6], [6], 0, 3, 1.0, True),
         Draw(QUESTIONS[3], [9, 10, 11], [9, 12], 1, 1, 1.0, False),
     ]
     sequences = _sequences(world, drawn)
-    language_model = world.model.get_base_model().model.language_model
     with torch.no_grad():
-        dense = packed(world, sequences).logps
-        language_model.config._attn_implementation = "flex_attention"
-        try:
-            flex = packed(world, sequences).logps
-        finally:
-            language_model.config._attn_implementation = "sdpa"
+        dense, flex, tree = (packed(world, sequences, name).logps for name in ("sdpa", "flex", "tree"))
+    assert torch.allclose(tree, dense, rtol=0, atol=1e-4)
     assert torch.allclose(flex, dense, rtol=0, atol=1e-4)

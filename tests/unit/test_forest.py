@@ -17,6 +17,8 @@ def read_back(forest: Forest, index: int) -> list[tuple[list[int], int]]:
     for edge in forest.term_edge[forest.term_sequence == index].tolist():
         row, parent = forest.edge_row[edge], forest.edge_parent[edge]
         seen = forest.dense_mask()[row, 0, parent].nonzero().flatten()
+        output = forest.edge_output[edge]
+        assert forest.outputs.flatten()[output] == parent and output // forest.outputs.shape[1] == row
         order = forest.position_ids[row, seen].argsort()
         assert forest.position_ids[row, seen].sort().values.tolist() == list(range(len(seen)))
         found.append((forest.input_ids[row, seen[order]].tolist(), int(forest.edge_token[edge])))
@@ -47,13 +49,16 @@ def test_a_shared_prefix_and_a_shared_answer_are_computed_once() -> None:
     sequences = [TokenSequence([*prompt, 1], [5, 2], 0), TokenSequence([*prompt, 1], [6, 2], 0)]
     sequences += [TokenSequence([*prompt, 3], [5, 2], 0), TokenSequence([*prompt, 1], [5, 2], 0)]
     forest = pack(sequences, torch.zeros(1, 3, 2, 2), PAD)
-    assert forest.input_ids.shape == (1, 20 + (1 + 2 + 2) + (1 + 2))
+    assert forest.input_ids.shape == (1, 20 + (1 + 1 + 1) + (1 + 1)), (
+        "an end token is predicted and never read"
+    )
     assert len(forest.edge_token) == 6, "the last sequence repeats the first"
 
 
 def test_trees_of_different_images_do_not_merge_or_see_each_other() -> None:
-    sequences = [TokenSequence([1, 2, 3, 4], [5], 0), TokenSequence([1], [5], 1), TokenSequence([1], [6], 2)]
+    sequences = [TokenSequence([1, 2, 3, 4], [5, 8], 0), TokenSequence([1], [5, 8], 1)]
+    sequences += [TokenSequence([1], [6, 8], 2)]
     forest = pack(sequences, torch.zeros(3, 3, 2, 2), PAD)
     assert forest.input_ids.tolist() == [[1, 2, 3, 4, 5], [1, 5, 1, 6, PAD]]
     assert forest.tree_image.tolist() == [0, 1, 2]
-    assert read_back(forest, 2) == [([1], 6)]
+    assert read_back(forest, 2) == [([1], 6), ([1, 6], 8)]
