@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmedpo_ray.align import last_layer, lora, tree_attention
+from mmedpo_ray.align import fast_layers, lora, tree_attention
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.losses import Side, kl_divergence
 
@@ -105,8 +105,8 @@ def _attention(llava: Any, batch: Forest) -> dict[str, Any]:
         known["attention_mask"] = batch.block_mask()
     else:
         known["attention_mask"] = batch.dense_mask()
-    if last_layer.is_installed(language_model):
-        known |= {"outputs": batch.outputs, "bias": last_layer.bias(batch.output_mask(), language_model)}
+    if fast_layers.is_installed(language_model):
+        known |= fast_layers.for_last_layer(batch.outputs, batch.output_mask(), language_model)
     return known
 
 
@@ -155,5 +155,5 @@ def make_fast(model: Any, *, attention: str = "tree", sharded: bool = False) -> 
         tree_attention.install(language_model)
     else:
         language_model.set_attn_implementation("flex_attention" if attention == "flex" else "sdpa")
-    last_layer.install(language_model)
+    fast_layers.install(language_model, along_tree=attention == "tree")
     lora.install(model, sharded=sharded)

@@ -1,13 +1,15 @@
 """LoRA's forward and backward as few passes over memory as there are matrix products.
 
 peft computes W·x + s·B·(A·x) as four operations on tensors of the output's size (base, product, scaling, sum), and autograd
-answers with as many. Next to matrix products with a rank of 8 to 128 these passes are not small. Here the scaling meets the
-rank-sized product and both sums happen inside a product (``addmm``). Values are the same up to rounding.
+answers with as many; layers that read the same input (queries, keys and values; gate and up) read it anew. Next to matrix
+products with a rank of 8 to 128 these passes are not small. Here the scaling meets the rank-sized product, both sums happen
+inside a product (``addmm``), and layers of one input share its products with A. Values are the same up to rounding.
 """
 
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,24 +17,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class _LoraProduct(torch.autograd.Function):
-    """y = W·x + bias + s·B·(A·x) for a frozen W; x is (N, in), y (N, out)."""
+class _LoraProducts(torch.autograd.Function):
+    """yᵢ = Wᵢ·x + biasᵢ + sᵢ·Bᵢ·(Aᵢ·x) for frozen Wᵢ; x is (N, in), yᵢ (N, outᵢ)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
-        reduced = (x @ a.t()).mul_(scaling)
-        ctx.save_for_backward(x, weight, a, b, reduced)
-        ctx.scaling = scaling
-        return F.linear(x, weight, bias).addmm_(reduced, b.t())
+    def forward(ctx: Any, x: Tensor, scalings: Sequence[float], *weights: Tensor) -> tuple[Tensor, ...]:
+        """``weights``: W, bias or ``None``, A and B of each layer in turn."""
+        bases, biases, downs, ups = (weights[start::4] for start in range(4))
+        down = torch.cat(downs) if len(downs) > 1 else downs[0]
+        reduced = x @ down.t()
+        ranks = [part.shape[0] for part in downs]
+        for part, scaling in zip(reduced.split(ranks, dim=1), scalings, strict=True):
+            part.mul_(scaling)
+        ctx.save_for_backward(x, down, reduced, *bases, *ups)
+        ctx.scalings, ctx.ranks = scalings, ranks
+        return tuple(
+            F.linear(x, base, bias).addmm_(part, up.t())
+            for base, bias, up, part in zip(bases, biases, ups, reduced.split(ranks, dim=1), strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, reduced = ctx.saved_tensors
-        grad_reduced = (grad @ b).mul_(ctx.scaling)
-        grad_x = (grad @ weight).addmm_(grad_reduced, a) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_reduced.t() @ x, grad.t() @ reduced, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, reduced, *rest = ctx.saved_tensors
+        bases, ups = rest[: len(grads)], rest[len(grads) :]
+        parts = [
+            (grad @ up).mul_(scaling) for grad, up, scaling in zip(grads, ups, ctx.scalings, strict=True)
+        ]
+        grad_reduced = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        grad_downs = (grad_reduced.t() @ x).split(ctx.ranks)
+        grad_ups = [
+            grad.t() @ part for grad, part in zip(grads, reduced.split(ctx.ranks, dim=1), strict=True)
+        ]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grads[0] @ bases[0]
+            for grad, base in zip(grads[1:], bases[1:], strict=True):
+                grad_x.addmm_(grad, base)
+            grad_x.addmm_(grad_reduced, down)
+        per_layer = [
+            gradient
+            for down_, up_ in zip(grad_downs, grad_ups, strict=True)
+            for gradient in (None, None, down_, up_)
+        ]
+        return grad_x, None, *per_layer
 
 
 def install(model: Any, *, sharded: bool = False) -> None:
@@ -52,6 +79,20 @@ def install(model: Any, *, sharded: bool = False) -> None:
         layer.forward = types.MethodType(_forward_by_modules if sharded else _forward, layer)
 
 
+def project(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
+    """Linear layers of one input: (..., in) → (..., outᵢ) each, in shared products where all have the fused forward."""
+    if not all(_is_active(layer) for layer in layers):
+        return [layer(x) for layer in layers]
+    weights: list[Any] = []
+    for layer in layers:
+        (name,) = layer.lora_A.keys()
+        base = layer.base_layer
+        weights += [base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight]
+    scalings = [next(iter(layer.scaling.values())) for layer in layers]
+    outputs = _LoraProducts.apply(x.reshape(-1, x.shape[-1]), scalings, *weights)
+    return [output.view(*x.shape[:-1], -1) for output in outputs]
+
+
 def _is_plain(layer: Any) -> bool:
     (name, *more) = layer.lora_A.keys()
     return (
@@ -65,21 +106,15 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
+def _is_active(layer: Any) -> bool:
+    """Whether the layer has the fused forward and its adapter is switched on."""
+    is_fused = getattr(layer.forward, "__func__", None) is _forward
+    return is_fused and not layer.disable_adapters and not layer.merged
+
+
 def _forward(self: Any, x: Tensor) -> Tensor:
     """The layer's output (..., out) for (..., in); the base's alone where the adapter is switched off or merged."""
-    if self.disable_adapters or self.merged:
-        return self.base_layer(x)
-    (name,) = self.lora_A.keys()
-    base = self.base_layer
-    output = _LoraProduct.apply(
-        x.reshape(-1, x.shape[-1]),
-        base.weight,
-        base.bias,
-        self.lora_A[name].weight,
-        self.lora_B[name].weight,
-        self.scaling[name],
-    )
-    return output.view(*x.shape[:-1], -1)
+    return project(x, [self])[0] if _is_active(self) else self.base_layer(x)
 
 
 def _forward_by_modules(self: Any, x: Tensor) -> Tensor:
