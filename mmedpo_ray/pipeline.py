@@ -151,5 +151,6 @@ def _print_end(config: Config, seconds: float) -> None:
     console.print(summary_table(summary))
     console.print(f"finished in {seconds / 60:.1f} min")
     console.print(f"report   {run.report}", soft_wrap=True)
-    console.print(f"models   {run.model('aligned')}/{{adapter,merged}}", soft_wrap=True)
+    models = sorted(path.name for path in run.model("aligned").iterdir() if path.is_dir())
+    console.print(f"models   {run.model('aligned')}/{{{','.join(models)}}}", soft_wrap=True)
     console.print(f"serve it [bold]mmedpo serve run.folder={run.root}[/bold]", soft_wrap=True)

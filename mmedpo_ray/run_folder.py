@@ -10,6 +10,10 @@ from mmedpo_ray.storage import join, local_path
 
 Role = Literal["aligned", "control"]
 
+# What training leaves behind, the one or the other; the first also of an exported model.
+ADAPTER = "adapter"
+WEIGHTS = "weights"
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -86,9 +90,9 @@ class RunFolder:
         return self.root if role == "aligned" else join(self.root, "control")
 
     def align(self, role: Role = "aligned") -> Path:
-        """Checkpoints, metrics and the trained adapter of a training run."""
+        """Checkpoints, metrics and what came out of a training run: ``adapter/`` or ``weights/``."""
         return local_path(join(self._of(role), "align"), "training")
 
     def model(self, role: Role = "aligned") -> Path:
-        """The exported model: ``adapter/`` (peft) and ``merged/`` (transformers and vLLM)."""
+        """The exported model: ``merged/`` (transformers and vLLM) and, where it is all that was trained, ``adapter/`` (peft)."""
         return local_path(join(self._of(role), "model"), "export")

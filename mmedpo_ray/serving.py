@@ -34,7 +34,7 @@ from mmedpo_ray.config import Config, ServeConfig
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.engine import EngineSettings, engine_settings, read_model_config
-from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.run_folder import ADAPTER, RunFolder
 
 if TYPE_CHECKING:
     from ray.serve.deployment import Application
@@ -102,17 +102,11 @@ def build_app(config: Config, models: dict[str, str | Path], *, has_gpu: bool) -
     """
     from mmedpo_ray.serving_app import EngineServer, build_ingress
 
-    wholes = {name: str(path) for name, path in models.items() if not is_adapter(path)}
-    adapters = {name: str(path) for name, path in models.items() if is_adapter(path)}
-    if not wholes:
-        raise UserError(
-            f"cannot serve {', '.join(models) or 'nothing'}: adapters need the base model beside them."
-        )
-    base = next(iter(wholes))
     engines, names_of = {}, {}
-    for name, path in wholes.items():
+    for group in engine_groups(models):
+        (name, path), *others = group.items()
         settings = engine_settings(config.model.engine, has_gpu=has_gpu, model=path)
-        own = adapters if name == base else {}
+        own = dict(others)
         llm_config = _llm_config(name, path, settings, own)
         options = _deployment_options(config.serve, settings)
         engines[name] = ray_serve.deployment(name=f"engine:{name}", **options)(EngineServer).bind(
@@ -120,6 +114,22 @@ def build_app(config: Config, models: dict[str, str | Path], *, has_gpu: bool) -
         )
         names_of[name] = [name, *own]
     return build_ingress(engines, names_of)
+
+
+def engine_groups(models: dict[str, str | Path]) -> list[dict[str, str]]:
+    """The models that share an engine, one group an engine: a whole model, the first one with all adapters.
+
+    Raises:
+        UserError: there is no whole model.
+    """
+    wholes = {name: str(path) for name, path in models.items() if not is_adapter(path)}
+    adapters = {name: str(path) for name, path in models.items() if is_adapter(path)}
+    if not wholes:
+        raise UserError(
+            f"cannot serve {', '.join(models) or 'nothing'}: adapters need the base model beside them."
+        )
+    first, *others = ({name: path} for name, path in wholes.items())
+    return [first | adapters, *others]
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -213,6 +223,7 @@ def start_endpoint(
     cluster.start(config.ray)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     app = build_app(config, models, has_gpu=cluster.has_gpu())
+    _warn_of_waiting(config, models)
     host, port, running_before = _open_http(config.serve)
     reachable = "127.0.0.1" if _is_any(host) else host
     endpoint = Endpoint(
@@ -243,6 +254,26 @@ def start_endpoint(
         "endpoint %s answers for %s after %.0f s", endpoint.base_url, ", ".join(models), endpoint.seconds
     )
     return endpoint
+
+
+def _warn_of_waiting(config: Config, models: dict[str, str | Path]) -> None:
+    """Says so where the engines want more than the cluster has; one that scales may still get it."""
+    groups = engine_groups(models)
+    bundles = engine_settings(config.model.engine, has_gpu=cluster.has_gpu()).bundles
+    replicas = max(1, config.serve.min_replicas)
+    resources = ray.cluster_resources()
+    for kind in bundles[0]:
+        wanted = len(groups) * replicas * sum(bundle[kind] for bundle in bundles)
+        if wanted > resources.get(kind, 0):
+            log.warning(
+                "%d engines (%s) want %g %ss, the cluster has %g: they wait until it grows. Whole models do not share an "
+                "engine; serve.models serves some of them",
+                len(groups) * replicas,
+                ", ".join(next(iter(group)) for group in groups),
+                wanted,
+                kind,
+                resources.get(kind, 0),
+            )
 
 
 def _check_model(path: str | Path) -> None:
@@ -427,7 +458,8 @@ def _greet(base_url: str, model: str, deadline: float) -> None:
 def run_models(config: Config) -> dict[str, str | Path]:
     """The models of a run that exist: base, aligned and control, by served name.
 
-    The trained ones are served as adapters on the base's engine.
+    A trained one is an adapter on the base's engine where that is all that was trained, else the merged model with an engine
+    of its own.
 
     Raises:
         UserError: ``model.path`` is no model.
@@ -436,13 +468,43 @@ def run_models(config: Config) -> dict[str, str | Path]:
 
     run = RunFolder(config.run.folder)
     models: dict[str, str | Path] = {config.model.name: resolve_model(config.model.path)}
-    aligned = run.model("aligned") / "adapter"
-    if is_adapter(aligned):
+    aligned = _exported(run.model("aligned"))
+    if aligned is not None:
         models[config.evaluate.aligned_name] = aligned
-    control = run.model("control") / "adapter"
-    if config.control.enabled and is_adapter(control):
+    control = _exported(run.model("control"))
+    if config.control.enabled and control is not None:
         models[config.control.name] = control
     return models
+
+
+def _exported(folder: Path) -> Path | None:
+    if is_adapter(folder / ADAPTER):
+        return folder / ADAPTER
+    merged = folder / "merged"
+    return merged if (merged / "config.json").is_file() else None
+
+
+def served_models(config: Config) -> dict[str, str | Path]:
+    """Those of :func:`run_models` that ``serve.models`` names, with the base model where they are adapters on it.
+
+    Raises:
+        UserError: it names one that the run does not have.
+    """
+    models = run_models(config)
+    wanted = config.serve.models
+    if wanted is None:
+        return models
+    if missing := [name for name in wanted if name not in models]:
+        raise UserError(
+            f"serve.models names {missing[0]!r}; {config.run.folder} has {', '.join(models)}. Name one of these, or run "
+            "`mmedpo export` first."
+        )
+    base = config.model.name
+    return {
+        name: path
+        for name, path in models.items()
+        if name in wanted or (name == base and any(is_adapter(models[other]) for other in wanted))
+    }
 
 
 def serve(config: Config) -> None:
@@ -453,8 +515,8 @@ def serve(config: Config) -> None:
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        models = run_models(config)
-        if len(models) == 1:
+        models = served_models(config)
+        if list(models) == [config.model.name] and config.serve.models is None:
             log.warning("%s holds no exported model: only %s is served", config.run.folder, config.model.name)
         with start_endpoint(config, models) as endpoint:
             console.print(_help(endpoint), markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from ray.serve.deployment import Application
 
 from mmedpo_ray import cluster
 from mmedpo_ray.config import load, resolve_run_folder
-from mmedpo_ray.serving import build_app, run_models
+from mmedpo_ray.serving import build_app, served_models
 
 
 def build(arguments: dict[str, str]) -> Application:
@@ -27,4 +27,4 @@ def build(arguments: dict[str, str]) -> Application:
     overrides = [f"{key}={value}" for key, value in arguments.items() if key != "config"]
     config = resolve_run_folder(load(arguments.get("config"), overrides))
     cluster.start(config.ray)
-    return build_app(config, run_models(config), has_gpu=cluster.has_gpu())
+    return build_app(config, served_models(config), has_gpu=cluster.has_gpu())

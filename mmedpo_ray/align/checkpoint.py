@@ -1,64 +1,134 @@
-"""Checkpoints of a training run: adapter, Adam's moments and the position in the plan.
+"""Checkpoints of a training run: the trained parameters, Adam's moments and the position in the plan.
 
-    <folder>/checkpoints/step-000050/{adapter,moments}.safetensors, state.json
+    <folder>/checkpoints/step-000050/{shard-00001.safetensors, …, index.json, state.json}
 
-Everything is stored whole, so a run may go on with another number of workers. A checkpoint is written under a temporary
-name and renamed: what carries a step's name is complete.
+Tensors are stored whole, so a run may go on with another number of workers, and in shards, so that no rank holds all of them.
+A checkpoint is written under a temporary name and renamed: what carries a step's name is complete. ``state.json`` has the step
+and, where the held-out images were evaluated at it, their loss: the best checkpoint is the one with the lowest.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mmedpo_ray.models.shards import SHARD_BYTES, ShardReader, ShardWriter, flush_to_disk
 
 log = logging.getLogger(__name__)
 
 _PREFIX = "step-"
+_STATE = "state.json"
+
+PARAMETER = "parameter"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after ``step`` updates.
+    """The state of a run after ``step`` updates, on disk; tensors are read when they are asked for.
+
+    Args:
+        path: folder of the checkpoint.
 
     Attributes:
         step: updates done; the next step to run.
         key: identity of the run.
-        parameters: adapter in float32, by peft name.
-        moments: ``exp_avg.<name>`` and ``exp_avg_sq.<name>``.
+        validation_loss: of the held-out images at this step; ``None`` where they were not evaluated.
+
+    Raises:
+        OSError, ValueError, KeyError, SafetensorError: it is damaged.
     """
+
+    def __init__(self, path: Path) -> None:
+        state = json.loads((path / _STATE).read_text())
+        self.path = path
+        self.step: int = state["step"]
+        self.key: str = state["key"]
+        self.validation_loss: float | None = state["validation_loss"]
+        self._shards = ShardReader(path)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the trained parameters, sorted."""
+        prefix = f"{PARAMETER}."
+        return sorted(name.removeprefix(prefix) for name in self._shards.names if name.startswith(prefix))
+
+    def parameter(self, name: str) -> Tensor:
+        """A trained parameter, whole, float32."""
+        return self._shards.tensor(f"{PARAMETER}.{name}")
+
+    def moment(self, moment: str, name: str) -> Tensor:
+        """One of :data:`MOMENTS` of a parameter, whole, float32."""
+        return self._shards.tensor(f"{moment}.{name}")
+
+
+@dataclass(frozen=True)
+class State:
+    """What ``state.json`` holds; see :class:`Checkpoint`."""
 
     step: int
     key: str
-    parameters: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    validation_loss: float | None = None
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes a checkpoint and removes all but the last ``keep``; call it on one rank only."""
-    root = folder / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    target = root / f"{_PREFIX}{checkpoint.step:06d}"
-    temporary = root / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file(checkpoint.parameters, temporary / "adapter.safetensors")
-    save_file(checkpoint.moments, temporary / "moments.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, "key": checkpoint.key}))
-    for file in temporary.iterdir():
-        _flush(file)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    for old in checkpoint_folders(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
+class CheckpointWriter:
+    """Writes a checkpoint parameter by parameter; on one rank only.
+
+    Args:
+        folder: of the run.
+        state: position of the run.
+        keep: checkpoints to keep, this one included; the best stays besides.
+        pool: writes while training goes on; runs one task at a time, in order.
+        shard_bytes: see :class:`~mmedpo_ray.models.shards.ShardWriter`.
+    """
+
+    def __init__(
+        self, folder: Path, state: State, keep: int, pool: Executor, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self._folder = folder
+        self._state = state
+        self._keep = keep
+        self._pool = pool
+        self._target = _root(folder) / f"{_PREFIX}{state.step:06d}"
+        self._temporary = self._target.with_name(f".{self._target.name}.tmp")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        self._shards = ShardWriter(self._temporary, pool, shard_bytes)
+
+    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Takes a parameter and its moments (:data:`PARAMETER` and :data:`MOMENTS` → whole float32 tensors)."""
+        for kind, tensor in tensors.items():
+            self._shards.add(f"{kind}.{name}", tensor)
+
+    def finish(self) -> Future[Path]:
+        """Ends the checkpoint; the future is done once it has its name and older ones are removed."""
+        return self._pool.submit(self._commit, self._shards.finish())
+
+    def _commit(self, written: Future[None]) -> Path:
+        written.result()
+        state = self._temporary / _STATE
+        state.write_text(
+            json.dumps(
+                {
+                    "step": self._state.step,
+                    "key": self._state.key,
+                    "validation_loss": self._state.validation_loss,
+                }
+            )
+        )
+        flush_to_disk(state)
+        if self._target.exists():
+            shutil.rmtree(self._target)
+        self._temporary.rename(self._target)
+        flush_to_disk(self._target.parent)
+        _remove_old(self._folder, self._keep)
+        return self._target
 
 
 def load_last_checkpoint(folder: Path, key: str) -> Checkpoint | None:
@@ -68,38 +138,69 @@ def load_last_checkpoint(folder: Path, key: str) -> Checkpoint | None:
         folder: of the run.
         key: identity of the run; checkpoints of another are ignored.
     """
-    for path in reversed(checkpoint_folders(folder)):
-        try:
-            state = json.loads((path / "state.json").read_text())
-            if state["key"] != key:
-                continue
-            return Checkpoint(
-                step=state["step"],
-                key=key,
-                parameters=load_file(path / "adapter.safetensors"),
-                moments=load_file(path / "moments.safetensors"),
-            )
-        except (
-            Exception
-        ) as error:  # safetensors raises its own types; any unreadable checkpoint is passed over
-            log.warning("checkpoint %s is unreadable (%s) and is passed over", path, type(error).__name__)
-    return None
+    return next(_readable(folder, key), None)
+
+
+def load_best_checkpoint(folder: Path, key: str) -> Checkpoint | None:
+    """The readable checkpoint with the lowest validation loss, the earliest of equals; ``None`` without validation."""
+    measured = [
+        (found.validation_loss, found.step, found)
+        for found in _readable(folder, key)
+        if found.validation_loss is not None
+    ]
+    return min(measured)[-1] if measured else None
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((folder / "checkpoints").glob(f"{_PREFIX}*"))
+    return sorted(_root(folder).glob(f"{_PREFIX}*"))
 
 
 def remove_checkpoints(folder: Path) -> None:
     """Deletes all checkpoints of a run."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(_root(folder), ignore_errors=True)
 
 
-def _flush(file: Path) -> None:
-    """Forces a file to disk, so that the rename never comes first."""
-    descriptor = os.open(file, os.O_RDONLY)
+def remove_checkpoints_after(folder: Path, step: int) -> None:
+    """Deletes what a resumed run passed over: checkpoints of later steps, which it will write again."""
+    for path in checkpoint_folders(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
+def _readable(folder: Path, key: str) -> Iterator[Checkpoint]:
+    """Readable checkpoints of this run, newest first."""
+    for path in reversed(checkpoint_folders(folder)):
+        try:
+            found = Checkpoint(path)
+        except (
+            Exception
+        ) as error:  # safetensors raises its own types; any unreadable checkpoint is passed over
+            log.warning("checkpoint %s is unreadable (%s) and is passed over", path, type(error).__name__)
+            continue
+        if found.key == key:
+            yield found
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    """Removes all but the last ``keep`` checkpoints and the best."""
+    paths = checkpoint_folders(folder)
+    best = min(((loss, path) for path in paths if (loss := _validation_loss(path)) is not None), default=None)
+    for path in paths[:-keep]:
+        if best is None or path != best[1]:
+            shutil.rmtree(path)
+
+
+def _validation_loss(path: Path) -> float | None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return json.loads((path / _STATE).read_text())["validation_loss"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
+
+
+def _root(folder: Path) -> Path:
+    return folder / "checkpoints"

@@ -1,19 +1,25 @@
 """Data parallel training without sharding: every rank holds the whole policy. Plain torch.
 
-Only the adapter has gradients, so instead of hooks on every layer one all-reduce of its flat gradient follows the step's last
-backward pass. The fastest strategy where the frozen model fits on each device.
+Instead of hooks on every layer, the gradients of the trained parameters are summed over ranks in a few large pieces after the
+step's last backward pass. The fastest strategy where the model and what is trained of it fit on each device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmedpo_ray.align.engine import MOMENTS, Engine
+from mmedpo_ray.align.checkpoint import MOMENTS, PARAMETER, Checkpoint
+from mmedpo_ray.align.engine import Engine, make_optimizer
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.logps import LogpOutput
 from mmedpo_ray.align.policy import Policy, TrainingSpec
+
+# Values summed over ranks at once; the copy that this needs takes four bytes each.
+_BUCKET_NUMEL = 2**26
 
 
 class DdpEngine(Engine):
@@ -30,14 +36,12 @@ class DdpEngine(Engine):
         )
         self.policy = policy.to(self.device).train()
         self._max_grad_norm = spec.align.max_grad_norm
-        self._trained = policy.adapter_parameters()
+        self._trained = policy.trained_parameters()
         # Updates are smaller than bfloat16 can hold: the exact values live here.
         self._exact = {name: value.detach().float().clone() for name, value in self._trained.items()}
         for value in self._exact.values():
             value.grad = torch.zeros_like(value)
-        self._optimizer = torch.optim.AdamW(
-            self._exact.values(), lr=spec.align.learning_rate, weight_decay=spec.align.weight_decay
-        )
+        self._optimizer = make_optimizer(self._exact, spec.align)
 
     def logps(self, batch: Forest) -> LogpOutput:
         return LogpOutput(*self.policy(batch))
@@ -52,14 +56,8 @@ class DdpEngine(Engine):
                 value.grad = None
 
     def update(self, learning_rate: float) -> float:
-        gradients = [value.grad for value in self._exact.values() if value.grad is not None]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            for gradient, part in zip(
-                gradients, flat.split([item.numel() for item in gradients]), strict=True
-            ):
-                gradient.copy_(part.view_as(gradient))
+            _sum_over_ranks([value.grad for value in self._exact.values() if value.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(list(self._exact.values()), self._max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -70,22 +68,36 @@ class DdpEngine(Engine):
                 value.copy_(self._exact[name])
         return float(norm)
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self._exact.items()}
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, value in self._exact.items():
+            moments = self._optimizer.state[value]
+            yield name, {PARAMETER: value, **{moment: moments[moment] for moment in MOMENTS}}
 
-    def moments(self) -> dict[str, Tensor]:
-        return {
-            f"{moment}.{name}": self._optimizer.state[value][moment].cpu().clone()
-            for name, value in self._exact.items()
-            for moment in MOMENTS
-        }
-
-    def restore(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], num_updates: int) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         with torch.no_grad():
             for name, value in self._exact.items():
-                value.copy_(parameters[name].to(self.device))
+                value.copy_(checkpoint.parameter(name))
                 self._trained[name].copy_(value)
                 self._optimizer.state[value] = {
-                    "step": torch.tensor(float(num_updates)),
-                    **{moment: moments[f"{moment}.{name}"].to(self.device).clone() for moment in MOMENTS},
+                    "step": torch.tensor(float(checkpoint.step)),
+                    **{
+                        moment: torch.empty_like(value).copy_(checkpoint.moment(moment, name))
+                        for moment in MOMENTS
+                    },
                 }
+
+
+def _sum_over_ranks(gradients: list[Tensor]) -> None:
+    """Sums tensors over ranks in place, several at a time."""
+    bucket: list[Tensor] = []
+    size = 0
+    for number, gradient in enumerate(gradients, start=1):
+        bucket.append(gradient)
+        size += gradient.numel()
+        if size < _BUCKET_NUMEL and number < len(gradients):
+            continue
+        flat = torch.cat([item.flatten() for item in bucket])
+        dist.all_reduce(flat)
+        for item, part in zip(bucket, flat.split([item.numel() for item in bucket]), strict=True):
+            item.copy_(part.view_as(item))
+        bucket, size = [], 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmedpo_ray.align.engine import MOMENTS, Engine
+from mmedpo_ray.align.checkpoint import MOMENTS, PARAMETER, Checkpoint
+from mmedpo_ray.align.engine import Engine, make_optimizer
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.logps import LogpOutput
 from mmedpo_ray.align.policy import Policy, TrainingSpec
@@ -53,14 +55,12 @@ class DeepSpeedEngine(Engine):
     def __init__(self, policy: Policy, spec: TrainingSpec) -> None:
         deepspeed = _import_deepspeed(use_gpu=spec.use_gpu)
         self.policy = policy
-        parameters = policy.adapter_parameters()
-        optimizer = torch.optim.AdamW(
-            parameters.values(), lr=spec.align.learning_rate, weight_decay=spec.align.weight_decay
-        )
+        optimizer = make_optimizer(policy.trained_parameters(), spec.align)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=deepspeed_settings(spec)
         )
         self._engine.train()
+        self._make_optimizer_state()
         self._world_size = torch.distributed.get_world_size()
         self.device: torch.device = torch.device(self._engine.device)
 
@@ -76,36 +76,24 @@ class DeepSpeedEngine(Engine):
         self._engine.backward(share * self._world_size)
 
     def update(self, learning_rate: float) -> float:
-        """Clips, updates the adapter and clears the gradients; returns the gradient norm before clipping."""
+        """Clips, updates the trained parameters and clears the gradients; returns the gradient norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    def parameters(self) -> dict[str, Tensor]:
-        """The adapter in full precision, gathered from all ranks (a collective)."""
-        from deepspeed.utils import safe_get_full_fp32_param
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
 
-        return {
-            name: safe_get_full_fp32_param(value).detach().cpu().clone().view(_shape(value))
-            for name, value in self.policy.adapter_parameters().items()
-        }
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    def moments(self) -> dict[str, Tensor]:
-        """Adam's moments as ``<moment>.<parameter>``, gathered from all ranks (a collective)."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        for name, value in self.policy.trained_parameters().items():
+            whole = {PARAMETER: safe_get_full_fp32_param(value)}
+            whole |= {moment: safe_get_full_optimizer_state(value, moment) for moment in MOMENTS}
+            yield name, {kind: tensor.view(_shape(value)) for kind, tensor in whole.items()}
 
-        return {
-            f"{moment}.{name}": safe_get_full_optimizer_state(value, moment)
-            .detach()
-            .cpu()
-            .clone()
-            .view(_shape(value))
-            for name, value in self.policy.adapter_parameters().items()
-            for moment in MOMENTS
-        }
-
-    def restore(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], num_updates: int) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's optimizer state back, on any number of ranks.
 
         The policy must have been built with the same parameters: this sets the optimizer's exact float32 copies, which
@@ -113,25 +101,29 @@ class DeepSpeedEngine(Engine):
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self._make_optimizer_state(num_updates)
-        for name, value in self.policy.adapter_parameters().items():
-            safe_set_full_fp32_param(value, parameters[name].to(self.device))
+        for state in self._optimizer.optimizer.state.values():
+            state["step"].fill_(checkpoint.step)
+        for name, value in self.policy.trained_parameters().items():
+            safe_set_full_fp32_param(value, checkpoint.parameter(name).to(self.device))
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(value, moments[f"{moment}.{name}"].to(self.device), moment)
+                safe_set_full_optimizer_state(value, checkpoint.moment(moment, name).to(self.device), moment)
 
-    def _make_optimizer_state(self, num_updates: int) -> None:
-        """Adam makes its state at the first update; a fresh engine has none to fill."""
+    def _make_optimizer_state(self) -> None:
+        """Adam makes its state at the first update; a fresh engine has none to fill with that of a checkpoint.
+
+        Nor would ZeRO-2 find it all later: it links state to parameters after the first group's first update, when the
+        other groups have none yet.
+        """
         if self._engine.zero_optimization_stage() == 3:
             shards = self._optimizer.fp32_partitioned_groups_flat
         else:
             shards = self._optimizer.single_partition_of_fp32_groups
         for shard in shards:
             self._optimizer.optimizer.state[shard] = {
-                "step": torch.tensor(float(num_updates)),
+                "step": torch.tensor(0.0),
                 **{moment: torch.zeros_like(shard) for moment in MOMENTS},
             }
         if self._engine.zero_optimization_stage() != 3:
-            # Links the state to the parameters, which ZeRO-2 otherwise does after the first update.
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from mmedpo_ray.align.checkpoint import Checkpoint
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.logps import LogpOutput
 from mmedpo_ray.align.policy import Policy, TrainingSpec
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from mmedpo_ray.config import AlignConfig
 
 
 class Engine(ABC):
@@ -29,6 +30,10 @@ class Engine(ABC):
     def logps(self, batch: Forest) -> LogpOutput:
         """Forward pass of this rank's sequences."""
 
+    def train(self, mode: bool = True) -> None:
+        """Switches dropout and gradient checkpointing on or off."""
+        self.policy.train(mode)
+
     @abstractmethod
     def backward(self, share: Tensor, *, is_last: bool) -> None:
         """Adds the gradient of this rank's share of the loss; ``is_last`` marks the step's last micro-batch.
@@ -38,18 +43,20 @@ class Engine(ABC):
 
     @abstractmethod
     def update(self, learning_rate: float) -> float:
-        """Clips, updates the adapter and clears the gradients; returns the gradient norm before clipping."""
+        """Clips, updates the trained parameters and clears the gradients; returns the gradient norm before clipping."""
 
     @abstractmethod
-    def parameters(self) -> dict[str, Tensor]:
-        """The adapter in full precision, gathered from all ranks (a collective)."""
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The trained parameters one by one, each with Adam's moments, whole and in full precision.
+
+        Every item is gathered from all ranks, so all of them must take all items; none ever holds more than one.
+
+        Yields:
+            Name, and ``{"parameter", "exp_avg", "exp_avg_sq"}`` → tensor, valid until the next item.
+        """
 
     @abstractmethod
-    def moments(self) -> dict[str, Tensor]:
-        """Adam's moments as ``<moment>.<parameter>``, gathered from all ranks (a collective)."""
-
-    @abstractmethod
-    def restore(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], num_updates: int) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's optimizer state back, on any number of ranks.
 
         The policy must have been built with the same parameters.
@@ -65,3 +72,21 @@ def make_engine(policy: Policy, spec: TrainingSpec) -> Engine:
     from mmedpo_ray.align.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(policy, spec)
+
+
+def make_optimizer(parameters: Mapping[str, Tensor], align: AlignConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay, biases and the scales of norms do not.
+
+    Args:
+        parameters: the trained parameters, not yet sharded.
+        align: rates.
+    """
+    groups = [
+        {"params": [value for value in parameters.values() if value.ndim >= 2]},
+        {"params": [value for value in parameters.values() if value.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=align.learning_rate,
+        weight_decay=align.weight_decay,
+    )

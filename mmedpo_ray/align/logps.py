@@ -53,7 +53,7 @@ def response_logps(
     states that predict a response token meet ``lm_head``: (E, V) logits for E response tokens instead of (R, T, V).
 
     Args:
-        model: a ``LlavaForConditionalGeneration`` or a peft model of one; its tower and projector are frozen.
+        model: a ``LlavaForConditionalGeneration`` or a peft model of one; its tower is frozen.
         batch: the sequences, on the model's device.
         with_reference: also evaluate the model with its adapter off, in a second forward without gradients.
         kl_forward_share: share λ of the forward divergence; ``None``: no divergence. Needs ``with_reference``.
@@ -64,7 +64,9 @@ def response_logps(
     reference_logits = None
     if with_reference:
         with torch.no_grad(), model.disable_adapter():
-            reference_logits = _edge_logits(llava, batch, embeddings, attention)
+            # A trained projector sees the image otherwise than the reference does.
+            original = _embeddings(llava, batch) if _trains_projector(llava) else embeddings
+            reference_logits = _edge_logits(llava, batch, original, attention)
     if torch.is_grad_enabled() and getattr(llava.model.language_model, "gradient_checkpointing", False):
         # Reentrant checkpointing only recomputes a block whose input wants a gradient.
         embeddings.requires_grad_(True)
@@ -87,12 +89,14 @@ def response_logps(
 
 
 def _embeddings(llava: Any, batch: Forest) -> Tensor:
-    """(R, T, D) token embeddings, image features in the places of image tokens."""
-    with torch.no_grad():
-        features = image_features(llava, batch.pixel_values)
-        embeddings = llava.get_input_embeddings()(batch.input_ids)
-        is_image = (batch.input_ids == llava.config.image_token_id).unsqueeze(-1)
-        return embeddings.masked_scatter(is_image, features[batch.tree_image].to(embeddings.dtype))
+    """(R, T, D) token embeddings, image features in the places of image tokens.
+
+    Without a trained projector or embedding no graph is recorded: the tower has no weights that want a gradient.
+    """
+    features = image_features(llava, batch.pixel_values)
+    embeddings = llava.get_input_embeddings()(batch.input_ids)
+    is_image = (batch.input_ids == llava.config.image_token_id).unsqueeze(-1)
+    return embeddings.masked_scatter(is_image, features[batch.tree_image].to(embeddings.dtype))
 
 
 def _attention(llava: Any, batch: Forest) -> dict[str, Any]:
@@ -132,6 +136,10 @@ def _sum(edges: Tensor, batch: Forest, weights: Tensor | None = None) -> Tensor:
         terms = terms * weights
     zeros = torch.zeros(batch.num_tokens.shape[0], dtype=torch.float32, device=edges.device)
     return zeros.index_add(0, batch.term_sequence, terms)
+
+
+def _trains_projector(llava: Any) -> bool:
+    return any(value.requires_grad for value in llava.model.multi_modal_projector.parameters())
 
 
 def image_features(llava: Any, pixel_values: Tensor) -> Tensor:

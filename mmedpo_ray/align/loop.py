@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from mmedpo_ray import storage, tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
-from mmedpo_ray.align.checkpoint import Checkpoint, load_last_checkpoint, save_checkpoint
 from mmedpo_ray.align.engine import Engine, make_engine
 from mmedpo_ray.align.forest import Forest
+from mmedpo_ray.align.keeper import CheckpointKeeper
 from mmedpo_ray.align.losses import (
     SUMS,
     Normaliser,
@@ -34,7 +35,7 @@ from mmedpo_ray.align.losses import (
     summarise,
 )
 from mmedpo_ray.align.metrics import MetricsWriter
-from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size
+from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size, hold_out
 from mmedpo_ray.align.policy import TrainingSpec, build_policy, learning_rate_factor
 from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.errors import UserError
@@ -60,6 +61,16 @@ class InterruptedTrainingError(Exception):
 _TOKENS, _STOP = len(SUMS), len(SUMS) + 1
 _EXTRA = 2
 
+# Figures of the held-out images, in the metrics as validation_<name>.
+_VALIDATED = (
+    "loss",
+    "reward_margin",
+    "reward_accuracy",
+    "reward_accuracy_text",
+    "reward_accuracy_visual",
+    "nll",
+)
+
 
 class TrainingLoop:
     """One rank's part of a training run.
@@ -74,19 +85,19 @@ class TrainingLoop:
         self.writer = PromptWriter(load_processor(spec.model))
         self.both_sides = spec.objective == "dpo"
         self.images = ImageLoader(self.writer, self._cached_images())
-        self.plan = self._make_plan()
+        self.plan, self.held_out = self._make_plan()
+        self.keeper = CheckpointKeeper(spec)
         self.engine, self.step = self._make_engine()
         self.metrics = MetricsWriter(spec.folder, self.step, spec.align.trackers) if self.rank == 0 else None
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._written: Future[Any] | None = None
 
     def run(self) -> None:
-        """Trains to the end of the plan and writes the adapter.
+        """Trains to the end of the plan and writes what was trained.
 
         Raises:
             UserError: the loss is not finite, an image is gone, or the reference table is of another model.
             InterruptedTrainingError: a rank was told to stop; a checkpoint was written.
         """
+        measured = None
         for step, batches in self._batches():
             started = time.monotonic()
             sums = self._forward_backward(step, batches)
@@ -95,18 +106,23 @@ class TrainingLoop:
             learning_rate = self._learning_rate(step)
             grad_norm = self.engine.update(learning_rate)
             self.step = step + 1
-            self._log(step, sums, grad_norm, learning_rate, time.monotonic() - started)
-            stopping = bool(sums[_STOP])
-            if self.step < self.plan.total_steps and (
-                stopping or self.step % self.spec.align.checkpoint_every == 0
-            ):
-                self._save()
-            if stopping and self.step < self.plan.total_steps:
-                self._wait_for_disk()
+            seconds = time.monotonic() - started
+            is_last = self.step == self.plan.total_steps
+            stopping = bool(sums[_STOP]) and not is_last
+            validation = self._validate() if self._validates_now(is_last, stopping) else {}
+            self._log(step, sums, grad_norm, learning_rate, seconds, validation)
+            measured = validation.get("validation_loss")
+            is_best = self.keeper.is_best(measured)
+            if is_last:
+                break
+            if stopping or is_best or self.step % self.spec.align.checkpoint_every == 0:
+                self.keeper.save(self.engine, self.step, measured)
+            if stopping:
+                self.keeper.wait()
                 raise InterruptedTrainingError(
                     f"told to stop after step {self.step}; the checkpoint is written"
                 )
-        self._export()
+        self.keeper.finish(self.engine, self.step, measured)
         if self.metrics is not None:
             self.metrics.close()
 
@@ -114,25 +130,25 @@ class TrainingLoop:
 
     def _batches(self) -> Iterator[tuple[int, list[tuple[MicroBatch, Forest]]]]:
         """Steps with their micro-batches, one step read ahead in a thread."""
-
-        def read(step: int) -> list[tuple[MicroBatch, Forest]]:
-            return [
-                (
-                    micro,
-                    forest_batch(
-                        micro.pairs, self.images, self.writer.pad_token_id, both_sides=self.both_sides
-                    ),
-                )
-                for micro in self.plan.micro_batches(step, self.rank, self.world_size)
-            ]
-
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            ahead = pool.submit(read, self.step) if self.step < self.plan.total_steps else None
+
+            def read(step: int) -> Future[list[tuple[MicroBatch, Forest]]]:
+                return pool.submit(lambda: list(self._read(self.plan, step, self.images)))
+
+            ahead = read(self.step) if self.step < self.plan.total_steps else None
             for step in range(self.step, self.plan.total_steps):
                 assert ahead is not None
                 batches = ahead.result()
-                ahead = pool.submit(read, step + 1) if step + 1 < self.plan.total_steps else None
+                ahead = read(step + 1) if step + 1 < self.plan.total_steps else None
                 yield step, batches
+
+    def _read(self, plan: Plan, step: int, images: ImageLoader) -> Iterator[tuple[MicroBatch, Forest]]:
+        """This rank's micro-batches of a step of a plan."""
+        for micro in plan.micro_batches(step, self.rank, self.world_size):
+            yield (
+                micro,
+                forest_batch(micro.pairs, images, self.writer.pad_token_id, both_sides=self.both_sides),
+            )
 
     def _forward_backward(self, step: int, batches: list[tuple[MicroBatch, Forest]]) -> Tensor:
         """Accumulates the step's gradients; returns its sums over all ranks (:data:`SUMS`, then :data:`_STOP` and others)."""
@@ -189,13 +205,13 @@ class TrainingLoop:
 
     @property
     def _is_first_step(self) -> bool:
-        """Whether the adapter is still 0, so that the policy is the reference."""
+        """Whether nothing has been trained yet, so that the policy is the reference."""
         align = self.spec.align
         return (
             self.step == 0
             and self.spec.check_reference
             and self.spec.reference is not None
-            and align.lora.dropout == 0
+            and (align.train == "full" or align.lora.dropout == 0)
         )
 
     def _check_reference(self) -> None:
@@ -218,7 +234,42 @@ class TrainingLoop:
             align.scheduler, step, self.plan.total_steps, align.warmup_ratio
         )
 
-    def _log(self, step: int, sums: Tensor, grad_norm: float, learning_rate: float, seconds: float) -> None:
+    # ------------------------------------------------------------------ held-out images
+
+    def _validates_now(self, is_last: bool, stopping: bool) -> bool:
+        # A machine that is about to be taken away has no time for it.
+        due = is_last or self.step % self.spec.align.validate_every == 0
+        return self.held_out is not None and due and not stopping
+
+    def _validate(self) -> dict[str, float | None]:
+        """The objective and its figures on the held-out images; the same on every rank and for any number of ranks."""
+        assert self.held_out is not None
+        total = self.held_out.whole
+        # Apart from the training images, which a thread reads ahead meanwhile.
+        images = ImageLoader(self.writer)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.engine.device)
+        self.engine.train(False)
+        with torch.no_grad():
+            for step in range(self.held_out.total_steps):
+                for micro, batch in self._read(self.held_out, step, images):
+                    sums += self._objective(micro, batch.to(self.engine.device), total)[1]
+        self.engine.train()
+        dist.all_reduce(sums)
+        figures = summarise(sums)
+        if not math.isfinite(float(sums[SUMS.index("loss")])):
+            log.warning("align: the validation loss after step %d is not finite", self.step)
+            figures["loss"] = None
+        return {f"validation_{name}": figures[name] for name in _VALIDATED}
+
+    def _log(
+        self,
+        step: int,
+        sums: Tensor,
+        grad_norm: float,
+        learning_rate: float,
+        seconds: float,
+        validation: dict[str, float | None],
+    ) -> None:
         if self.metrics is None:
             return
         pairs = self.plan.step_pairs(step)
@@ -228,6 +279,7 @@ class TrainingLoop:
                 "step": step + 1,
                 "epoch": round((step + 1) / self.plan.steps_per_epoch, 4),
                 **summarise(sums[: len(SUMS)]),
+                **validation,
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
                 "ess": effective_sample_size([pair.weight for pair in pairs]),
@@ -241,7 +293,8 @@ class TrainingLoop:
 
     # ------------------------------------------------------------------ before, between and after
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self) -> tuple[Plan, Plan | None]:
+        """The order of training, and one pass over the held-out images if there are any."""
         align = self.spec.align
         scored = read_table(self.spec.scored, tables.SCORED, "scored")
         pairs, dropped = prepare_pairs(
@@ -255,7 +308,12 @@ class TrainingLoop:
         )
         if self.rank == 0:
             self._write_dropped(dropped)
-        plan = Plan.of(pairs, align, self.spec.seed)
+        trained_on, apart = hold_out(pairs, align.validation_share, self.spec.seed)
+        plan = Plan.of(trained_on, align, self.spec.seed)
+        held_out = None
+        if apart:
+            once = align.model_copy(update={"epochs": 1, "max_steps": None})
+            held_out = Plan.of(apart, once, self.spec.seed)
         if self.rank == 0:
             self._write_json(
                 "plan.json",
@@ -264,9 +322,11 @@ class TrainingLoop:
                     "derived_pairs": len(pairs) + len(dropped) - scored.num_rows,
                     "dropped": _reasons(dropped),
                     **plan.summary(),
+                    "validation_images": held_out.num_images if held_out else 0,
+                    "validation_pairs": held_out.num_pairs if held_out else 0,
                 },
             )
-        return plan
+        return plan, held_out
 
     def _reference(self) -> dict[str, tuple[float, float]] | None:
         if self.spec.reference is None:
@@ -296,73 +356,14 @@ class TrainingLoop:
     def _make_engine(self) -> tuple[Engine, int]:
         """The engine, as the last checkpoint left it if there is one, and the next step."""
         policy = build_policy(self.spec)
-        found = self._last_checkpoint()
+        found = self.keeper.resume()
         if found is None:
             return make_engine(policy, self.spec), 0
-        policy.load_adapter(found.parameters)
+        policy.load_parameters(found.parameter)
         engine = make_engine(policy, self.spec)
-        engine.restore(found.parameters, found.moments, found.step)
+        engine.restore(found)
         log.info("align: resuming after step %d of %d", found.step, self.plan.total_steps)
         return engine, found.step
-
-    def _last_checkpoint(self) -> Checkpoint | None:
-        found = load_last_checkpoint(self.spec.folder, self.spec.key)
-        steps: list[int] = [0] * self.world_size
-        dist.all_gather_object(steps, found.step if found else 0)
-        if len(set(steps)) > 1:
-            raise UserError(
-                f"align: the ranks see different checkpoints in {self.spec.folder} (steps {steps}). All nodes must share "
-                "this folder (NFS, Lustre, FSx); set run.folder to one they share."
-            )
-        return found
-
-    def _save(self) -> None:
-        """Gathers the state on all ranks; rank 0 writes it while training goes on."""
-        parameters, moments = self.engine.parameters(), self.engine.moments()
-        self._wait_for_disk()
-        if self.rank == 0:
-            checkpoint = Checkpoint(self.step, self.spec.key, parameters, moments)
-            self._written = self._disk.submit(
-                save_checkpoint, self.spec.folder, checkpoint, keep=self.spec.align.keep_checkpoints
-            )
-
-    def _wait_for_disk(self) -> None:
-        """Returns when the checkpoint under way is on disk, on every rank.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        if self._written is not None:
-            self._written.result()
-            self._written = None
-        dist.barrier()
-
-    def _export(self) -> None:
-        """Keeps the end as a checkpoint and writes the adapter as peft reads it."""
-        self._save()
-        parameters = self.engine.parameters()
-        if self.rank == 0:
-            self._write_adapter(parameters)
-        self._wait_for_disk()
-
-    def _write_adapter(self, parameters: dict[str, Tensor]) -> None:
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
-
-        model: Any = self.engine.policy.model
-        folder = self.spec.folder / "adapter"
-        temporary = self.spec.folder / ".adapter.tmp"
-        storage.remove(str(temporary))
-        temporary.mkdir(parents=True)
-        save_file(
-            get_peft_model_state_dict(model, state_dict=parameters),
-            temporary / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        settings = model.peft_config["default"]
-        settings.inference_mode = True
-        settings.save_pretrained(str(temporary))
-        storage.move(str(temporary), str(folder))
 
     def _cached_images(self) -> int:
         pixels = self.writer.pixels([_blank()])

@@ -7,6 +7,7 @@ denominators run over the whole step. So a run may go on with another number of 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,6 +111,16 @@ class Plan:
             tokens_per_forward=align.tokens_per_forward,
             max_steps=align.max_steps,
             both_sides=align.objective == "dpo",
+        )
+
+    @property
+    def whole(self) -> Normaliser:
+        """The denominators of one pass over all pairs, as if it were one step."""
+        steps = [self.normaliser(step) for step in range(min(self.steps_per_epoch, self.total_steps))]
+        return Normaliser(
+            weight=math.fsum(part.weight for part in steps),
+            nll_tokens=sum(part.nll_tokens for part in steps),
+            pairs=sum(part.pairs for part in steps),
         )
 
     def epoch(self, step: int) -> int:
@@ -243,6 +254,36 @@ class Plan:
 
     def _cost(self, pairs: Sequence[Pair]) -> int:
         return num_tokens(pairs, both_sides=self._both_sides)
+
+
+def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Sets images apart, with all their pairs: those that training sees, and those it is validated on.
+
+    Which images depends on the seed and their ids alone: those with the lowest hash, so that images added later change
+    little of it.
+
+    Args:
+        pairs: all pairs.
+        share: of the images, 0 to 1; above 0 at least one image is held out and at least one is trained on.
+        seed: of the choice.
+
+    Raises:
+        UserError: there are not two images to share out.
+    """
+    images = sorted(
+        {pair.image_id for pair in pairs},
+        key=lambda image_id: hashlib.blake2b(f"{seed}/{image_id}".encode(), digest_size=16).digest(),
+    )
+    if share and len(images) < 2:
+        raise UserError(
+            f"align.validation_share={share} holds out images, and there are pairs of {len(images)}. Set it to 0."
+        )
+    count = min(max(round(share * len(images)), 1), len(images) - 1) if share else 0
+    apart = set(images[:count])
+    return (
+        [pair for pair in pairs if pair.image_id not in apart],
+        [pair for pair in pairs if pair.image_id in apart],
+    )
 
 
 def effective_sample_size(weights: Sequence[float]) -> float:

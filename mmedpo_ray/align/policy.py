@@ -1,9 +1,10 @@
-"""The policy: a LLaVA with LoRA on its language model, and what a training worker must know to build it."""
+"""The policy: a LLaVA with what is trained of it, and what a training worker must know to build it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.losses import Objective
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import load_model, resolve_model
+from mmedpo_ray.models.loading import PROJECTOR, load_model, resolve_model
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class TrainingSpec:
         align: the settings, ``objective`` and ``learning_rate`` being those of the role.
         model: model path as in ``model.path``.
         seed: of LoRA initialisation, order and dropout.
-        folder: where checkpoints, metrics and the adapter go (shared by all nodes).
+        folder: where checkpoints, metrics and the trained weights go (shared by all nodes).
         scored: folder of the `scored` table.
         reference: folder of the `reference` table; ``None`` if the objective needs none.
         key: identity of the run; checkpoints of another key are not resumed.
@@ -103,40 +104,60 @@ class Policy(nn.Module):
             )
         )
 
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by their name in the peft model, sorted."""
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by their name in the model, sorted."""
         named = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         return dict(sorted(named.items()))
 
-    def load_adapter(self, parameters: dict[str, Tensor]) -> None:
-        """Sets the trainable parameters by their name; before they are sharded."""
+    def load_parameters(self, read: Callable[[str], Tensor]) -> None:
+        """Sets the trainable parameters, read by their name one at a time; before they are sharded."""
         with torch.no_grad():
-            for name, value in self.adapter_parameters().items():
-                value.copy_(parameters[name])
+            for name, value in self.trained_parameters().items():
+                value.copy_(read(name))
 
 
 def build_policy(spec: TrainingSpec) -> Policy:
-    """Loads the model and puts LoRA on its language model; equal on every rank and for every number of ranks.
+    """Loads the model and makes trainable what ``align.train`` and ``align.train_projector`` say.
+
+    Equal on every rank and for every number of ranks. The vision tower is always frozen.
 
     Raises:
         UserError: the language model has none of ``align.lora.target_modules``.
     """
+    model = load_model(spec.model, spec.dtype)
+    _check_window(model, spec)
+    trained = _with_lora(model, spec) if spec.align.train == "lora" else _unfrozen(model, spec)
+    make_fast(trained, attention=spec.align.attention, sharded=spec.align.strategy == "zero3")
+    if spec.align.gradient_checkpointing:
+        # Non-reentrant checkpointing checks saved tensors that ZeRO-3 has meanwhile released.
+        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": True})
+    return Policy(
+        trained,
+        with_reference=spec.with_reference,
+        kl_forward_share=spec.align.kl_forward_share
+        if spec.align.kl_coefficient and spec.with_reference
+        else None,
+    )
+
+
+def _with_lora(model: Any, spec: TrainingSpec) -> Any:
+    """A peft model with LoRA on the language model and, if wanted, a trained copy of the projector beside the original."""
     from peft import LoraConfig, get_peft_model
 
     lora = spec.align.lora
-    model = load_model(spec.model, spec.dtype)
-    _check_window(model, spec)
     # CLIP towers have a q_proj too: the pattern keeps to the language model.
     pattern = rf".*\.language_model\..*\.({'|'.join(lora.target_modules)})"
     torch.manual_seed(spec.seed)
     try:
-        peft_model = get_peft_model(
+        return get_peft_model(
             model,
             LoraConfig(
                 r=lora.rank,
                 lora_alpha=lora.alpha,  # type: ignore[arg-type]
                 lora_dropout=lora.dropout,
                 target_modules=pattern,
+                # The original stays: with the adapter off, the model is the reference.
+                modules_to_save=[PROJECTOR] if spec.align.train_projector else None,
                 task_type="CAUSAL_LM",
                 base_model_name_or_path=resolve_model(spec.model),
             ),
@@ -148,17 +169,15 @@ def build_policy(spec: TrainingSpec) -> Policy:
             f"align.lora.target_modules={lora.target_modules} names no layer of the language model of {spec.model}. "
             "Use the names of its linear layers, such as q_proj and down_proj."
         ) from error
-    make_fast(peft_model, attention=spec.align.attention, sharded=spec.align.strategy == "zero3")
-    if spec.align.gradient_checkpointing:
-        # Non-reentrant checkpointing checks saved tensors that ZeRO-3 has meanwhile released.
-        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": True})
-    return Policy(
-        peft_model,
-        with_reference=spec.with_reference,
-        kl_forward_share=spec.align.kl_forward_share
-        if spec.align.kl_coefficient and spec.with_reference
-        else None,
-    )
+
+
+def _unfrozen(model: Any, spec: TrainingSpec) -> Any:
+    """The model itself, all weights of its language model trainable: embeddings, norms and lm_head too."""
+    for module in (model.model.language_model, model.lm_head):
+        module.requires_grad_(True)
+    if spec.align.train_projector:
+        getattr(model.model, PROJECTOR).requires_grad_(True)
+    return model
 
 
 def _check_window(model: Any, spec: TrainingSpec) -> None:

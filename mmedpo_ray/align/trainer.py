@@ -1,4 +1,4 @@
-"""The align station: scored pairs → LoRA adapter, under Ray Train and DeepSpeed.
+"""The align station: scored pairs → trained weights, under Ray Train and DeepSpeed.
 
     align(config, "aligned")    # weighted DPO
     align(config, "control")    # as many updates of supervised fine-tuning on the same images
@@ -31,11 +31,12 @@ from mmedpo_ray.align.metrics import METRICS_FILE, check_trackers, read_metrics
 from mmedpo_ray.align.policy import TrainingSpec
 from mmedpo_ray.align.reference import needs_reference_table, reference, reference_settings
 from mmedpo_ray.align.stoppable import StoppableTorchConfig
-from mmedpo_ray.config import AlignConfig, Config
+from mmedpo_ray.align.trained import find_trained
+from mmedpo_ray.config import AlignConfig, Config, LoraConfig
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import resolve_model
-from mmedpo_ray.run_folder import Role, RunFolder
+from mmedpo_ray.run_folder import ADAPTER, WEIGHTS, Role, RunFolder
 from mmedpo_ray.stage import Manifest, Station, digest, read_manifest
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ _OPERATIONAL = {
 
 
 def align(config: Config, role: Role = "aligned") -> Manifest:
-    """Trains an adapter.
+    """Trains a model.
 
     Args:
         config: all settings.
@@ -70,13 +71,15 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
             the chosen answers as objective and ``control.learning_rate``.
 
     Returns:
-        The manifest; the adapter is in ``RunFolder.align(role)/adapter`` in peft format.
+        The manifest; what was trained is in ``RunFolder.align(role)`` (:mod:`mmedpo_ray.align.trained`).
 
     Raises:
         UserError: an input is missing, the cluster is too small, or the loss is not finite.
     """
     resolve_model(config.model.path)
     check_trackers(config.align.trackers)
+    if config.align.train == "full" and config.align.lora != LoraConfig():
+        log.warning("align.lora has no effect with align.train=full")
     run = RunFolder(config.run.folder)
     folder = run.align(role)
     inputs = [run.scored]
@@ -134,7 +137,7 @@ def _prepare_folder(folder: Path, key: str) -> None:
             console.print(f"[dim]align: resuming from {found[-1].name}[/dim]")
     else:
         remove_checkpoints(folder)
-        for name in (METRICS_FILE, "tensorboard", "adapter", "manifest.json"):
+        for name in (METRICS_FILE, "tensorboard", ADAPTER, WEIGHTS, "manifest.json"):
             storage.remove(str(folder / name))
         (folder / _KEY_FILE).write_text(json.dumps(key))
     for name in (_ERROR_FILE, _PLAN_FILE):
@@ -282,16 +285,19 @@ def plan_line(name: str, plan: dict[str, Any]) -> str:
 def _finish(station: Station, folder: Path) -> Manifest:
     plan = _read_json(folder / _PLAN_FILE)
     metrics = read_metrics(folder)
-    if plan is None or not metrics or not (folder / "adapter" / "adapter_model.safetensors").is_file():
+    trained = find_trained(folder)
+    if plan is None or not metrics or trained is None:
         raise UserError(
-            f"align: the workers ended without an adapter in {folder}. All nodes must share this folder (NFS, Lustre, FSx)."
+            f"align: the workers ended without trained weights in {folder}. All nodes must share this folder (NFS, Lustre, FSx)."
         )
     last = metrics[-1]
+    validated = [row for row in metrics if row.get("validation_loss") is not None]
+    best = min(validated, key=lambda row: row["validation_loss"], default=None)
     figures = {key: value for key, value in plan.items() if key not in ("rows_in", "dropped")}
     remove_checkpoints(folder)
     return station.finish(
         rows_in=plan["rows_in"],
-        rows_out=plan["pairs"],
+        rows_out=plan["pairs"] + plan["validation_pairs"],
         dropped=plan["dropped"],
         extra={
             **figures,
@@ -300,7 +306,9 @@ def _finish(station: Station, folder: Path) -> Manifest:
             "reward_accuracy": last["reward_accuracy"],
             "nll": last["nll"],
             "training_seconds": round(sum(row["seconds"] for row in metrics), 2),
-            "adapter": os.fspath(folder / "adapter"),
+            "best_step": best["step"] if best else None,
+            "best_validation_loss": best["validation_loss"] if best else None,
+            "trained": os.fspath(trained),
         },
     )
 

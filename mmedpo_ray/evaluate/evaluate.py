@@ -31,7 +31,7 @@ from mmedpo_ray.evaluate import statistics
 from mmedpo_ray.evaluate.client import Endpoint, Question, Reply
 from mmedpo_ray.evaluate.metrics import METRICS, Answer, Metric
 from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.serving import run_models, start_endpoint
+from mmedpo_ray.serving import engine_groups, run_models, start_endpoint
 from mmedpo_ray.stage import Manifest, Station, digest, read_manifest, read_table
 
 log = logging.getLogger(__name__)
@@ -62,9 +62,13 @@ def evaluate(config: Config) -> Manifest:
     todo = [
         (name, sample) for name in names for sample in samples if f"{name}/{sample['sample_id']}" not in done
     ]
-    if todo:
-        with _endpoint(config, names) as base_url:
-            asyncio.run(_collect(config, station, base_url, todo, done=len(done)))
+    asked = len(done)
+    for group in _groups(config, names):
+        questions = [(name, sample) for name, sample in todo if name in group]
+        if questions:
+            with _endpoint(config, group) as base_url:
+                asyncio.run(_collect(config, station, base_url, questions, done=asked))
+            asked += len(questions)
 
     def summarise(answers: pa.Table) -> dict[str, Any]:
         return {"summary": _write_summary(config, run, station, answers, names)["models"]}
@@ -133,6 +137,14 @@ def _test_samples(config: Config, run: RunFolder) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (order[row["image_id"]], row["sample_id"]))[:limit]
 
 
+def _groups(config: Config, names: Sequence[str]) -> list[list[str]]:
+    """Names to ask together. Whole models have an engine each; one after the other they need the room of one."""
+    if config.evaluate.endpoint:
+        return [list(names)]
+    models = {name: path for name, path in run_models(config).items() if name in names}
+    return [list(group) for group in engine_groups(models)]
+
+
 @contextlib.contextmanager
 def _endpoint(config: Config, names: Sequence[str]) -> Iterator[str]:
     if config.evaluate.endpoint:
@@ -143,7 +155,7 @@ def _endpoint(config: Config, names: Sequence[str]) -> Iterator[str]:
     own.serve.port, own.serve.host = 0, "127.0.0.1"
     models = {name: path for name, path in run_models(config).items() if name in names}
     with start_endpoint(own, models, app_name="mmedpo-evaluate", route_prefix="/evaluate") as endpoint:
-        console.print(f"[dim]evaluate: {len(names)} models are up after {endpoint.seconds:.0f} s[/dim]")
+        console.print(f"[dim]evaluate: {', '.join(names)} answer after {endpoint.seconds:.0f} s[/dim]")
         yield endpoint.base_url
 
 

@@ -1,7 +1,8 @@
-"""adapter → a model to hand on: the adapter itself, and the base with the adapter merged in.
+"""What was trained → a model to hand on: the base with it merged in, and the adapter itself where that is all.
 
-``model/adapter`` is what training wrote (peft), ``model/merged`` is a whole LLaVA with processor, chat template and
-generation settings. Both appear whole or not at all. The merged weights carry the names of LLaVA checkpoints on the hub
+``model/merged`` is a whole LLaVA with processor, chat template and generation settings. ``model/adapter`` is what training
+wrote (peft); it is there only after LoRA on the language model alone, because an endpoint would leave out a projector that
+came with the adapter. Both appear whole or not at all. The merged weights carry the names of LLaVA checkpoints on the hub
 (``vision_tower.vision_model.…``, which transformers 5 no longer writes), so vLLM and transformers both load them.
 """
 
@@ -19,7 +20,8 @@ from mmedpo_ray.config import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.engine import read_model_config
 from mmedpo_ray.models.loading import load_model, load_processor, model_fingerprint, resolve_model
-from mmedpo_ray.run_folder import Role, RunFolder
+from mmedpo_ray.models.shards import ShardReader
+from mmedpo_ray.run_folder import ADAPTER, WEIGHTS, Role, RunFolder
 from mmedpo_ray.stage import Manifest, Station
 
 if TYPE_CHECKING:
@@ -37,17 +39,16 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def export(config: Config, role: Role = "aligned") -> Manifest:
-    """Writes ``adapter/`` and ``merged/`` of a trained model.
+    """Writes ``merged/`` and, for LoRA on the language model alone, ``adapter/`` of a trained model.
 
     Args:
         config: all settings.
         role: aligned or control.
 
     Raises:
-        UserError: there is no adapter, or it does not belong to ``model.path``.
+        UserError: nothing has been trained, or it does not belong to ``model.path``.
     """
     run = RunFolder(config.run.folder)
-    source = run.align(role) / "adapter"
     target = run.model(role)
     station = Station(
         "export" if role == "aligned" else f"export {role}",
@@ -59,12 +60,18 @@ def export(config: Config, role: Role = "aligned") -> Manifest:
     finished = station.finished()
     if finished is not None and (target / "merged" / "config.json").is_file():
         return finished
-    _check_adapter(source)
+    source = run.align(role) / WEIGHTS
+    is_whole = source.is_dir()
+    if not is_whole:
+        source = run.align(role) / ADAPTER
+        _check_adapter(source)
     target.mkdir(parents=True, exist_ok=True)
-    with _replaced(target / "adapter") as folder:
-        copy_adapter(source, folder, base=config.model.path)
+    shutil.rmtree(target / ADAPTER, ignore_errors=True)
+    if not is_whole and not _trains_more(source):
+        with _replaced(target / ADAPTER) as folder:
+            copy_adapter(source, folder, base=config.model.path)
     with _replaced(target / "merged") as folder:
-        merge(config.model.path, source, folder)
+        (put_weights if is_whole else merge)(config.model.path, source, folder)
     size = sum(file.stat().st_size for file in (target / "merged").iterdir())
     return station.finish(extra={"merged_mib": round(size / 2**20, 1)})
 
@@ -82,10 +89,41 @@ def merge(base: str, adapter: Path, folder: Path) -> None:
     """
     from peft import PeftModel
 
-    model = load_model(base, _dtype_of(base))
+    dtype = _dtype_of(base)
+    model = load_model(base, dtype)
     _check_layers(model, adapter, base)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    save_for_serving(merged, load_processor(base), folder)
+    # A trained projector comes in the precision it was stored in.
+    save_for_serving(merged.to(dtype), load_processor(base), folder)
+
+
+def put_weights(base: str, weights: Path, folder: Path) -> None:
+    """Saves the base model with the trained weights in the places of its own, in the base's precision.
+
+    Args:
+        base: as ``model.path``.
+        weights: shards of trained weights (:mod:`mmedpo_ray.align.trained`).
+        folder: where to save.
+
+    Raises:
+        UserError: the weights are damaged, or are not those of the base.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        reader = ShardReader(weights)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"the trained weights in {weights} are damaged ({type(error).__name__}). Run `mmedpo align` again."
+        ) from error
+    model = load_model(base, _dtype_of(base))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in reader.names:
+            _check_shape(name, reader.shape(name), parameters, weights, base)
+            parameters[name].copy_(reader.tensor(name))
+    save_for_serving(model, load_processor(base), folder)
 
 
 def save_for_serving(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:
@@ -138,6 +176,12 @@ def _check_adapter(folder: Path) -> None:
             raise UserError(f"there is no adapter in {folder} ({name} is missing). Run `mmedpo align` first.")
 
 
+def _trains_more(adapter: Path) -> bool:
+    """Whether it carries whole modules (a projector) besides LoRA, which an endpoint would not load."""
+    settings = json.loads((adapter / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return bool(settings.get("modules_to_save"))
+
+
 def _check_layers(model: LlavaForConditionalGeneration, adapter: Path, base: str) -> None:
     """peft only warns about adapter weights that find no layer, and then merges nothing."""
     from safetensors import safe_open
@@ -145,7 +189,11 @@ def _check_layers(model: LlavaForConditionalGeneration, adapter: Path, base: str
     with safe_open(adapter / _ADAPTER_WEIGHTS, "pt") as opened:
         shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     layers: dict[str, Any] = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
     for name, shape in shapes.items():
+        if ".lora_" not in name:
+            _check_shape(name.removeprefix(_PEFT_PREFIX), shape, parameters, adapter, base)
+            continue
         layer_name = name.removeprefix(_PEFT_PREFIX).split(".lora_")[0]
         layer = layers.get(layer_name)
         if layer is None:
@@ -161,6 +209,15 @@ def _check_layers(model: LlavaForConditionalGeneration, adapter: Path, base: str
                 f"the adapter in {adapter} does not belong to {base}: {layer_name} has {expected} {side}, the adapter "
                 f"{found}. Set model.path to the model it was trained on."
             )
+
+
+def _check_shape(name: str, shape: list[int], parameters: dict[str, Any], source: Path, base: str) -> None:
+    expected = list(parameters[name].shape) if name in parameters else "no such weight"
+    if shape != expected:
+        raise UserError(
+            f"the weights in {source} do not belong to {base}: {name} has the shape {shape}, there {expected}. Set "
+            "model.path to the model they were trained from."
+        )
 
 
 def _dtype_of(base: str) -> torch.dtype:

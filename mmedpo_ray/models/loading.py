@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 EMBEDDED_NAME = "phantom"
+# Between vision tower and language model, as LlavaModel names it.
+PROJECTOR = "multi_modal_projector"
 EMBEDDED_FOLDER = Path(__file__).parent / "phantom_llava"
 
 # Their features come in a fixed number per image, which the planning of a training run relies on.

@@ -10,19 +10,19 @@ from mmedpo_ray.settings.base import Section, Share
 
 
 class LoraConfig(Section):
-    """Low-rank adaptation of the language model."""
+    """Low-rank adaptation of the language model; without effect where ``train`` is ``full``."""
 
     rank: int = Field(128, ge=1)
     alpha: float = Field(256, gt=0)
     dropout: Share = 0.0
     target_modules: list[str] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        description="linear layers of the language model (vision tower and projector stay frozen)",
+        description="linear layers of the language model",
     )
 
 
 class AlignConfig(Section):
-    """scored pairs → adapter: weighted DPO with LoRA under Ray Train and DeepSpeed ZeRO-3."""
+    """scored pairs → trained weights: weighted DPO under Ray Train and DeepSpeed ZeRO-3."""
 
     objective: Literal["dpo", "sft"] = Field("dpo", description="sft: likelihood of the chosen answers only")
     loss: Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo"] = Field(
@@ -69,6 +69,14 @@ class AlignConfig(Section):
         "precomputed",
         description="reference log-probabilities from the table, or from a second forward with the adapter off",
     )
+    train: Literal["lora", "full"] = Field(
+        "lora",
+        description="what is trained of the language model: low-rank updates, or all weights (embeddings, norms and "
+        "lm_head too); the vision tower never is",
+    )
+    train_projector: bool = Field(
+        False, description="train the projector between vision tower and language model too"
+    )
     learning_rate: float = Field(1e-7, gt=0)
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Share = 0.03
@@ -103,7 +111,16 @@ class AlignConfig(Section):
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker's tensor operations")
     use_gpu: bool | None = Field(None, description="null: if the cluster has GPUs")
     checkpoint_every: int = Field(50, ge=1, description="optimizer steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the last so many stay, and the best")
+    validation_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the images held out of training, with all their pairs"
+    )
+    validate_every: int = Field(
+        50, ge=1, description="optimizer steps between evaluations of the held-out images; also at the end"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="which weights come out: the last, or those with the lowest validation loss"
+    )
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         ("tensorboard",), description="where metrics go besides metrics.jsonl"
     )
@@ -116,6 +133,23 @@ class AlignConfig(Section):
     @property
     def max_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _trained(self) -> AlignConfig:
+        if self.train == "full" and self.reference == "online":
+            raise ValueError(
+                "reference=online needs an adapter to switch off, which train=full has not; use reference=precomputed"
+            )
+        if self.train == "full" and self.kl_coefficient > 0:
+            raise ValueError(
+                "kl_coefficient needs an adapter to switch off, which train=full has not; set it to 0 (anchor_coefficient "
+                "and nll_coefficient work), or use train=lora"
+            )
+        if self.keep == "best" and self.validation_share == 0:
+            raise ValueError(
+                "keep=best needs held-out images to tell which checkpoint is best; set validation_share above 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _workers(self) -> AlignConfig:

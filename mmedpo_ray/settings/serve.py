@@ -12,6 +12,9 @@ class ServeConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0: any free port")
+    models: tuple[str, ...] | None = Field(
+        None, description="names of the run's models to serve; null: all (merged models have an engine each)"
+    )
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: int = Field(

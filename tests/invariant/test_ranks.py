@@ -75,7 +75,7 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
         pairs_per_forward=99,
     )
     policy = build_policy(spec)
-    parameters = policy.adapter_parameters()
+    parameters = policy.trained_parameters()
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=align.learning_rate, weight_decay=align.weight_decay
     )
