@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def make_optimizer(parameters: Mapping[str, Tensor], align: AlignConfig) -> torc
         parameters: the trained parameters, not yet sharded.
         align: rates.
     """
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [value for value in parameters.values() if value.ndim >= 2]},
         {"params": [value for value in parameters.values() if value.ndim < 2], "weight_decay": 0.0},
     ]

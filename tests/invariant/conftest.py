@@ -41,6 +41,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         }
         return replace(with_settings(plain, folder / name, **(terms | changes)), reference=None)
 
+    def full(name: str, **changes: object) -> TrainingSpec:
+        """All weights of language model and projector."""
+        ways = {"train": "full", "train_projector": True, "learning_rate": 1e-3, "weight_decay": 0.1}
+        return with_settings(plain, folder / name, **(ways | changes))
+
+    def projector(name: str, **changes: object) -> TrainingSpec:
+        """LoRA and projector with every further term, and two images held out."""
+        held_out = {"train_projector": True, "validation_share": 0.34, "validate_every": 1}
+        return all_terms(name, **(held_out | changes))
+
+    def best(name: str, **changes: object) -> TrainingSpec:
+        """So fast that the held-out images soon suffer."""
+        ways = {"learning_rate": 0.05, "validation_share": 0.34, "validate_every": 1, "keep": "best"}
+        return with_settings(plain, folder / name, **(ways | {"keep_checkpoints": 1} | changes))
+
+    full_resumed, full_moved, best_resumed = full("full_resumed"), full("full_moved"), best("best_resumed")
     train(
         [
             Launch(plain),
@@ -52,6 +68,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(with_settings(plain, folder / "ddp", strategy="ddp", pairs_per_forward=5)),
             Launch(with_settings(plain, folder / "token_budget", tokens_per_forward=200)),
             Launch(all_terms("all_terms", strategy="ddp")),
+            Launch(full("full", strategy="ddp")),
+            Launch(full_moved, crash_after=3),
+            Launch(projector("projector", strategy="ddp")),
+            Launch(best("best")),
+            Launch(best_resumed, crash_after=3),
+            Launch(best_resumed),
         ]
     )
     train(
@@ -65,6 +87,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(ddp),
             Launch(all_terms("all_terms_two_ranks", pairs_per_forward=5)),
             Launch(moved),
+            Launch(full("full_two_ranks", gradient_checkpointing=True, pairs_per_forward=5)),
+            Launch(full_resumed, crash_after=3),
+            Launch(full_resumed),
+            Launch(with_settings(full_moved, folder / "full_moved", strategy="zero2")),
+            Launch(projector("projector_two_ranks", gradient_checkpointing=True, pairs_per_forward=5)),
             Launch(with_settings(plain, folder / "sft", objective="sft")),
             Launch(
                 with_settings(plain, folder / "overflow", learning_rate=1e30, warmup_ratio=0.0),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from align_compare import adapter, assert_same_training
+from align_compare import adapter, assert_same_training, trained
 from align_world import with_settings
 
 from mmedpo_ray import tables
@@ -19,7 +19,7 @@ from mmedpo_ray.align.policy import build_policy, learning_rate_factor
 from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.align.trainer import _raise_user_error
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 from mmedpo_ray.stage import read_table
 
 if TYPE_CHECKING:
@@ -52,6 +52,36 @@ def test_every_term_at_once_is_the_same_on_two_sharded_ranks(runs: Runs) -> None
     assert rows[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6), "policy and reference begin as one model"
     assert rows[-1]["kl"] > 0
     assert rows[0]["pairs"] == 15, "three images with three text pairs, a visual and a reversed pair each"
+
+
+@pytest.mark.parametrize("name", ["full_two_ranks", "full_moved"])
+def test_all_weights_train_the_same_on_sharded_ranks(runs: Runs, name: str) -> None:
+    assert_same_training(runs.folder / name, runs.folder / "full")
+
+
+def test_full_training_leaves_the_tower_alone_and_moves_the_rest(runs: Runs) -> None:
+    base = load_model(runs.spec.model, torch.float32)
+    found = trained(runs.folder / "full")
+    expected = {name for name, _ in base.named_parameters() if "vision_tower" not in name}
+    assert found.keys() == expected
+    for name, value in found.items():
+        assert not torch.equal(value, base.get_parameter(name)), f"{name} did not move"
+    assert not (runs.folder / "full/adapter").exists()
+
+
+def test_a_projector_beside_lora_is_the_same_on_sharded_ranks(runs: Runs) -> None:
+    """With the adapter off the original projector is at work: policy and reference begin as one."""
+    assert_same_training(runs.folder / "projector_two_ranks", runs.folder / "projector")
+    rows = read_metrics(runs.folder / "projector")
+    assert rows[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[-1]["kl"] > 0
+    base = load_model(runs.spec.model, torch.float32)
+    found = trained(runs.folder / "projector")
+    whole = [name for name in found if ".lora_" not in name]
+    assert whole and all("multi_modal_projector" in name for name in whole)
+    for name in whole:
+        before = base.get_parameter(name.removeprefix("base_model.model."))
+        assert not torch.equal(found[name], before), f"{name} did not move"
 
 
 def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
@@ -98,9 +128,9 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
         assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         assert norm > align.max_grad_norm, "clipping must be at work, or it is not compared"
-    trained = adapter(runs.folder / "plain")
+    learnt = adapter(runs.folder / "plain")
     for name, value in parameters.items():
-        stored = trained[name.replace(".default", "")]
+        stored = learnt[name.replace(".default", "")]
         assert torch.allclose(value.detach(), stored, rtol=0, atol=2e-5), name
 
 

@@ -19,6 +19,11 @@ def test_resumed_equals_uninterrupted(runs: Runs) -> None:
     assert_same_training(runs.folder / "resumed", runs.folder / "plain", tolerance=1e-6)
 
 
+def test_resumed_full_training_equals_uninterrupted(runs: Runs) -> None:
+    """On two sharded ranks; what differs is the size of micro-batches and activation checkpointing."""
+    assert_same_training(runs.folder / "full_resumed", runs.folder / "full_two_ranks")
+
+
 def test_a_run_may_move_to_another_number_of_workers(runs: Runs) -> None:
     assert_same_training(runs.folder / "moved", runs.folder / "plain")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,59 +11,99 @@ import torch
 
 from mmedpo_ray.align.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
+    State,
     checkpoint_folders,
+    load_best_checkpoint,
     load_last_checkpoint,
     remove_checkpoints,
-    save_checkpoint,
+    remove_checkpoints_after,
 )
 from mmedpo_ray.align.metrics import MetricsWriter, read_metrics
 from mmedpo_ray.align.policy import learning_rate_factor
 
 
-def checkpoint(step: int, key: str = "run") -> Checkpoint:
-    weight = torch.full((2, 3), float(step))
-    return Checkpoint(step, key, {"a": weight}, {"exp_avg.a": weight / 2, "exp_avg_sq.a": weight / 4})
+def save(
+    folder: Path, step: int, key: str = "run", keep: int = 2, loss: float | None = None, shard_bytes: int = 48
+) -> Path:
+    """A checkpoint of two parameters whose values tell the step, in more than one shard."""
+    with ThreadPoolExecutor(1) as pool:
+        writer = CheckpointWriter(folder, State(step, key, loss), keep, pool, shard_bytes)
+        for name in ("a", "b"):
+            weight = torch.full((2, 3), float(step))
+            writer.add(name, {"parameter": weight, "exp_avg": weight / 2, "exp_avg_sq": weight / 4})
+        return writer.finish().result()
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoint_folders(folder)]
 
 
 def test_the_last_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     for step in (2, 4, 10):
-        save_checkpoint(tmp_path, checkpoint(step), keep=2)
+        save(tmp_path, step)
     found = load_last_checkpoint(tmp_path, "run")
     assert found is not None and found.step == 10
-    assert torch.equal(found.parameters["a"], checkpoint(10).parameters["a"])
-    assert torch.equal(found.moments["exp_avg_sq.a"], checkpoint(10).moments["exp_avg_sq.a"])
-    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-000004", "step-000010"]
+    assert found.names == ["a", "b"]
+    assert torch.equal(found.parameter("a"), torch.full((2, 3), 10.0))
+    assert torch.equal(found.moment("exp_avg_sq", "b"), torch.full((2, 3), 2.5))
+    assert names(tmp_path) == ["step-000004", "step-000010"]
+    assert len(list(found.path.glob("*.safetensors"))) == 3
 
 
 def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, checkpoint(2, key="other"), keep=2)
+    save(tmp_path, 2, key="other", loss=1.0)
     assert load_last_checkpoint(tmp_path, "run") is None
+    assert load_best_checkpoint(tmp_path, "run") is None
     assert load_last_checkpoint(tmp_path / "empty", "run") is None
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "moments.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["shard-00002.safetensors", "index.json", "state.json"])
+@pytest.mark.parametrize("content", [b"{", None])
 def test_a_damaged_checkpoint_is_passed_over(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, name: str, content: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_checkpoint(tmp_path, checkpoint(2), keep=3)
-    save_checkpoint(tmp_path, checkpoint(4), keep=3)
-    (tmp_path / "checkpoints" / "step-000004" / name).write_bytes(b"{")
+    save(tmp_path, 2, loss=3.0, keep=3)
+    damaged = save(tmp_path, 4, loss=1.0, keep=3) / name
+    damaged.unlink()
+    if content is not None:
+        damaged.write_bytes(content)
     found = load_last_checkpoint(tmp_path, "run")
     assert found is not None and found.step == 2
+    best = load_best_checkpoint(tmp_path, "run")
+    assert best is not None and best.step == 2
     assert "step-000004" in caplog.text
+    remove_checkpoints_after(tmp_path, found.step)
+    assert names(tmp_path) == ["step-000002"]
 
 
 def test_what_a_crash_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, checkpoint(2), keep=2)
+    save(tmp_path, 2)
     unfinished = tmp_path / "checkpoints" / ".step-000004.tmp"
     unfinished.mkdir()
-    (unfinished / "adapter.safetensors").write_bytes(b"half")
+    (unfinished / "shard-00001.safetensors").write_bytes(b"half")
     found = load_last_checkpoint(tmp_path, "run")
     assert found is not None and found.step == 2
-    save_checkpoint(tmp_path, checkpoint(4), keep=2)
+    save(tmp_path, 4)
     assert not unfinished.exists()
     remove_checkpoints(tmp_path)
     assert checkpoint_folders(tmp_path) == []
+
+
+def test_the_best_checkpoint_stays_beside_the_last(tmp_path: Path) -> None:
+    for step, loss in ((2, None), (4, 0.5), (6, 0.3), (8, 0.3), (10, 0.9), (12, None)):
+        save(tmp_path, step, keep=2, loss=loss)
+    assert names(tmp_path) == ["step-000006", "step-000010", "step-000012"]
+    best = load_best_checkpoint(tmp_path, "run")
+    assert best is not None and (best.step, best.validation_loss) == (6, 0.3)
+    save(tmp_path, 14, keep=2, loss=0.1)
+    assert names(tmp_path) == ["step-000012", "step-000014"]
+
+
+def test_without_validation_there_is_no_best(tmp_path: Path) -> None:
+    path = save(tmp_path, 2)
+    assert Checkpoint(path).validation_loss is None
+    assert load_best_checkpoint(tmp_path, "run") is None
 
 
 def test_a_resumed_run_writes_its_figures_once(tmp_path: Path) -> None:
