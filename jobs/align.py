@@ -1,4 +1,4 @@
-"""Ray job: scored pairs → adapter.
+"""Ray job: scored pairs → trained weights.
 
 ray job submit --working-dir . -- python jobs/align.py --config configs/phantom.yaml run.folder=/shared/run
 """

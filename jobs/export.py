@@ -1,4 +1,4 @@
-"""Ray job: adapter → peft folder and merged model.
+"""Ray job: trained weights → merged model, and a peft folder where LoRA is all.
 
 ray job submit --working-dir . -- python jobs/export.py --config configs/phantom.yaml run.folder=/shared/run
 """

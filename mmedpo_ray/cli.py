@@ -28,8 +28,8 @@ _STATIONS = {
     "curate": "samples → preference pairs: hallucinated answers and images with noise in the lesion",
     "score": "pairs → scored pairs: judges debate the clinical relevance, scores become weights",
     "audit": "preference pairs → shortcuts and faults that would teach the wrong thing, with their remedies",
-    "align": "scored pairs → adapter: weighted DPO with LoRA (Ray Train, DeepSpeed ZeRO-3), and the SFT control",
-    "export": "adapter → model/adapter (peft) and model/merged (transformers, vLLM)",
+    "align": "scored pairs → trained weights: weighted DPO (Ray Train, DeepSpeed ZeRO-3), and the SFT control",
+    "export": "trained weights → model/merged (transformers, vLLM), and model/adapter (peft) where LoRA is all",
     "serve": "OpenAI-compatible endpoint for the base and the aligned model (Ray Serve, vLLM)",
     "evaluate": "endpoint + test samples → answers, metrics with confidence intervals",
     "report": "everything above → one self-contained report.html",
@@ -47,7 +47,7 @@ _READS_WRITES = {
     "align": ("scored/", "reference/, align/ and control/align/"),
     "export": ("align/", "model/ and control/model/"),
     "serve": (
-        "the base model and model/adapter",
+        "the base model and model/",
         "nothing; answers on serve.host:serve.port until interrupted",
     ),
     "evaluate": (

@@ -9,11 +9,11 @@ import torch
 from rich.table import Table
 
 from mmedpo_ray import tables
-from mmedpo_ray.align.plan import Plan
+from mmedpo_ray.align.plan import Plan, hold_out
 from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console
-from mmedpo_ray.models.loading import PromptWriter, load_processor, resolve_model
+from mmedpo_ray.models.loading import PROJECTOR, PromptWriter, load_processor, resolve_model
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import read_table
 
@@ -29,18 +29,18 @@ class Memory:
     """Estimated memory of one rank, GiB.
 
     Attributes:
-        weights: frozen weights, a share of them under ZeRO-3.
-        adapter: adapter, gradient and Adam's state.
+        weights: of the model, a share of them under ZeRO-3.
+        trained: gradients and Adam's state of what is trained, and the weights of an adapter.
         activations: of the largest micro-batch, logits of response tokens included.
     """
 
     weights: float
-    adapter: float
+    trained: float
     activations: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.adapter + self.activations
+        return self.weights + self.trained + self.activations
 
 
 def dry_run(config: Config) -> dict[str, Any]:
@@ -60,7 +60,8 @@ def dry_run(config: Config) -> dict[str, Any]:
         visual_coefficient=align.visual_coefficient,
         reversed_visual_coefficient=align.reversed_visual_coefficient,
     )
-    plan = Plan.of(pairs, align, config.run.seed)
+    trained_on, _ = hold_out(pairs, align.validation_share, config.run.seed)
+    plan = Plan.of(trained_on, align, config.run.seed)
     largest = plan.largest_micro_batch(align.max_workers)
     figures = {
         **plan.summary(),
@@ -91,13 +92,7 @@ def estimate_memory(model: str, align: AlignConfig, tokens: int, response_tokens
         shape = AutoModelForImageTextToText.from_config(settings)
     size = 2 if align.precision == "bf16" else 4
     frozen = sum(parameter.numel() for parameter in shape.parameters())
-    adapter = sum(
-        align.lora.rank * (module.in_features + module.out_features)
-        for name, module in shape.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and ".language_model." in f".{name}"
-        and name.rsplit(".", 1)[-1] in align.lora.target_modules
-    )
+    inside, beside = _num_trained(shape, align)
     ranks = align.max_workers
     text = settings.text_config
     kept = _KEPT_WITH_CHECKPOINTING if align.gradient_checkpointing else _KEPT_PER_LAYER
@@ -107,10 +102,30 @@ def estimate_memory(model: str, align: AlignConfig, tokens: int, response_tokens
     logits = response_tokens * text.vocab_size * 4 * 2
     return Memory(
         weights=frozen * size / (ranks if align.strategy == "zero3" else 1) / _GIB,
-        # Weight, gradient, exact copy and two moments.
-        adapter=adapter * (2 * size + 12 / (1 if align.strategy == "ddp" else ranks)) / _GIB,
+        # Gradient, exact copy and two moments; an adapter's weights come on top of the model's.
+        trained=((inside + beside) * (size + 12 / (1 if align.strategy == "ddp" else ranks)) + beside * size)
+        / _GIB,
         activations=(activations + logits) / _GIB,
     )
+
+
+def _num_trained(shape: torch.nn.Module, align: AlignConfig) -> tuple[int, int]:
+    """Trained parameters that are the model's own, and those beside it (LoRA, a copy of the projector)."""
+    sizes = {name: value.numel() for name, value in shape.named_parameters()}
+    projector = sum(size for name, size in sizes.items() if PROJECTOR in name) * align.train_projector
+    if align.train == "full":
+        own = sum(
+            size for name, size in sizes.items() if ".language_model." in name or name.startswith("lm_head.")
+        )
+        return own + projector, 0
+    lora = sum(
+        align.lora.rank * (module.in_features + module.out_features)
+        for name, module in shape.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and ".language_model." in f".{name}"
+        and name.rsplit(".", 1)[-1] in align.lora.target_modules
+    )
+    return 0, projector + lora
 
 
 def _table(figures: dict[str, Any], memory: Memory) -> Table:
@@ -123,7 +138,7 @@ def _table(figures: dict[str, Any], memory: Memory) -> Table:
         "effective sample size": f"{figures['effective_sample_size']:.0%} of the pairs",
         "largest forward": f"{figures['largest_forward_tokens']:,} tokens, "
         f"{figures['largest_forward_responses']:,} with logits, on {figures['ranks']} ranks",
-        "memory a rank (estimate)": f"{memory.total:.2f} GiB: weights {memory.weights:.2f}, adapter {memory.adapter:.2f}, "
+        "memory a rank (estimate)": f"{memory.total:.2f} GiB: weights {memory.weights:.2f}, trained {memory.trained:.2f}, "
         f"activations {memory.activations:.2f}",
     }
     for name, value in rows.items():

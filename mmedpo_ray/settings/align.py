@@ -135,23 +135,6 @@ class AlignConfig(Section):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @model_validator(mode="after")
-    def _trained(self) -> AlignConfig:
-        if self.train == "full" and self.reference == "online":
-            raise ValueError(
-                "reference=online needs an adapter to switch off, which train=full has not; use reference=precomputed"
-            )
-        if self.train == "full" and self.kl_coefficient > 0:
-            raise ValueError(
-                "kl_coefficient needs an adapter to switch off, which train=full has not; set it to 0 (anchor_coefficient "
-                "and nll_coefficient work), or use train=lora"
-            )
-        if self.keep == "best" and self.validation_share == 0:
-            raise ValueError(
-                "keep=best needs held-out images to tell which checkpoint is best; set validation_share above 0"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _workers(self) -> AlignConfig:
         if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError(f"num_workers must be at least 1, or [min, max], not {self.num_workers}")

@@ -1,22 +1,30 @@
-"""Export: the merged model and the adapter answer alike, in transformers and in vLLM."""
+"""Export: the merged model answers as the trained one does, in transformers and in vLLM, whatever was trained of it."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from align_world import training_spec
 from PIL import Image
 from tiny_llava import build_tiny_llava
 
+from mmedpo_ray.align.checkpoint import Checkpoint, CheckpointWriter, State
+from mmedpo_ray.align.policy import build_policy
+from mmedpo_ray.align.trained import write_trained
 from mmedpo_ray.config import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.export import export, hub_name, use_hub_names
-from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.run_folder import Role, RunFolder
+from mmedpo_ray.serving import run_models
 from mmedpo_ray.stage import Station
 
 QUESTIONS = ["Is there a nodule in the left lung?", "Yes, there is?"]
@@ -25,11 +33,11 @@ QUESTIONS = ["Is there a nodule in the left lung?", "Yes, there is?"]
 VLLM_SCRIPT = """
 if __name__ == "__main__":
     import base64, io, json, os, sys
-    model = sys.argv[1]
+    models = json.loads(sys.argv[1])
     from mmedpo_ray.config import EngineConfig
     from mmedpo_ray.models import engine_preload
     from mmedpo_ray.models.engine import engine_settings
-    settings = engine_settings(EngineConfig(kv_cache_gib=0.25), has_gpu=False, model=model)
+    settings = engine_settings(EngineConfig(kv_cache_gib=0.25), has_gpu=False, model=models[0])
     os.environ.update(settings.env)
     engine_preload.start()
     sys.path[:0] = sys.argv[2:]
@@ -40,9 +48,13 @@ if __name__ == "__main__":
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     picture = {"type": "image_url", "image_url": {"url": url}}
     chats = [[{"role": "user", "content": [picture, {"type": "text", "text": question}]}] for question in QUESTIONS]
-    engine = LLM(model, **settings.engine_kwargs)
-    outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
-    print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+    answers = []
+    for model in models:
+        engine = LLM(model, **settings.engine_kwargs)
+        outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+        answers.append([list(output.outputs[0].token_ids) for output in outputs])
+        del engine
+    print("TOKENS", json.dumps(answers))
 """
 
 
@@ -62,6 +74,50 @@ def train_nothing(config: Config, base: Path, role: str = "aligned", rank: int =
     folder = RunFolder(config.run.folder).align(role)
     get_peft_model(model, lora).save_pretrained(str(folder / "adapter"))
     Station("align", str(folder), config).finish()
+
+
+def train_randomly(config: Config, base: Path, role: Role = "aligned", **settings: Any) -> Any:
+    """What the align station leaves behind after random updates of all that it trains; returns the model it stands for."""
+    folder = RunFolder(config.run.folder).align(role)
+    spec = training_spec(folder, base, folder, **settings)
+    policy = build_policy(spec)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for value in policy.trained_parameters().values():
+            value += 0.3 * (value.std() if value.std() > 0 else 0.1) * torch.randn_like(value)
+    with ThreadPoolExecutor(1) as pool:
+        writer = CheckpointWriter(folder, State(1, "test"), keep=1, pool=pool)
+        for name, value in policy.trained_parameters().items():
+            writer.add(name, {"parameter": value})
+        checkpoint = writer.finish().result()
+    write_trained(policy.model, Checkpoint(checkpoint), folder, torch.float32)
+    Station("align", str(folder), config).finish()
+    return policy.model.eval()
+
+
+# What is trained besides LoRA on the language model alone.
+MORE = {
+    "projector": {"train_projector": True},
+    "full": {"train": "full"},
+    "full and projector": {"train": "full", "train_projector": True},
+}
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory) -> dict[str, tuple[Any, Path]]:
+    """Trained models and the folders that they were exported to, by what was trained."""
+    found = {}
+    for number, (name, settings) in enumerate(MORE.items()):
+        root = tmp_path_factory.mktemp(f"more{number}")
+        base = build_tiny_llava(root / "base", 0)
+        config = make_config(root, base)
+        trained = train_randomly(config, base, **settings)
+        # Of an earlier export; it would be served in place of the merged model.
+        shutil.copytree(base, RunFolder(config.run.folder).model() / "adapter")
+        export(config)
+        found[name] = (trained, RunFolder(config.run.folder).model())
+        assert run_models(config)["aligned"] == found[name][1] / "merged"
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +142,18 @@ def image() -> Image.Image:
 
 def transformers_tokens(folder: Path, adapter: Path | None = None) -> list[list[int]]:
     from peft import PeftModel
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = LlavaProcessor.from_pretrained(folder)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    return greedy_tokens(model, folder)
+
+
+def greedy_tokens(model: Any, processor_folder: Path) -> list[list[int]]:
+    from transformers import LlavaProcessor
+
+    processor = LlavaProcessor.from_pretrained(processor_folder)
     tokens = []
     for question in QUESTIONS:
         content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -120,22 +182,36 @@ def test_what_lies_beside_the_weights(exported):
     assert not [file for file in model.iterdir() if file.name.startswith(".")]
 
 
+@pytest.mark.parametrize("name", MORE)
+def test_merged_equals_what_was_trained(exported, more, name):
+    base, _ = exported
+    trained, model = more[name]
+    assert not (model / "adapter").exists()
+    merged = transformers_tokens(model / "merged")
+    assert merged == greedy_tokens(trained, model / "merged")
+    assert merged != transformers_tokens(base)
+
+
 @pytest.mark.engine
-def test_vllm_and_transformers_give_the_same_greedy_tokens(exported):
-    """In a process of its own: an engine in this one would outlive the test."""
+@pytest.mark.timeout(400)
+def test_vllm_and_transformers_give_the_same_greedy_tokens(exported, more):
+    """In a process of its own, one engine after the other: engines in this one would outlive the test."""
     _, model = exported
+    merged = [str(folder / "merged") for folder in (model, *(folder for _, folder in more.values()))]
     script = model / "vllm_tokens.py"
     script.write_text(VLLM_SCRIPT)
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     done = subprocess.run(
-        [sys.executable, str(script), str(model / "merged"), *folders],
+        [sys.executable, str(script), json.dumps(merged), *folders],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=380,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert lines, done.stderr[-3000:]
-    assert json.loads(lines[0].removeprefix("TOKENS ")) == transformers_tokens(model / "merged")
+    expected = [transformers_tokens(Path(folder)) for folder in merged]
+    assert json.loads(lines[0].removeprefix("TOKENS ")) == expected
+    assert len({json.dumps(tokens) for tokens in expected}) == len(expected), "the models must differ"
 
 
 def test_a_second_export_is_skipped_and_a_damaged_one_repeated(tmp_path):
@@ -162,6 +238,18 @@ def test_what_can_be_wrong_with_an_adapter(tmp_path):
         export(config)
     train_nothing(config, build_tiny_llava(tmp_path / "deeper", 0, layers=3))
     with pytest.raises(UserError, match=r"no layer .*layers\.2"):
+        export(config)
+    assert not (RunFolder(config.run.folder).model() / "merged").exists()
+
+
+def test_what_can_be_wrong_with_whole_weights(tmp_path):
+    base = build_tiny_llava(tmp_path / "base", 0)
+    config = make_config(tmp_path, base)
+    train_randomly(config, build_tiny_llava(tmp_path / "deeper", 0, layers=3), train="full")
+    with pytest.raises(UserError, match=r"do not belong to .*layers\.2.* no such weight"):
+        export(config)
+    (RunFolder(config.run.folder).align() / "weights/shard-00001.safetensors").write_bytes(b"{")
+    with pytest.raises(UserError, match="damaged"):
         export(config)
     assert not (RunFolder(config.run.folder).model() / "merged").exists()
 

@@ -60,6 +60,10 @@ def test_show_is_a_fixed_point(tmp_path: Path) -> None:
         ("model.name=aligned", "must differ"),
         ("score.weights.clip=[1.2, 0.8]", "clip"),
         ("serve.port=70000", "serve.port"),
+        ("align.keep=best", "set align.validation_share above 0"),
+        ("align.validation_share=1", "align.validation_share"),
+        ("align={train: full, reference: online}", "use precomputed"),
+        ("align={train: full, kl_coefficient: 0.1}", "use align.train=lora"),
     ],
 )
 def test_errors_name_the_key(override: str, expected: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedpo_ray.align.batch import Pair, num_tokens
-from mmedpo_ray.align.plan import Plan, effective_sample_size
+from mmedpo_ray.align.plan import Plan, effective_sample_size, hold_out
 from mmedpo_ray.errors import UserError
 
 
@@ -144,3 +144,35 @@ def test_no_pair_is_an_error() -> None:
 def test_effective_sample_size() -> None:
     assert effective_sample_size([1.0] * 5) == pytest.approx(1.0)
     assert effective_sample_size([1.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=30),
+    share=st.floats(0.0, 0.99),
+    seed=st.integers(0, 3),
+)
+def test_held_out_images_take_all_their_pairs_with_them(sizes: list[int], share: float, seed: int) -> None:
+    pairs = make_pairs(sizes)
+    trained_on, apart = hold_out(pairs, share, seed)
+    assert sorted(pair.pair_id for pair in trained_on + apart) == [pair.pair_id for pair in pairs]
+    images = [{pair.image_id for pair in part} for part in (trained_on, apart)]
+    assert not images[0] & images[1]
+    assert len(images[0]) >= 1
+    assert abs(len(images[1]) - share * len(sizes)) <= 1
+    assert bool(images[1]) == (share > 0)
+    assert hold_out(pairs[::-1], share, seed)[1] == apart[::-1], "the order of the pairs does not matter"
+
+
+def test_images_added_later_change_little_of_what_is_held_out() -> None:
+    before, after = (
+        {pair.image_id for pair in hold_out(make_pairs([1] * size), 0.2, 0)[1]} for size in (200, 210)
+    )
+    assert len(before - after) <= 4
+    other = {pair.image_id for pair in hold_out(make_pairs([1] * 200), 0.2, 1)[1]}
+    assert len(before & other) < 20, "another seed holds out other images"
+
+
+def test_one_image_cannot_be_shared_out() -> None:
+    with pytest.raises(UserError, match=r"align\.validation_share=0\.5"):
+        hold_out(make_pairs([3]), 0.5, 0)
