@@ -223,6 +223,7 @@ def _curves(config: Config, run: RunFolder) -> list[Markup]:
         line
         for line in (
             _line(name, aligned, "loss", plots.BLUE),
+            _line("aligned, held-out images", aligned, "validation_loss", plots.ORANGE),
             _line("control (SFT)", control, "loss", plots.GREY),
         )
         if line

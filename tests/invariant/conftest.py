@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     def best(name: str, **changes: object) -> TrainingSpec:
         """So fast that the held-out images soon suffer."""
-        ways = {"learning_rate": 0.05, "validation_share": 0.34, "validate_every": 1, "keep": "best"}
+        ways = {"learning_rate": 0.1, "validation_share": 0.34, "validate_every": 1, "keep": "best"}
         return with_settings(plain, folder / name, **(ways | {"keep_checkpoints": 1} | changes))
 
     full_resumed, full_moved, best_resumed = full("full_resumed"), full("full_moved"), best("best_resumed")

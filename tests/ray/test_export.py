@@ -194,15 +194,23 @@ def test_merged_equals_what_was_trained(exported, more, name):
 
 @pytest.mark.engine
 @pytest.mark.timeout(400)
-def test_vllm_and_transformers_give_the_same_greedy_tokens(exported, more):
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["lora", "full and projector"]),
+        pytest.param(["projector", "full"], marks=pytest.mark.slow),
+    ],
+)
+def test_vllm_and_transformers_give_the_same_greedy_tokens(exported, more, names):
     """In a process of its own, one engine after the other: engines in this one would outlive the test."""
     _, model = exported
-    merged = [str(folder / "merged") for folder in (model, *(folder for _, folder in more.values()))]
+    folders = {"lora": model} | {name: folder for name, (_, folder) in more.items()}
+    merged = [str(folders[name] / "merged") for name in names]
     script = model / "vllm_tokens.py"
     script.write_text(VLLM_SCRIPT)
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    imports = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     done = subprocess.run(
-        [sys.executable, str(script), json.dumps(merged), *folders],
+        [sys.executable, str(script), json.dumps(merged), *imports],
         capture_output=True,
         text=True,
         timeout=380,

@@ -24,7 +24,7 @@ from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.evaluate import evaluate, summary_table
 from mmedpo_ray.models.export import export
 from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.serving import run_models, start_endpoint
+from mmedpo_ray.serving import run_models, served_models, start_endpoint
 from mmedpo_ray.stage import Station, read_manifest, read_table
 
 NUM_IMAGES = 4
@@ -35,7 +35,15 @@ def config(tmp_path_factory) -> Config:
     """A run with samples (one image damaged) and an exported adapter."""
     root = tmp_path_factory.mktemp("serve")
     base = build_tiny_llava(root / "base", 0)
-    config = Config.model_validate(
+    config = make_config(root, base)
+    write_samples(config, root)
+    train_nothing(config, base)
+    export(config)
+    return config
+
+
+def make_config(root: Path, base: Path) -> Config:
+    return Config.model_validate(
         {
             "run": {"folder": str(root / "run")},
             "model": {"path": str(base), "engine": {"kv_cache_gib": 0.25, "max_model_len": 256}},
@@ -43,7 +51,10 @@ def config(tmp_path_factory) -> Config:
             "evaluate": {"max_tokens": 4, "bootstrap": 100, "retries": 1},
         }
     )
-    run = RunFolder(config.run.folder)
+
+
+def write_samples(config: Config, root: Path) -> None:
+    """Three questions to each of four images: one for training, and one of those for testing damaged."""
     rows = []
     for number in range(NUM_IMAGES):
         path = root / f"{number}.png"
@@ -69,12 +80,9 @@ def config(tmp_path_factory) -> Config:
                 }
             )
     (root / "3.png").write_bytes(b"\x89PNG damaged")
-    station = Station("ingest", run.samples, config)
+    station = Station("ingest", RunFolder(config.run.folder).samples, config)
     station.write_part(rows, tables.SAMPLES, "sample_id")
     station.finish_parts(schema=tables.SAMPLES, id_column="sample_id")
-    train_nothing(config, base)
-    export(config)
-    return config
 
 
 def with_port(config: Config, port: int) -> Config:
@@ -103,6 +111,18 @@ def test_a_wrong_model_folder_is_named_before_anything_starts(config, tmp_path, 
         models = {"base": folder}
     with pytest.raises(UserError, match=r"no model|no config\.json|base model"):
         start_endpoint(config, models)
+
+
+def test_some_of_the_models_can_be_served(config):
+    changed = config.model_copy(deep=True)
+    assert list(served_models(changed)) == ["base", "aligned"]
+    changed.serve.models = ("aligned",)
+    assert list(served_models(changed)) == ["base", "aligned"], "an adapter needs its base"
+    changed.serve.models = ("base",)
+    assert list(served_models(changed)) == ["base"]
+    changed.serve.models = ("sft_control",)
+    with pytest.raises(UserError, match=r"'sft_control'; .* has base, aligned"):
+        served_models(changed)
 
 
 @pytest.fixture(scope="module")
