@@ -100,11 +100,11 @@ def estimate_memory(model: str, align: AlignConfig, tokens: int, response_tokens
     if align.gradient_checkpointing:
         activations += tokens * text.hidden_size * _KEPT_PER_LAYER * size
     logits = response_tokens * text.vocab_size * 4 * 2
+    # Exact copy, two moments and the gradient (kept in float32 by ddp); an adapter's weights come on top of the model's.
+    state = 16 if align.strategy == "ddp" else (12 + size) / ranks
     return Memory(
         weights=frozen * size / (ranks if align.strategy == "zero3" else 1) / _GIB,
-        # Gradient, exact copy and two moments; an adapter's weights come on top of the model's.
-        trained=((inside + beside) * (size + 12 / (1 if align.strategy == "ddp" else ranks)) + beside * size)
-        / _GIB,
+        trained=((inside + beside) * state + beside * size) / _GIB,
         activations=(activations + logits) / _GIB,
     )
 
