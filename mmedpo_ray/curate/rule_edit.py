@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -108,6 +109,10 @@ _PART_OF_A_NAME = re.compile(
 # In running text other words hold sentences together ("the heart is …"), so only these are exchanged.
 _SWAPPED_IN_REPORTS = frozenset({"finding", "side", "zone", "size"})
 _SHORT_WORDS = 12
+_SHORT_LETTERS = 64
+# What stands before a mention: an article, perhaps with words between; a verb that wants one.
+_ARTICLE = re.compile(r"\b(an?) ((?:\w+ )*)$", re.IGNORECASE)
+_IS = re.compile(r"\b(?:is|shows?) $")
 
 
 def vocabulary_of(texts: Iterable[str]) -> frozenset[str]:
@@ -127,12 +132,8 @@ def rule_edit(
         vocabulary: concepts to prefer as replacements, see :func:`vocabulary_of`.
     """
     known = vocabulary or frozenset(CONCEPTS)
-    by_axis: dict[str, list[Edit]] = {}
-    for edit in _all_edits(answer, question, known):
-        by_axis.setdefault(edit.axis, []).append(edit)
-    if "polarity" in by_axis:
-        # A closed answer has one fact; everything behind it is comment.
-        by_axis = {"polarity": by_axis["polarity"]}
+    find = _edits_of_short if len(answer) <= _SHORT_LETTERS else _edits
+    by_axis = find(answer, question, known)
     return _first_fitting(answer, question, _drawn(by_axis, rng)) or _first_fitting(
         answer, question, clear_lung_edits(answer, _lung_findings(known))
     )
@@ -165,13 +166,24 @@ def _is_one_fact(found: tuple[lexicon.Conflict, ...]) -> bool:
     return len(found) == 1 or sorted(conflict.kind for conflict in found) == ["invented", "missed"]
 
 
-def _all_edits(answer: str, question: str, vocabulary: frozenset[str]) -> Iterator[Edit]:
-    yield from polarity_edits(answer)
-    yield from _swaps(answer, question, vocabulary)
-    yield from negation_edits(answer)
-    yield from statement_edits(answer)
-    yield from _counts(answer)
-    yield from _abnormal(answer, question, vocabulary)
+def _edits(answer: str, question: str, vocabulary: frozenset[str]) -> dict[str, list[Edit]]:
+    """All edits by the kind of fact that they change."""
+    # A closed answer has one fact; everything behind it is comment.
+    found = list(polarity_edits(answer)) or [
+        *_swaps(answer, question, vocabulary),
+        *negation_edits(answer),
+        *statement_edits(answer),
+        *_counts(answer),
+        *_abnormal(answer, question, vocabulary),
+    ]
+    by_axis: dict[str, list[Edit]] = {}
+    for edit in found:
+        by_axis.setdefault(edit.axis, []).append(edit)
+    return by_axis
+
+
+# Short answers repeat in a data set; the edits of one take a few kilobytes.
+_edits_of_short = lru_cache(maxsize=1024)(_edits)
 
 
 def _lung_findings(vocabulary: frozenset[str]) -> list[tuple[str, bool]]:
@@ -202,10 +214,11 @@ def _swaps(answer: str, question: str, vocabulary: frozenset[str]) -> Iterator[E
             continue
         if axis in ("side", "zone") and _PART_OF_A_NAME.match(answer, mention.end):
             continue
+        slot = _Slot(answer, mention)
         for target in _targets(mention.concept, vocabulary, options):
             if target.name in named or (placed and target.name in _MIDLINE):
                 continue
-            changed = _replace(answer, mention, target)
+            changed = slot.filled(target)
             if changed is not None:
                 yield Edit(changed, axis)
 
@@ -217,49 +230,64 @@ def _targets(
     if options and concept.name in options:
         other = options[1 - options.index(concept.name)]
         return (CONCEPTS[other],) if other in CONCEPTS else ()
+    return _usual(concept.name, vocabulary)
+
+
+@lru_cache(maxsize=1024)
+def _usual(name: str, vocabulary: frozenset[str]) -> tuple[Concept, ...]:
+    concept = CONCEPTS[name]
     others = group_of(concept)
     if concept.axis == "state":
-        others = tuple(other for other in others if other.name in _EXCLUSIVE_OPPOSITE.get(concept.name, ()))
-    usual = tuple(other for other in others if other.name in vocabulary)
-    return usual or others
+        others = tuple(other for other in others if other.name in _EXCLUSIVE_OPPOSITE.get(name, ()))
+    return tuple(other for other in others if other.name in vocabulary) or others
 
 
-def _replace(answer: str, mention: Mention, target: Concept) -> str | None:
-    """The answer with one mention exchanged, in its spelling, number, capitals and article; None where it would not fit."""
-    surface = answer[mention.start : mention.end]
-    before, after = answer[: mention.start], answer[mention.end :]
-    if surface in ("L", "R"):
-        return before + ("R" if surface == "L" else "L") + after
-    if target.name == "middle" and after.startswith(" lobe") and before.lower().endswith("left "):
-        return None
-    spelled = _counterpart(surface, mention, target, after)
-    if spelled is None:
-        return None
-    many = is_plural(surface, mention)
-    spelled = like(surface, plural(target, spelled) if many else spelled)
-    article = re.search(r"\b(an?) ((?:\w+ )*)$", before, re.IGNORECASE)
-    if mention.concept.axis == "finding" and not article and re.search(r"\b(?:is|shows?) $", before):
-        return before + with_article(spelled, bare=many or target.mass_noun) + after
-    if article and not article.group(2):
-        start = before[: article.start()]
-        word = "" if target.mass_noun else ("an" if spelled[0].lower() in "aeiou" else "a")
-        if article.group(1)[0].isupper():
-            word, spelled = word.capitalize(), spelled if word else capitalise(spelled)
-        return f"{start}{word} {spelled}{after}" if word else f"{start}{spelled}{after}"
-    return before + spelled + after
+class _Slot:
+    """The place of a mention in an answer, which other concepts can take in its spelling, number, capitals and article."""
 
+    def __init__(self, answer: str, mention: Mention) -> None:
+        self._mention = mention
+        self._surface = answer[mention.start : mention.end]
+        self._before, self._after = answer[: mention.start], answer[mention.end :]
+        self._many = is_plural(self._surface, mention)
+        self._article = _ARTICLE.search(self._before)
+        self._is_stated = _IS.search(self._before) is not None
 
-def _counterpart(surface: str, mention: Mention, target: Concept, after: str) -> str | None:
-    """How the target is spelled in the place of the mention; None where it has no such form."""
-    key = (surface.lower(), target.name)
-    if key in _COUNTERPARTS:
-        return _COUNTERPARTS[key]
-    if surface.lower() == "moderate":
-        graded = next((m.concept.name for m in mentions(after) if m.concept.axis == "finding"), None)
-        if graded in _GRADED:
+    def filled(self, target: Concept) -> str | None:
+        """The answer with the mention exchanged; None where the target would not fit."""
+        surface, before, after, article = self._surface, self._before, self._after, self._article
+        if surface in ("L", "R"):
+            return before + ("R" if surface == "L" else "L") + after
+        if target.name == "middle" and after.startswith(" lobe") and before.lower().endswith("left "):
+            return None
+        spelled = self._counterpart(target)
+        if spelled is None:
+            return None
+        spelled = like(surface, plural(target, spelled) if self._many else spelled)
+        if self._mention.concept.axis == "finding" and not article and self._is_stated:
+            return before + with_article(spelled, bare=self._many or target.mass_noun) + after
+        if article and not article.group(2):
+            start = before[: article.start()]
+            word = "" if target.mass_noun else ("an" if spelled[0].lower() in "aeiou" else "a")
+            if article.group(1)[0].isupper():
+                word, spelled = word.capitalize(), spelled if word else capitalise(spelled)
+            return f"{start}{word} {spelled}{after}" if word else f"{start}{spelled}{after}"
+        return before + spelled + after
+
+    def _counterpart(self, target: Concept) -> str | None:
+        """How the target is spelled in the place of the mention; None where it has no such form."""
+        low = self._surface.lower()
+        if (low, target.name) in _COUNTERPARTS:
+            return _COUNTERPARTS[low, target.name]
+        if low == "moderate" and self._graded in _GRADED:
             return "mild" if target.name == "small" else "severe"
-    aligned = min(_ALIGNED_FORMS.get(target.group, 0), len(target.forms))
-    return target.forms[mention.form if mention.form < aligned else 0]
+        aligned = min(_ALIGNED_FORMS.get(target.group, 0), len(target.forms))
+        return target.forms[self._mention.form if self._mention.form < aligned else 0]
+
+    @cached_property
+    def _graded(self) -> str | None:
+        """The finding that a degree belongs to."""
+        return next((m.concept.name for m in mentions(self._after) if m.concept.axis == "finding"), None)
 
 
 # ---------------------------------------------------------------------- counts and overall statements

@@ -8,9 +8,10 @@ one chest finding for another, never a chest finding for a brain finding). Relev
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import cache, lru_cache
+from typing import Any, Literal
 
 Axis = Literal[
     "finding",
@@ -273,41 +274,65 @@ def _build() -> dict[str, Concept]:
 
 
 CONCEPTS: dict[str, Concept] = _build()
-# "R kidney", "L lung": only as single capitals.
-_CAPITALS = {"L": ("left", 0), "R": ("right", 0)}
 _FORMS: dict[str, tuple[Concept, int]] = {
     form: (concept, index) for concept in CONCEPTS.values() for index, form in enumerate(concept.forms)
 }
-_PATTERN = re.compile(
-    r"(?<![\w-])(?:"
-    + r"|".join(
-        sorted(
-            (re.escape(form) + ("s?" if form[-1] not in "s0123456789" else "") for form in _FORMS),
-            key=len,
-            reverse=True,
-        )
-    )
-    + r"|(?-i:[LR](?=\s+[a-z])))(?![\w])",
-    re.IGNORECASE,
-)
+# "R kidney", "L lung": only as single capitals.
+_CAPITALS = {"L": ("left", 0), "R": ("right", 0)}
+_CAPITAL = re.compile(r"[LR](?=\s+[a-z])")
 
 
-@lru_cache(maxsize=2048)
+def _pattern(forms: Iterable[str]) -> str:
+    """A regular expression that matches the longest of some words, letter by letter: alternatives one after the other would
+    cost ten times as much."""
+    tree: dict[str, Any] = {}
+    for form in forms:
+        node = tree
+        for letter in form:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+
+    def spelled(node: dict[str, Any]) -> str:
+        options = [re.escape(letter) + spelled(rest) for letter, rest in sorted(node.items()) if letter]
+        if not options:
+            return ""
+        return f"(?:{'|'.join(options)})" + ("?" if "" in node else "")
+
+    return spelled(tree)
+
+
+# Regular plurals need no form of their own.
+_PLURALS = [form + "s" for form in _FORMS if form[-1] not in "s0123456789"]
+_PATTERN = re.compile(rf"(?<![\w-])(?:{_pattern([*_FORMS, *_PLURALS])}|[lr](?=\s))(?!\w)")
+
+
+@lru_cache(maxsize=8192)
 def mentions(text: str) -> tuple[Mention, ...]:
     """Every concept named in ``text``, in order; the longest spelling wins, mentions never overlap."""
     found = []
-    for match in _PATTERN.finditer(text):
-        spelled = match.group(0)
-        if spelled in _CAPITALS:
-            name, form = _CAPITALS[spelled]
-            found.append(Mention(CONCEPTS[name], match.start(), match.end(), form))
-            continue
-        key = spelled.lower()
-        concept, form = _FORMS[key] if key in _FORMS else _FORMS[key.removesuffix("s")]
-        found.append(Mention(concept, match.start(), match.end(), form))
+    for match in _PATTERN.finditer(lowered(text)):
+        start, end = match.span()
+        spelled = match.group()
+        if end - start == 1:
+            if not _CAPITAL.match(text, start):
+                continue
+            name, form = _CAPITALS[text[start]]
+            concept = CONCEPTS[name]
+        else:
+            concept, form = _FORMS[spelled] if spelled in _FORMS else _FORMS[spelled[:-1]]
+        found.append(Mention(concept, start, end, form))
     return tuple(found)
 
 
+def lowered(text: str) -> str:
+    """The text in small letters, each in its place: a capital whose small form has two letters stays."""
+    small = text.lower()
+    if len(small) == len(text):
+        return small
+    return "".join(low if len(low := letter.lower()) == 1 else letter for letter in text)
+
+
+@cache
 def group_of(concept: Concept) -> tuple[Concept, ...]:
     """The other concepts that can stand in for this one."""
     return tuple(

@@ -168,3 +168,14 @@ def test_spellings_are_unique_and_found() -> None:
 def test_any_text_is_read(first: str, second: str) -> None:
     assert 0 <= lexicon.severity(lexicon.conflicts(first, second, first)) <= 1
     assert lexicon.equivalent(first, first)
+
+
+def test_letters_that_change_length_or_fold_oddly_keep_their_places() -> None:
+    text = "İİ maſs, a Large MASS in the L lung"
+    found = mentions(text)
+    assert [(text[m.start : m.end], m.concept.name) for m in found] == [
+        ("Large", "large"),
+        ("MASS", "mass"),
+        ("L", "left"),
+        ("lung", "lung"),
+    ]

@@ -7,7 +7,6 @@ the others at half, so they start apart where an answer errs on several axes, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from mmedpo_ray.config import RulesAgentConfig
@@ -58,7 +57,7 @@ class RulesAgent:
 
     def _view(self, case: Case) -> tuple[float, float, str]:
         """The agent's own score, the share of the evidence that lies in its focus (0..1), and the evidence in words."""
-        found = _conflicts(case.reference, case.answer, case.question)
+        found = lexicon.conflicts(case.reference, case.answer, case.question)
         if not found:
             if lexicon.equivalent(case.reference, case.answer):
                 return 0.0, 1.0, "says the same"
@@ -81,12 +80,6 @@ class RulesAgent:
             return True
         # A finding both stated and denied is a matter of polarity too.
         return self._focus == "polarity" and conflict.kind == "contradicted"
-
-
-# Every agent of a debate asks about the same answer, several times.
-@lru_cache(maxsize=2048)
-def _conflicts(reference: str, answer: str, question: str) -> tuple[lexicon.Conflict, ...]:
-    return lexicon.conflicts(reference, answer, question)
 
 
 def _words(conflict: lexicon.Conflict) -> str:

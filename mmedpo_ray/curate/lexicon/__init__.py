@@ -1,0 +1,53 @@
+"""Reads radiological answers: polarity, choices, findings with side, zone and size, and where two answers conflict.
+
+    polarity("No, the lungs are clear.")                    -> "no"
+    facts("There is a large left pleural effusion.")        -> (Fact("pleural effusion", True, "left", None, "large"),)
+    conflicts("Left lower zone", "In the right lower zone") -> (Conflict("side", "swapped", "left", "left", "right", 0.9),)
+
+Rules and a vocabulary (``terms.py``), no model: fast, explainable, English, and blind to what the vocabulary lacks. Severities are
+ours and rank conflicts by what they would mean for a patient; they are no calibrated probabilities.
+
+What texts say is kept for the last few thousand texts, since every text is looked at from several sides: the reference by each
+edit of it, a pair by each filter and each judge.
+"""
+
+from mmedpo_ray.curate.lexicon.answers import choices, equivalent, implied_polarity, stated_polarity
+from mmedpo_ray.curate.lexicon.conflicts import Conflict, conflicts, severity
+from mmedpo_ray.curate.lexicon.facts import (
+    LUNG_FINDINGS,
+    Fact,
+    facts,
+    is_negated,
+    negated_spans,
+    sentence_spans,
+)
+from mmedpo_ray.curate.lexicon.words import (
+    content_words,
+    is_meta_text,
+    numbers,
+    placed_content_words,
+    polarity,
+    words,
+)
+
+__all__ = [
+    "LUNG_FINDINGS",
+    "Conflict",
+    "Fact",
+    "choices",
+    "conflicts",
+    "content_words",
+    "equivalent",
+    "facts",
+    "implied_polarity",
+    "is_meta_text",
+    "is_negated",
+    "negated_spans",
+    "numbers",
+    "placed_content_words",
+    "polarity",
+    "sentence_spans",
+    "severity",
+    "stated_polarity",
+    "words",
+]

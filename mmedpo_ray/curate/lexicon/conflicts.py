@@ -1,0 +1,194 @@
+"""Where an answer disagrees with the reference, and how bad that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from mmedpo_ray.curate.lexicon.answers import implied_polarity
+from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, Fact, facts, relevance_of
+from mmedpo_ray.curate.lexicon.words import numbers, polarity
+from mmedpo_ray.curate.terms import CONCEPTS, mentions
+
+ConflictAxis = Literal[
+    "polarity",
+    "choice",
+    "finding",
+    "side",
+    "zone",
+    "size",
+    "state",
+    "anatomy",
+    "modality",
+    "sequence",
+    "plane",
+    "contrast",
+    "appearance",
+    "acuity",
+    "sex",
+    "number",
+]
+
+# What leaving a fact out weighs, relative to stating its opposite.
+_MISSED_SHARE = 0.6
+_INVENTED_SHARE = 0.8
+_DEFAULT_POLARITY_SEVERITY = 0.7
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """One disagreement of an answer with the reference.
+
+    Attributes:
+        axis: Kind of fact that differs.
+        kind: "contradicted" (stated and denied), "swapped" (another value), "missed" (in the reference only) or
+            "invented" (in the answer only).
+        subject: Concept that the disagreement is about.
+        expected: What the reference says, or None.
+        stated: What the answer says, or None.
+        severity: 0 to 1.
+    """
+
+    axis: ConflictAxis
+    kind: Literal["contradicted", "swapped", "missed", "invented"]
+    subject: str
+    expected: str | None
+    stated: str | None
+    severity: float
+
+
+@lru_cache(maxsize=4096)
+def conflicts(reference: str, answer: str, question: str = "") -> tuple[Conflict, ...]:
+    """Where an answer disagrees with the reference, most severe first; empty where the lexicon sees no difference.
+
+    Args:
+        reference: Reference answer.
+        answer: Answer to judge.
+        question: What was asked: gives a bare "No" its subject, and a finding named in it is not "invented".
+    """
+    found: list[Conflict] = []
+    expected, stated = polarity(reference), implied_polarity(question, answer)
+    if expected is not None and stated is not None and expected != stated:
+        subject, relevance = _subject(question)
+        found.append(Conflict("polarity", "contradicted", subject, expected, stated, relevance))
+    found += _fact_conflicts(facts(reference), facts(answer), {f.finding for f in facts(question)})
+    # Facts already compare their own sides and zones; an answer of a few words that names no finding has none.
+    if not facts(reference) or not any(conflict.axis != "polarity" for conflict in found):
+        found += _flat_conflicts(reference, answer, {c.subject for c in found})
+    found += _number_conflicts(reference, answer)
+    unique = {(c.axis, c.subject, c.expected, c.stated): c for c in found}
+    return tuple(sorted(unique.values(), key=lambda c: (-c.severity, c.axis, c.subject)))
+
+
+def severity(found: Iterable[Conflict]) -> float:
+    """How bad several conflicts are together, 0 (none) to 1: one minus the product of (1 - severity)."""
+    remaining = 1.0
+    for conflict in found:
+        remaining *= 1.0 - conflict.severity
+    return 1.0 - remaining
+
+
+@lru_cache(maxsize=2048)
+def _subject(question: str) -> tuple[str, float]:
+    """What a yes/no question is about: its most relevant finding, else its most relevant concept."""
+    asked = [(fact.finding, relevance_of(fact.finding)) for fact in facts(question)]
+    asked = asked or [(m.concept.name, m.concept.relevance) for m in mentions(question)]
+    return max(asked, key=lambda item: item[1], default=("question", _DEFAULT_POLARITY_SEVERITY))
+
+
+def _fact_conflicts(reference: tuple[Fact, ...], answer: tuple[Fact, ...], asked: set[str]) -> list[Conflict]:
+    expected = {fact.finding: fact for fact in reference}
+    stated = {fact.finding: fact for fact in answer}
+    found: list[Conflict] = []
+    for name, fact in expected.items():
+        other = stated.get(name)
+        weight = relevance_of(name)
+        if other is None:
+            if fact.present:
+                denied = _denied_overall(name, stated)
+                kind: Literal["contradicted", "missed"] = "contradicted" if denied else "missed"
+                share = 1.0 if denied else _MISSED_SHARE
+                found.append(
+                    Conflict("finding", kind, name, "present", "absent" if denied else None, weight * share)
+                )
+        elif other.present != fact.present:
+            said = ("present", "absent") if fact.present else ("absent", "present")
+            found.append(Conflict("finding", "contradicted", name, *said, weight))
+        elif fact.present:
+            found += _attribute_conflicts(fact, other)
+    for name, fact in stated.items():
+        if fact.present and name not in expected and name not in asked:
+            weight = relevance_of(name)
+            denied = _denied_overall(name, expected)
+            share = 1.0 if denied else _INVENTED_SHARE
+            found.append(
+                Conflict(
+                    "finding",
+                    "contradicted" if denied else "invented",
+                    name,
+                    "absent" if denied else None,
+                    "present",
+                    weight * share,
+                )
+            )
+    return found
+
+
+def _denied_overall(finding: str, others: dict[str, Fact]) -> bool:
+    """Whether an overall statement ("the lungs are clear") denies this finding."""
+    overall = others.get("abnormality")
+    lungs = others.get("lung abnormality")
+    return bool(
+        (overall and not overall.present) or (lungs and not lungs.present and finding in LUNG_FINDINGS)
+    )
+
+
+def _attribute_conflicts(expected: Fact, stated: Fact) -> list[Conflict]:
+    found: list[Conflict] = []
+    axes: tuple[ConflictAxis, ...] = ("side", "zone", "size")
+    for axis in axes:
+        want, got = getattr(expected, axis), getattr(stated, axis)
+        if want is None or want == got:
+            continue
+        relevance = CONCEPTS[want].relevance if want in CONCEPTS else 0.5
+        if got is None:
+            found.append(Conflict(axis, "missed", want, want, None, relevance * _MISSED_SHARE / 2))
+        else:
+            found.append(Conflict(axis, "swapped", want, want, got, relevance))
+    return found
+
+
+def _flat_conflicts(reference: str, answer: str, known: set[str]) -> list[Conflict]:
+    """Compares everything but findings group by group, for short answers that name no finding ("Left upper zone")."""
+    expected, stated = _by_group(reference), _by_group(answer)
+    found: list[Conflict] = []
+    for group, (axis, names, relevance) in expected.items():
+        if names & known or group not in stated:
+            continue
+        others = stated[group][1]
+        if axis == "anatomy" and names & others:
+            continue
+        if names != others:
+            want, got = ", ".join(sorted(names)), ", ".join(sorted(others))
+            found.append(Conflict(axis, "swapped", want, want, got, relevance))
+    return found
+
+
+@lru_cache(maxsize=2048)
+def _by_group(text: str) -> dict[str, tuple[ConflictAxis, set[str], float]]:
+    grouped: dict[str, tuple[ConflictAxis, set[str], float]] = {}
+    for mention in mentions(text):
+        concept = mention.concept
+        if concept.axis != "finding":
+            grouped.setdefault(concept.group, (concept.axis, set(), concept.relevance))[1].add(concept.name)
+    return grouped
+
+
+def _number_conflicts(reference: str, answer: str) -> list[Conflict]:
+    expected, stated = numbers(reference), numbers(answer)
+    if not expected or not stated or expected == stated:
+        return []
+    want, got = (", ".join(map(str, sorted(values))) for values in (expected, stated))
+    return [Conflict("number", "swapped", "number", want, got, 0.5)]
