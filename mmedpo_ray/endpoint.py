@@ -98,6 +98,11 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
+    @classmethod
+    def of(cls, figures: dict[str, Any]) -> Usage:
+        """The counters in what :meth:`figures` made."""
+        return cls(**{item.name: figures.get(item.name, 0) for item in fields(cls)})
+
     def figures(self, settings: EndpointConfig) -> dict[str, Any]:
         """For a manifest: the counters, the model, and the cost at the configured prices in US dollars."""
         cost = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmedpo_ray import storage
+from mmedpo_ray import storage, tables
 
 # One id in this many is remembered, chosen by its digest; their quantiles are where a large table is cut.
 _SAMPLED = 64
@@ -147,6 +148,23 @@ class PartWriter:
         path = storage.join(self._folder, f"part-{name}.parquet")
         storage.write_parquet(path, pa.Table.from_arrays(columns, schema=self._schema))
         return Part.of(path, ids)
+
+
+def without_reasons(rows: pa.Table, reasons: Sequence[str]) -> pa.Table:
+    """The rows that are kept, or dropped for none of these reasons."""
+    named = pc.is_in(rows[tables.DROP_REASON], value_set=pa.array(reasons, pa.string()))
+    return rows.filter(pc.invert(named))
+
+
+def leave_out_reasons(path: str, id_column: str, reasons: Sequence[str]) -> None:
+    """Takes the rows that are dropped for one of these reasons out of a part."""
+    given = storage.read_parquet(path, [tables.DROP_REASON])
+    if without_reasons(given, reasons).num_rows == given.num_rows:
+        return
+    stays = without_reasons(storage.read_parquet(path), reasons)
+    if stays.num_rows:
+        PartWriter(posixpath.dirname(path), stays.schema, id_column, stays.num_rows).write(stays)
+    storage.remove(path)
 
 
 _PART = pa.schema(

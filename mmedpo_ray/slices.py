@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
 from mmedpo_ray import storage
+from mmedpo_ray.parts import DoneIds
 
 _MOST_ROWS = 2048
 _FEWEST_ROWS = 256
@@ -67,6 +69,27 @@ def map_slices(
         # Ray Data joins no step to one whose arguments are made task by task.
         ray_remote_args_fn=dict if alone else None,
     )
+
+
+class Skip:
+    """Leaves out the rows that an earlier attempt has written; what it knows of them travels through the object store.
+
+    Args:
+        done: ids that are there.
+        column: column that such an id begins with.
+        suffix: what follows it in the id.
+    """
+
+    def __init__(self, done: DoneIds | None, column: str, suffix: str = "") -> None:
+        self._column = column
+        self._suffix = suffix
+        self._done = ray.put(done) if done else None
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        if self._done is None:
+            return rows
+        ids = pc.binary_join_element_wise(rows[self._column], self._suffix, "")
+        return rows.filter(pc.invert(ray.get(self._done).mask(ids)))
 
 
 def _slice_rows(total: int, num_cpus: float) -> int:

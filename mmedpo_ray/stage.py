@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import ray
 from pydantic import BaseModel
@@ -141,16 +140,17 @@ class Station:
 
     # ------------------------------------------------------------------ skipping
 
-    def finished(self) -> Manifest | None:
+    def finished(self, *, accept_failed: bool = False) -> Manifest | None:
         """The manifest if this station already ran with the same settings and inputs, else ``None``.
 
-        A station is not finished while rows are dropped for a reason that it is to try again.
+        Args:
+            accept_failed: whether it counts as finished while rows are dropped for a reason that it is to try again.
         """
         self._resume_publishing()
         manifest = read_manifest(self.folder)
         if manifest is None or manifest.key != self.key:
             return None
-        if failed := manifest.to_retry():
+        if not accept_failed and (failed := manifest.to_retry()):
             console.print(
                 f"[dim]{self.name}: {sum(failed.values()):,} rows failed ({counts_in_words(failed)}); trying them again[/dim]"
             )
@@ -180,6 +180,10 @@ class Station:
         self._parts = {}
         codes: list[np.ndarray] = []
         kept = self._kept_for_retry(folder, id_column, retry_reasons)
+        if retry_reasons:
+            # Rows of an attempt that did not end, as where too many of them failed.
+            for path in storage.list_files(folder, ".parquet"):
+                parts.leave_out_reasons(path, id_column, retry_reasons)
         for path in [*storage.list_files(folder, ".parquet"), *kept]:
             ids = parts.read_ids(path, id_column)
             if ids:
@@ -201,6 +205,7 @@ class Station:
         extra_columns: Sequence[str] | None = None,
         allow_empty: bool = False,
         retry_reasons: Sequence[str] = (),
+        limit_dropped: bool = True,
     ) -> Manifest:
         """Runs a Ray Data pipeline and turns its rows into this station's table.
 
@@ -219,7 +224,9 @@ class Station:
             extra_columns: the columns that a function looks at; without it the table is read whole on the driver.
             allow_empty: whether a table without rows is a result rather than an error.
             retry_reasons: drop reasons that may pass. As long as rows are dropped for one of them the station runs again
-                when called again, for these rows only; if that changes its table, the stations after it run again too.
+                when called again, for these rows only, also where that was too many of them for a table; if that
+                changes its table, the stations after it run again too.
+            limit_dropped: whether ``run.max_dropped_share`` holds for this table.
 
         Raises:
             UserError: no row is left, or an id occurs twice.
@@ -248,6 +255,7 @@ class Station:
             extra_columns=extra_columns,
             allow_empty=allow_empty,
             retry_reasons=retry_reasons,
+            limit_dropped=limit_dropped,
         )
 
     def write_part(self, rows: Iterable[dict[str, Any]], schema: pa.Schema, id_column: str) -> None:
@@ -265,6 +273,7 @@ class Station:
         extra_columns: Sequence[str] | None = None,
         allow_empty: bool = False,
         retry_reasons: Sequence[str] = (),
+        limit_dropped: bool = True,
     ) -> Manifest:
         """Turns the parts written so far into the final table; for the arguments see :meth:`write_rows`."""
         staged = storage.join(self.folder, _MERGED)
@@ -272,7 +281,7 @@ class Station:
         how = Merge(staged, schema, id_column, self.name)
         try:
             merged = merge(list(self._parts.values()), how, self.config.ray.data_cpus)
-            self._check(merged, id_column, allow_empty)
+            self._check(merged, id_column, allow_empty, limit_dropped)
             if merged.rows == 0:
                 storage.write_parquet(storage.join(staged, "part-00000.parquet"), schema.empty_table())
             figures = _figures(storage.dataset(staged), extra, extra_columns) if extra else {}
@@ -308,14 +317,12 @@ class Station:
         if not retry_reasons or manifest is None or manifest.key != self.key:
             return []
         for path in storage.list_files(storage.join(self.folder, DROPPED), ".parquet"):
-            dropped = storage.read_parquet(path)
-            again = pc.is_in(dropped[tables.DROP_REASON], value_set=pa.array(retry_reasons, pa.string()))
-            stays = dropped.filter(pc.invert(again))
+            stays = parts.without_reasons(storage.read_parquet(path), retry_reasons)
             if stays.num_rows:
                 PartWriter(folder, stays.schema, id_column, stays.num_rows).write(stays)
         return storage.list_files(self.folder, ".parquet")
 
-    def _check(self, merged: Merged, id_column: str, allow_empty: bool) -> None:
+    def _check(self, merged: Merged, id_column: str, allow_empty: bool, limit_dropped: bool) -> None:
         if merged.example is not None:
             name, times = merged.example
             raise UserError(
@@ -324,7 +331,7 @@ class Station:
             )
         dropped, limit = sum(merged.dropped.values()), self.config.run.max_dropped_share
         total = merged.rows + dropped
-        if total and dropped / total > limit:
+        if limit_dropped and total and dropped / total > limit:
             raise DroppedShareError(
                 f"{self.name}: {dropped:,} of {total:,} rows would be dropped ({counts_in_words(merged.dropped)}), more than "
                 f"run.max_dropped_share={limit}. Mend the input or raise the limit."

@@ -89,7 +89,7 @@ class Asking:
         before = read_manifest(self.folder)
         if before is not None and before.key == station.key and not storage.list_files(log.folder):
             # Only the rows that failed are asked again; the others stay paid for.
-            log.add(_usage_of(before))
+            log.add(Usage.of(before.extra.get("endpoint", {})))
 
         # A block is asked about and written as one: it is what a crash can cost, and the step of the progress bar.
         rows = min(config.ray.rows_per_part, _ROUNDS * self.endpoint.concurrency)
@@ -162,8 +162,3 @@ def dropped(row: dict[str, Any], reason: str, detail: str = "", **columns: Any) 
     """A row without a usable answer."""
     said = f"{row['sample_id']}: {detail}" if detail else row["sample_id"]
     return {"sample_id": row["sample_id"], DROP_REASON: reason, DROP_DETAIL: said, **columns}
-
-
-def _usage_of(manifest: Manifest) -> Usage:
-    figures = manifest.extra.get("endpoint", {})
-    return Usage(**{name: figures.get(name, 0) for name in Usage.__dataclass_fields__})

@@ -22,7 +22,7 @@ from mmedpo_ray.curate.candidates import sample_candidates
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.slices import map_slices
+from mmedpo_ray.slices import Skip, map_slices
 
 _ROWS_PER_TASK = 2048
 
@@ -66,12 +66,12 @@ def text_pairs(config: Config, done: DoneIds) -> ray.data.Dataset | None:
     if settings.method == "none":
         return None
     if settings.method == "released":
-        skip = text_tasks.Skip(done, "pair_id")
+        skip = Skip(done, "pair_id")
         task = partial(text_tasks.released_pairs, skip=skip, train=_train_ids(run.samples), settings=settings)
         return _map(run.released, tables.PAIRS, task, config)
     task = partial(
         text_tasks.make_pairs,
-        skip=text_tasks.Skip(done, "sample_id", ":text"),
+        skip=Skip(done, "sample_id", ":text"),
         joined=text_tasks.Joined.of(config),
         settings=settings,
         vocabulary=ray.put(_vocabulary(config)),
@@ -97,9 +97,7 @@ def _choose(config: Config, inputs: list[str]) -> None:
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
         joined = text_tasks.Joined.of(config, choices=False, rewrites=False)
-        task = partial(
-            text_tasks.to_choose, skip=text_tasks.Skip(done, "sample_id"), joined=joined, settings=text
-        )
+        task = partial(text_tasks.to_choose, skip=Skip(done, "sample_id"), joined=joined, settings=text)
         return _map(run.samples, _columns(text_tasks.CHOOSE_COLUMNS), task, config)
 
     asking.run(config, build)
@@ -119,9 +117,7 @@ def _rewrite(config: Config, inputs: list[str]) -> None:
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
         joined = text_tasks.Joined.of(config, rewrites=False)
-        task = partial(
-            text_tasks.to_rewrite, skip=text_tasks.Skip(done, "sample_id"), joined=joined, settings=text
-        )
+        task = partial(text_tasks.to_rewrite, skip=Skip(done, "sample_id"), joined=joined, settings=text)
         return _map(run.samples, _columns(text_tasks.REWRITE_COLUMNS), task, config)
 
     asking.run(config, build)

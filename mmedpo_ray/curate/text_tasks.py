@@ -24,8 +24,8 @@ from mmedpo_ray.curate.hallucinate import (
     usable,
 )
 from mmedpo_ray.curate.rule_edit import vocabulary_of
-from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.slices import Skip
 from mmedpo_ray.storage import join
 
 # The columns of `samples` that each task below wants.
@@ -87,27 +87,6 @@ class Joined:
             )
             for name in ids.to_pylist()
         }
-
-
-class Skip:
-    """Leaves out the rows that an earlier attempt has written.
-
-    Args:
-        done: ids that are there.
-        column: column that such an id begins with.
-        suffix: what follows it in the id.
-    """
-
-    def __init__(self, done: DoneIds | None, column: str, suffix: str = "") -> None:
-        self._column = column
-        self._suffix = suffix
-        self._done = ray.put(done) if done else None
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        if self._done is None:
-            return rows
-        ids = pc.binary_join_element_wise(rows[self._column], self._suffix, "")
-        return rows.filter(pc.invert(ray.get(self._done).mask(ids)))
 
 
 def _train(rows: pa.Table) -> pa.Table:

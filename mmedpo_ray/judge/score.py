@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from mmedpo_ray import cluster, storage, tables
-from mmedpo_ray.config import AgentConfig, Config, OpenAIAgentConfig, ScoreConfig, WeightConfig
-from mmedpo_ray.endpoint import UsageLog
+from mmedpo_ray import parts, storage, tables
+from mmedpo_ray.config import Config, ScoreConfig, WeightConfig
+from mmedpo_ray.endpoint import Usage
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.judge import agents as judges
 from mmedpo_ray.judge import debate, weights
+from mmedpo_ray.judge.passes import (
+    DEBATE_FOLDER,
+    RETRY_REASONS,
+    Again,
+    hold_debate,
+    needs_debate,
+    usage_logs,
+)
 from mmedpo_ray.merge import DROPPED
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.slices import map_slices
+from mmedpo_ray.slices import Skip, map_slices
 from mmedpo_ray.stage import LITTLE_AHEAD, Manifest, Station, digest, read_manifest
 
 log = logging.getLogger(__name__)
@@ -37,7 +44,6 @@ log = logging.getLogger(__name__)
 # Everything of a scored pair but its weight.
 _SCORES = pa.schema([field for field in tables.SCORED if field.name != "weight"])
 _RAW_SCORES = tables.with_drop_columns(_SCORES)
-_DEBATE = ".debate"
 
 
 def score(config: Config) -> Manifest:
@@ -54,24 +60,19 @@ def score(config: Config) -> Manifest:
     run = RunFolder(config.run.folder)
     settings = config.score
     judging = [[judges.key(agent) for agent in settings.agents], settings.max_rounds]
-    station = Station(
-        "score",
-        run.scored,
-        config,
-        settings=[judging, settings.keep_source_scores, settings.weights],
-        inputs=[run.pairs],
-    )
-    if manifest := station.finished():
+    if manifest := _station(config, judging).finished():
         return manifest
     total = _rows(run.pairs)
     scores = _scores(config, judging, total)
+    # Judgements that came on another try move the weights of all pairs: this is another table then.
+    station = _station(config, judging)
     moments = _moments(scores, settings.weights)
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
+        skip = Skip(done, "pair_id")
+
         def weigh(rows: pa.Table) -> pa.Table:
-            return _attach_weights(
-                done.leave_out(rows, "pair_id"), moments=moments, settings=settings.weights
-            )
+            return _attach_weights(skip(rows), moments=moments, settings=settings.weights)
 
         return map_slices(_with_dropped(scores), _RAW_SCORES, weigh, num_cpus=config.ray.data_cpus)
 
@@ -81,116 +82,25 @@ def score(config: Config) -> Manifest:
         id_column="pair_id",
         total=total,
         extra=_Figures(settings, _usage(scores)),
+        retry_reasons=RETRY_REASONS,
     )
 
 
-# ---------------------------------------------------------------------- step 1: the debate
-
-
-def _hold_debate(config: Config, judging: Sequence[Any]) -> list[str]:
-    """Runs the passes that are needed; returns their folders."""
-    run = RunFolder(config.run.folder)
-    settings = config.score
-    open_pairs = storage.dataset(run.pairs).count_rows(filter=_needs_debate(settings.keep_source_scores))
-    if not open_pairs:
-        return []
-    has_gpu = cluster.has_gpu()
-    options = {
-        agent.name: judges.map_options(agent, data_cpus=config.ray.data_cpus, has_gpu=has_gpu)
-        for agent in settings.agents
-    }
-    folders: list[str] = []
-    for which in debate.plan(settings.agents, settings.max_rounds):
-        source = folders[-1] if folders else run.pairs
-        folder = storage.join(run.scored, _DEBATE, which.name)
-        station = Station(
-            f"debate {which.index + 1}",
-            folder,
-            config,
-            settings=[judging, settings.keep_source_scores, which.name],
-            inputs=[source],
-        )
-        manifest = station.finished() or station.write_rows(
-            partial(_build_pass, which=which, config=config, source=source, options=options, judging=judging),
-            schema=debate.DEBATE,
-            id_column="pair_id",
-            total=open_pairs,
-            extra=lambda table: {"open": pc.sum(pc.invert(table["settled"])).as_py() or 0},
-            extra_columns=["settled"],
-            allow_empty=True,
-        )
-        folders.append(folder)
-        open_pairs = manifest.extra["open"]
-        if not open_pairs:
-            break
-    return folders
-
-
-def _build_pass(
-    done: DoneIds,
-    *,
-    which: debate.Pass,
-    config: Config,
-    source: str,
-    options: dict[str, dict[str, Any]],
-    judging: Sequence[Any],
-) -> ray.data.Dataset | None:
-    """The open pairs of the pass before (or of ``pairs``) through the agents of this one."""
-    settings = config.score
-    first = which.agents[0]
-    chosen = dict(options[first.name])
-    batch_size = chosen.pop("batch_size")
-    holds_model = "concurrency" in chosen
-    keep_source_scores = settings.keep_source_scores
-
-    def still_open(rows: pa.Table) -> pa.Table:
-        rows = done.leave_out(rows, "pair_id")
-        if which.index:
-            return rows.filter(pc.invert(rows["settled"]))
-        return _open_debate(rows, keep_source_scores=keep_source_scores)
-
-    rows = map_slices(
-        [source],
-        debate.DEBATE if which.index else tables.PAIRS,
-        still_open,
-        num_cpus=config.ray.data_cpus,
-        # What a judge has answered is written when its batch is whole.
-        rows=batch_size if holds_model else None,
-        alone=holds_model,
-    )
-    if rows is None:
-        return None
-    if not holds_model:
-        hold = debate.HoldPass(which, settings.agents, settings.max_rounds)
-        return rows.map_batches(hold, batch_format="pyarrow", batch_size=None, **chosen)
-    extra = {"usage": _usage_log(config, judging, first), **chosen.pop("fn_constructor_kwargs", {})}
-    return rows.map_batches(
-        debate.HoldPass,
-        fn_constructor_args=(which, settings.agents, settings.max_rounds),
-        fn_constructor_kwargs=extra,
-        batch_format="pyarrow",
-        batch_size=batch_size,
-        **chosen,
+def _station(config: Config, judging: Sequence[Any]) -> Station:
+    run, settings = RunFolder(config.run.folder), config.score
+    scores = read_manifest(_scores_folder(run))
+    revision = [scores.revision] if scores is not None and scores.revision else []
+    return Station(
+        "score",
+        run.scored,
+        config,
+        settings=[judging, settings.keep_source_scores, settings.weights, *revision],
+        inputs=[run.pairs],
     )
 
 
-def _usage_log(config: Config, judging: Sequence[Any], agent: AgentConfig) -> UsageLog:
-    """Where an agent that is charged by the token leaves its counters; goes with the debate's tables."""
-    folder = storage.join(RunFolder(config.run.folder).scored, _DEBATE, ".usage")
-    return UsageLog(storage.join(folder, digest(judging, agent.name)))
-
-
-def _needs_debate(keep_source_scores: bool) -> pc.Expression:
-    text = pc.field("kind") == "text"
-    return text & pc.field("source_score").is_null() if keep_source_scores else text
-
-
-def _open_debate(batch: pa.Table, *, keep_source_scores: bool) -> pa.Table:
-    batch = batch.filter(_needs_debate(keep_source_scores))
-    history = pa.array([[]] * batch.num_rows, tables.HISTORY)
-    return batch.append_column("history", history).append_column(
-        "settled", pa.array([False] * batch.num_rows, pa.bool_())
-    )
+def _scores_folder(run: RunFolder) -> str:
+    return storage.join(run.scored, ".scores")
 
 
 # ---------------------------------------------------------------------- step 2: scores
@@ -200,47 +110,81 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
     """Writes ``scored/.scores``; returns its folder. Kept afterwards, so that other weights need no judging."""
     run = RunFolder(config.run.folder)
     settings = config.score
-    folder = storage.join(run.scored, ".scores")
+    folder = _scores_folder(run)
     station = Station(
         "scores", folder, config, settings=[judging, settings.keep_source_scores], inputs=[run.pairs]
     )
-    debates = storage.join(run.scored, _DEBATE)
+    debates = storage.join(run.scored, DEBATE_FOLDER)
     if station.finished():
         storage.remove(debates)
         return folder
-    passes = _hold_debate(config, judging)
+    again = _to_debate_again(station)
+    _carry_usage(config, judging, station)
+    passes = hold_debate(config, judging, again)
     num_agents, keep_source_scores = len(settings.agents), settings.keep_source_scores
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
+        skip = Skip(done, "pair_id")
+
         def give_scores(rows: pa.Table) -> pa.Table:
-            rows = done.leave_out(rows, "pair_id")
+            rows = skip(rows)
             # Only rows of a debate say whether it is settled.
             debated = pc.is_valid(rows["settled"])
             undebated = _score_undebated(
                 rows.filter(pc.invert(debated)), keep_source_scores=keep_source_scores
             )
-            parts = [undebated, _score_debated(rows.filter(debated), num_agents=num_agents)]
-            return pa.concat_tables([part.select(_RAW_SCORES.names) for part in parts])
+            found = [undebated, _score_debated(rows.filter(debated), num_agents=num_agents)]
+            return pa.concat_tables([part.select(_RAW_SCORES.names) for part in found])
 
         sources = [run.pairs, *(path for held in passes for path in _with_dropped(held))]
         schema = tables.with_drop_columns(debate.DEBATE)
         return map_slices(sources, schema, give_scores, num_cpus=config.ray.data_cpus)
 
     def usage(_: pa.Table) -> dict[str, Any]:
-        charged = [agent for agent in settings.agents if isinstance(agent, OpenAIAgentConfig)]
-        logs = {agent.name: (_usage_log(config, judging, agent), agent.endpoint) for agent in charged}
+        logs = usage_logs(config, judging)
         return {"usage": {name: log.total().figures(endpoint) for name, (log, endpoint) in logs.items()}}
 
     station.write_rows(
-        build, schema=_SCORES, id_column="pair_id", total=total, extra=usage, extra_columns=["score"]
+        build,
+        schema=_SCORES,
+        id_column="pair_id",
+        total=total,
+        extra=usage,
+        extra_columns=["score"],
+        retry_reasons=RETRY_REASONS,
+        # Whether too many failed is for the table after this one to say: here they can be tried again.
+        limit_dropped=False,
     )
     storage.remove(debates)
     return folder
 
 
+def _to_debate_again(station: Station) -> Again | None:
+    """The pairs that an earlier run of the same judges had to leave; None: there was none."""
+    before = read_manifest(station.folder)
+    if before is None or before.key != station.key:
+        return None
+    dropped = storage.dataset(storage.join(station.folder, DROPPED))
+    failed = dropped.to_table(
+        columns=["pair_id"], filter=pc.field(tables.DROP_REASON).isin(list(RETRY_REASONS))
+    )
+    codes = parts.encode(failed["pair_id"].to_pylist())
+    return Again(digest(before.content, before.finished_at), DoneIds(codes=[codes]))
+
+
+def _carry_usage(config: Config, judging: Sequence[Any], station: Station) -> None:
+    """What an earlier run of the same judges was charged for stays in the counters."""
+    before = read_manifest(station.folder)
+    if before is None or before.key != station.key:
+        return
+    for name, (log, _) in usage_logs(config, judging).items():
+        if not storage.list_files(log.folder):
+            log.add(Usage.of(before.extra.get("usage", {}).get(name, {})))
+
+
 def _score_undebated(batch: pa.Table, *, keep_source_scores: bool) -> pa.Table:
     """Scores of pairs that bring one: from the data, or the visual tool's confidence."""
-    batch = batch.filter(~_needs_debate(keep_source_scores))
+    batch = batch.filter(~needs_debate(keep_source_scores))
     is_visual = pc.equal(batch["kind"], "visual")
     given = pc.if_else(is_visual, batch["tool_confidence"], batch["source_score"])
     if keep_source_scores:

@@ -169,3 +169,97 @@ def test_an_endpoint_joins_the_debate_and_tells_what_it_could_not_judge(tmp_path
         with pytest.raises(Exception, match="refuses the key") as failure:
             score(other)
         assert "OPENAI_API_KEY" in (user_message(failure.value) or "")
+
+
+def asked_about(body: dict[str, Any]) -> str:
+    (line,) = [line for line in body["messages"][0]["content"].splitlines() if line.startswith("{")]
+    return json.loads(line)["dispreferred_answer"]
+
+
+def tables_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+
+
+def endpoint_agents(url: str) -> list[dict[str, Any]]:
+    endpoint = {"base_url": url, "model": MODEL, "retries": 0, "concurrency": 4}
+    return [
+        {"kind": "openai", "name": "first", "endpoint": endpoint},
+        {"kind": "rules", "name": "lexicon"},
+        {"kind": "openai", "name": "second", "endpoint": endpoint},
+    ]
+
+
+MANY = {f"{number:02}": ("Where is it?", "left", f"right {number}") for number in range(8)}
+
+
+@pytest.mark.parametrize("num_failing", [2, 6])
+def test_only_pairs_that_failed_in_passing_are_judged_again(tmp_path: Path, num_failing: int) -> None:
+    """Some pairs fail with the first agent, some with the second; six are more than the share that may be dropped."""
+    failing = [rejected for _, _, rejected in MANY.values()][:num_failing]
+    with running() as server:
+        turns: dict[str, int] = {}
+        is_up = True
+
+        def answer(body: dict[str, Any], before: int) -> Reply:
+            about = asked_about(body)
+            is_second = "previous_score" in body["messages"][0]["content"]
+            if not is_up and about in failing and is_second == failing.index(about) % 2:
+                return Reply(status=429, headers={"Retry-After": "0.01"})
+            turns[about] = turns.get(about, 0) + 1
+            return Reply(json.dumps({"rationale": about, "score": "0.8"}))
+
+        server.answer = answer
+        agents = endpoint_agents(server.url)
+        undisturbed = config_of(tmp_path / "undisturbed", agents, rounds=1)
+        write_pairs(undisturbed, MANY)
+        assert score(undisturbed).dropped == {}
+        quiet_requests, quiet_turns = len(server.requests), dict(turns)
+
+        is_up = False
+        config = config_of(tmp_path / "run", agents, rounds=1)
+        write_pairs(config, MANY)
+        if num_failing > len(MANY) / 2:
+            with pytest.raises(Exception, match=r"6 of 8 rows would be dropped \(endpoint_failed 6\)"):
+                score(config)
+        else:
+            first = score(config)
+            assert (first.rows_in, first.rows_out, first.dropped) == (8, 6, {TRANSIENT: 2})
+            asked = len(server.requests)
+            assert score(config).dropped == {TRANSIENT: 2}, "still down"
+            assert {asked_about(body) for body in server.requests[asked:]} == set(failing)
+
+        is_up = True
+        asked = len(server.requests)
+        again = score(config)
+        assert (again.rows_in, again.rows_out, again.dropped) == (8, 8, {})
+        assert {asked_about(body) for body in server.requests[asked:]} == set(failing)
+        assert tables_of(tmp_path / "run" / "scored") == tables_of(tmp_path / "undisturbed" / "scored")
+        sent = sum(agent["requests"] for agent in again.extra["debate"]["usage"].values())
+        assert sent == len(server.requests) - quiet_requests, "what failed is counted too"
+        assert all(turns[about] == 2 * quiet_turns[about] for about in quiet_turns if about not in failing)
+
+        asked = len(server.requests)
+        assert score(config).finished_at == again.finished_at
+        assert len(server.requests) == asked
+
+
+def test_an_outage_in_the_first_pass_costs_the_answers_that_failed(tmp_path: Path) -> None:
+    """More pairs fail than may be dropped before the debate has ended; what was answered is not asked for again."""
+    with running() as server:
+        is_up = False
+
+        def answer(body: dict[str, Any], before: int) -> Reply:
+            if not is_up and asked_about(body) > "right 2":
+                return Reply(status=503, headers={"Retry-After": "0.01"})
+            return Reply(json.dumps({"rationale": "as said", "score": "0.5"}))
+
+        server.answer = answer
+        config = config_of(tmp_path / "run", endpoint_agents(server.url)[:1], rounds=1)
+        write_pairs(config, MANY)
+        for _ in range(2):
+            with pytest.raises(Exception, match=r"5 of 8 rows would be dropped \(endpoint_failed 5\)"):
+                score(config)
+        assert len(server.requests) == 8 + 5
+        is_up = True
+        assert score(config).rows_out == 8
+        assert len(server.requests) == 8 + 5 + 5
