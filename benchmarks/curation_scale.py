@@ -1,17 +1,20 @@
 """Rows per second and memory of `ingest` → `curate` (rule_edit) → `score` (three rules agents) from 10⁴ to 10⁶ rows.
 
-    python benchmarks/curation_scale.py [--rows 10000 100000 1000000] [--folder DIR] [--json FILE] [--chart FILE.svg]
+    python benchmarks/curation_scale.py [--rows 10000 100000 1000000] [--folder DIR] [--keep] [--json FILE] [--chart FILE.svg]
 
 The rows are made up: questions and answers of the phantom world, every fourth row a report of several sentences put together
 from findings, sides, zones and degrees, so that most reports occur once. They lie in Parquet files in Hugging Face style
 (row groups of 1,000) and share eight images; there is no visual curation, and weights match moments.
 
-Each table size runs in a process and a local Ray cluster of its own. What is measured:
+Each table size runs in a process and a local Ray cluster of its own, whose folder is deleted afterwards (about 0.5 KB a row); what
+was measured is written to ``--json`` after each. What is measured:
 
 - *Start-up*: on the same cluster, after a first round of 16,384 rows has started the workers and imported everything, the
   three stations run over 256 rows, one block each: the median of three such rounds, station by station.
 - *Rows per second*: rows over the time from the call of a station until its manifest is written (planning, tasks, merge into
   the sorted table, figures); once as it is, and once without start-up: (rows − 256) / (seconds − seconds of the 256 rows).
+- *CPU*: the time that the driver and the Ray workers computed, a row; unlike rows per second it hardly depends on what else the
+  machine does. Processes of Ray itself are not in it.
 - *Memory*: every half second, of the driver and of each Ray worker process, the resident set and the part of it that is not
   shared (the object store is mapped into every process, and its pages count for each that has touched them). The peaks
   are of the measured round alone.
@@ -23,6 +26,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +34,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +53,7 @@ _ROWS_PER_FILE = 250_000
 _ROWS_PER_GROUP = 1_000
 _REPORT_EVERY = 4
 _EVERY_S = 0.5
+_TELL_EVERY_S = 30.0
 _MIB = 2**20
 
 _FINDINGS = (
@@ -64,18 +70,23 @@ def main() -> int:
     arguments = _arguments()
     if arguments.single:
         return _measure(arguments.single, arguments.folder, arguments.json)
-    with tempfile.TemporaryDirectory(prefix="curation-scale-") as scratch:
-        folder = arguments.folder or Path(scratch)
-        sizes = [_in_own_process(rows, folder / str(rows)) for rows in arguments.rows]
-    result = {
+    result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "sizes": sizes,
+        "sizes": [],
     }
-    print(_table(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="curation-scale-") as scratch:
+        for rows in arguments.rows:
+            folder = (arguments.folder or Path(scratch)) / str(rows)
+            print(f"{rows:,} rows, load {os.getloadavg()[0]:.1f}", flush=True)
+            result["sizes"].append(_in_own_process(rows, folder))
+            if not arguments.keep:
+                shutil.rmtree(folder)
+            print(_table(result), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(_growth(result))
     if arguments.chart:
         _chart(result, arguments.chart)
     return 0
@@ -105,8 +116,10 @@ def _measure(rows: int, folder: Path, target: Path) -> int:
     starts = [_round(folder, f"start-{index}", START_ROWS, watch) for index in range(3)]
     start = {name: statistics.median(item[name] for item in starts) for name in starts[0]}
     watch.begin()
+    cpu = watch.cpu_seconds = {}
     seconds = _round(folder, "run", rows, watch)
     watch.end()
+    cpu["all"] = sum(cpu.values())
     result = {
         "rows": rows,
         "start_seconds": start,
@@ -116,6 +129,7 @@ def _measure(rows: int, folder: Path, target: Path) -> int:
             name: round((rows - START_ROWS) / max(1e-9, value - start[name]), 1)
             for name, value in seconds.items()
         },
+        "cpu_ms_per_row": {name: round(value / rows * 1000, 4) for name, value in cpu.items()},
         "counts": _counts(folder / "run"),
         "memory_mib": watch.peaks(),
         "series": watch.series,
@@ -141,11 +155,10 @@ def _round(folder: Path, name: str, rows: int, watch: Watch) -> dict[str, float]
     )  # fmt: skip
     seconds: dict[str, float] = {}
     for station in (ingest, curate, score):
-        watch.station = station.__name__
-        began = time.monotonic()
-        station(config)
-        seconds[station.__name__] = round(time.monotonic() - began, 3)
-    watch.station = ""
+        with watch.during(station.__name__):
+            began = time.monotonic()
+            station(config)
+            seconds[station.__name__] = round(time.monotonic() - began, 3)
     return {**seconds, "all": round(sum(seconds.values()), 3)}
 
 
@@ -165,16 +178,28 @@ class Watch:
 
     Attributes:
         station: the station that is running.
+        cpu_seconds: of driver and workers, by station.
         series: a row every half second: seconds, station, and in MiB the driver's resident and unshared memory, the same of the
             largest worker, the sum of the workers' unshared memory, and their number.
     """
 
     def __init__(self) -> None:
         self.station = ""
+        self.cpu_seconds: dict[str, float] = {}
         self.series: list[dict[str, Any]] = []
         self._driver = psutil.Process()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    @contextmanager
+    def during(self, station: str) -> Iterator[None]:
+        """Names what runs, and adds up what it computes."""
+        self.station = station
+        before = self._cpu_seconds()
+        yield
+        after = self._cpu_seconds()
+        self.cpu_seconds[station] = sum(now - before.get(process, 0.0) for process, now in after.items())
+        self.station = ""
 
     def begin(self) -> None:
         """Starts sampling."""
@@ -197,10 +222,12 @@ class Watch:
         }
 
     def _sample(self) -> None:
-        began = time.monotonic()
+        began = told = time.monotonic()
         while not self._over.wait(_EVERY_S):
-            driver = self._driver.memory_info()
-            workers = [info for info in self._workers() if info is not None]
+            driver, workers = self._driver.memory_info(), []
+            for process in self._workers():
+                with suppress(psutil.Error):
+                    workers.append(process.memory_info())
             unshared = [info.rss - info.shared for info in workers] or [0]
             self.series.append(
                 {
@@ -214,15 +241,28 @@ class Watch:
                     "workers": len(workers),
                 }
             )
+            if time.monotonic() - told > _TELL_EVERY_S:
+                told, now = time.monotonic(), self.series[-1]
+                print(
+                    f"  {now['seconds']:.0f} s, {now['station']}: driver {now['driver_unshared']:.0f} MiB, "
+                    f"largest of {now['workers']} workers {now['worker_unshared']:.0f} MiB",
+                    flush=True,
+                )
 
-    def _workers(self) -> Iterator[Any]:
+    def _cpu_seconds(self) -> dict[int, float]:
+        found = {}
+        for process in (self._driver, *self._workers()):
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                found[process.pid] = times.user + times.system
+        return found
+
+    def _workers(self) -> Iterator[psutil.Process]:
         for process in self._driver.children(recursive=True):
-            try:
-                # Ray names its workers after what they do: "ray::IDLE", "ray::MapBatches(…)".
+            # Ray names its workers after what they do: "ray::IDLE", "ray::MapBatches(…)".
+            with suppress(psutil.Error):
                 if " ".join(process.cmdline()).startswith("ray::"):
-                    yield process.memory_info()
-            except psutil.Error:
-                continue
+                    yield process
 
 
 # ---------------------------------------------------------------------- made-up rows
@@ -293,9 +333,9 @@ def _report(index: int) -> tuple[str, str]:
 
 def _table(result: dict[str, Any]) -> str:
     lines = [
-        "| rows | station | seconds | rows/s | rows/s without start-up | start-up s | driver MiB (unshared) | "
+        "| rows | station | seconds | rows/s | rows/s without start-up | start-up s | CPU ms/row | driver MiB (unshared) | "
         "largest worker MiB (unshared) |",
-        "|" + " ---: |" * 8,
+        "|" + " ---: |" * 9,
     ]
     for size in result["sizes"]:
         for name, seconds in size["seconds"].items():
@@ -307,9 +347,37 @@ def _table(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {size['rows']:,} | {name} | {seconds:.1f} | {size['rows_per_s'][name]:,.0f} | "
                 f"{size['rows_per_s_without_start'][name]:,.0f} | {size['start_seconds'][name]:.2f} | "
+                f"{size['cpu_ms_per_row'][name]:.3f} | "
                 f"{driver:.0f} ({own:.0f}) | {worker:.0f} ({unshared:.0f}) |"
             )
     return "\n".join([*lines, "", f"{result['hardware']}, {result['date']}, `{result['command']}`"])
+
+
+def _growth(result: dict[str, Any]) -> str:
+    """How far each figure is from that of the smallest table."""
+    first, *others = result["sizes"]
+    lines = []
+    for size in others:
+        figures = {
+            "rows/s without start-up": ("rows_per_s_without_start", "all"),
+            "CPU a row": ("cpu_ms_per_row", "all"),
+        }
+        changes = [
+            f"{label} {size[key][of] / first[key][of] - 1:+.1%}" for label, (key, of) in figures.items()
+        ]
+        changes += [
+            f"{label} {_peak(size, column) - _peak(first, column):+.0f} MiB"
+            for column, label in _MEMORY.items()
+        ]
+        lines.append(f"{size['rows']:,} against {first['rows']:,} rows: {', '.join(changes)}")
+    return "\n".join(lines)
+
+
+_MEMORY = {"driver_unshared": "driver", "worker_unshared": "largest worker"}
+
+
+def _peak(size: dict[str, Any], column: str) -> float:
+    return max(of[column] for of in size["memory_mib"].values())
 
 
 def _chart(result: dict[str, Any], target: Path) -> None:
@@ -330,10 +398,10 @@ def _chart(result: dict[str, Any], target: Path) -> None:
             label=name,
             linewidth=width,
         )
-    speed.set(title="Rows per second, without start-up", xlabel="rows", xscale="log", yscale="log")
-    for column, label in (("driver_unshared", "driver"), ("worker_unshared", "largest worker")):
-        peaks = [max(of[column] for of in size["memory_mib"].values()) for size in sizes]
-        memory.plot(rows, peaks, "o-", label=label)
+    speed.set(title="Rows per second, without start-up", xlabel="rows", xscale="log")
+    speed.set_ylim(bottom=0)
+    for column, label in _MEMORY.items():
+        memory.plot(rows, [_peak(size, column) for size in sizes], "o-", label=label)
     memory.set(title="Peak of unshared memory, MiB", xlabel="rows", xscale="log")
     memory.set_ylim(bottom=0)
     for axes in (speed, memory):
@@ -347,7 +415,8 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--folder", type=Path, help="data and tables; kept (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where data and tables go (default: a temporary folder)")
+    parser.add_argument("--keep", action="store_true", help="keep data and tables of each size")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--chart", type=Path, help="where to write the chart (.svg or .png)")
     parser.add_argument("--single", type=int, help=argparse.SUPPRESS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -93,9 +94,10 @@ def merge(parts: Sequence[Part], how: Merge, num_cpus: float) -> Merged:
     total = sum(part.rows for part in parts)
     limits = _limits(parts, -(-total // ROWS_PER_RANGE))
     in_tasks = total > DRIVER_ROWS and ray.is_initialized()
-    if in_tasks and _visits(parts, limits) > _MOST_VISITS * (len(parts) + len(limits)):
-        parts = _sort_runs(parts, how, num_cpus)
-    ranges = [_Range(low, high, _meeting(parts, low, high)) for low, high in limits]
+    meeting = _meeting(parts, limits)
+    if in_tasks and sum(map(len, meeting)) > _MOST_VISITS * (len(parts) + len(limits)):
+        meeting = _meeting(_sort_runs(parts, how, num_cpus), limits)
+    ranges = [_Range(low, high, paths) for (low, high), paths in zip(limits, meeting, strict=True)]
     files = [ranges[start : start + _RANGES_PER_FILE] for start in range(0, len(ranges), _RANGES_PER_FILE)]
     if not in_tasks:
         return _sum(_write_file(index, file, how) for index, file in enumerate(files))
@@ -132,12 +134,15 @@ def _limits(parts: Sequence[Part], count: int) -> list[tuple[str, str | None]]:
     return list(zip(lows, [*lows[1:], None], strict=True))
 
 
-def _meeting(parts: Sequence[Part], low: str, high: str | None) -> list[str]:
-    return [part.path for part in parts if part.high >= low and (high is None or part.low < high)]
-
-
-def _visits(parts: Sequence[Part], limits: Sequence[tuple[str, str | None]]) -> int:
-    return sum(len(_meeting(parts, low, high)) for low, high in limits)
+def _meeting(parts: Sequence[Part], limits: Sequence[tuple[str, str | None]]) -> list[list[str]]:
+    """The files that hold ids of each range; as long as few meet a range, this takes little more than a look at each part."""
+    lows = [low for low, _ in limits]
+    found: list[list[str]] = [[] for _ in limits]
+    for part in parts:
+        first, last = (bisect_right(lows, name) - 1 for name in (part.low, part.high))
+        for paths in found[first : last + 1]:
+            paths.append(part.path)
+    return found
 
 
 def _write_file(index: int, ranges: Sequence[_Range], how: Merge) -> Merged:

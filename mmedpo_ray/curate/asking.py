@@ -115,7 +115,7 @@ class Asking:
             schema=self.task.schema,
             id_column="sample_id",
             extra=lambda _: {"endpoint": log.total().figures(self.endpoint)},
-            extra_columns=["sample_id"],
+            extra_columns=[],
             allow_empty=True,
             retry_reasons=(TRANSIENT,),
         )

@@ -6,6 +6,7 @@ table or in `dropped/`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ from mmedpo_ray.curate.visual import VisualPairs
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Manifest, Station, read_manifest
+from mmedpo_ray.seen_ids import SeenIds
+from mmedpo_ray.stage import MANIFEST, Manifest, Station, read_manifest
 
 _IMAGES_PER_TASK = 256
 
@@ -54,6 +56,8 @@ def curate(config: Config) -> Manifest:
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
         if not done:
+            # A table of other settings names images that go now: it must not be taken for finished later.
+            storage.remove(storage.join(run.pairs, MANIFEST))
             storage.remove(run.noised)
         parts = [part for part in (text_pairs(config, done), _visual_pairs(config, done)) if part is not None]
         if not parts:
@@ -64,8 +68,7 @@ def curate(config: Config) -> Manifest:
         build,
         schema=tables.PAIRS,
         id_column="pair_id",
-        extra=_count_pairs,
-        extra_columns=["kind", "generator", "image_id"],
+        extra=_Figures(),
     )
 
 
@@ -164,14 +167,27 @@ def _slices(table: pa.Table, rows: int) -> list[pa.Table]:
     return [table.slice(start, rows).combine_chunks() for start in range(0, table.num_rows, rows)]
 
 
-def _count_pairs(pairs: pa.Table) -> dict[str, Any]:
-    """Figures for the manifest: pairs of each kind, and who wrote the rejected side."""
+class _Figures:
+    """What the manifest tells of the table: pairs of each kind, who wrote the rejected side, images.
 
-    def counts(column: str) -> dict[str, int]:
-        return {item["values"]: item["counts"] for item in pc.value_counts(pairs[column]).to_pylist()}
+    A :class:`~mmedpo_ray.stage.Tally`; images are counted in eight bytes each.
+    """
 
-    return {
-        "kinds": counts("kind"),
-        "generators": counts("generator"),
-        "images": pc.count_distinct(pairs["image_id"]).as_py(),
-    }
+    columns = ("kind", "generator", "image_id")
+
+    def __init__(self) -> None:
+        self._kinds: Counter[str] = Counter()
+        self._generators: Counter[str] = Counter()
+        self._images = SeenIds()
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        self._kinds.update(rows["kind"].to_pylist())
+        self._generators.update(rows["generator"].to_pylist())
+        self._images.add(pc.unique(rows["image_id"]).to_pylist())
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "kinds": dict(self._kinds),
+            "generators": dict(self._generators),
+            "images": len(self._images),
+        }

@@ -306,7 +306,7 @@ _PLURALS = [form + "s" for form in _FORMS if form[-1] not in "s0123456789"]
 _PATTERN = re.compile(rf"(?<![\w-])(?:{_pattern([*_FORMS, *_PLURALS])}|[lr](?=\s))(?!\w)")
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=4096)
 def mentions(text: str) -> tuple[Mention, ...]:
     """Every concept named in ``text``, in order; the longest spelling wins, mentions never overlap."""
     found = []

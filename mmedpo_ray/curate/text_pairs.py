@@ -24,8 +24,6 @@ from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.slices import Skip, map_slices
 
-_ROWS_PER_TASK = 2048
-
 
 def prepare(config: Config, narrow_samples: Any) -> list[str]:
     """Runs the stations that the method needs; returns the folders that the pairs are made of.
@@ -145,4 +143,4 @@ def _columns(names: list[str]) -> pa.Schema:
 
 
 def _map(folder: str, columns: pa.Schema, task: Any, config: Config) -> ray.data.Dataset | None:
-    return map_slices([folder], columns, task, num_cpus=config.ray.data_cpus, rows=_ROWS_PER_TASK)
+    return map_slices([folder], columns, task, num_cpus=config.ray.data_cpus)

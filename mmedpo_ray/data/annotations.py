@@ -22,8 +22,8 @@ from mmedpo_ray.data.reader import (
     address,
     row_name,
 )
-from mmedpo_ray.data.seen_ids import SeenIds
 from mmedpo_ray.data.texts import clean, storable
+from mmedpo_ray.seen_ids import SeenIds
 
 
 @dataclass(frozen=True)

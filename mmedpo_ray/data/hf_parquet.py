@@ -29,10 +29,10 @@ from mmedpo_ray.data.reader import (
     address,
     given_name,
 )
-from mmedpo_ray.data.seen_ids import SeenIds
 from mmedpo_ray.data.texts import clean, stated_answer_type
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.seen_ids import SeenIds
 
 _FOLDERS = ("", "data")
 _SPLITS = {

@@ -5,6 +5,7 @@ A new format is a file with a :class:`~mmedpo_ray.data.reader.Reader` and a line
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -25,6 +26,7 @@ from mmedpo_ray.data.slake import SlakeReader
 from mmedpo_ray.data.vqa_rad import VqaRadReader
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.seen_ids import SeenIds
 from mmedpo_ray.stage import Manifest, Station
 
 FORMATS: dict[str, type[Reader]] = {
@@ -70,8 +72,7 @@ def _ingest_samples(config: Config, reader: Reader) -> Manifest:
         lambda done: _map_units(reader, convert, ray.put(done), config),
         schema=tables.SAMPLES,
         id_column="sample_id",
-        extra=_count_samples,
-        extra_columns=["split", "image_id", "answer_type"],
+        extra=_Figures(),
     )
 
 
@@ -139,13 +140,31 @@ def _blocks(units: Iterable[Unit]) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(block, UNITS)
 
 
-def _count_samples(samples: pa.Table) -> dict[str, Any]:
-    """Figures for the manifest: images and questions of each split, questions of each kind."""
-    figures: dict[str, Any] = {}
-    splits = set(pc.unique(samples["split"]).to_pylist())
-    for split in ("train", "test", *sorted(splits - {"train", "test"})):
-        part = samples.filter(pc.equal(samples["split"], split))
-        kinds = {item["values"]: item["counts"] for item in pc.value_counts(part["answer_type"]).to_pylist()}
-        images = pc.count_distinct(part["image_id"]).as_py()
-        figures[split] = {"images": images, "questions": part.num_rows, "answer_types": kinds}
-    return figures
+class _Figures:
+    """What the manifest tells of the table: images and questions of each split, questions of each kind.
+
+    A :class:`~mmedpo_ray.stage.Tally`; images are counted in eight bytes each.
+    """
+
+    columns = ("split", "image_id", "answer_type")
+
+    def __init__(self) -> None:
+        self._images: dict[str, SeenIds] = {"train": SeenIds(), "test": SeenIds()}
+        self._kinds: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        for split in pc.unique(rows["split"]).to_pylist():
+            part = rows.filter(pc.equal(rows["split"], split))
+            self._images.setdefault(split, SeenIds()).add(pc.unique(part["image_id"]).to_pylist())
+            self._kinds.setdefault(split, Counter()).update(part["answer_type"].to_pylist())
+
+    def figures(self) -> dict[str, Any]:
+        splits = ["train", "test", *sorted(set(self._kinds) - {"train", "test"})]
+        return {
+            split: {
+                "images": len(self._images[split]),
+                "questions": self._kinds[split].total(),
+                "answer_types": dict(self._kinds[split]),
+            }
+            for split in splits
+        }

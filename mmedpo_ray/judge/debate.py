@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -205,7 +206,7 @@ class HoldPass:
         finally:
             self._note_usage()
         columns: dict[str, pa.Array] = {
-            "history": pa.array([to_rows(history) for history, _ in held], tables.HISTORY),
+            "history": to_column([history for history, _ in held]),
             "settled": pa.array(
                 [settled(history, len(self._speakers), self._max_rounds) for history, _ in held], pa.bool_()
             ),
@@ -238,6 +239,12 @@ def from_rows(rows: Sequence[dict[str, Any]] | None) -> tuple[Judgement, ...]:
     return tuple(Judgement(**row) for row in rows or ())
 
 
-def to_rows(history: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """A value of the ``history`` column."""
-    return [dict(vars(item)) for item in history]
+def to_column(histories: Sequence[Sequence[Judgement]]) -> pa.Array:
+    """The ``history`` column of some rows."""
+    flat = [item for history in histories for item in history]
+    kinds = tables.HISTORY.value_type
+    values = [pa.array([getattr(item, field.name) for item in flat], field.type) for field in kinds]
+    ends = accumulate((len(history) for history in histories), initial=0)
+    return pa.ListArray.from_arrays(
+        pa.array(ends, pa.int32()), pa.StructArray.from_arrays(values, fields=list(kinds))
+    )

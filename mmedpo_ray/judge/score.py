@@ -150,7 +150,7 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
         id_column="pair_id",
         total=total,
         extra=usage,
-        extra_columns=["score"],
+        extra_columns=[],
         retry_reasons=RETRY_REASONS,
         # Whether too many failed is for the table after this one to say: here they can be tried again.
         limit_dropped=False,

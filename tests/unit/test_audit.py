@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +499,28 @@ def test_fix_never_overwrites_anything_else(tmp_path: Path) -> None:
             audit_command(config, table, None, None, folder)
     assert (tmp_path / "mine" / "note.txt").read_text() == "keep"
     assert open_pairs(table).num_rows == 10
+
+
+def test_a_fix_that_was_killed_is_repeated_by_the_same_command(tmp_path: Path) -> None:
+    table = write(tmp_path / "scored", [pair(i) for i in range(20)])
+    killed = """
+import os, signal, sys
+from mmedpo_ray.config import load
+from mmedpo_ray.data.audit import fix, station
+fix._write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+station.audit_command(load(None, [f"run.folder={sys.argv[1]}"]), sys.argv[2], None, None, sys.argv[3])
+"""
+    target = str(tmp_path / "fixed")
+    arguments = [sys.executable, "-c", killed, str(tmp_path), table, target]
+    assert subprocess.run(arguments, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "fixed" / "part-00000.parquet").exists()
+    config = load(None, [f"run.folder={tmp_path}"])
+    assert audit_command(config, table, None, None, target) == 0
+    assert audit_command(config, table, None, None, str(tmp_path / "quiet")) == 0
+    names = {path.name for path in (tmp_path / "fixed").iterdir()}
+    assert names == {"part-00000.parquet", "changes.jsonl", "manifest.json"}
+    for name in names:
+        assert (tmp_path / "fixed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
 
 
 def test_json_rows_that_are_no_pairs_are_counted_and_left_out(tmp_path: Path) -> None:

@@ -184,7 +184,8 @@ def test_a_history_goes_through_its_column_unchanged(
         Judgement(str(turn % num_agents), turn // num_agents + 1, score, f"“{turn}”")
         for turn, score in enumerate(scores)
     )
-    column = pa.array([debate.to_rows(history)], tables.HISTORY)
+    column = debate.to_column([history])
+    assert column.type == tables.HISTORY
     assert debate.from_rows(column.to_pylist()[0]) == history
     assert debate.settled(history, num_agents, max_rounds) == (
         debate.agree(history, num_agents) or len(history) >= num_agents * max_rounds

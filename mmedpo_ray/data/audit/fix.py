@@ -27,6 +27,7 @@ from mmedpo_ray.errors import UserError
 
 STATION = "audit --fix"
 CHANGES = "changes.jsonl"
+_UNFINISHED = ".unfinished"
 _MALFORMED = "malformed_row"
 _PART_ROWS = 50_000
 _SIDES = ("chosen", "rejected")
@@ -90,7 +91,7 @@ def check_folder(folder: str, pairs: PairTable) -> None:
         names = {info.base_name for info in filesystem.get_file_info(_children(path))}
     except (NotADirectoryError, OSError) as error:
         raise UserError(f"--fix {folder}: not a folder ({type(error).__name__}). Give a new one.") from error
-    if names and _station(folder) != STATION:
+    if names and _UNFINISHED not in names and _station(folder) != STATION:
         raise UserError(
             f"--fix {folder}: the folder is not empty. Give a new one, so that nothing is overwritten."
         )
@@ -130,7 +131,7 @@ def write_fixed(pairs: PairTable, features: Features, samples: Samples | None, f
     if not kept:
         raise UserError(f"--fix: no row of {pairs.path} would stay ({_said(removed)}). Make the pairs again.")
     try:
-        storage.remove(folder)
+        _clear(folder)
         with _stream(storage.join(folder, CHANGES)) as log:
             trimmed = (
                 _write_json(pairs, rule_of, folder, log)
@@ -139,11 +140,22 @@ def write_fixed(pairs: PairTable, features: Features, samples: Samples | None, f
             )
         fixed = Fixed(folder, len(features) + len(pairs.malformed), kept, removed, trimmed)
         _write_manifest(fixed, pairs, samples)
+        storage.remove(storage.join(folder, _UNFINISHED))
     except OSError as error:
         raise UserError(
             f"--fix {folder}: cannot be written ({type(error).__name__}). Give another folder."
         ) from error
     return fixed
+
+
+def _clear(folder: str) -> None:
+    """Leaves nothing in the folder but a mark that it is ours to overwrite, should this be interrupted."""
+    mark = storage.join(folder, _UNFINISHED)
+    storage.write_bytes(mark, b"mmedpo audit --fix was interrupted here; run it again\n")
+    filesystem, path = storage.resolve(folder)
+    for info in filesystem.get_file_info(_children(path)):
+        if info.base_name != _UNFINISHED:
+            storage.remove(storage.join(folder, info.base_name))
 
 
 def _said(removed: dict[str, int]) -> str:

@@ -7,6 +7,7 @@ the others at half, so they start apart where an answer errs on several axes, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from mmedpo_ray.config import RulesAgentConfig
@@ -42,7 +43,7 @@ class RulesAgent:
         return [self._judge(case) for case in cases]
 
     def _judge(self, case: Case) -> Judgement:
-        view, focus_share, reason = self._view(case)
+        view, focus_share, reason = _view(self._focus, case.reference, case.answer, case.question)
         if not case.history:
             return Judgement(self._name, case.round, view, reason)
         previous = case.history[-1]
@@ -55,31 +56,35 @@ class RulesAgent:
             return Judgement(self._name, case.round, previous.score, f"agrees, own view {view:.2f}; {reason}")
         return Judgement(self._name, case.round, score, f"own view {view:.2f}; {reason}")
 
-    def _view(self, case: Case) -> tuple[float, float, str]:
-        """The agent's own score, the share of the evidence that lies in its focus (0..1), and the evidence in words."""
-        found = lexicon.conflicts(case.reference, case.answer, case.question)
-        if not found:
-            if lexicon.equivalent(case.reference, case.answer):
-                return 0.0, 1.0, "says the same"
-            return _UNKNOWN, 0.0, "differs in words that the lexicon does not know"
-        remaining, inside, total = 1.0, 0.0, 0.0
-        for conflict in found:
-            in_focus = self._in_focus(conflict)
-            remaining *= 1.0 - conflict.severity * (1.0 if in_focus else _OUTSIDE_SHARE)
-            inside += conflict.severity * in_focus
-            total += conflict.severity
-        reason = ", ".join(_words(conflict) for conflict in found[:3])
-        return round(1.0 - remaining, 2), inside / total if total else 0.0, reason
 
-    def _in_focus(self, conflict: lexicon.Conflict) -> bool:
-        if self._focus == "all":
-            return True
-        if self._focus == "findings":
-            return not any(conflict.axis in axes for axes in _AXES.values())
-        if conflict.axis in _AXES[self._focus]:
-            return True
-        # A finding both stated and denied is a matter of polarity too.
-        return self._focus == "polarity" and conflict.kind == "contradicted"
+# Every round asks again, and short answers repeat.
+@lru_cache(maxsize=8192)
+def _view(focus: str, reference: str, answer: str, question: str) -> tuple[float, float, str]:
+    """An agent's own score, the share of the evidence that lies in its focus (0..1), and the evidence in words."""
+    found = lexicon.conflicts(reference, answer, question)
+    if not found:
+        if lexicon.equivalent(reference, answer):
+            return 0.0, 1.0, "says the same"
+        return _UNKNOWN, 0.0, "differs in words that the lexicon does not know"
+    remaining, inside, total = 1.0, 0.0, 0.0
+    for conflict in found:
+        in_focus = _in_focus(focus, conflict)
+        remaining *= 1.0 - conflict.severity * (1.0 if in_focus else _OUTSIDE_SHARE)
+        inside += conflict.severity * in_focus
+        total += conflict.severity
+    reason = ", ".join(_words(conflict) for conflict in found[:3])
+    return round(1.0 - remaining, 2), inside / total if total else 0.0, reason
+
+
+def _in_focus(focus: str, conflict: lexicon.Conflict) -> bool:
+    if focus == "all":
+        return True
+    if focus == "findings":
+        return not any(conflict.axis in axes for axes in _AXES.values())
+    if conflict.axis in _AXES[focus]:
+        return True
+    # A finding both stated and denied is a matter of polarity too.
+    return focus == "polarity" and conflict.kind == "contradicted"
 
 
 def _words(conflict: lexicon.Conflict) -> str:

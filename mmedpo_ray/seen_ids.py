@@ -32,6 +32,9 @@ class SeenIds:
         self._merge(fresh[~known])
         return repeated.tolist()
 
+    def __len__(self) -> int:
+        return sum(map(len, self._runs))
+
     def _merge(self, run: np.ndarray) -> None:
         """Keeps every run more than twice as long as the next: few to search, and each id is moved log n times."""
         while self._runs and len(self._runs[-1]) <= 2 * len(run):
