@@ -12,7 +12,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -102,19 +102,9 @@ def merge(parts: Sequence[Part], how: Merge, num_cpus: float) -> Merged:
     if not in_tasks:
         return _sum(_write_file(index, file, how) for index, file in enumerate(files))
 
-    def work(batch: pa.Table) -> pa.Table:
-        merged = [
-            _write_file(row["index"], [_Range(**item) for item in row["ranges"]], how)
-            for row in batch.to_pylist()
-        ]
-        return pa.table({"index": batch["index"], "merged": [json.dumps(asdict(item)) for item in merged]})
-
-    plan = [
-        pa.table({"index": [index], "ranges": [[asdict(item) for item in file]]})
-        for index, file in enumerate(files)
-    ]
-    rows = sorted(_in_tasks(plan, work, num_cpus), key=lambda row: row["index"])
-    return _sum(Merged(**json.loads(row["merged"])) for row in rows)
+    # Bare tasks: a dataset's start-up would take longer than merging a small table.
+    write = ray.remote(_write_file).options(num_cpus=num_cpus, max_retries=-1)
+    return _sum(ray.get([write.remote(index, file, how) for index, file in enumerate(files)]))
 
 
 @dataclass(frozen=True)
@@ -219,25 +209,13 @@ def _repeated(ids: pa.ChunkedArray) -> tuple[int, tuple[str, int] | None]:
 
 def _sort_runs(parts: Sequence[Part], how: Merge, num_cpus: float) -> list[Part]:
     """Sorts parts whose ids lie anywhere into files of about 50,000 rows, from which a range reads a few row groups."""
-    schema = tables.with_drop_columns(how.schema)
     groups: list[list[Part]] = [[]]
     for part in sorted(parts, key=lambda part: (part.low, part.path)):
         if sum(item.rows for item in groups[-1]) >= ROWS_PER_RANGE * _RANGES_PER_FILE:
             groups.append([])
         groups[-1].append(part)
-    plan = [
-        pa.table({"index": [index], "paths": [[part.path for part in group]]})
-        for index, group in enumerate(groups)
-    ]
-
-    def work(batch: pa.Table) -> pa.Table:
-        for row in batch.to_pylist():
-            run = _read_sorted(_Range("", None, row["paths"]), schema, how.id_column)
-            path = _run_path(how, row["index"])
-            storage.write_parquet(path, run.combine_chunks(), row_group_size=_ROW_GROUP)
-        return batch.select(["index"])
-
-    _in_tasks(plan, work, num_cpus)
+    write = ray.remote(_write_run).options(num_cpus=num_cpus, max_retries=-1)
+    ray.get([write.remote(index, [part.path for part in group], how) for index, group in enumerate(groups)])
     return [
         Part(
             _run_path(how, index),
@@ -249,16 +227,13 @@ def _sort_runs(parts: Sequence[Part], how: Merge, num_cpus: float) -> list[Part]
     ]
 
 
+def _write_run(index: int, paths: list[str], how: Merge) -> None:
+    run = _read_sorted(_Range("", None, paths), tables.with_drop_columns(how.schema), how.id_column)
+    storage.write_parquet(_run_path(how, index), run.combine_chunks(), row_group_size=_ROW_GROUP)
+
+
 def _run_path(how: Merge, index: int) -> str:
     return storage.join(how.target, "runs", f"run-{index:05d}.parquet")
-
-
-def _in_tasks(plan: list[pa.Table], work: Any, num_cpus: float) -> list[dict[str, Any]]:
-    return (
-        ray.data.from_arrow(plan)
-        .map_batches(work, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=num_cpus)
-        .take_all()
-    )
 
 
 def _sum(found: Iterable[Merged]) -> Merged:

@@ -99,6 +99,19 @@ def test_a_resumed_station_writes_the_same_table(ingested: Path, tmp_path: Path)
     assert {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole} == pictures
 
 
+def test_going_back_after_an_attempt_with_other_settings_makes_the_images_again(ingested: Path) -> None:
+    config = phantom_config(ingested)
+    curate(config)
+    whole = pairs_of(ingested)
+    pictures = {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole}
+    other = ("curate.visual.noise.mode=blur", "curate.visual.per_image=9", "run.max_dropped_share=0")
+    with pytest.raises(Exception, match="rows would be dropped"):
+        curate(phantom_config(ingested, *other))
+    curate(config)
+    assert pairs_of(ingested) == whole
+    assert {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole} == pictures
+
+
 def test_visual_questions_are_drawn_by_seed(ingested: Path) -> None:
     samples = train_samples(phantom_config(ingested))
     two = draw_visual_samples(samples, 2, seed=0)

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,35 @@ def test_a_planted_fault_is_found_with_its_count_and_ids(
     assert result[name]["examples"] == [f"p{i}" for i in places]
     # What the plant brings along is no other fault.
     assert set(result) - {name, "untrimmed_text"} == set()
+
+
+# Shortcut → what makes one side of every pair recognisable without the image.
+_MARKS: dict[str, Callable[[str], str]] = {
+    "length_shortcut": lambda text: text + " as far as it can be told from here",
+    "leading_space_shortcut": lambda text: " " + text,
+    "trailing_space_shortcut": lambda text: text + " ",
+    "capital_shortcut": lambda text: text[0].lower() + text[1:],
+    "final_period_shortcut": lambda text: text + ".",
+    "newline_shortcut": lambda text: text.replace(" ", "\n", 1),
+    "quotes_shortcut": lambda text: f'"{text}"',
+    "says_yes_shortcut": lambda text: "Yes, " + text,
+    "says_no_shortcut": lambda text: "No, " + text,
+}
+
+
+@pytest.mark.parametrize("name", _MARKS)
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_shortcut_on_either_side_is_a_high_finding(tmp_path: Path, name: str, side: str) -> None:
+    rows = [pair(i) for i in range(60)]
+    marked = [row | {side: _MARKS[name](row[side])} for row in rows]
+    assert name not in found(run(tmp_path, write(tmp_path / "plain", rows)))
+    finding = found(run(tmp_path, write(tmp_path / "marked", marked)))[name]
+    assert (finding["severity"], finding["figure"]) == ("high", 1.0)
+    # In half of the pairs it is a weaker sign, in a few it is none.
+    half = [marked[i] if i % 2 else rows[i] for i in range(60)]
+    assert found(run(tmp_path, write(tmp_path / "half", half)))[name]["figure"] < 1.0
+    few = [marked[i] if i % 20 == 0 else rows[i] for i in range(60)]
+    assert name not in found(run(tmp_path, write(tmp_path / "few", few)))
 
 
 @pytest.mark.parametrize(
