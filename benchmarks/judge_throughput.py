@@ -156,7 +156,7 @@ def _pipeline(
     from mmedpo_ray import tables
     from mmedpo_ray.config import load
     from mmedpo_ray.judge import debate
-    from mmedpo_ray.judge import score as station
+    from mmedpo_ray.judge.passes import hold_debate
     from mmedpo_ray.run_folder import RunFolder
     from mmedpo_ray.stage import Station, read_manifest
 
@@ -170,7 +170,7 @@ def _pipeline(
     plain = debate.HoldPass
     debate.HoldPass = _timed(plain, warm_up, str(clock))
     try:
-        (held,) = station._hold_debate(config, [])
+        (held,) = hold_debate(config, [], None)
     finally:
         debate.HoldPass = plain
     stopped = time.time()
