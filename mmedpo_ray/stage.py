@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import posixpath
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ import pyarrow.dataset as pads
 import ray
 from pydantic import BaseModel
 
-from mmedpo_ray import parts, storage, tables
+from mmedpo_ray import parts, publication, storage, tables
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import DroppedShareError, UserError
@@ -38,6 +37,7 @@ from mmedpo_ray.manifest import (
 )
 from mmedpo_ray.merge import DROPPED, Merge, Merged, merge
 from mmedpo_ray.parts import DoneIds, Part, PartWriter
+from mmedpo_ray.publication import PARTS
 from mmedpo_ray.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -56,19 +56,9 @@ __all__ = [
     "without",
 ]
 
-_PARTS = ".parts"
 _KEY = "key.json"
-_MERGED = ".merged"
-_PUBLISH = "publish.json"
 # Row groups read ahead of the one in hand: of a large table, PyArrow would otherwise hold 64.
 LITTLE_AHEAD = {"batch_readahead": 2, "fragment_readahead": 1}
-
-
-class _Publication(BaseModel):
-    """What is left to do once a table is merged: these files into its folder, then the manifest."""
-
-    manifest: Manifest
-    files: list[str]
 
 
 def digest(*parts: Any) -> str:
@@ -146,7 +136,7 @@ class Station:
         Args:
             accept_failed: whether it counts as finished while rows are dropped for a reason that it is to try again.
         """
-        self._resume_publishing()
+        publication.resume(self.folder, self.key)
         manifest = read_manifest(self.folder)
         if manifest is None or manifest.key != self.key:
             return None
@@ -167,8 +157,8 @@ class Station:
             id_column: the id's column.
             retry_reasons: as for :meth:`write_rows`.
         """
-        self._resume_publishing()
-        folder = storage.join(self.folder, _PARTS)
+        publication.resume(self.folder, self.key)
+        folder = storage.join(self.folder, PARTS)
         try:
             stored = json.loads(storage.read_bytes(storage.join(folder, _KEY)))
         except FileNotFoundError:
@@ -276,7 +266,7 @@ class Station:
         limit_dropped: bool = True,
     ) -> Manifest:
         """Turns the parts written so far into the final table; for the arguments see :meth:`write_rows`."""
-        staged = storage.join(self.folder, _MERGED)
+        staged = publication.staged(self.folder)
         storage.remove(staged)
         how = Merge(staged, schema, id_column, self.name)
         try:
@@ -300,11 +290,12 @@ class Station:
         if before is not None and before.key == self.key and before.retry_reasons:
             same = before.content == manifest.content
             manifest.revision = before.revision if same else manifest.content
-        self._publish(manifest)
+        publication.publish(self.folder, manifest)
+        console.print(manifest.line(), soft_wrap=True)
         return manifest
 
     def _writer(self, schema: pa.Schema, id_column: str) -> PartWriter:
-        folder = storage.join(self.folder, _PARTS)
+        folder = storage.join(self.folder, PARTS)
         raw = tables.with_drop_columns(schema)
         return PartWriter(folder, raw, id_column, self.config.ray.rows_per_part)
 
@@ -337,56 +328,11 @@ class Station:
                 f"run.max_dropped_share={limit}. Mend the input or raise the limit."
             )
         if merged.rows == 0 and not allow_empty:
-            why = f" (dropped: {counts_in_words(merged.dropped)}; see {storage.join(self.folder, _PARTS)})"
+            why = f" (dropped: {counts_in_words(merged.dropped)}; see {storage.join(self.folder, PARTS)})"
             raise UserError(
                 f"{self.name}: no row is left of {total:,}{why if dropped else ''}. Check the input and the settings of "
                 "this station."
             )
-
-    # ------------------------------------------------------------------ publishing
-
-    def _publish(self, manifest: Manifest) -> None:
-        """Puts the merged files in the place of the table's; a crash in the middle is mended by the next attempt."""
-        staged = storage.join(self.folder, _MERGED)
-        names = [
-            storage.join(*folder, posixpath.basename(path))
-            for folder in ((), (DROPPED,))
-            for path in storage.list_files(storage.join(staged, *folder), ".parquet")
-        ]
-        plan = _Publication(manifest=manifest, files=names)
-        storage.write_bytes(storage.join(staged, _PUBLISH), plan.model_dump_json().encode())
-        self._carry_out(plan)
-        console.print(manifest.line(), soft_wrap=True)
-
-    def _resume_publishing(self) -> None:
-        staged = storage.join(self.folder, _MERGED)
-        try:
-            plan = _Publication.model_validate_json(storage.read_bytes(storage.join(staged, _PUBLISH)))
-        except FileNotFoundError:
-            return
-        if plan.manifest.key == self.key:
-            self._carry_out(plan)
-        else:
-            storage.remove(staged)
-
-    def _carry_out(self, plan: _Publication) -> None:
-        """Moves the files, deletes the table's other ones, writes the manifest; may be repeated from any point."""
-        staged = storage.join(self.folder, _MERGED)
-        storage.remove(storage.join(self.folder, MANIFEST))
-        for name in plan.files:
-            if storage.exists(storage.join(staged, name)):
-                storage.move(storage.join(staged, name), storage.join(self.folder, name))
-        wanted = {storage.join(self.folder, name) for name in plan.files}
-        for folder in (self.folder, storage.join(self.folder, DROPPED)):
-            for path in storage.list_files(folder, ".parquet"):
-                if path not in wanted:
-                    storage.remove(path)
-        if not any(name.startswith(DROPPED) for name in plan.files):
-            storage.remove(storage.join(self.folder, DROPPED))
-        storage.remove_temporary(self.folder)
-        write_manifest(self.folder, plan.manifest)
-        storage.remove(storage.join(self.folder, _PARTS))
-        storage.remove(staged)
 
     # ------------------------------------------------------------------ every station
 

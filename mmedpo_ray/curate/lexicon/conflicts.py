@@ -10,26 +10,9 @@ from typing import Literal
 from mmedpo_ray.curate.lexicon.answers import implied_polarity
 from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, Fact, facts, relevance_of
 from mmedpo_ray.curate.lexicon.words import numbers, polarity
-from mmedpo_ray.curate.terms import CONCEPTS, mentions
+from mmedpo_ray.curate.terms import CONCEPTS, Axis, mentions
 
-ConflictAxis = Literal[
-    "polarity",
-    "choice",
-    "finding",
-    "side",
-    "zone",
-    "size",
-    "state",
-    "anatomy",
-    "modality",
-    "sequence",
-    "plane",
-    "contrast",
-    "appearance",
-    "acuity",
-    "sex",
-    "number",
-]
+ConflictAxis = Literal[Axis, "polarity", "choice", "number"]
 
 # What leaving a fact out weighs, relative to stating its opposite.
 _MISSED_SHARE = 0.6
