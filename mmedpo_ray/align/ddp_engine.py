@@ -37,19 +37,26 @@ class DdpEngine(Engine):
         self.policy = policy.to(self.device).train()
         self._max_grad_norm = spec.align.max_grad_norm
         self._trained = policy.trained_parameters()
-        # Updates are smaller than bfloat16 can hold: the exact values live here.
-        self._exact = {name: value.detach().float().clone() for name, value in self._trained.items()}
+        # Updates are smaller than bfloat16 can hold: exact values live beside what the model computes with.
+        self._exact = {
+            name: value if value.dtype is torch.float32 else value.detach().float().clone()
+            for name, value in self._trained.items()
+        }
+        self._rounded = [
+            (value, self._exact[name])
+            for name, value in self._trained.items()
+            if value is not self._exact[name]
+        ]
         for value in self._exact.values():
             value.grad = torch.zeros_like(value)
-        self._optimizer = make_optimizer(self._exact, spec.align)
+        self._optimizer = make_optimizer(self._exact, spec.align, fused=True)
 
     def logps(self, batch: Forest) -> LogpOutput:
         return LogpOutput(*self.policy(batch))
 
     def backward(self, share: Tensor, *, is_last: bool) -> None:  # noqa: ARG002
         share.backward()
-        for name, value in self._trained.items():
-            exact = self._exact[name]
+        for value, exact in self._rounded:
             assert exact.grad is not None
             if value.grad is not None:
                 exact.grad += value.grad
@@ -64,8 +71,8 @@ class DdpEngine(Engine):
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
-            for name, value in self._trained.items():
-                value.copy_(self._exact[name])
+            for value, exact in self._rounded:
+                value.copy_(exact)
         return float(norm)
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -79,7 +86,7 @@ class DdpEngine(Engine):
                 value.copy_(checkpoint.parameter(name))
                 self._trained[name].copy_(value)
                 self._optimizer.state[value] = {
-                    "step": torch.tensor(float(checkpoint.step)),
+                    "step": torch.tensor(float(checkpoint.step), device=self.device),
                     **{
                         moment: torch.empty_like(value).copy_(checkpoint.moment(moment, name))
                         for moment in MOMENTS

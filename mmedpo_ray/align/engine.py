@@ -75,12 +75,15 @@ def make_engine(policy: Policy, spec: TrainingSpec) -> Engine:
     return DeepSpeedEngine(policy, spec)
 
 
-def make_optimizer(parameters: Mapping[str, Tensor], align: AlignConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Mapping[str, Tensor], align: AlignConfig, *, fused: bool = False
+) -> torch.optim.AdamW:
     """AdamW; matrices decay, biases and the scales of norms do not.
 
     Args:
         parameters: the trained parameters, not yet sharded.
         align: rates.
+        fused: one kernel for all of an update; the parameters must stay where they are.
     """
     groups: list[dict[str, Any]] = [
         {"params": [value for value in parameters.values() if value.ndim >= 2]},
@@ -90,4 +93,5 @@ def make_optimizer(parameters: Mapping[str, Tensor], align: AlignConfig) -> torc
         [group for group in groups if group["params"]],
         lr=align.learning_rate,
         weight_decay=align.weight_decay,
+        fused=fused,
     )
