@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
-import zlib
 
 import numpy as np
 from PIL import Image
 
-from mmedpo_ray import storage
+from mmedpo_ray import png, storage
 
 MAX_PIXELS = 100_000_000
 _DICOM_MAGIC = slice(128, 132)
 # First group (0002 or 0008) of a file without preamble, in both byte orders.
 _DICOM_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
-_FILTER_UP = 2
-# PNG's colour type by the number of bands: grey, grey with alpha, RGB, RGBA.
-_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 
 
 class ImageError(Exception):
@@ -49,6 +44,8 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError("image_too_large", f"{name}: {width}×{height} pixels, limit {max_pixels}")
+            if image.format == "PNG" and (faster := png.unpacked(data)) is not data:
+                image = Image.open(io.BytesIO(faster))
             image.load()
     except ImageError:
         raise
@@ -108,38 +105,7 @@ def load_rgb(uri: str) -> Image.Image:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """The image as PNG bytes, in its own mode, as Pillow writes it; equal pixels give equal bytes. Slow: see :func:`encode_pixels`."""
+    """The image as PNG bytes, in its own mode, as Pillow writes it; equal pixels give equal bytes. Slow: see :func:`mmedpo_ray.png.encode_pixels`."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=False)
     return buffer.getvalue()
-
-
-def encode_pixels(pixels: np.ndarray) -> bytes:
-    """PNG bytes of an L, LA, RGB, RGBA or 16-bit grey image; equal pixels give equal bytes.
-
-    Pillow tries five filters on every row and searches long, which takes several times all the rest of a visual pair. One
-    filter (the difference from the row above) and the fastest deflate make files of about the same size (0.96 to 1.06 of
-    Pillow's default on noised radiographs) in about a tenth of the time. In one band only runs are looked for: noise repeats
-    nothing longer.
-
-    Args:
-        pixels: uint8 (H, W) or (H, W, 2 to 4), or uint16 (H, W).
-    """
-    height, width = pixels.shape[:2]
-    bands = 1 if pixels.ndim == 2 else pixels.shape[2]
-    wide = pixels.dtype == np.uint16
-    rows = (pixels.astype(">u2").view(np.uint8) if wide else pixels).reshape(height, -1)
-    filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
-    filtered[:, 0] = _FILTER_UP
-    filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    deflate = zlib.compressobj(
-        level=1, memLevel=9, strategy=zlib.Z_RLE if bands == 1 else zlib.Z_DEFAULT_STRATEGY
-    )
-    data = deflate.compress(filtered.data) + deflate.flush()
-    header = struct.pack(">IIBBBBB", width, height, 16 if wide else 8, _COLOUR_TYPES[bands], 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(name)))
-        for name, body in chunks
-    )

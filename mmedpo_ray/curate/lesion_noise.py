@@ -6,7 +6,8 @@ share of signal left after k of 1,000 diffusion steps:
     x* = √ξ̄ · (x ⊙ h) + √(1 − ξ̄) · (ε ⊙ h) + x ⊙ (1 − h)
 
 on pixel values scaled to [-1, 1], as in diffusion models. Only pixels under the mask are read, drawn for and written, so the
-cost of the noise goes with the lesion and not with the image.
+cost of the noise goes with the lesion and not with the image. On an image larger than the model sees it, ε is drawn for grains
+of several pixels (:func:`grain_size`): independent pixels would be averaged away when the model's processor shrinks the image.
 
 Mode ``released`` is the authors' script: the map is smoothed by a 15 × 15 Gaussian, every pixel above its mean minus its
 standard deviation (most of the image) is replaced, each colour on its own, by N(0, 10) on the scale of 0 to 255, and storing
@@ -34,6 +35,8 @@ _RELEASED_STD = 10.0
 _RELEASED_SIGMA, _RELEASED_RADIUS = 2.6, 7
 # Standard deviations after which the blur's kernel ends.
 _BLUR_TRUNCATE = 3.0
+# Side of a grain of noise in pixels of what the model sees.
+_GRAIN = 2
 # Every so many-th value of a heat map tells about where its threshold lies; a prime, to see all columns of the image.
 _SAMPLE_STRIDE = 251
 _COLOUR_BANDS = {"L": 1, "I;16": 1, "LA": 1, "RGB": 3, "RGBA": 3}
@@ -89,9 +92,13 @@ class _Region:
     rng: np.random.Generator
 
     def noise(self) -> np.ndarray:
-        """ε: one draw a value, or one a pixel, float32 (1, n), where all pixels are grey, so that they stay grey."""
+        """ε: a draw for each grain, or value where a grain is a pixel; float32 (C, n), or (1, n) where all is grey and stays so."""
         rows = 1 if (self.values[1:] == self.values[:1]).all() else len(self.values)
-        return self.rng.standard_normal((rows, self.values.shape[1]), np.float32)
+        side, (height, width) = self.config.model_side, self.colours.shape[:2]
+        if side is None or min(height, width) <= side:
+            return self.rng.standard_normal((rows, len(self.places)), np.float32)
+        grains, count = _grains_of(self.places, (height, width), side)
+        return self.rng.standard_normal((rows, count), np.float32).take(grains, axis=1)
 
 
 @lru_cache(maxsize=64)
@@ -169,7 +176,7 @@ def add_lesion_noise(
         for band in range(num_bands):
             flat[:, band][places] = after[band]
         changed = int(np.count_nonzero((after != before).any(axis=0)))
-    return Noised(pixels, places, _parameters(config, len(places), changed, heat_map.size))
+    return Noised(pixels, places, _parameters(config, len(places), changed, heat_map.shape))
 
 
 def lesion_places(heat_map: np.ndarray, area_share: float) -> np.ndarray:
@@ -275,6 +282,43 @@ _MODES: dict[str, Callable[[_Region], np.ndarray]] = {
 # ---------------------------------------------------------------------- their parts
 
 
+def grain_size(model_side: int | None, shape: tuple[int, int]) -> float:
+    """Side of a grain of noise in pixels of an image (H, W): two pixels of what the model sees, or 1 where it sees all of them.
+
+    How much of the noise's variance CLIP's processor (bicubic, 336 pixels) leaves, by the shorter side of the image:
+
+    ==================  =====  =====  =====  =====
+    shorter side          336    512  1,024  2,048
+    single pixels        1.00   0.28   0.07   0.02
+    grains               1.00   0.82   0.78   0.77
+    ==================  =====  =====  =====  =====
+
+    Grains of one model pixel would leave 0.52 to 0.61: the processor's kernel is wider than that.
+    """
+    if model_side is None or min(shape) <= model_side:
+        return 1.0
+    return _GRAIN * min(shape) / model_side
+
+
+def _grains_of(places: np.ndarray, shape: tuple[int, int], model_side: int) -> tuple[np.ndarray, int]:
+    """The grain, counted in raster order from 0, that each of the rising ``places`` lies in; and how many grains that makes."""
+    height, width = shape
+    # Pixel centres in grains; whole numbers, so that no rounding moves an edge.
+    down, across = (
+        ((2 * np.arange(length) + 1) * model_side) // (2 * _GRAIN * min(shape)) for length in (height, width)
+    )
+    columns = int(across[-1]) + 1
+    # Row by row, since dividing every position by the width takes longer than all the rest.
+    starts = np.arange(height) * width
+    lengths = np.diff(places.searchsorted(starts), append=len(places))
+    cells = across.take(places - starts.repeat(lengths))
+    cells += (down * columns).repeat(lengths)
+    hit = np.zeros((int(down[-1]) + 1) * columns, bool)
+    hit[cells] = True
+    number = hit.cumsum() - 1
+    return number.take(cells), int(number[-1]) + 1
+
+
 def config_signal_share(config: NoiseConfig) -> float:
     """ξ̄ as the settings give it: itself, or through steps and schedule."""
     return signal_share(config.steps, config.schedule) if config.signal_share is None else config.signal_share
@@ -312,8 +356,9 @@ def _value_range(pixels: np.ndarray) -> tuple[float, float]:
     return low, max(high, low + 1)
 
 
-def _parameters(config: NoiseConfig, masked: int, changed: int, size: int) -> dict[str, Any]:
+def _parameters(config: NoiseConfig, masked: int, changed: int, shape: tuple[int, int]) -> dict[str, Any]:
     """What a pair keeps about its noise."""
+    size = math.prod(shape)
     # Significant digits, so that one pixel of a large image is not rounded to none.
     shares = {
         "mask_share": float(f"{masked / size:.6g}"),
@@ -330,4 +375,6 @@ def _parameters(config: NoiseConfig, masked: int, changed: int, size: int) -> di
         strength["std"] = config.std
     else:
         strength["blur_sigma"] = config.blur_sigma
+    if config.mode != "blur":
+        strength["grain"] = float(f"{grain_size(config.model_side, shape):.6g}")
     return {"mode": config.mode, **strength, "mask": config.mask, "area_share": config.area_share, **shares}

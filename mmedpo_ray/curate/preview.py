@@ -23,7 +23,8 @@ from mmedpo_ray.curate.curate import draw_visual_samples, train_samples
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.curate.visual import PairMaker, VisualPair, visual_pair_id
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.images import encode_pixels, to_rgb
+from mmedpo_ray.images import to_rgb
+from mmedpo_ray.png import encode_pixels
 from mmedpo_ray.run_folder import RunFolder
 
 _COLUMNS = ("original", "heat map", "mask outline", "noised")

@@ -18,8 +18,12 @@ from mmedpo_ray.config import Config
 from mmedpo_ray.curate.hallucinate import common, stable_seed
 from mmedpo_ray.curate.lesion_noise import Noised, add_lesion_noise
 from mmedpo_ray.curate.tools import TOOLS, Localisation
+from mmedpo_ray.png import encode_pixels
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
+
+# The shorter side of a stored heat map; the finest grid of a tool's model (CLIPSeg) has 352 patches a side, MedKLIP's 14.
+HEAT_MAP_SIDE = 256
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,10 @@ class VisualPairs:
         name = hashlib.sha256(pair_id.encode()).hexdigest()[:24]
         noised_uri = storage.join(self._folder, f"{name}.png")
         heat_map_uri = storage.join(self._folder, f"{name}_heat.png")
-        storage.write_bytes(heat_map_uri, image_files.encode_pixels(heat_map_pixels(pair.heat_map)))
-        storage.write_bytes(noised_uri, image_files.encode_pixels(pair.noised.pixels))
+        # A model's map comes from a coarse grid, a mask that came with the data is exact.
+        least = HEAT_MAP_SIDE if TOOLS[self._tool].has_model else None
+        storage.write_bytes(heat_map_uri, encode_pixels(heat_map_pixels(pair.heat_map, least)))
+        storage.write_bytes(noised_uri, encode_pixels(pair.noised.pixels))
         return {
             "pair_id": pair_id,
             "kind": "visual",
@@ -191,8 +197,15 @@ def dropped(row: dict[str, Any], reason: str, detail: str | None) -> dict[str, A
     }
 
 
-def heat_map_pixels(heat_map: np.ndarray) -> np.ndarray:
-    """A heat map (H, W) in [0, 1] as uint8, 255 = 1.0."""
-    scaled = heat_map * np.float32(255)
+def heat_map_pixels(heat_map: np.ndarray, least: int | None = None) -> np.ndarray:
+    """A heat map (H, W) in [0, 1] as uint8, 255 = 1.0.
+
+    Args:
+        heat_map: at the size of the image.
+        least: of a larger map only every so many-th row and column is taken, as many as leave the shorter side this long at
+            least; None: all.
+    """
+    step = max(1, min(heat_map.shape) // least) if least else 1
+    scaled = heat_map[step // 2 :: step, step // 2 :: step] * np.float32(255)
     scaled += np.float32(0.5)
     return scaled.astype(np.uint8)

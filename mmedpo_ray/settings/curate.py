@@ -54,6 +54,12 @@ class NoiseConfig(Section):
     blur_sigma: float = Field(
         0.04, gt=0, description="blur: standard deviation, as a share of the image's shorter edge"
     )
+    model_side: int | None = Field(
+        336,
+        ge=1,
+        description="diffusion, additive: shorter side at which the model sees an image, in pixels; in a larger one noise comes "
+        "in grains of two such pixels, since single ones are averaged away; null: always single pixels",
+    )
     mask: Literal["hard", "soft"] = "hard"
     area_share: Share = Field(0.15, description="largest share of the image that a tool's heat map may cover")
 

@@ -82,9 +82,13 @@ def written_out(image: Image.Image, heat_map: np.ndarray, config: NoiseConfig, s
         mask = hottest(heat_map, config.area_share)
     h = ((heat_map if config.mask == "soft" else np.float32(1)) * mask.astype(np.float32))[..., None]
     grey = bool((v[mask] == v[mask][:, :1]).all()) and config.mode != "released"
-    draws = np.random.default_rng(seed).standard_normal((1 if grey else num_bands, mask.sum()), np.float32)
+    side = None if config.mode == "released" else config.model_side
+    grain = 2 * min(mask.shape) / side if side is not None and min(mask.shape) > side else 1
+    y, x = (np.floor((np.arange(length) + 0.5) / grain).astype(int) for length in mask.shape)
+    cells, cell = np.unique((y[:, None] * (x[-1] + 1) + x)[mask], return_inverse=True)
+    draws = np.random.default_rng(seed).standard_normal((1 if grey else num_bands, len(cells)), np.float32)
     noise = np.zeros_like(v)
-    noise[mask] = draws.T
+    noise[mask] = draws.T[cell]
     middle, half = (low + high) / 2, (high - low) / 2
     if config.mode == "diffusion":
         share = config.signal_share
@@ -120,6 +124,8 @@ CONFIGS = st.builds(
     signal_share=st.none() | st.floats(0, 0.99),
     std=st.floats(0.01, 2),
     blur_sigma=st.floats(0.01, 0.5),
+    # Powers of two divide exactly in the slow form as well.
+    model_side=st.sampled_from([None, 1, 2, 4, 8, 16, 32, 336]),
     mask=st.sampled_from(["hard", "soft"]),
     area_share=st.floats(0, 1),
 )
@@ -220,6 +226,42 @@ def test_the_statistics_of_the_papers_noise() -> None:
     expected = np.clip(np.sqrt(share) * (200 / 127.5 - 1) + np.sqrt(1 - share) * noise, -1, 1)
     assert after.mean() == pytest.approx(expected.mean(), abs=0.01)
     assert after.std() == pytest.approx(expected.std(), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mode", "strength"), [("diffusion", {"signal_share": 0.96}), ("additive", {"std": 0.1})]
+)
+@pytest.mark.parametrize("size", [(512, 512), (1024, 700)])
+def test_noise_survives_the_shrinking_to_what_the_model_sees(
+    mode: str, strength: dict[str, Any], size: tuple[int, int]
+) -> None:
+    image, whole = Image.fromarray(np.full(size, 128, np.uint8)), np.ones(size, np.float32)
+
+    def left(**settings_: Any) -> float:
+        """Share of the noise's variance left when the shorter side is shrunk to 336, as CLIP's processor does."""
+        result = noised(image, whole, mode=mode, area_share=1, **strength, **settings_)
+        shrunk = [round(side * 336 / min(size)) for side in reversed(size)]
+        small = result.image.resize(shrunk, Image.Resampling.BICUBIC)
+        return float(np.asarray(small, np.float64).var() / np.asarray(result.image, np.float64).var())
+
+    assert 0.7 < left() < 0.9
+    assert left(model_side=None) < 0.35
+    # Each pixel alone is as noisy as before.
+    coarse, fine = (
+        noised(image, whole, mode=mode, area_share=1, **strength, model_side=side) for side in (336, None)
+    )
+    assert np.asarray(coarse.image).std() == pytest.approx(np.asarray(fine.image).std(), rel=0.03)
+    assert coarse.parameters["grain"] == pytest.approx(2 * min(size) / 336, rel=1e-5)
+    assert fine.parameters["grain"] == 1
+
+
+def test_what_the_model_sees_whole_gets_noise_in_single_pixels() -> None:
+    image, heat_map = picture("RGB", 40, 60), heat(40, 60)
+    fine = noised(image, heat_map, model_side=None)
+    assert np.array_equal(fine.pixels, noised(image, heat_map, model_side=40).pixels)
+    assert not np.array_equal(fine.pixels, noised(image, heat_map, model_side=39).pixels)
+    released = noised(image, heat_map, mode="released", model_side=8)
+    assert np.array_equal(released.pixels, noised(image, heat_map, mode="released", model_side=None).pixels)
 
 
 def test_the_signal_share_can_be_given_itself() -> None:

@@ -143,23 +143,3 @@ def test_an_empty_batch_is_an_empty_table(tmp_path: Path) -> None:
     result = VisualPairs(config(tmp_path))(tables.SAMPLES.empty_table())
     assert isinstance(result, pa.Table)
     assert result.num_rows == 0
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    mode=st.sampled_from(["L", "LA", "RGB", "RGBA", "I;16"]),
-    height=st.integers(1, 30),
-    width=st.integers(1, 30),
-    seed=st.integers(0, 100),
-)
-def test_png_files_read_back_as_they_were(mode: str, height: int, width: int, seed: int) -> None:
-    bands = {"L": (), "I;16": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}[mode]
-    high, kind = (65536, np.uint16) if mode == "I;16" else (256, np.uint8)
-    pixels = np.random.default_rng(seed).integers(0, high, (height, width, *bands)).astype(kind)
-    data = images.encode_pixels(pixels)
-    read = Image.open(io.BytesIO(data))
-    read.load()
-    assert (read.mode, read.size) == (mode, (width, height))
-    assert np.array_equal(np.asarray(read), pixels)
-    Image.open(io.BytesIO(data)).verify()
-    assert images.encode_pixels(pixels.copy()) == data

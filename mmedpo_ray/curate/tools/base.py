@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,17 +84,20 @@ def upsample(
     scaled = (grid - low) / (high - low) if high > low else np.zeros_like(grid, dtype=np.float64)
     left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
     rows, columns = grid.shape
-    down = _interpolation(height, rows, top, bottom).astype(np.float32)
-    across = _interpolation(width, columns, left, right).astype(np.float32)
+    down, across = _interpolation(height, rows, top, bottom), _interpolation(width, columns, left, right)
     heat_map = down @ scaled.astype(np.float32) @ across.T
     return np.clip(heat_map, 0.0, 1.0, out=heat_map)
 
 
+@lru_cache(maxsize=32)
 def _interpolation(pixels: int, patches: int, start: float, end: float) -> np.ndarray:
-    """Linear weights of patches (columns) at pixels (rows), which sum to 1 inside ``start`` to ``end`` and to 0 outside."""
+    """Linear weights of patches (columns) at pixels (rows), float32; they sum to 1 inside ``start`` to ``end``, to 0 outside."""
     # Pixel centres in patch coordinates, where patch i has its centre at i.
     place = (np.arange(pixels) + 0.5 - start) / (end - start) * patches - 0.5
     inside = (place >= -0.5) & (place <= patches - 0.5)
     nearest = np.clip(place, 0, patches - 1)
     weights = np.maximum(0.0, 1.0 - np.abs(nearest[:, None] - np.arange(patches)[None, :]))
-    return weights * inside[:, None]
+    weights = (weights * inside[:, None]).astype(np.float32)
+    # Shared by all images of this size.
+    weights.flags.writeable = False
+    return weights
