@@ -6,6 +6,7 @@ Both ways the file format is the ordinary one: any reader opens what is written 
 from __future__ import annotations
 
 import struct
+
 import numpy as np
 from isal import isal_zlib
 

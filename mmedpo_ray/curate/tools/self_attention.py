@@ -6,12 +6,14 @@ instruction, which helps some large models, made it worse there. The confidence 
 how likely a disease is: a normal image can have a confident heat map. As the score of a visual pair it therefore ranks pairs by
 how local their noise is; whether that is clinical relevance is an open question.
 
-One row at a time: until they are averaged, the attention weights of a 7B model fill about a gigabyte a row.
+The rows of a batch run together. Each layer's weights are averaged as soon as they are there: those of all layers of a 7B
+model would fill about a gigabyte a row.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image
@@ -19,6 +21,11 @@ from PIL import Image
 from mmedpo_ray.config import Config
 from mmedpo_ray.curate.tools.base import Localisation, VisualTool, upsample
 from mmedpo_ray.images import to_rgb
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmedpo_ray.models.loading import PromptWriter
 
 # The confidence compares this share of the patches, the hottest ones, with what uniform attention would give them.
 _HOT_SHARE = 0.15
@@ -48,47 +55,91 @@ class SelfAttention(VisualTool):
         self._model: Any = cast(Any, load_model(config.model.path, dtype)).to(self._device)
         # Only the eager form returns the attention it computes.
         self._model.set_attn_implementation("eager")
+        self._layers = self._model.model.language_model.layers
         self._processor = load_processor(config.model.path)
         self._writer = PromptWriter(self._processor)
 
     def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
-        return [self._localise(image, row) for image, row in zip(images, rows, strict=True)]
+        turns = [_turn(self._writer, row) for row in rows]
+        usable = [number for number, turn in enumerate(turns) if turn is not None]
+        asked = [turn for turn in turns if turn is not None]
+        found = [
+            Localisation(None, 0.0, "image_placeholder_in_question", row["sample_id"]) for row in rows
+        ]
+        if not asked:
+            return found
+        pixels = self._writer.pixels([to_rgb(images[number]) for number in usable])
+        for number, attention in zip(usable, self._attention(pixels, asked), strict=True):
+            found[number] = self._localisation(images[number], attention, rows[number]["sample_id"])
+        return found
 
-    def _localise(self, image: Image.Image, row: dict[str, Any]) -> Localisation:
-        prompt = self._writer.prompt(row["question"])
-        answer = self._writer.response(row["question"], row["answer"])
-        if prompt is None or answer is None:
-            return Localisation(None, 0.0, "image_placeholder_in_question", row["sample_id"])
-        rgb = to_rgb(image)
-        pixels = self._writer.pixels([rgb]).to(self._device, self._model.dtype)
-        attention = self._attention(pixels, prompt, answer)
+    def _localisation(self, image: Image.Image, attention: np.ndarray, sample_id: str) -> Localisation:
         grid = patch_grid(attention)
         if grid is None:
-            return Localisation(None, 0.0, "no_square_patch_grid", row["sample_id"])
-        return Localisation(
-            upsample(grid, image.height, image.width, crop_box(self._processor.image_processor, rgb.size)),
-            concentration(attention),
-        )
+            return Localisation(None, 0.0, "no_square_patch_grid", sample_id)
+        seen = crop_box(self._processor.image_processor, image.size)
+        return Localisation(upsample(grid, image.height, image.width, seen), concentration(attention))
 
-    def _attention(self, pixels: Any, prompt: list[int], answer: list[int]) -> np.ndarray:
-        """Attention of the tokens that predict the answer to each image token, (P,) float64 of sum 1."""
+    def _attention(self, pixels: torch.Tensor, turns: list[_Turn]) -> list[np.ndarray]:
+        """Attention of the tokens that predict the answer to each image token, a row each: (P,) float64 of sum 1.
+
+        Args:
+            pixels: (B, 3, H, W).
+            turns: B rows.
+        """
         torch = self._torch
-        ids = torch.tensor([prompt + answer[:-1]], device=self._device)
-        with torch.inference_mode():
-            out = self._model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=pixels,
-                output_attentions=True,
-                use_cache=False,
-            )
-        is_image = ids[0] == self._writer.image_token_id
-        rows = slice(len(prompt) - 1, ids.shape[1])
-        # (1, heads, T, T) a layer.
-        weights = torch.stack(
-            [layer[0, :, rows][:, :, is_image].float().mean((0, 1)) for layer in out.attentions]
-        ).mean(0)
-        return (weights / weights.sum().clamp_min(_EPSILON)).double().cpu().numpy()
+        # The last token of an answer predicts nothing.
+        rows = [torch.tensor(turn.prompt + turn.answer[:-1]) for turn in turns]
+        # Padded behind, where causal attention never looks, so that a row's numbers are those it has alone.
+        padded = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=self._writer.pad_token_id
+        ).to(self._device)
+        lengths = torch.tensor([len(row) for row in rows], device=self._device)
+        mask = torch.arange(padded.shape[1], device=self._device) < lengths[:, None]
+        places = [
+            (slice(len(turn.prompt) - 1, len(row)), (row == self._writer.image_token_id).to(self._device))
+            for turn, row in zip(turns, rows, strict=True)
+        ]
+        layers: list[torch.Tensor] = []
+
+        def reduce(_module: Any, _inputs: Any, output: tuple[Any, Any]) -> tuple[Any, None]:
+            hidden, weights = output
+            means = [
+                weights[number, :, answer, : len(image)][..., image].float().mean((0, 1))
+                for number, (answer, image) in enumerate(places)
+            ]
+            layers.append(torch.stack(means))
+            # What is kept no longer than this holds one layer's weights at a time.
+            return hidden, None
+
+        hooks = [layer.self_attn.register_forward_hook(reduce) for layer in self._layers]
+        try:
+            with torch.inference_mode():
+                # The trunk alone: nobody needs logits over the vocabulary.
+                self._model.model(
+                    input_ids=padded,
+                    attention_mask=mask.long(),
+                    pixel_values=pixels.to(self._device, self._model.dtype),
+                    use_cache=False,
+                )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        mean = torch.stack(layers).mean(0)
+        return list((mean / mean.sum(1, keepdim=True).clamp_min(_EPSILON)).double().cpu().numpy())
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Token ids of a question with its image, and of its answer."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def _turn(writer: PromptWriter, row: dict[str, Any]) -> _Turn | None:
+    prompt, answer = writer.prompt(row["question"]), writer.response(row["question"], row["answer"])
+    return None if prompt is None or answer is None else _Turn(prompt, answer)
 
 
 def patch_grid(values: np.ndarray) -> np.ndarray | None:
