@@ -11,7 +11,8 @@ keeps its heat map as a file, which the authors' does not: "with heat map".
 Bytes are checked on every image before anything is timed: the default against the paper's formula written out over the whole
 image, ``released`` against the authors' way given the same noise, both after a trip through our PNG file. Times are CPU
 seconds of this process with one thread everywhere; the ways take turns, a round each, so that a slow moment hits all of
-them. Figures are medians over the rounds; in brackets the lowest and highest ratio of a round.
+them. Milliseconds are those of a way's fastest round, which other work on the machine disturbed least, and so is their ratio; in
+brackets the lowest and highest ratio of a round.
 """
 
 from __future__ import annotations
@@ -236,8 +237,8 @@ def measure(paths: list[Path], rounds: int) -> dict[str, Any]:
     for (name, span), values in seconds.items():
         ratios = (seconds["authors", span] / values)[1:]
         result[f"{name}: {span}"] = {
-            "milliseconds": round(1000 * float(np.median(values[1:])), 2),
-            "times_faster": round(float(np.median(ratios)), 2),
+            "milliseconds": round(1000 * float(values[1:].min()), 2),
+            "times_faster": round(float(seconds["authors", span][1:].min() / values[1:].min()), 2),
             "lowest": round(float(ratios.min()), 2),
             "highest": round(float(ratios.max()), 2),
         }

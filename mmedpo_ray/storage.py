@@ -6,6 +6,7 @@ write appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import posixpath
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -69,6 +71,9 @@ def list_files(uri: str | Path, suffix: str = "") -> list[str]:
     filesystem, path = resolve(uri)
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     names = sorted(info.base_name for info in infos if info.is_file and info.base_name.endswith(suffix))
+    if "://" in str(uri):
+        # An address is percent-encoded, a path is not.
+        names = [quote(name) for name in names]
     return [join(uri, name) for name in names]
 
 
@@ -84,8 +89,13 @@ def read_bytes(uri: str | Path) -> bytes:
 
 
 def write_bytes(uri: str | Path, data: bytes | pa.Buffer) -> None:
-    """Writes a whole file, atomically on file systems that rename atomically."""
+    """Writes a whole file: it appears when all of it is there, whatever becomes of the writer."""
     filesystem, path = resolve(uri)
+    if _is_object_store(filesystem):
+        # An object exists once its upload is completed, has no folder to be made, and would have to be copied to be renamed.
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+        return
     filesystem.create_dir(posixpath.dirname(path), recursive=True)
     temporary = f"{path}.{uuid.uuid4().hex}{_TEMPORARY}"
     with filesystem.open_output_stream(temporary) as stream:
@@ -94,7 +104,7 @@ def write_bytes(uri: str | Path, data: bytes | pa.Buffer) -> None:
 
 
 def write_parquet(uri: str | Path, table: pa.Table, **options: Any) -> str:
-    """Writes one Parquet file, atomically on file systems that rename atomically.
+    """Writes one Parquet file whole, as :func:`write_bytes` does.
 
     Returns:
         SHA-256 of its bytes, hex.
@@ -136,7 +146,17 @@ def move(source: str | Path, target: str | Path) -> None:
     """Moves a file or folder; an existing target is replaced."""
     filesystem, source_path = resolve(source)
     _, target_path = resolve(target)
-    remove(target)
+    is_folder = filesystem.get_file_info(source_path).type == fs.FileType.Directory
+    if is_folder:
+        # A file is replaced in one step below, without a moment where there is none.
+        remove(target)
+    if is_folder and _is_object_store(filesystem):
+        # There are no folders to rename, only names that begin alike.
+        fs.copy_files(
+            source_path, target_path, source_filesystem=filesystem, destination_filesystem=filesystem
+        )
+        remove(source)
+        return
     filesystem.create_dir(posixpath.dirname(target_path), recursive=True)
     filesystem.move(source_path, target_path)
 
@@ -154,9 +174,15 @@ def remove(uri: str | Path) -> None:
     filesystem, path = resolve(uri)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.Directory:
-        filesystem.delete_dir(path)
+        # On GCS a folder is only a beginning that names share: when they are gone, deleting it finds nothing.
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_dir(path)
     elif kind == fs.FileType.File:
         filesystem.delete_file(path)
+
+
+def _is_object_store(filesystem: fs.FileSystem) -> bool:
+    return filesystem.type_name in ("s3", "gcs", "abfs")
 
 
 def local_folder(uri: str | Path, purpose: str) -> Path:

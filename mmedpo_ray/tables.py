@@ -113,7 +113,12 @@ PAIRS = pa.schema(
             "the tool's confidence that it found the lesion, 0..1",
             nullable=True,
         ),
-        _field("heat_map_uri", pa.string(), "heat map as 8-bit PNG, 255 = 1.0", nullable=True),
+        _field(
+            "heat_map_uri",
+            pa.string(),
+            "heat map as 8-bit PNG, 255 = 1.0; a model's may be smaller than the image",
+            nullable=True,
+        ),
         _field(
             "noise",
             pa.string(),

@@ -315,8 +315,10 @@ def _grains_of(places: np.ndarray, shape: tuple[int, int], model_side: int) -> t
     cells += (down * columns).repeat(lengths)
     hit = np.zeros((int(down[-1]) + 1) * columns, bool)
     hit[cells] = True
-    number = hit.cumsum() - 1
-    return number.take(cells), int(number[-1]) + 1
+    touched = np.flatnonzero(hit)
+    number = np.empty(len(hit), np.int64)
+    number[touched] = np.arange(len(touched))
+    return number.take(cells), len(touched)
 
 
 def config_signal_share(config: NoiseConfig) -> float:

@@ -63,9 +63,7 @@ class SelfAttention(VisualTool):
         turns = [_turn(self._writer, row) for row in rows]
         usable = [number for number, turn in enumerate(turns) if turn is not None]
         asked = [turn for turn in turns if turn is not None]
-        found = [
-            Localisation(None, 0.0, "image_placeholder_in_question", row["sample_id"]) for row in rows
-        ]
+        found = [Localisation(None, 0.0, "image_placeholder_in_question", row["sample_id"]) for row in rows]
         if not asked:
             return found
         pixels = self._writer.pixels([to_rgb(images[number]) for number in usable])
