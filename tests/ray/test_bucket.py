@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from object_store import running
-from PIL import Image
 
 from mmedpo_ray import images, stage, storage, tables
 from mmedpo_ray.png import encode_pixels
@@ -25,16 +24,17 @@ QUESTIONS = [
 ]
 # Workers learn of the server from the environment, so the run has a cluster of its own.
 STATIONS = """
-import sys
+import json, sys
 from mmedpo_ray import cluster
 from mmedpo_ray.config import load
 from mmedpo_ray.curate.curate import curate
 from mmedpo_ray.data.ingest import ingest
 from mmedpo_ray.judge.score import score
-config = load(None, sys.argv[1:])
-cluster.start(config.ray)
-for station in (ingest, curate, score):
-    station(config)
+configs = [load(None, options) for options in json.loads(sys.argv[1])]
+cluster.start(configs[0].ray)
+for config in configs:
+    for station in (ingest, curate, score):
+        station(config)
 """
 
 
@@ -71,20 +71,23 @@ def write_slake(root: str) -> None:
     storage.write_bytes(storage.join(root, "train.json"), json.dumps(rows).encode())
 
 
-def run_stations(folder: str, root: str) -> list[dict[str, Any]]:
-    options = (
-        f"run.folder={folder}",
+def run_stations(runs: list[tuple[str, str]]) -> None:
+    """Runs the stations for each (run folder, data root), all in one cluster."""
+    shared = (
         "data.format=slake",
-        f"data.root={root}",
         "data.test_share=0",
         "run.max_dropped_share=0.9",
         "curate.text.method=rule_edit",
         "curate.visual.tool=dataset_mask",
     )
+    options = [[f"run.folder={folder}", f"data.root={root}", *shared] for folder, root in runs]
     done = subprocess.run(
-        [sys.executable, "-c", STATIONS, *options], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-c", STATIONS, json.dumps(options)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def scored(folder: str) -> list[dict[str, Any]]:
     rows = stage.read_table(storage.join(folder, "scored"), tables.SCORED, "scored").to_pylist()
     return sorted(rows, key=lambda row: row["pair_id"])
 
@@ -94,9 +97,9 @@ def test_a_run_on_a_bucket_equals_one_on_paths(bucket: str, tmp_path: Path) -> N
     write_slake(remote)
     write_slake(local)
     # The data in the bucket with the run on a path, as `mmedpo run` wants it; both in the bucket; both on paths.
-    mixed = run_stations(str(tmp_path / "mixed"), remote)
-    inside = run_stations(storage.join(bucket, "run"), remote)
-    outside = run_stations(str(tmp_path / "outside"), local)
+    folders = [str(tmp_path / "mixed"), storage.join(bucket, "run"), str(tmp_path / "paths")]
+    run_stations(list(zip(folders, (remote, remote, local), strict=True)))
+    mixed, inside, outside = map(scored, folders)
     assert {row["kind"] for row in outside} == {"text", "visual"}
     assert sum(row["kind"] == "visual" for row in outside) == IMAGES
     places = {"image_uri", "rejected_image_uri", "heat_map_uri"}
@@ -108,12 +111,7 @@ def test_a_run_on_a_bucket_equals_one_on_paths(bucket: str, tmp_path: Path) -> N
             assert row["image_uri"].startswith(remote)
             noised, same = (images.load_image(item["rejected_image_uri"]) for item in (row, expected))
             assert np.array_equal(np.asarray(noised), np.asarray(same))
-    dropped = [
-        stage.read_manifest(storage.join(folder, "samples"))
-        for folder in (str(tmp_path / "mixed"), storage.join(bucket, "run"))
-    ]
-    assert all(
-        manifest is not None and manifest.dropped == {"image_undecodable": 2, "image_missing": 2}
-        for manifest in dropped
-    )
-    assert isinstance(images.load_image(inside[0]["rejected_image_uri"]), Image.Image)
+    for folder in folders:
+        manifest = stage.read_manifest(storage.join(folder, "samples"))
+        assert manifest is not None
+        assert manifest.dropped == {"image_undecodable": 2, "image_missing": 2}

@@ -124,6 +124,27 @@ def test_attention_depends_on_image_and_question(attention: SelfAttention) -> No
     assert not np.allclose(first.heat_map, other.heat_map)
 
 
+def test_a_batch_gives_each_row_what_it_gets_alone(attention: SelfAttention) -> None:
+    rng = np.random.default_rng(2)
+    images = [Image.fromarray(rng.integers(0, 255, (32, 24 + i, 3), dtype=np.uint8)) for i in range(4)]
+    questions = [
+        "Where?",
+        "<image> What?",
+        "Is there a large effusion in the lower zone of the left lung?",
+        "Side?",
+    ]
+    rows = [sample(question=question) for question in questions]
+    together = attention.localise(images, rows)
+    assert [found.problem is None for found in together] == [True, False, True, True]
+    for image, row, found in zip(images, rows, together, strict=True):
+        [alone] = attention.localise([image], [row])
+        assert found.problem == alone.problem
+        assert found.confidence == pytest.approx(alone.confidence, abs=1e-5)
+        if alone.heat_map is not None:
+            assert found.heat_map is not None
+            assert np.allclose(found.heat_map, alone.heat_map, atol=1e-5)
+
+
 def test_an_image_placeholder_in_the_question_is_refused(attention: SelfAttention) -> None:
     [found] = attention.localise([Image.new("RGB", (32, 32))], [sample(question="<image> What?")])
     assert found.problem == "image_placeholder_in_question"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmedpo_ray import images, tables
 from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.visual import VisualPairs
+from mmedpo_ray.curate.visual import VisualPairs, heat_map_pixels
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -134,6 +134,16 @@ def test_parameters_tell_what_was_noised(tmp_path: Path, mode: str) -> None:
         assert noise["mask_share"] == pytest.approx(120 / 1200)
     lesion = np.asarray(Image.open(row["mask_uri"]))
     assert np.array_equal(np.asarray(Image.open(pair["heat_map_uri"])) == 255, lesion)
+
+
+def test_a_large_heat_map_can_be_stored_smaller() -> None:
+    ramp = np.linspace(0, 1, 600 * 900, dtype=np.float32).reshape(600, 900)
+    assert np.array_equal(heat_map_pixels(ramp), np.floor(ramp * 255 + 0.5).astype(np.uint8))
+    small = heat_map_pixels(ramp, 256)
+    assert small.shape == (300, 450)
+    spread = np.asarray(Image.fromarray(small).resize((900, 600), Image.Resampling.BILINEAR), np.float32)
+    assert np.abs(spread / 255 - ramp).max() < 0.01
+    assert heat_map_pixels(ramp[:300], 256).shape == (300, 900)
 
 
 def test_an_empty_batch_is_an_empty_table(tmp_path: Path) -> None:
