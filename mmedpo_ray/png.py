@@ -57,7 +57,7 @@ def unpacked(data: bytes) -> bytes:
     """
     try:
         return _unpacked(data) or data
-    except (KeyError, struct.error, isal_zlib.error):
+    except (KeyError, struct.error, isal_zlib.error):  # type: ignore[misc]  # its stub says less than it is
         return data
 
 
@@ -85,7 +85,7 @@ def _unpacked(data: bytes) -> bytes | None:
 
 def _deflated(data: bytes) -> tuple[list[memoryview], int, int]:
     """The bodies of the IDAT chunks, where the first of them starts and the last ends; none where it is not so simple."""
-    view, parts = memoryview(data), []
+    view, parts = memoryview(data), list[memoryview]()
     place, start, end = len(_SIGNATURE), 0, 0
     name = b""
     while name != b"IEND":
@@ -104,7 +104,7 @@ def _deflated(data: bytes) -> tuple[list[memoryview], int, int]:
 
 def _stored(data: bytes) -> bytes:
     """A zlib stream (RFC 1950) of stored blocks (RFC 1951, section 3.2.4)."""
-    view, blocks = memoryview(data), [b"\x78\x01"]
+    view, blocks = memoryview(data), list[bytes | memoryview]([b"\x78\x01"])
     for start in range(0, len(data), _BLOCK):
         body = view[start : start + _BLOCK]
         last = start + _BLOCK >= len(data)

@@ -98,7 +98,7 @@ class SelfAttention(VisualTool):
             (slice(len(turn.prompt) - 1, len(row)), (row == self._writer.image_token_id).to(self._device))
             for turn, row in zip(turns, rows, strict=True)
         ]
-        layers: list[torch.Tensor] = []
+        layers: list[Any] = []
 
         def reduce(_module: Any, _inputs: Any, output: tuple[Any, Any]) -> tuple[Any, None]:
             hidden, weights = output
