@@ -244,8 +244,8 @@ class Ours:
             model=str(folder),
             seed=0,
             folder=folder,
-            scored="",
-            reference=None,
+            prepared="",
+            stored_reference=False,
             key="",
             use_gpu=device.type == "cuda",
             attempt="",
@@ -253,7 +253,7 @@ class Ours:
         self.engine = DdpEngine(Policy(self.policy), spec)
 
     def reference_pass(self) -> None:
-        """What the station `reference` does once."""
+        """What the station `prepare` does once."""
         known = []
         for forest, pairs in self.batches:
             count = len(pairs.weight)

@@ -2,7 +2,7 @@
 
     python benchmarks/weak_scaling.py --run DIR [--ranks 1 2] [--strategy zero3] [--json FILE]
 
-DIR is the folder of a run whose `scored` and `reference` tables are finished (``make demo`` writes runs/phantom). Every rank is
+DIR is the folder of a run whose `prepared` table is finished (``make demo`` writes runs/phantom). Every rank is
 a process with one thread, as a GPU would be a rank; the loop is the one that Ray Train runs. Steps begin after the first, which
 builds the optimizer's state. On the machine's own cores more ranks than cores mean nothing.
 """
@@ -48,8 +48,8 @@ def spec_of(config: Config, folder: Path, ranks: int, arguments: argparse.Namesp
         model=config.model.path,
         seed=config.run.seed,
         folder=folder,
-        scored=run.scored,
-        reference=run.reference,
+        prepared=run.prepared,
+        stored_reference=True,
         key="benchmark",
         use_gpu=False,
         attempt="benchmark",

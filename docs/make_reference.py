@@ -96,7 +96,7 @@ def table_pages() -> str:
         ("candidates", tables.CANDIDATES),
         ("pairs", tables.PAIRS),
         ("scored", tables.SCORED),
-        ("reference", tables.REFERENCE),
+        ("prepared", tables.PREPARED),
         ("answers", tables.ANSWERS),
     ):
         lines += [f"## {name}\n", "| field | type | null | meaning |", "| --- | --- | --- | --- |"]

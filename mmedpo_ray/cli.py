@@ -44,7 +44,7 @@ _READS_WRITES = {
     "curate": ("samples/", "candidates/, pairs/, noised/"),
     "score": ("pairs/", "scored/"),
     "audit": ("a table of pairs (a run's scored/ unless given)", "audit.json; with --fix a cleaned table"),
-    "align": ("scored/", "reference/, align/ and control/align/"),
+    "align": ("scored/", "prepared/, align/ and control/align/"),
     "export": ("align/", "model/ and control/model/"),
     "serve": (
         "the base model and model/",

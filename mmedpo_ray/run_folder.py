@@ -75,8 +75,9 @@ class RunFolder:
         return join(self.root, "audit.json")
 
     @property
-    def reference(self) -> str:
-        return join(self.root, "reference")
+    def prepared(self) -> str:
+        """Tokenised pairs with their reference log-probabilities, as training reads them."""
+        return join(self.root, "prepared")
 
     @property
     def evaluate(self) -> str:

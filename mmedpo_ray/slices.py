@@ -43,22 +43,12 @@ def map_slices(
         rows: rows of a slice; None: such that every CPU of the cluster gets some.
         alone: keeps what follows in tasks of its own, as an actor that gathers batches wants its rows, not slices.
     """
-    sizes = {
-        path: footer_of(path).num_rows
-        for folder in folders
-        for path in storage.list_files(folder, ".parquet")
-    }
-    rows = rows or _slice_rows(sum(sizes.values()), num_cpus)
-    plan = [
-        pa.table([[path], [start], [min(start + rows, size)]], schema=_PLAN)
-        for path, size in sizes.items()
-        for start in range(0, size, rows)
-    ]
+    plan = plan_slices(folders, num_cpus=num_cpus, rows=rows)
     if not plan:
         return None
 
-    def work(slice_: pa.Table) -> pa.Table:
-        return task(pa.concat_tables([_read(**planned, schema=schema) for planned in slice_.to_pylist()]))
+    def work(planned: pa.Table) -> pa.Table:
+        return task(read_slices(planned, schema))
 
     return ray.data.from_arrow(plan).map_batches(
         work,
@@ -90,6 +80,26 @@ class Skip:
             return rows
         ids = pc.binary_join_element_wise(rows[self._column], self._suffix, "")
         return rows.filter(pc.invert(ray.get(self._done).mask(ids)))
+
+
+def plan_slices(folders: Sequence[str], *, num_cpus: float = 1.0, rows: int | None = None) -> list[pa.Table]:
+    """Where the slices of some tables lie, a block each; for the arguments see :func:`map_slices`."""
+    sizes = {
+        path: footer_of(path).num_rows
+        for folder in folders
+        for path in storage.list_files(folder, ".parquet")
+    }
+    rows = rows or _slice_rows(sum(sizes.values()), num_cpus)
+    return [
+        pa.table([[path], [start], [min(start + rows, size)]], schema=_PLAN)
+        for path, size in sizes.items()
+        for start in range(0, size, rows)
+    ]
+
+
+def read_slices(planned: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows of planned slices; columns of the schema that a file lacks are null."""
+    return pa.concat_tables([_read(**item, schema=schema) for item in planned.to_pylist()])
 
 
 def _slice_rows(total: int, num_cpus: float) -> int:

@@ -196,6 +196,7 @@ class Station:
         allow_empty: bool = False,
         retry_reasons: Sequence[str] = (),
         limit_dropped: bool = True,
+        intended_reasons: Sequence[str] = (),
     ) -> Manifest:
         """Runs a Ray Data pipeline and turns its rows into this station's table.
 
@@ -217,6 +218,7 @@ class Station:
                 when called again, for these rows only, also where that was too many of them for a table; if that
                 changes its table, the stations after it run again too.
             limit_dropped: whether ``run.max_dropped_share`` holds for this table.
+            intended_reasons: drop reasons that the user's settings ask for; ``run.max_dropped_share`` is about the others.
 
         Raises:
             UserError: no row is left, or an id occurs twice.
@@ -246,6 +248,7 @@ class Station:
             allow_empty=allow_empty,
             retry_reasons=retry_reasons,
             limit_dropped=limit_dropped,
+            intended_reasons=intended_reasons,
         )
 
     def write_part(self, rows: Iterable[dict[str, Any]], schema: pa.Schema, id_column: str) -> None:
@@ -264,6 +267,7 @@ class Station:
         allow_empty: bool = False,
         retry_reasons: Sequence[str] = (),
         limit_dropped: bool = True,
+        intended_reasons: Sequence[str] = (),
     ) -> Manifest:
         """Turns the parts written so far into the final table; for the arguments see :meth:`write_rows`."""
         staged = publication.staged(self.folder)
@@ -271,7 +275,7 @@ class Station:
         how = Merge(staged, schema, id_column, self.name)
         try:
             merged = merge(list(self._parts.values()), how, self.config.ray.data_cpus)
-            self._check(merged, id_column, allow_empty, limit_dropped)
+            self._check(merged, id_column, allow_empty, intended_reasons if limit_dropped else None)
             if merged.rows == 0:
                 storage.write_parquet(storage.join(staged, "part-00000.parquet"), schema.empty_table())
             figures = _figures(storage.dataset(staged), extra, extra_columns) if extra else {}
@@ -313,7 +317,10 @@ class Station:
                 PartWriter(folder, stays.schema, id_column, stays.num_rows).write(stays)
         return storage.list_files(self.folder, ".parquet")
 
-    def _check(self, merged: Merged, id_column: str, allow_empty: bool, limit_dropped: bool) -> None:
+    def _check(
+        self, merged: Merged, id_column: str, allow_empty: bool, intended_reasons: Sequence[str] | None
+    ) -> None:
+        """Refuses a table; with ``intended_reasons`` of ``None`` any share of its rows may be dropped."""
         if merged.example is not None:
             name, times = merged.example
             raise UserError(
@@ -322,9 +329,12 @@ class Station:
             )
         dropped, limit = sum(merged.dropped.values()), self.config.run.max_dropped_share
         total = merged.rows + dropped
-        if limit_dropped and total and dropped / total > limit:
+        faults = {} if intended_reasons is None else dict(merged.dropped)
+        for reason in intended_reasons or ():
+            faults.pop(reason, None)
+        if total and sum(faults.values()) / total > limit:
             raise DroppedShareError(
-                f"{self.name}: {dropped:,} of {total:,} rows would be dropped ({counts_in_words(merged.dropped)}), more than "
+                f"{self.name}: {sum(faults.values()):,} of {total:,} rows would be dropped ({counts_in_words(faults)}), more than "
                 f"run.max_dropped_share={limit}. Mend the input or raise the limit."
             )
         if merged.rows == 0 and not allow_empty:

@@ -150,16 +150,40 @@ SCORED = pa.schema(
     ]
 )
 
-REFERENCE = pa.schema(
+_TOKENS = pa.list_(pa.int32())
+_TOKEN_WEIGHTS = pa.list_(pa.float32())
+
+PREPARED = pa.schema(
     [
-        _field("pair_id", pa.string(), "row of `scored`"),
+        _field(
+            "tree_key",
+            pa.string(),
+            "image_id, U+001F, pair_id; the table's order keeps an image's pairs together",
+        ),
+        _field("pair_id", pa.string(), "row of `scored`; reversed pairs are <visual pair_id>:reversed"),
+        _field("image_id", pa.string(), "all pairs of one image form one tree"),
+        _field("kind", pa.string(), "text, visual or reversed"),
+        _field("image_uri", pa.string(), "image of the chosen response"),
+        _field("rejected_image_uri", pa.string(), "image of the rejected response"),
+        _field("prompt", _TOKENS, "token ids up to the answer; the image stands as a single image token"),
+        _field("chosen", _TOKENS, "token ids of the preferred answer with its end, cut at align.max_length"),
+        _field("rejected", _TOKENS, "token ids of the dispreferred answer with its end, cut likewise"),
+        _field(
+            "chosen_weights", _TOKEN_WEIGHTS, "weights of the chosen tokens, 0..1; null: all 1", nullable=True
+        ),
+        _field("rejected_weights", _TOKEN_WEIGHTS, "the same of the rejected tokens", nullable=True),
+        _field("prompt_tokens", pa.int32(), "tokens of the prompt, all image tokens counted"),
+        _field("chosen_tokens", pa.int32(), "tokens of chosen"),
+        _field("rejected_tokens", pa.int32(), "tokens of rejected"),
+        _field("answer_hash", pa.int64(), "of image, question and chosen answer: an answer is learnt once"),
+        _field("weight", pa.float64(), "of `scored`, without the coefficient of its kind"),
         _field(
             "ref_chosen_logp",
             pa.float64(),
-            "sum of token log-probabilities of chosen under the reference, nats",
+            "sum of token log-probabilities of chosen under the reference, nats; null: the objective needs none",
+            nullable=True,
         ),
-        _field("ref_rejected_logp", pa.float64(), "the same of rejected"),
-        _field("key", pa.string(), "hash of model, template, image processing, dtype and maximum length"),
+        _field("ref_rejected_logp", pa.float64(), "the same of rejected", nullable=True),
     ]
 )
 

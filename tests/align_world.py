@@ -18,9 +18,13 @@ import torch
 from PIL import Image
 
 from mmedpo_ray import storage, tables
+from mmedpo_ray.align.pair_index import ensure_index
 from mmedpo_ray.align.policy import TrainingSpec
+from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
 from mmedpo_ray.config import AlignConfig, LoraConfig
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.manifest import Manifest
+from mmedpo_ray.models.loading import PromptWriter, load_processor
 
 QUESTIONS = ("Is there a nodule?", "Where is the effusion?", "Describe the chest radiograph.")
 ANSWERS = (
@@ -72,23 +76,34 @@ def write_table(folder: Path, rows: list[dict[str, Any]], schema: Any, station: 
     """Writes a finished table with its manifest."""
     storage.write_parquet(str(folder / "part-00000.parquet"), tables.to_table(rows, schema))
     (folder / "manifest.json").write_text(
-        json.dumps({"station": station, "key": "test", "rows_out": len(rows)})
+        json.dumps({"station": station, "key": "test", "rows_in": len(rows), "rows_out": len(rows)})
     )
 
 
-def write_reference(folder: Path, rows: list[dict[str, Any]], seed: int = 1) -> None:
-    """A `reference` table with plausible numbers (they need not be the model's own for an equality)."""
+def write_prepared(
+    folder: Path, rows: list[dict[str, Any]], model: Path, settings: AlignConfig, seed: int = 1
+) -> None:
+    """Writes a finished `prepared` table, with plausible reference values (they need not be the model's for an equality).
+
+    Args:
+        folder: of the table.
+        rows: of `scored`.
+        model: whose tokenizer writes them.
+        settings: what is prepared.
+        seed: of the values.
+    """
+    how = Preparation.of(settings)
+    selected: list[Any] = [{name: row[name] for name in COLUMNS} for row in rows]
+    if how.with_reversed:
+        wrong = {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == "text"}
+        selected = with_reversed_pairs(selected, wrong)
+    prepared = prepare_rows(selected, PromptWriter(load_processor(str(model))), how)
+    assert all(tables.DROP_REASON not in row for row in prepared)
     rng = np.random.default_rng(seed)
-    references = [
-        {
-            "pair_id": row["pair_id"],
-            "ref_chosen_logp": float(-rng.uniform(5, 30)),
-            "ref_rejected_logp": float(-rng.uniform(5, 30)),
-            "key": "test",
-        }
-        for row in rows
-    ]
-    write_table(folder / "reference", references, tables.REFERENCE, "reference")
+    for row in prepared:
+        row["ref_chosen_logp"], row["ref_rejected_logp"] = (-rng.uniform(5, 30, 2)).tolist()
+    write_table(folder, sorted(prepared, key=lambda row: row["tree_key"]), tables.PREPARED, "prepare")
+    ensure_index(str(folder), Manifest(station="prepare", key="test"))
 
 
 def align_settings(**changes: Any) -> AlignConfig:
@@ -118,8 +133,8 @@ def training_spec(world: Path, model: Path, folder: Path, **changes: Any) -> Tra
         model=str(model),
         seed=0,
         folder=folder,
-        scored=str(world / "scored"),
-        reference=str(world / "reference") if settings.objective == "dpo" else None,
+        prepared=str(world / "prepared"),
+        stored_reference=settings.objective == "dpo",
         key="test",
         use_gpu=False,
         attempt="test",

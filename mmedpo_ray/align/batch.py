@@ -48,20 +48,6 @@ class Pair:
     rejected_weights: list[float] | None = None
 
 
-def num_tokens(pairs: Sequence[Pair], *, both_sides: bool) -> int:
-    """About how many tokens a packed forward pass of the pairs computes: each image's longest prompt, and all responses."""
-    prompts: dict[str, int] = {}
-    total = 0
-    for pair in pairs:
-        sides = [(pair.image_uri, pair.chosen)]
-        if both_sides:
-            sides.append((pair.rejected_image_uri, pair.rejected))
-        for uri, response in sides:
-            prompts[uri] = max(prompts.get(uri, 0), len(pair.prompt))
-            total += len(response)
-    return total + sum(prompts.values())
-
-
 class ImageLoader:
     """Reads and processes images, keeping the last ones in memory.
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmedpo_ray import storage, tables
+from mmedpo_ray import storage
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
 from mmedpo_ray.align.engine import Engine, make_engine
 from mmedpo_ray.align.forest import Forest
@@ -35,12 +35,12 @@ from mmedpo_ray.align.losses import (
     summarise,
 )
 from mmedpo_ray.align.metrics import MetricsWriter
-from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size, hold_out
+from mmedpo_ray.align.pair_source import StoredPairs, hold_out
+from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size
 from mmedpo_ray.align.policy import TrainingSpec, build_policy, learning_rate_factor
-from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.manifest import Manifest, read_manifest
 from mmedpo_ray.models.loading import PromptWriter, load_processor
-from mmedpo_ray.stage import read_table
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class TrainingLoop:
         """Trains to the end of the plan and writes what was trained.
 
         Raises:
-            UserError: the loss is not finite, an image is gone, or the reference table is of another model.
+            UserError: the loss is not finite, an image is gone, or the prepared table is of another model.
             InterruptedTrainingError: a rank was told to stop; a checkpoint was written.
         """
         measured = None
@@ -180,7 +180,7 @@ class TrainingLoop:
         if not self.both_sides:
             share, sums = sft_objective(chosen, pairs, total)
             return share, sums, torch.isfinite(chosen.likelihood).tolist()
-        if out.ref_logps is not None and self.spec.reference is None:
+        if out.ref_logps is not None and not self.spec.stored_reference:
             pairs = replace(pairs, ref_chosen=out.ref_logps[:count], ref_rejected=out.ref_logps[count:])
         if self._is_first_step and not micro.is_filler:
             self._worst_reference = max(self._worst_reference, _disagreement(chosen, rejected, pairs))
@@ -210,12 +210,12 @@ class TrainingLoop:
         return (
             self.step == 0
             and self.spec.check_reference
-            and self.spec.reference is not None
+            and self.spec.stored_reference
             and (align.train == "full" or align.lora.dropout == 0)
         )
 
     def _check_reference(self) -> None:
-        """Refuses a `reference` table whose values are not those of this model."""
+        """Refuses a `prepared` table whose reference values are not those of this model."""
         if not self._is_first_step:
             return
         worst = torch.tensor(self._worst_reference, dtype=torch.float64, device=self.engine.device)
@@ -223,7 +223,7 @@ class TrainingLoop:
         tolerance = _REFERENCE_TOLERANCE[self.spec.align.precision]
         if worst > tolerance:
             raise UserError(
-                f"align: the reference log-probabilities in {self.spec.reference} differ from those of {self.spec.model} by up to "
+                f"align: the reference log-probabilities in {self.spec.prepared} differ from those of {self.spec.model} by up to "
                 f"{worst:.3g} nats per token (more than {tolerance}): they were made with another model, image processing or "
                 "precision. Delete that folder and run align again."
             )
@@ -272,7 +272,7 @@ class TrainingLoop:
     ) -> None:
         if self.metrics is None:
             return
-        pairs = self.plan.step_pairs(step)
+        weights = self.plan.step_weights(step)
         tokens = int(sums[_TOKENS])
         self.metrics.write(
             {
@@ -282,8 +282,8 @@ class TrainingLoop:
                 **validation,
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
-                "ess": effective_sample_size([pair.weight for pair in pairs]),
-                "pairs_per_second": len(pairs) / seconds,
+                "ess": effective_sample_size(weights),
+                "pairs_per_second": len(weights) / seconds,
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
                 "seconds": seconds,
@@ -295,32 +295,21 @@ class TrainingLoop:
 
     def _make_plan(self) -> tuple[Plan, Plan | None]:
         """The order of training, and one pass over the held-out images if there are any."""
+        manifest = self._prepared()
         align = self.spec.align
-        scored = read_table(self.spec.scored, tables.SCORED, "scored")
-        pairs, dropped = prepare_pairs(
-            scored,
-            self.writer,
-            max_length=align.max_length,
-            visual_coefficient=align.visual_coefficient,
-            reversed_visual_coefficient=align.reversed_visual_coefficient,
-            common_token_weight=align.common_token_weight,
-            reference=self._reference(),
-        )
-        if self.rank == 0:
-            self._write_dropped(dropped)
-        trained_on, apart = hold_out(pairs, align.validation_share, self.spec.seed)
+        source = StoredPairs(self.spec.prepared, self.writer, align)
+        trained_on, apart = hold_out(source, align.validation_share, self.spec.seed)
         plan = Plan.of(trained_on, align, self.spec.seed)
         held_out = None
-        if apart:
+        if apart is not None:
             once = align.model_copy(update={"epochs": 1, "max_steps": None})
             held_out = Plan.of(apart, once, self.spec.seed)
         if self.rank == 0:
             self._write_json(
                 "plan.json",
                 {
-                    "rows_in": len(pairs) + len(dropped),
-                    "derived_pairs": len(pairs) + len(dropped) - scored.num_rows,
-                    "dropped": _reasons(dropped),
+                    "rows_in": manifest.rows_in,
+                    "dropped": manifest.dropped,
                     **plan.summary(),
                     "validation_images": held_out.num_images if held_out else 0,
                     "validation_pairs": held_out.num_pairs if held_out else 0,
@@ -328,30 +317,21 @@ class TrainingLoop:
             )
         return plan, held_out
 
-    def _reference(self) -> dict[str, tuple[float, float]] | None:
-        if self.spec.reference is None:
-            return None
-        table = read_table(self.spec.reference, tables.REFERENCE, "reference")
-        expected = self.spec.reference_key
-        stale = set(table["key"].unique().to_pylist()) - {expected}
-        if expected is not None and stale:
+    def _prepared(self) -> Manifest:
+        """The manifest of the pairs, which must be those that the driver prepared."""
+        manifest = read_manifest(self.spec.prepared)
+        if manifest is None:
             raise UserError(
-                f"align: the table {self.spec.reference} was made under other settings (key {sorted(stale)[0]}, now {expected}): "
-                "the model's files, align.precision, align.max_length, align.common_token_weight or the reversed pairs changed. "
+                f"align: {self.spec.prepared} is missing or unfinished on this node. All nodes must share the run's folder."
+            )
+        expected = self.spec.prepared_key
+        if expected is not None and manifest.key != expected:
+            raise UserError(
+                f"align: the table {self.spec.prepared} was made under other settings (key {manifest.key}, now {expected}): "
+                "the model's files, `scored`, align.precision, align.max_length or the kinds of pairs changed. "
                 "Delete that folder and run align again."
             )
-        return {
-            row["pair_id"]: (row["ref_chosen_logp"], row["ref_rejected_logp"]) for row in table.to_pylist()
-        }
-
-    def _write_dropped(self, dropped: list[dict[str, Any]]) -> None:
-        folder = storage.join(str(self.spec.folder), "dropped")
-        storage.remove(folder)
-        if dropped:
-            schema = tables.with_drop_columns(tables.SCORED)
-            storage.write_parquet(
-                storage.join(folder, "part-00000.parquet"), tables.to_table(dropped, schema)
-            )
+        return manifest
 
     def _make_engine(self) -> tuple[Engine, int]:
         """The engine, as the last checkpoint left it if there is one, and the next step."""
@@ -390,10 +370,3 @@ def _blank() -> Any:
     from PIL import Image
 
     return Image.new("RGB", (32, 32))
-
-
-def _reasons(dropped: list[dict[str, Any]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for row in dropped:
-        counts[row[tables.DROP_REASON]] = counts.get(row[tables.DROP_REASON], 0) + 1
-    return counts

@@ -29,12 +29,12 @@ class TrainingSpec:
         model: model path as in ``model.path``.
         seed: of LoRA initialisation, order and dropout.
         folder: where checkpoints, metrics and the trained weights go (shared by all nodes).
-        scored: folder of the `scored` table.
-        reference: folder of the `reference` table; ``None`` if the objective needs none.
+        prepared: folder of the `prepared` table.
+        stored_reference: whether the reference log-probabilities are those of the table.
         key: identity of the run; checkpoints of another key are not resumed.
         use_gpu: whether ranks have a GPU each.
         attempt: identity of this launch, so that an error is told from one of an earlier launch.
-        reference_key: what the rows of `reference` must carry; ``None``: any.
+        prepared_key: of the `prepared` table; ``None``: any.
         check_reference: compare the table with the untrained policy in the first step.
     """
 
@@ -42,12 +42,12 @@ class TrainingSpec:
     model: str
     seed: int
     folder: Path
-    scored: str
-    reference: str | None
+    prepared: str
+    stored_reference: bool
     key: str
     use_gpu: bool
     attempt: str
-    reference_key: str | None = None
+    prepared_key: str | None = None
     check_reference: bool = True
 
     @property

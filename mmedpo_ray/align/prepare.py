@@ -1,26 +1,29 @@
-"""Rows of `scored` (and `reference`) → tokenised pairs, and the rows that cannot be trained on with the reason."""
+"""Rows of `scored` → rows of `prepared`: tokenised pairs, and the rows that cannot be trained on with the reason."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import Pair
+from mmedpo_ray.align.pair_index import KINDS, REVERSED, TEXT, VISUAL, index_pairs
+from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter
 
 # Fewer response tokens than this are not worth a pair: the end token alone, or a cut-off answer.
 _MIN_RESPONSE_TOKENS = 1
+# Comes after an image's id in a tree's key; below every character that ids are written with.
+_KEY_SEPARATOR = "\x1f"
 
-# Kind of a pair that is derived here and is in no table.
-REVERSED = "reversed"
+WEIGHT_ZERO = "weight_zero"
 
 COLUMNS = [
     "pair_id",
@@ -37,7 +40,34 @@ COLUMNS = [
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Preparation:
+    """What the prepared pairs depend on besides the rows and the model.
+
+    Attributes:
+        max_length: tokens of prompt + response, image tokens included; a response is cut there, a prompt never.
+        with_visual: whether visual pairs are trained on.
+        with_reversed: whether the reversed pair of every visual one is derived.
+        common_token_weight: weight of tokens that the answers of a text pair share, 0 to 1.
+    """
+
+    max_length: int
+    with_visual: bool = True
+    with_reversed: bool = False
+    common_token_weight: float = 1.0
+
+    @classmethod
+    def of(cls, align: AlignConfig) -> Preparation:
+        """What the settings ask for."""
+        return cls(
+            align.max_length,
+            align.visual_coefficient > 0,
+            align.reversed_visual_coefficient > 0,
+            align.common_token_weight,
+        )
+
+
+@dataclass(frozen=True)
+class _Tokens:
     """Token ids of a pair's prompt and responses, and the span weights of the responses (``None``: all 1)."""
 
     prompt: list[int]
@@ -48,47 +78,45 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why a row cannot be trained on.
-
-    Attributes:
-        reason: short and machine-readable.
-        detail: where and what, without patient text.
-    """
+class _Refusal:
+    """Why a row cannot be trained on: short and machine-readable, and where and what, without patient text."""
 
     reason: str
     detail: str
 
 
-def with_reversed_pairs(scored: pa.Table) -> pa.Table:
+def tree_key(row: Mapping[str, Any]) -> str:
+    """The id of a prepared row: sorted by it, the pairs of an image stand together."""
+    return f"{row['image_id']}{_KEY_SEPARATOR}{row['pair_id']}"
+
+
+def with_reversed_pairs(
+    rows: Sequence[Mapping[str, Any]], wrong: Mapping[str, str]
+) -> list[Mapping[str, Any]]:
     """Adds the reversed visual pair of every sample that has a text and a visual pair.
 
     On the noised image x* the lesion cannot be seen, so the wrong answer of the text pair is preferred to the right one:
     (x*, y_l) over (x*, y). Its weight is that of the visual pair.
 
     Args:
-        scored: `scored` with the columns of :data:`COLUMNS`.
+        rows: of `scored`, with the fields of :data:`COLUMNS`.
+        wrong: sample_id → rejected answer of its text pair.
     """
-    kinds = [("text", ["sample_id", "rejected"]), ("visual", COLUMNS)]
-    text, visual = (
-        scored.filter(pc.equal(scored["kind"], kind)).select(columns).to_pylist() for kind, columns in kinds
-    )
-    wrong = {row["sample_id"]: row["rejected"] for row in text}
-    rows = [
-        row
-        | {
-            "pair_id": f"{row['pair_id']}:{REVERSED}",
-            "kind": REVERSED,
-            "image_uri": row["rejected_image_uri"],
-            "chosen": wrong[row["sample_id"]],
-            "rejected": row["chosen"],
-        }
-        for row in visual
-        if row["sample_id"] in wrong
+    return [
+        *rows,
+        *(
+            row
+            | {
+                "pair_id": f"{row['pair_id']}:{REVERSED}",
+                "kind": REVERSED,
+                "image_uri": row["rejected_image_uri"],
+                "chosen": wrong[row["sample_id"]],
+                "rejected": row["chosen"],
+            }
+            for row in map(dict, rows)
+            if row["kind"] == VISUAL and row["sample_id"] in wrong
+        ),
     ]
-    return pa.concat_tables(
-        [scored.select(COLUMNS), pa.Table.from_pylist(rows, scored.select(COLUMNS).schema)]
-    )
 
 
 def span_weights(
@@ -102,37 +130,23 @@ def span_weights(
     return weights
 
 
-def tokenise(
-    row: Mapping[str, Any], writer: PromptWriter, max_length: int, common_token_weight: float = 1.0
-) -> Tokens | Refusal:
-    """Writes both sides of a pair; a response is cut at ``max_length``, a prompt never.
+def prepare_rows(
+    rows: Iterable[Mapping[str, Any]], writer: PromptWriter, how: Preparation
+) -> list[dict[str, Any]]:
+    """Tokenises pairs.
 
     Args:
-        row: of `scored`.
+        rows: with the fields of :data:`COLUMNS`, reversed pairs included.
         writer: of the model.
-        max_length: tokens of prompt + response, image tokens included.
-        common_token_weight: weight of tokens that the answers of a text pair share, 0 to 1.
+        how: lengths and what is wanted.
+
+    Returns:
+        A row of `prepared` each, without reference log-probabilities; or its ids with ``drop_reason`` and ``drop_detail``.
+
+    Raises:
+        UserError: a weight is negative or not a number.
     """
-    if _equal_sides(row):
-        return Refusal("equal_sides", "chosen and rejected are the same answer to the same image")
-    question = row["question"]
-    prompt = writer.prompt(question)
-    chosen, rejected = writer.response(question, row["chosen"]), writer.response(question, row["rejected"])
-    if prompt is None or chosen is None or rejected is None:
-        return Refusal("image_placeholder_in_text", "question or answer holds the model's image placeholder")
-    room = max_length - len(prompt)
-    if room < _MIN_RESPONSE_TOKENS:
-        return Refusal(
-            "prompt_too_long", f"the prompt has {len(prompt)} tokens, align.max_length is {max_length}"
-        )
-    cut_chosen, cut_rejected = chosen[:room], rejected[:room]
-    if row["kind"] == "text" and cut_chosen == cut_rejected:
-        return Refusal("equal_sides", f"both answers are the same up to align.max_length ({max_length})")
-    if common_token_weight == 1.0 or row["kind"] == "visual":
-        return Tokens(prompt, cut_chosen, cut_rejected)
-    return Tokens(
-        prompt, cut_chosen, cut_rejected, *span_weights(cut_chosen, cut_rejected, common_token_weight)
-    )
+    return [_prepare_row(row, writer, how) for row in rows]
 
 
 def prepare_pairs(
@@ -143,87 +157,136 @@ def prepare_pairs(
     visual_coefficient: float,
     reversed_visual_coefficient: float = 0.0,
     common_token_weight: float = 1.0,
-    reference: Mapping[str, tuple[float, float]] | None = None,
 ) -> tuple[list[Pair], list[dict[str, Any]]]:
-    """Makes the pairs of a training run.
+    """Makes the pairs of a small table in this process: what the prepare station does, without its table.
 
     Args:
         scored: the `scored` table.
         writer: of the model.
         max_length: ``align.max_length``.
         visual_coefficient: factor on the weight of visual pairs.
-        reversed_visual_coefficient: factor on the weight of reversed visual pairs; above 0 they are derived here.
-        common_token_weight: see :func:`tokenise`.
-        reference: pair_id → (chosen, rejected) reference log-probabilities; ``None`` if the objective needs none. A
-            row that is absent was left out by the reference station and is left out here.
+        reversed_visual_coefficient: factor on the weight of reversed visual pairs; above 0 they are derived.
+        common_token_weight: see :class:`Preparation`.
 
     Returns:
-        Pairs with a weight above 0, by pair_id, and the rows left out with ``drop_reason`` and ``drop_detail``.
+        Pairs with a weight above 0 by pair_id, their reference log-probabilities 0, and the rows left out with
+        ``drop_reason`` and ``drop_detail``.
 
     Raises:
         UserError: a weight is negative or not a number.
     """
-    pairs: list[Pair] = []
-    dropped: list[dict[str, Any]] = []
-    anchored: set[tuple[str, str, str]] = set()
-    coefficients = {"text": 1.0, "visual": visual_coefficient, REVERSED: reversed_visual_coefficient}
-    scored = scored.select(COLUMNS)
-    rows = (with_reversed_pairs(scored) if reversed_visual_coefficient else scored).to_pylist()
-    # Text pairs first: an answer that a text and a visual pair share enters the likelihood with the text pair.
-    for row in sorted(rows, key=lambda item: (item["kind"] != "text", item["pair_id"])):
-        found = _prepare(row, writer, max_length, coefficients[row["kind"]], common_token_weight, reference)
-        if isinstance(found, Refusal):
-            dropped.append(row | {tables.DROP_REASON: found.reason, tables.DROP_DETAIL: found.detail})
-            continue
-        weight, tokens = found
-        answer = (row["image_uri"], row["question"], row["chosen"])
-        ref_chosen, ref_rejected = reference[row["pair_id"]] if reference is not None else (0.0, 0.0)
-        pairs.append(
-            Pair(
-                pair_id=row["pair_id"],
-                image_id=row["image_id"],
-                is_visual=row["kind"] != "text",
-                image_uri=row["image_uri"],
-                rejected_image_uri=row["rejected_image_uri"],
-                prompt=tokens.prompt,
-                chosen=tokens.chosen,
-                rejected=tokens.rejected,
-                weight=weight,
-                ref_chosen=ref_chosen,
-                ref_rejected=ref_rejected,
-                # The chosen side of a reversed pair is wrong: its likelihood must not rise.
-                counts_nll=answer not in anchored and row["kind"] != REVERSED,
-                chosen_weights=tokens.chosen_weights,
-                rejected_weights=tokens.rejected_weights,
-            )
+    how = Preparation(
+        max_length, visual_coefficient > 0, reversed_visual_coefficient > 0, common_token_weight
+    )
+    rows: Sequence[Mapping[str, Any]] = scored.select(COLUMNS).to_pylist()
+    if how.with_reversed:
+        rows = with_reversed_pairs(
+            rows, {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == TEXT}
         )
-        anchored.add(answer)
+    found = prepare_rows(rows, writer, how)
+    dropped = [row for row in found if tables.DROP_REASON in row]
+    kept = sorted((row for row in found if tables.DROP_REASON not in row), key=lambda row: row["tree_key"])
+    index, _ = index_pairs(tables.to_table(kept, tables.PREPARED))
+    coefficients = dict(zip(KINDS, (1.0, visual_coefficient, reversed_visual_coefficient), strict=True))
+    pairs = [
+        make_pair(
+            row, writer, row["weight"] * coefficients[row["kind"]], counts_nll=bool(entry["counts_nll"])
+        )
+        for row, entry in zip(kept, index, strict=True)
+    ]
     return sorted(pairs, key=lambda pair: pair.pair_id), sorted(dropped, key=lambda row: row["pair_id"])
 
 
-def _prepare(
-    row: Mapping[str, Any],
-    writer: PromptWriter,
-    max_length: int,
-    coefficient: float,
-    common_token_weight: float,
-    reference: Mapping[str, tuple[float, float]] | None,
-) -> tuple[float, Tokens] | Refusal:
+def make_pair(
+    row: Mapping[str, Any], writer: PromptWriter, weight: float = 1.0, *, counts_nll: bool = True
+) -> Pair:
+    """The pair of a row of `prepared`.
+
+    Args:
+        row: of `prepared`.
+        writer: of the model.
+        weight: effective weight in the loss.
+        counts_nll: its chosen answer enters the likelihood term.
+    """
+    return Pair(
+        pair_id=row["pair_id"],
+        image_id=row["image_id"],
+        is_visual=row["kind"] != TEXT,
+        image_uri=row["image_uri"],
+        rejected_image_uri=row["rejected_image_uri"],
+        prompt=writer.widen(row["prompt"]),
+        chosen=row["chosen"],
+        rejected=row["rejected"],
+        weight=weight,
+        ref_chosen=row.get("ref_chosen_logp") or 0.0,
+        ref_rejected=row.get("ref_rejected_logp") or 0.0,
+        counts_nll=counts_nll,
+        chosen_weights=row["chosen_weights"],
+        rejected_weights=row["rejected_weights"],
+    )
+
+
+def _prepare_row(row: Mapping[str, Any], writer: PromptWriter, how: Preparation) -> dict[str, Any]:
+    ids = {"tree_key": tree_key(row), "pair_id": row["pair_id"], "image_id": row["image_id"]}
+    tokens = _refuse_weight(row, how) or _tokenise(row, writer, how)
+    if isinstance(tokens, _Refusal):
+        return ids | {tables.DROP_REASON: tokens.reason, tables.DROP_DETAIL: tokens.detail}
+    return ids | {
+        "kind": row["kind"],
+        "image_uri": row["image_uri"],
+        "rejected_image_uri": row["rejected_image_uri"],
+        "prompt": writer.narrow(tokens.prompt),
+        "chosen": tokens.chosen,
+        "rejected": tokens.rejected,
+        "chosen_weights": tokens.chosen_weights,
+        "rejected_weights": tokens.rejected_weights,
+        "prompt_tokens": len(tokens.prompt),
+        "chosen_tokens": len(tokens.chosen),
+        "rejected_tokens": len(tokens.rejected),
+        "answer_hash": _hash(row["image_uri"], row["question"], row["chosen"]),
+        "weight": row["weight"],
+    }
+
+
+def _refuse_weight(row: Mapping[str, Any], how: Preparation) -> _Refusal | None:
     weight = row["weight"]
     if not math.isfinite(weight) or weight < 0:
         raise UserError(
             f"scored, pair {row['pair_id']}: weight {weight} is not a number of at least 0. Run score again."
         )
     if weight == 0:
-        return Refusal("weight_zero", "its weight is 0")
-    weight *= coefficient
-    if weight == 0:
-        return Refusal("weight_zero", "align.visual_coefficient is 0")
-    tokens = tokenise(row, writer, max_length, common_token_weight)
-    if isinstance(tokens, Tokens) and reference is not None and row["pair_id"] not in reference:
-        return Refusal("no_reference", "the reference station left it out; see reference/dropped")
-    return tokens if isinstance(tokens, Refusal) else (weight, tokens)
+        return _Refusal(WEIGHT_ZERO, "its weight is 0")
+    if row["kind"] == VISUAL and not how.with_visual:
+        return _Refusal(WEIGHT_ZERO, "align.visual_coefficient is 0")
+    return None
+
+
+def _tokenise(row: Mapping[str, Any], writer: PromptWriter, how: Preparation) -> _Tokens | _Refusal:
+    """Writes both sides of a pair."""
+    if _equal_sides(row):
+        return _Refusal("equal_sides", "chosen and rejected are the same answer to the same image")
+    question = row["question"]
+    prompt = writer.prompt(question)
+    chosen, rejected = writer.response(question, row["chosen"]), writer.response(question, row["rejected"])
+    if prompt is None or chosen is None or rejected is None:
+        return _Refusal("image_placeholder_in_text", "question or answer holds the model's image placeholder")
+    room = how.max_length - len(prompt)
+    if room < _MIN_RESPONSE_TOKENS:
+        return _Refusal(
+            "prompt_too_long", f"the prompt has {len(prompt)} tokens, align.max_length is {how.max_length}"
+        )
+    chosen, rejected = chosen[:room], rejected[:room]
+    if row["kind"] == TEXT and chosen == rejected:
+        return _Refusal("equal_sides", f"both answers are the same up to align.max_length ({how.max_length})")
+    if how.common_token_weight == 1.0 or row["kind"] == VISUAL:
+        return _Tokens(prompt, chosen, rejected)
+    return _Tokens(prompt, chosen, rejected, *span_weights(chosen, rejected, how.common_token_weight))
 
 
 def _equal_sides(row: Mapping[str, Any]) -> bool:
     return row["chosen"].strip() == row["rejected"].strip() and row["image_uri"] == row["rejected_image_uri"]
+
+
+def _hash(*texts: str) -> int:
+    digest = hashlib.blake2b("\x1f".join(texts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -29,7 +29,7 @@ from mmedpo_ray import cluster, storage
 from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints
 from mmedpo_ray.align.metrics import METRICS_FILE, check_trackers, read_metrics
 from mmedpo_ray.align.policy import TrainingSpec
-from mmedpo_ray.align.reference import needs_reference_table, reference, reference_settings
+from mmedpo_ray.align.prepare_station import needs_stored_reference, preparation_settings, prepare
 from mmedpo_ray.align.stoppable import StoppableTorchConfig
 from mmedpo_ray.align.trained import find_trained
 from mmedpo_ray.config import AlignConfig, Config, LoraConfig
@@ -37,7 +37,7 @@ from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import resolve_model
 from mmedpo_ray.run_folder import ADAPTER, WEIGHTS, Role, RunFolder
-from mmedpo_ray.stage import Manifest, Station, digest, read_manifest
+from mmedpo_ray.stage import Manifest, Station
 
 log = logging.getLogger(__name__)
 
@@ -82,19 +82,14 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
         log.warning("align.lora has no effect with align.train=full")
     run = RunFolder(config.run.folder)
     folder = run.align(role)
-    inputs = [run.scored]
-    if needs_reference_table(config.align):
-        # The control needs no reference but trains on the rows that have one.
-        if role == "aligned" or read_manifest(run.reference) is None:
-            reference(config)
-        inputs.append(run.reference)
+    prepared = prepare(config)
     settings = _role_settings(config, role)
-    identity = [settings.model_dump(exclude=_OPERATIONAL), reference_settings(config), config.run.seed]
-    station = Station(_station_name(role), str(folder), config, settings=identity, inputs=inputs)
+    identity = [settings.model_dump(exclude=_OPERATIONAL), preparation_settings(config), config.run.seed]
+    station = Station(_station_name(role), str(folder), config, settings=identity, inputs=[run.prepared])
     if (done := station.finished()) is not None:
         return done
     _prepare_folder(folder, station.key)
-    spec = _training_spec(config, settings, folder, station.key)
+    spec = _training_spec(config, settings, folder, station.key, prepared.key)
     _check_cluster(spec)
     with _progress(station.name, folder):
         _fit(spec)
@@ -112,19 +107,20 @@ def _station_name(role: Role) -> str:
     return "align" if role == "aligned" else "align control"
 
 
-def _training_spec(config: Config, settings: AlignConfig, folder: Path, key: str) -> TrainingSpec:
-    run = RunFolder(config.run.folder)
+def _training_spec(
+    config: Config, settings: AlignConfig, folder: Path, key: str, prepared_key: str
+) -> TrainingSpec:
     return TrainingSpec(
         align=settings,
         model=config.model.path,
         seed=config.run.seed,
         folder=folder,
-        scored=run.scored,
-        reference=run.reference if needs_reference_table(config.align) else None,
+        prepared=RunFolder(config.run.folder).prepared,
+        stored_reference=needs_stored_reference(config.align),
         key=key,
         use_gpu=cluster.has_gpu() if settings.use_gpu is None else settings.use_gpu,
         attempt=uuid.uuid4().hex[:12],
-        reference_key=digest(reference_settings(config)),
+        prepared_key=prepared_key,
     )
 
 

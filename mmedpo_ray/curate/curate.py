@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from mmedpo_ray import storage, tables
+from mmedpo_ray import joins, storage, tables
 from mmedpo_ray.cluster import has_gpu
 from mmedpo_ray.config import Config
-from mmedpo_ray.curate import candidates, joins
+from mmedpo_ray.curate import candidates
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.curate.text_pairs import prepare, text_pairs
 from mmedpo_ray.curate.tools import TOOLS

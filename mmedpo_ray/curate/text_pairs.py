@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from mmedpo_ray import tables
+from mmedpo_ray import joins, tables
 from mmedpo_ray.config import Config
-from mmedpo_ray.curate import choose, joins, rewrite, text_tasks
+from mmedpo_ray.curate import choose, rewrite, text_tasks
 from mmedpo_ray.curate.asking import Asking
 from mmedpo_ray.curate.candidates import sample_candidates
 from mmedpo_ray.curate.hallucinate import stable_seed

@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from mmedpo_ray import tables
+from mmedpo_ray import joins, tables
 from mmedpo_ray.config import Config, TextCurationConfig
-from mmedpo_ray.curate import joins
 from mmedpo_ray.curate.hallucinate import (
     Candidate,
     Material,

@@ -7,6 +7,7 @@ tower yields features. What training sees is therefore what the model meets when
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ _NEEDED_FOR_ANOTHER = (
     "template, 4-D attention masks and position ids in its forward pass (tree packing), LoRA names of its language model "
     "(align), and a spelling of its weights that vLLM loads (export)."
 )
+# Questions whose prompts are kept (each with all its image tokens), and the same of answers.
+_CACHED_PROMPTS = 4_096
+_CACHED_RESPONSES = 16_384
 # Below this a model is identified by its bytes, above by the sizes and times of its files.
 _HASH_WHOLE_BYTES = 256 * 1024**2
 
@@ -158,8 +162,8 @@ class PromptWriter:
         self._processor = processor
         self._tokenizer = processor.tokenizer
         self._template = processor.chat_template or self._tokenizer.chat_template
-        self._prompts: dict[str, tuple[str, list[int], list[int]]] = {}
-        self._responses: dict[tuple[str, str], list[int]] = {}
+        self._render = functools.lru_cache(_CACHED_PROMPTS)(self._encode_prompt)
+        self._response = functools.lru_cache(_CACHED_RESPONSES)(self._encode_response)
         self.image_token_id: int = processor.image_token_id
         if self._tokenizer.eos_token_id is None:
             raise UserError(
@@ -195,11 +199,20 @@ class PromptWriter:
         Returns:
             The ids, or ``None`` where the answer itself holds an image placeholder.
         """
-        key = (question, answer)
-        if key not in self._responses:
-            self._responses[key] = self._encode_response(question, answer)
-        ids = self._responses[key]
+        ids = self._response(question, answer)
         return None if self.image_token_id in ids else ids
+
+    def widen(self, narrow: Sequence[int]) -> list[int]:
+        """Repeats the image token as often as an image has tokens."""
+        wide: list[int] = []
+        for token in narrow:
+            wide += [token] * (self.num_image_tokens if token == self.image_token_id else 1)
+        return wide
+
+    def narrow(self, wide: Sequence[int]) -> list[int]:
+        """A prompt with a single image token; :meth:`widen` undoes it."""
+        start = wide.index(self.image_token_id)
+        return [*wide[: start + 1], *wide[start + self.num_image_tokens :]]
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Image processing of RGB images; (I, 3, H, W) float32."""
@@ -218,16 +231,11 @@ class PromptWriter:
             return joint[len(single) :]
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _render(self, question: str) -> tuple[str, list[int], list[int]]:
+    def _encode_prompt(self, question: str) -> tuple[str, list[int], list[int]]:
         """Prompt text, its ids with one id an image, and with all of them."""
-        if question not in self._prompts:
-            text = self._apply(_messages(question), generation_prompt=True)
-            single = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            wide: list[int] = []
-            for token in single:
-                wide += [token] * (self.num_image_tokens if token == self.image_token_id else 1)
-            self._prompts[question] = (text, single, wide)
-        return self._prompts[question]
+        text = self._apply(_messages(question), generation_prompt=True)
+        single = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text, single, self.widen(single)
 
     def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
         return self._tokenizer.apply_chat_template(

@@ -136,7 +136,7 @@ def _stations(run: RunFolder) -> dict[str, str]:
         "curate, sampled answers": run.candidates,
         "curate": run.pairs,
         "score": run.scored,
-        "reference": run.reference,
+        "prepare": run.prepared,
         "align": storage.join(run.root, "align"),
         "align, control": storage.join(control, "align"),
         "export": storage.join(run.root, "model"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from align_world import Launch, train, training_spec, with_settings, write_reference, write_scored
+from align_world import Launch, train, training_spec, with_settings, write_prepared, write_scored
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray.align.policy import TrainingSpec
@@ -25,8 +25,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The same training done in several ways; every name is a folder with ``adapter/`` and ``metrics.jsonl``."""
     folder = tmp_path_factory.mktemp("runs")
     model = build_tiny_llava(folder / "model")
-    write_reference(folder, write_scored(folder))
+    rows = write_scored(folder)
     plain = training_spec(folder, model, folder / "plain", nll_coefficient=0.5, visual_coefficient=0.5)
+    write_prepared(folder / "prepared", rows, model, plain.align)
     moved = with_settings(plain, folder / "moved")
 
     def all_terms(name: str, **changes: object) -> TrainingSpec:
@@ -39,7 +40,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "reversed_visual_coefficient": 0.4,
             "common_token_weight": 0.3,
         }
-        return replace(with_settings(plain, folder / name, **(terms | changes)), reference=None)
+        spec = with_settings(plain, folder / name, **(terms | changes))
+        write_prepared(spec.folder / "prepared", rows, model, spec.align)
+        return replace(spec, prepared=str(spec.folder / "prepared"), stored_reference=False)
 
     def full(name: str, **changes: object) -> TrainingSpec:
         """All weights of language model and projector."""
@@ -102,7 +105,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 is_refused=True,
             ),
             Launch(
-                replace(with_settings(plain, folder / "stale_reference"), reference_key="now"),
+                replace(with_settings(plain, folder / "stale_reference"), prepared_key="now"),
                 is_refused=True,
             ),
         ],

@@ -9,18 +9,16 @@ import torch
 from align_compare import adapter, assert_same_training, trained
 from align_world import with_settings
 
-from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
 from mmedpo_ray.align.logps import LogpOutput
 from mmedpo_ray.align.losses import preference_objective
 from mmedpo_ray.align.metrics import read_metrics
+from mmedpo_ray.align.pair_source import StoredPairs
 from mmedpo_ray.align.plan import Plan
 from mmedpo_ray.align.policy import build_policy, learning_rate_factor
-from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.align.trainer import _raise_user_error
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
-from mmedpo_ray.stage import read_table
 
 if TYPE_CHECKING:
     from conftest import Runs
@@ -89,16 +87,8 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
     spec = runs.spec
     align = spec.align
     writer = PromptWriter(load_processor(spec.model))
-    references = read_table(str(spec.reference), tables.REFERENCE, "reference").to_pylist()
-    pairs, _ = prepare_pairs(
-        read_table(spec.scored, tables.SCORED, "scored"),
-        writer,
-        max_length=align.max_length,
-        visual_coefficient=align.visual_coefficient,
-        reference={row["pair_id"]: (row["ref_chosen_logp"], row["ref_rejected_logp"]) for row in references},
-    )
     plan = Plan(
-        pairs,
+        StoredPairs(spec.prepared, writer, align),
         seed=spec.seed,
         epochs=align.epochs,
         images_per_step=align.images_per_step,

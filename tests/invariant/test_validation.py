@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from align_compare import assert_same_training, trained
 
-from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
 from mmedpo_ray.align.checkpoint import Checkpoint, checkpoint_folders, load_best_checkpoint
 from mmedpo_ray.align.logps import LogpOutput
 from mmedpo_ray.align.losses import Normaliser, preference_objective
 from mmedpo_ray.align.metrics import read_metrics
-from mmedpo_ray.align.plan import hold_out
+from mmedpo_ray.align.pair_source import StoredPairs, hold_out
 from mmedpo_ray.align.policy import build_policy
-from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.models.loading import PromptWriter, load_processor
-from mmedpo_ray.stage import read_table
 
 if TYPE_CHECKING:
     from conftest import Runs
@@ -43,15 +41,10 @@ def test_the_figures_are_the_objective_over_all_held_out_pairs_at_once(runs: Run
     policy = build_policy(spec)
     policy.load_parameters(found.parameter)
     writer = PromptWriter(load_processor(spec.model))
-    rows = read_table(str(spec.reference), tables.REFERENCE, "reference").to_pylist()
-    pairs, _ = prepare_pairs(
-        read_table(spec.scored, tables.SCORED, "scored"),
-        writer,
-        max_length=align.max_length,
-        visual_coefficient=align.visual_coefficient,
-        reference={row["pair_id"]: (row["ref_chosen_logp"], row["ref_rejected_logp"]) for row in rows},
-    )
-    _, apart = hold_out(pairs, 0.34, spec.seed)
+    _, held_out = hold_out(StoredPairs(spec.prepared, writer, align), 0.34, spec.seed)
+    assert held_out is not None
+    rows, _ = held_out.index.rows(np.arange(held_out.index.num_images))
+    apart = held_out.load(rows.tolist())
     batch = forest_batch(apart, ImageLoader(writer), writer.pad_token_id, both_sides=True)
     total = Normaliser(
         weight=sum(pair.weight for pair in apart),

@@ -59,9 +59,14 @@ def test_align_survives_a_killed_worker(config: Config, ray_cluster: None) -> No
     assert killed, "no worker was killed, so nothing was recovered from"
     assert (manifest.rows_in, manifest.rows_out) == (24, 22)
     assert manifest.dropped == {"weight_zero": 1, "prompt_too_long": 1}
-    reference = stage.read_table(run.reference, tables.REFERENCE, "reference")
-    assert reference.num_rows == 23
-    assert pq.read_table(f"{run.reference}/dropped")["drop_reason"].to_pylist() == ["prompt_too_long"]
+    prepared = stage.read_table(run.prepared, tables.PREPARED, "prepared")
+    assert prepared.num_rows == 22 == len(prepared["ref_chosen_logp"].drop_null())
+    assert prepared["image_id"].to_pylist() == sorted(prepared["image_id"].to_pylist())
+    dropped = pq.read_table(f"{run.prepared}/dropped").select(["pair_id", "drop_reason"]).to_pylist()
+    assert {row["pair_id"]: row["drop_reason"] for row in dropped} == {
+        "s000-0:text": "weight_zero",
+        "s001-2:text": "prompt_too_long",
+    }
     rows = read_metrics(run.align())
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[0]["reward_margin"] == pytest.approx(0.0, abs=1e-3), "policy and reference begin as one model"

@@ -181,20 +181,17 @@ def test_rows_that_cannot_be_trained_on_are_dropped_with_the_reason(
         },
     )
     scored = tables.to_table(rows, tables.SCORED)
-    reference = {row["pair_id"]: (-1.0, -2.0) for row in rows if row["pair_id"] != "s001-2:text"}
-    pairs, dropped = prepare_pairs(scored, writer, max_length=64, visual_coefficient=0.5, reference=reference)
+    pairs, dropped = prepare_pairs(scored, writer, max_length=64, visual_coefficient=0.5)
     assert {row["pair_id"]: row[tables.DROP_REASON] for row in dropped} == {
         "s000-0:text": "weight_zero",
         "s000-1:text": "equal_sides",
         "s000-2:text": "prompt_too_long",
         "s001-0:text": "image_placeholder_in_text",
-        "s001-2:text": "no_reference",
     }
     assert len(pairs) + len(dropped) == len(rows)
     weights = {row["pair_id"]: row["weight"] for row in rows}
     for pair in pairs:
         assert pair.weight == pytest.approx(weights[pair.pair_id] * (0.5 if pair.is_visual else 1.0))
-        assert (pair.ref_chosen, pair.ref_rejected) == (-1.0, -2.0)
     # The visual pair of the second image shares its answer with a text pair; that of the first has lost its own.
     assert {pair.pair_id: pair.counts_nll for pair in pairs if pair.is_visual} == {
         "s000-1:visual": True,

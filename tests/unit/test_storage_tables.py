@@ -82,7 +82,7 @@ def test_every_field_has_a_meaning() -> None:
         tables.CANDIDATES,
         tables.PAIRS,
         tables.SCORED,
-        tables.REFERENCE,
+        tables.PREPARED,
         tables.ANSWERS,
     ):
         for field in schema:

@@ -1,0 +1,232 @@
+"""The prepare station: pairs tokenised once, with their log-probabilities under the model before alignment.
+
+DPO's reference never changes, so its values are columns of a table like any other. One pass over slices of `scored` makes
+both: Ray Data actors that hold the model tokenise their pairs and run them; where the objective needs no reference, plain
+tasks tokenise. The rows are sorted by image when the parts are merged, which is the only time they change places, and
+indexed (:mod:`~mmedpo_ray.align.pair_index`). The table is skipped when model, template, processing, precision and length are
+those it was made with.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from mmedpo_ray import cluster, tables
+from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch
+from mmedpo_ray.align.logps import make_fast, response_logps
+from mmedpo_ray.align.pair_index import TEXT, VISUAL, ensure_index
+from mmedpo_ray.align.policy import objective_of
+from mmedpo_ray.align.prepare import (
+    COLUMNS,
+    WEIGHT_ZERO,
+    Preparation,
+    make_pair,
+    prepare_rows,
+    tree_key,
+    with_reversed_pairs,
+)
+from mmedpo_ray.config import AlignConfig, Config
+from mmedpo_ray.joins import BySample
+from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, model_fingerprint
+from mmedpo_ray.parts import DoneIds
+from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.slices import map_slices, plan_slices, read_slices
+from mmedpo_ray.stage import Manifest, Station, read_manifest
+
+# Rows handed to an actor at once, in forward passes: what a crash costs it. Of a large table more, or the slices would be too
+# many for the driver: then every worker gets about so many slices of at most so many rows.
+_SLICE_FORWARDS = 8
+_SLICES_PER_WORKER = 64
+_MOST_ROWS = 2048
+
+_ID = "tree_key"
+_RAW = tables.with_drop_columns(tables.PREPARED)
+_ROWS = pa.schema([tables.SCORED.field(name) for name in COLUMNS])
+_ANSWERS = pa.schema([tables.SCORED.field(name) for name in ("sample_id", "kind", "rejected")])
+
+
+def prepare(config: Config) -> Manifest:
+    """Writes the `prepared` table of a run and its index.
+
+    Rows that cannot be trained on (weight 0, prompt longer than ``align.max_length``, equal sides, an image placeholder in
+    the text) go to ``dropped/`` with the reason.
+
+    Raises:
+        UserError: `scored` is missing, no row is left, a weight is impossible, or an image cannot be read.
+    """
+    run = RunFolder(config.run.folder)
+    station = _station(config)
+    manifest = station.finished()
+    if manifest is None:
+        manifest = station.write_rows(
+            lambda done: _pipeline(config, done),
+            schema=tables.PREPARED,
+            id_column=_ID,
+            total=_rows(run.scored),
+            intended_reasons=(WEIGHT_ZERO,),
+        )
+    ensure_index(run.prepared, manifest)
+    return manifest
+
+
+def finished_table(config: Config) -> Manifest | None:
+    """The manifest of the `prepared` table if it is there and current; nothing is started.
+
+    Raises:
+        UserError: `scored` is missing.
+    """
+    manifest = read_manifest(RunFolder(config.run.folder).prepared)
+    return manifest if manifest is not None and manifest.key == _station(config).key else None
+
+
+def preparation_settings(config: Config) -> dict[str, Any]:
+    """What the table depends on besides `scored`."""
+    align = config.align
+    with_reference = needs_stored_reference(align)
+    return {
+        "model": model_fingerprint(config.model.path),
+        "reference": align.precision if with_reference else None,
+        "max_length": align.max_length,
+        "common_token_weight": align.common_token_weight,
+        "visual_pairs": align.visual_coefficient > 0,
+        "reversed_pairs": align.reversed_visual_coefficient > 0,
+    }
+
+
+def needs_stored_reference(align: AlignConfig) -> bool:
+    """Whether training reads reference log-probabilities from the table."""
+    return (
+        align.objective == "dpo" and align.reference == "precomputed" and objective_of(align).needs_reference
+    )
+
+
+def _station(config: Config) -> Station:
+    run = RunFolder(config.run.folder)
+    return Station(
+        "prepare", run.prepared, config, settings=[preparation_settings(config)], inputs=[run.scored]
+    )
+
+
+def _rows(folder: str) -> int:
+    manifest = read_manifest(folder)
+    return manifest.rows_out if manifest else 0
+
+
+def _pipeline(config: Config, done: DoneIds) -> ray.data.Dataset | None:
+    align, run = config.align, RunFolder(config.run.folder)
+    total = _rows(run.scored)
+    if len(done) >= total and not align.reversed_visual_coefficient:
+        return None
+    reader = _Reader(config.model.path, Preparation.of(align), run.scored, done)
+    if not needs_stored_reference(align):
+        return map_slices([run.scored], _ROWS, reader.prepare, num_cpus=config.ray.data_cpus)
+    rows = _slice_rows(total, align)
+    # The actors read their slices themselves: a step of tasks before them would cost its start-up.
+    slices = plan_slices([run.scored], rows=rows)
+    if not slices:
+        return None
+    use_gpu = cluster.has_gpu() if align.use_gpu is None else align.use_gpu
+    return ray.data.from_arrow(slices).map_batches(
+        ReferenceScorer,
+        fn_constructor_kwargs={"reader": reader, "align": align, "use_gpu": use_gpu},
+        batch_format="pyarrow",
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=min(align.min_workers, len(slices))),
+        num_cpus=align.cpus_per_worker,
+        num_gpus=1 if use_gpu else 0,
+    )
+
+
+def _slice_rows(total: int, align: AlignConfig) -> int:
+    few = min(align.pairs_per_forward * _SLICE_FORWARDS, -(-total // align.max_workers))
+    return max(1, few, min(_MOST_ROWS, total // (align.max_workers * _SLICES_PER_WORKER)))
+
+
+class _Reader:
+    """Slices of `scored` → rows of `prepared`, in tasks; small, for it travels to them.
+
+    Args:
+        model: as ``model.path``.
+        how: what is wanted.
+        scored: folder of the table.
+        done: keys of rows that are already written.
+    """
+
+    def __init__(self, model: str, how: Preparation, scored: str, done: DoneIds) -> None:
+        self.model = model
+        self._how = how
+        self._done = done
+        self._answers = BySample([scored], _ANSWERS) if how.with_reversed else None
+
+    def rows(self, slice_: pa.Table, writer: PromptWriter) -> list[dict[str, Any]]:
+        """The prepared rows of a slice, dropped ones among them."""
+        rows: list[Any] = slice_.to_pylist()
+        if self._answers is not None:
+            rows = with_reversed_pairs(rows, self._wrong_answers(rows))
+        if self._done:
+            rows = [row for row in rows if tree_key(row) not in self._done]
+        return prepare_rows(rows, writer, self._how)
+
+    def prepare(self, slice_: pa.Table) -> pa.Table:
+        """The same as a table, without reference log-probabilities."""
+        return tables.to_table(self.rows(slice_, _writer(self.model)), _RAW)
+
+    def _wrong_answers(self, rows: list[dict[str, Any]]) -> dict[str, str]:
+        """Rejected answers of the text pairs of these rows' samples, which may lie in another slice."""
+        assert self._answers is not None
+        samples = pa.chunked_array([[row["sample_id"] for row in rows if row["kind"] == VISUAL]], pa.string())
+        found = self._answers.rows(samples)
+        return {
+            name: row["rejected"] for name, group in found.items() for row in group if row["kind"] == TEXT
+        }
+
+
+@functools.lru_cache(1)
+def _writer(model: str) -> PromptWriter:
+    """A process tokenises many slices."""
+    return PromptWriter(load_processor(model))
+
+
+class ReferenceScorer:
+    """A Ray Data actor that holds the model.
+
+    Args:
+        reader: prepares the rows of a slice.
+        align: precision and batch size.
+        use_gpu: whether it has a GPU.
+    """
+
+    def __init__(self, reader: _Reader, align: AlignConfig, *, use_gpu: bool = False) -> None:
+        torch.set_num_threads(align.threads_per_worker)
+        self._reader = reader
+        self._pairs_per_forward = align.pairs_per_forward
+        self._device = torch.device("cuda" if use_gpu else "cpu")
+        dtype = torch.bfloat16 if align.precision == "bf16" else torch.float32
+        policy: Any = load_model(reader.model, dtype)  # mypy misreads transformers' decorated `to`
+        self._model = policy.to(self._device)
+        make_fast(self._model, attention=align.attention)
+        self._writer = PromptWriter(load_processor(reader.model))
+        self._images = ImageLoader(self._writer)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Planned slices of `scored` → rows of `prepared`."""
+        rows = self._reader.rows(read_slices(batch, _ROWS), self._writer)
+        kept = sorted((row for row in rows if tables.DROP_REASON not in row), key=lambda row: row[_ID])
+        for start in range(0, len(kept), self._pairs_per_forward):
+            chunk = kept[start : start + self._pairs_per_forward]
+            chosen, rejected = self._score([make_pair(row, self._writer) for row in chunk])
+            for row, *logps in zip(chunk, chosen, rejected, strict=True):
+                row["ref_chosen_logp"], row["ref_rejected_logp"] = logps
+        return tables.to_table(rows, _RAW)
+
+    def _score(self, pairs: list[Pair]) -> tuple[list[float], list[float]]:
+        """Log-probabilities of the chosen and of the rejected responses, nats."""
+        sequences = forest_batch(pairs, self._images, self._writer.pad_token_id, both_sides=True)
+        with torch.no_grad():
+            logps = response_logps(self._model, sequences.to(self._device)).logps.tolist()
+        return logps[: len(pairs)], logps[len(pairs) :]
