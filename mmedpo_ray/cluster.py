@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 
@@ -80,6 +81,24 @@ def _no_cluster(address: str, error: Exception) -> UserError:
 def has_gpu() -> bool:
     """Whether the cluster has a GPU."""
     return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def room_for(resources: dict[str, float]) -> int:
+    """How many workers with these resources the cluster's nodes hold at once when nothing else runs."""
+    wanted = {name: amount for name, amount in resources.items() if amount > 0}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        # 0.3 / 0.1 is a little less than 3.
+        min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in wanted.items())
+        for node in nodes
+    )
+
+
+def may_grow() -> bool:
+    """Whether an autoscaler looks after the cluster, so that what does not fit today may fit in a minute."""
+    from ray._private.state import state
+
+    return bool(state.get_max_resources_from_cluster_config())
 
 
 def _quiet_data() -> None:

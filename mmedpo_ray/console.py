@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
@@ -15,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
 
@@ -50,9 +52,22 @@ def configure(*, verbose: bool = False) -> None:
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
+class _Progress(Progress):
+    """Bars with a line of figures under those that have one (the field ``below``)."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if below := task.fields.get("below"):
+                yield Text(f"  {below}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 def progress_bar() -> Progress:
-    """A progress bar with count, elapsed and remaining time; plain lines are left out when not on a terminal."""
-    return Progress(
+    """A progress bar with count, elapsed and remaining time; nothing is drawn where there is no terminal.
+
+    Every task needs the field ``note``, shown behind the bar, and may have ``below``, shown on a line of its own.
+    """
+    return _Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),

@@ -81,7 +81,12 @@ def write_table(folder: Path, rows: list[dict[str, Any]], schema: Any, station: 
 
 
 def write_prepared(
-    folder: Path, rows: list[dict[str, Any]], model: Path, settings: AlignConfig, seed: int = 1
+    folder: Path,
+    rows: list[dict[str, Any]],
+    model: Path,
+    settings: AlignConfig,
+    seed: int = 1,
+    chosen: float | None = None,
 ) -> None:
     """Writes a finished `prepared` table, with plausible reference values (they need not be the model's for an equality).
 
@@ -91,6 +96,7 @@ def write_prepared(
         model: whose tokenizer writes them.
         settings: what is prepared.
         seed: of the values.
+        chosen: the same value for all chosen answers instead.
     """
     how = Preparation.of(settings)
     selected: list[Any] = [{name: row[name] for name in COLUMNS} for row in rows]
@@ -102,6 +108,8 @@ def write_prepared(
     rng = np.random.default_rng(seed)
     for row in prepared:
         row["ref_chosen_logp"], row["ref_rejected_logp"] = (-rng.uniform(5, 30, 2)).tolist()
+        if chosen is not None:
+            row["ref_chosen_logp"] = chosen
     write_table(folder, sorted(prepared, key=lambda row: row["tree_key"]), tables.PREPARED, "prepare")
     ensure_index(str(folder), Manifest(station="prepare", key="test"))
 

@@ -19,11 +19,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mmedpo_ray.align.attempt import check_claim
+from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.shards import SHARD_BYTES, ShardReader, ShardWriter, flush_to_disk
 
 log = logging.getLogger(__name__)
 
 _PREFIX = "step-"
+_TEMPORARY = ".tmp"
 _STATE = "state.json"
 
 PARAMETER = "parameter"
@@ -70,11 +73,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class State:
-    """What ``state.json`` holds; see :class:`Checkpoint`."""
+    """What ``state.json`` holds; see :class:`Checkpoint`. ``attempt``, the launch that writes it, is not stored."""
 
     step: int
     key: str
     validation_loss: float | None = None
+    attempt: str = ""
 
 
 class CheckpointWriter:
@@ -86,18 +90,25 @@ class CheckpointWriter:
         keep: checkpoints to keep, this one included; the best stays besides.
         pool: writes while training goes on; runs one task at a time, in order.
         shard_bytes: see :class:`~mmedpo_ray.models.shards.ShardWriter`.
+
+    Raises:
+        UserError: the folder is another launch's by now; also when it is found out at the end. Nothing is changed.
     """
 
     def __init__(
         self, folder: Path, state: State, keep: int, pool: Executor, shard_bytes: int = SHARD_BYTES
     ) -> None:
+        check_claim(folder, state.attempt)
         self._folder = folder
         self._state = state
         self._keep = keep
         self._pool = pool
         self._target = _root(folder) / f"{_PREFIX}{state.step:06d}"
-        self._temporary = self._target.with_name(f".{self._target.name}.tmp")
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        for unfinished in _root(folder).glob(f".{_PREFIX}*{_TEMPORARY}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        # A launch that was given up may write the same step at the same time.
+        owner = state.attempt and f".{state.attempt}"
+        self._temporary = self._target.with_name(f".{self._target.name}{owner}{_TEMPORARY}")
         self._temporary.mkdir(parents=True)
         self._shards = ShardWriter(self._temporary, pool, shard_bytes)
 
@@ -123,6 +134,11 @@ class CheckpointWriter:
             )
         )
         flush_to_disk(state)
+        try:
+            check_claim(self._folder, self._state.attempt)
+        except UserError:
+            shutil.rmtree(self._temporary)
+            raise
         if self._target.exists():
             shutil.rmtree(self._target)
         self._temporary.rename(self._target)
@@ -153,7 +169,7 @@ def load_best_checkpoint(folder: Path, key: str) -> Checkpoint | None:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(_root(folder).glob(f"{_PREFIX}*"))
+    return sorted(_root(folder).glob(f"{_PREFIX}*"), key=_step)
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from mmedpo_ray.align.attempt import check_claim
 from mmedpo_ray.align.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -78,7 +79,7 @@ class CheckpointKeeper:
         self.wait()
         writer = None
         if self._rank == 0:
-            state = State(step, self._spec.key, validation_loss)
+            state = State(step, self._spec.key, validation_loss, self._spec.attempt)
             writer = CheckpointWriter(self._spec.folder, state, self._spec.align.keep_checkpoints, self._pool)
         for name, tensors in engine.state():
             if writer is not None:
@@ -111,5 +112,6 @@ class CheckpointKeeper:
                     log.warning("align: no validation loss was finite; the last weights are kept")
                 chosen = best or chosen
             assert chosen is not None
+            check_claim(folder, self._spec.attempt)
             write_trained(engine.policy.model, chosen, folder, self._spec.dtype)
         dist.barrier()

@@ -97,6 +97,14 @@ class TrainingLoop:
             UserError: the loss is not finite, an image is gone, or the prepared table is of another model.
             InterruptedTrainingError: a rank was told to stop; a checkpoint was written.
         """
+        try:
+            self._train()
+        finally:
+            # An interrupted run goes on in the same trackers, which must have its last steps.
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _train(self) -> None:
         measured = None
         for step, batches in self._batches():
             started = time.monotonic()
@@ -105,6 +113,7 @@ class TrainingLoop:
             self._check_reference()
             learning_rate = self._learning_rate(step)
             grad_norm = self.engine.update(learning_rate)
+            self._refuse_non_finite_gradient(step, grad_norm)
             self.step = step + 1
             seconds = time.monotonic() - started
             is_last = self.step == self.plan.total_steps
@@ -123,8 +132,6 @@ class TrainingLoop:
                     f"told to stop after step {self.step}; the checkpoint is written"
                 )
         self.keeper.finish(self.engine, self.step, measured)
-        if self.metrics is not None:
-            self.metrics.close()
 
     # ------------------------------------------------------------------ a step
 
@@ -185,8 +192,8 @@ class TrainingLoop:
         if self._is_first_step and not micro.is_filler:
             self._worst_reference = max(self._worst_reference, _disagreement(chosen, rejected, pairs))
         share, sums = preference_objective(chosen, rejected, pairs, total, self.spec.align_objective)
-        finite = torch.isfinite(chosen.logps) & torch.isfinite(rejected.logps)
-        return share, sums, finite.tolist()
+        values = torch.stack([chosen.logps, rejected.logps, pairs.ref_chosen, pairs.ref_rejected])
+        return share, sums, torch.isfinite(values).all(dim=0).tolist()
 
     def _refuse_non_finite(self, step: int, sums: Tensor) -> None:
         """Stops all ranks before an update with a loss that is no number."""
@@ -198,10 +205,18 @@ class TrainingLoop:
         named = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         raise UserError(
             f"align: the loss of step {step + 1} is not finite"
-            + (f"; log-probabilities overflow for pairs {named}" if ids else "")
+            + (f"; log-probabilities or their reference overflow for pairs {named}" if ids else "")
             + ". Lower align.learning_rate, use align.precision=fp32, or take these pairs out. The last checkpoint is "
             f"in {self.spec.folder / 'checkpoints'}."
         )
+
+    def _refuse_non_finite_gradient(self, step: int, grad_norm: float) -> None:
+        """Stops all ranks before weights that are no numbers become a checkpoint: a finite loss may have such a gradient."""
+        if not math.isfinite(grad_norm):
+            raise UserError(
+                f"align: the gradient of step {step + 1} is not finite though its loss is. Lower align.learning_rate or use "
+                f"align.precision=fp32. The last checkpoint is in {self.spec.folder / 'checkpoints'}."
+            )
 
     @property
     def _is_first_step(self) -> bool:
@@ -283,6 +298,7 @@ class TrainingLoop:
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
                 "ess": effective_sample_size(weights),
+                "ranks": self.world_size,
                 "pairs_per_second": len(weights) / seconds,
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,

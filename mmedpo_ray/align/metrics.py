@@ -1,97 +1,19 @@
-"""The figures of every optimizer step: ``metrics.jsonl`` for reports, and trackers for watching."""
+"""The figures of every optimizer step: ``metrics.jsonl``, what writes it and what reads it."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from mmedpo_ray.errors import UserError
+from mmedpo_ray.align.trackers import TRACKERS, remember_logged
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-
-
-class Tracker(Protocol):
-    """Where figures are watched."""
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        """Adds the figures of one step."""
-
-    def close(self) -> None:
-        """Writes out what is buffered."""
-
-
-class TensorBoardTracker:
-    """TensorBoard files under the run's folder."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        for name, value in figures.items():
-            self._board.add_scalar(f"align/{name}", value, step)
-
-    def close(self) -> None:
-        self._board.close()
-
-
-class MlflowTracker:
-    """An MLflow run named after the folder; the server is ``MLFLOW_TRACKING_URI``, else files under the run's folder."""
-
-    def __init__(self, folder: Path, step: int) -> None:  # noqa: ARG002
-        import mlflow
-
-        self._mlflow = mlflow
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri((folder / "mlruns").as_uri())
-        mlflow.set_experiment("mmedpo")
-        mlflow.start_run(run_name=folder.parent.name)
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self._mlflow.log_metrics({f"align/{name}": value for name, value in figures.items()}, step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
-
-
-class WandbTracker:
-    """A Weights & Biases run; ``WANDB_MODE=offline`` keeps it on this machine."""
-
-    def __init__(self, folder: Path, step: int) -> None:  # noqa: ARG002
-        import wandb
-
-        self._run = wandb.init(
-            project="mmedpo", name=folder.parent.name, dir=str(folder), id=folder.parent.name, resume="allow"
-        )
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self._run.log({f"align/{name}": value for name, value in figures.items()}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
-    "tensorboard": TensorBoardTracker,
-    "mlflow": MlflowTracker,
-    "wandb": WandbTracker,
-}
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Fails before training where a tracker's package is absent.
-
-    Raises:
-        UserError: it is.
-    """
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"align.trackers names {name}, which is not installed: pip install {name}.")
 
 
 class MetricsWriter:
@@ -100,44 +22,88 @@ class MetricsWriter:
     Args:
         folder: of the run.
         step: updates done so far.
-        trackers: names in :data:`TRACKERS`.
+        trackers: names in :data:`~mmedpo_ray.align.trackers.TRACKERS`; they get the figures too.
     """
 
     def __init__(self, folder: Path, step: int, trackers: Sequence[str] = ("tensorboard",)) -> None:
-        kept = [row for row in read_metrics(folder) if row["step"] <= step]
+        rows = read_metrics(folder)
+        logged = remember_logged(folder, rows[-1]["step"]) if rows else 0
         path = folder / METRICS_FILE
         temporary = folder / f".{METRICS_FILE}.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         temporary.rename(path)
         self._file = path.open("a", buffering=1)
-        self._trackers = [TRACKERS[name](folder, step) for name in trackers]
+        self._trackers = {name: TRACKERS[name](folder, step, logged) for name in trackers}
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds the figures of one step; ``None`` means that there was nothing to measure."""
-        self._file.write(json.dumps(row) + "\n")
         figures = {
-            name: value
+            f"align/{name}": value
             for name, value in row.items()
             if name not in ("step", "seconds") and value is not None
         }
-        for tracker in self._trackers:
-            tracker.log(figures, row["step"])
+        self._tell("log", figures, row["step"])
+        # Last: what is in the file is in the trackers.
+        self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         """Writes out what is buffered."""
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        self._tell("close")
+
+    def _tell(self, verb: str, *arguments: Any) -> None:
+        """Calls all trackers; one that fails, as a server that is gone, is left out from then on and training goes on."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                getattr(tracker, verb)(*arguments)
+            except Exception as error:  # each client raises its own
+                del self._trackers[name]
+                log.warning(
+                    "align: %s failed (%s) and gets no more figures; %s has them all",
+                    name,
+                    error,
+                    METRICS_FILE,
+                )
+
+
+class MetricsTail:
+    """The lines that were added to ``metrics.jsonl`` since the last look; the file is not read twice.
+
+    Args:
+        folder: of the run; the file need not be there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / METRICS_FILE
+        self._file_id: int | None = None
+        self._position = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The new complete lines; all lines where the workers resumed and wrote the file anew."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._file_id or status.st_size < self._position:
+                    self._file_id, self._position = status.st_ino, 0
+                file.seek(self._position)
+                complete, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._position += len(complete) + len(newline)
+        return _rows(complete.decode())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The figures of all complete steps so far; a line cut off by a crash is left out."""
     path = folder / METRICS_FILE
+    return _rows(path.read_text()) if path.is_file() else []
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
     rows = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+    for line in text.splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
     return rows

@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import threading
 import uuid
 import warnings
@@ -26,14 +27,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from mmedpo_ray import cluster, storage
+from mmedpo_ray.align.attempt import claim
 from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints
-from mmedpo_ray.align.metrics import METRICS_FILE, check_trackers, read_metrics
+from mmedpo_ray.align.metrics import METRICS_FILE, read_metrics
 from mmedpo_ray.align.policy import TrainingSpec
 from mmedpo_ray.align.prepare_station import needs_stored_reference, preparation_settings, prepare
-from mmedpo_ray.align.stoppable import StoppableTorchConfig
+from mmedpo_ray.align.stoppable import StoppableTorchConfig, training
+from mmedpo_ray.align.trackers import TRACKER_FILES, check_trackers, tracker_environment
 from mmedpo_ray.align.trained import find_trained
+from mmedpo_ray.align.watch import PLAN_FILE, watch
 from mmedpo_ray.config import AlignConfig, Config, LoraConfig
-from mmedpo_ray.console import console, progress_bar
+from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import resolve_model
 from mmedpo_ray.run_folder import ADAPTER, WEIGHTS, Role, RunFolder
@@ -42,11 +46,11 @@ from mmedpo_ray.stage import Manifest, Station
 log = logging.getLogger(__name__)
 
 _ERROR_FILE = "error.json"
-_PLAN_FILE = "plan.json"
 _KEY_FILE = "key.json"
 # Settings that change how a run is carried out and not what comes out of it.
 _OPERATIONAL = {
     "num_workers",
+    "resize_check_seconds",
     "cpus_per_worker",
     "threads_per_worker",
     "use_gpu",
@@ -88,10 +92,11 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
     station = Station(_station_name(role), str(folder), config, settings=identity, inputs=[run.prepared])
     if (done := station.finished()) is not None:
         return done
-    _prepare_folder(folder, station.key)
     spec = _training_spec(config, settings, folder, station.key, prepared.key)
     _check_cluster(spec)
-    with _progress(station.name, folder):
+    claim(folder, spec.attempt)
+    _prepare_folder(folder, station.key)
+    with watch(station.name, folder):
         _fit(spec)
     return _finish(station, folder)
 
@@ -133,25 +138,31 @@ def _prepare_folder(folder: Path, key: str) -> None:
             console.print(f"[dim]align: resuming from {found[-1].name}[/dim]")
     else:
         remove_checkpoints(folder)
-        for name in (METRICS_FILE, "tensorboard", ADAPTER, WEIGHTS, "manifest.json"):
+        for name in (METRICS_FILE, *TRACKER_FILES, ADAPTER, WEIGHTS, "manifest.json"):
             storage.remove(str(folder / name))
         (folder / _KEY_FILE).write_text(json.dumps(key))
-    for name in (_ERROR_FILE, _PLAN_FILE):
+    for name in (_ERROR_FILE, PLAN_FILE):
         storage.remove(str(folder / name))
 
 
 def _check_cluster(spec: TrainingSpec) -> None:
     """Fails at once where Ray would wait for resources for ever (a cluster that scales may still grow)."""
     align = spec.align
-    resources = ray.cluster_resources()
-    if spec.use_gpu and resources.get("GPU", 0) < 1 and align.use_gpu:
+    if spec.use_gpu and align.use_gpu and not cluster.has_gpu() and not cluster.may_grow():
         raise UserError("align.use_gpu is true but the cluster has no GPU. Set it to null or false.")
-    needed = align.min_workers * align.cpus_per_worker
-    if not spec.use_gpu and resources.get("CPU", 0) < needed:
-        raise UserError(
-            f"align.num_workers={align.min_workers} × align.cpus_per_worker={align.cpus_per_worker} needs {needed:g} CPUs, "
-            f"the cluster has {resources.get('CPU', 0):g}. Lower one of them or raise ray.local_cpus."
-        )
+    resources = _rank_resources(spec)
+    room = cluster.room_for(resources)
+    if room >= align.min_workers or cluster.may_grow():
+        return
+    one = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+    raise UserError(
+        f"align.num_workers asks for at least {align.min_workers} ranks of {one} each (align.cpus_per_worker), but the nodes of "
+        f"the cluster hold {room}. Lower one of them, or add nodes (a local cluster: raise ray.local_cpus)."
+    )
+
+
+def _rank_resources(spec: TrainingSpec) -> dict[str, float]:
+    return {"CPU": spec.align.cpus_per_worker} | ({"GPU": 1.0} if spec.use_gpu else {})
 
 
 def _fit(spec: TrainingSpec) -> None:
@@ -161,7 +172,9 @@ def _fit(spec: TrainingSpec) -> None:
         UserError: what a worker found wrong, or what killed it more often than ``align.max_failures``.
     """
     align = spec.align
-    resources: dict[str, float] = {"CPU": align.cpus_per_worker} | ({"GPU": 1.0} if spec.use_gpu else {})
+    if align.min_workers < align.max_workers:
+        # After a loss Ray tries the old size until this runs out: no longer than it takes to learn of lost nodes.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"spec": spec},
@@ -170,7 +183,8 @@ def _fit(spec: TrainingSpec) -> None:
             # ray.train's own form of [min, max]; its types do not name it.
             num_workers=align.num_workers,  # type: ignore[arg-type]
             use_gpu=spec.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=_rank_resources(spec),
+            elastic_resize_monitor_interval_s=align.resize_check_seconds,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
             name=spec.attempt,
@@ -181,7 +195,8 @@ def _fit(spec: TrainingSpec) -> None:
         ),
     )
     try:
-        trainer.fit()
+        with _interruptible():
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         _raise_user_error(spec)
         causes = {
@@ -197,6 +212,19 @@ def _fit(spec: TrainingSpec) -> None:
     _raise_user_error(spec)
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a ``KeyboardInterrupt`` here as everywhere: Ray Train's handler exits with status 0, and stays for good."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
 def _worker(settings: dict[str, Any]) -> None:
     """What every rank runs."""
     import torch
@@ -209,7 +237,8 @@ def _worker(settings: dict[str, Any]) -> None:
     from mmedpo_ray.align.loop import TrainingLoop
 
     try:
-        TrainingLoop(spec).run()
+        with training():
+            TrainingLoop(spec).run()
     except UserError as error:
         # Another attempt would meet the same: note it, so that the restarted group ends at once.
         storage.write_bytes(
@@ -235,51 +264,13 @@ def _worker_environment(spec: TrainingSpec) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
-    } | ({} if spec.use_gpu else {"DS_ACCELERATOR": "cpu"})
-
-
-@contextlib.contextmanager
-def _progress(name: str, folder: Path) -> Iterator[None]:
-    """Shows the steps while the workers write them; they are read from the shared folder."""
-    stop = threading.Event()
-
-    def watch() -> None:
-        with progress_bar() as bar:
-            task = bar.add_task(name, total=None, note="starting workers")
-            shown = False
-            while not stop.wait(0.5):
-                plan, rows = _read_json(folder / _PLAN_FILE), read_metrics(folder)
-                if plan and not shown:
-                    console.print(plan_line(name, plan), soft_wrap=True)
-                    shown = True
-                if plan and rows:
-                    last = rows[-1]
-                    margin = last.get("reward_margin")
-                    note = f"loss {last['loss']:.3f}" + (
-                        f" margin {margin:.2f}" if margin is not None else ""
-                    )
-                    bar.update(task, total=plan["steps"], completed=last["step"], note=note)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join(timeout=5)
-
-
-def plan_line(name: str, plan: dict[str, Any]) -> str:
-    """The plan of a run in one line."""
-    return (
-        f"[dim]{name}: {plan['steps']:,} steps of {plan['pairs']:,} pairs on {plan['images']:,} images; "
-        f"{plan['tokens_per_epoch']:,} tokens an epoch, {plan['sharing_factor']} times fewer than unpacked; "
-        f"effective sample size {plan['effective_sample_size']:.0%}[/dim]"
-    )
+        **tracker_environment(),
+        **({} if spec.use_gpu else {"DS_ACCELERATOR": "cpu"}),
+    }
 
 
 def _finish(station: Station, folder: Path) -> Manifest:
-    plan = _read_json(folder / _PLAN_FILE)
+    plan = _read_json(folder / PLAN_FILE)
     metrics = read_metrics(folder)
     trained = find_trained(folder)
     if plan is None or not metrics or trained is None:

@@ -107,6 +107,9 @@ class AlignConfig(Section):
         2,
         description="training processes; [min, max]: as many as the cluster has room for, even as it changes",
     )
+    resize_check_seconds: float = Field(
+        60.0, ge=0, description="num_workers=[min, max]: time between looks at what the cluster has room for"
+    )
     cpus_per_worker: float = Field(1.0, gt=0)
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker's tensor operations")
     use_gpu: bool | None = Field(None, description="null: if the cluster has GPUs")

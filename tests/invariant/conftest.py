@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     rows = write_scored(folder)
     plain = training_spec(folder, model, folder / "plain", nll_coefficient=0.5, visual_coefficient=0.5)
     write_prepared(folder / "prepared", rows, model, plain.align)
+    write_prepared(folder / "no_number", rows, model, plain.align, chosen=math.nan)
     moved = with_settings(plain, folder / "moved")
 
     def all_terms(name: str, **changes: object) -> TrainingSpec:
@@ -108,6 +110,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 replace(with_settings(plain, folder / "stale_reference"), prepared_key="now"),
                 is_refused=True,
             ),
+            Launch(broken := with_settings(plain, folder / "broken"), crash_after=3),
+            Launch(replace(broken, prepared=str(folder / "no_number")), is_refused=True),
         ],
         world_size=2,
     )

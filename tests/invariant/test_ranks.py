@@ -10,6 +10,7 @@ from align_compare import adapter, assert_same_training, trained
 from align_world import with_settings
 
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
+from mmedpo_ray.align.checkpoint import checkpoint_folders, load_last_checkpoint
 from mmedpo_ray.align.logps import LogpOutput
 from mmedpo_ray.align.losses import preference_objective
 from mmedpo_ray.align.metrics import read_metrics
@@ -140,6 +141,19 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_pairs(runs: Runs
     with pytest.raises(UserError, match=r"step \d is not finite.*pairs s00\d"):
         _raise_user_error(spec)
     assert not (spec.folder / "adapter").exists()
+
+
+def test_the_last_good_checkpoint_outlives_a_loss_that_is_no_number(runs: Runs) -> None:
+    folder = runs.folder / "broken"
+    with pytest.raises(UserError, match=r"step 3 is not finite.*reference overflow for pairs s00\d"):
+        _raise_user_error(with_settings(runs.spec, folder))
+    assert [path.name for path in checkpoint_folders(folder)] == ["step-000002"]
+    kept = load_last_checkpoint(folder, runs.spec.key)
+    assert kept is not None
+    assert kept.names
+    for name in kept.names:
+        values = (kept.parameter(name), kept.moment("exp_avg", name), kept.moment("exp_avg_sq", name))
+        assert all(torch.isfinite(value).all() for value in values), name
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmedpo_ray import stage, tables
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.trainer import align
 from mmedpo_ray.config import Config
+from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 from mmedpo_ray.run_folder import RunFolder
 
@@ -28,7 +30,8 @@ pytestmark = pytest.mark.engine
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("align")
     write_scored(folder, **{"s000-0:text": {"weight": 0.0}, "s001-2:text": {"question": "Why? " * 200}})
-    settings = align_settings(epochs=6, max_steps=12, num_workers=2)
+    trackers = ("tensorboard", "mlflow", "wandb")
+    settings = align_settings(epochs=6, max_steps=12, num_workers=2, trackers=trackers)
     config = Config(align=settings)
     config.run.folder = str(folder)
     config.model.path = str(build_tiny_llava(folder / "llava"))
@@ -49,7 +52,10 @@ def _kill_a_worker(folder: Path, killed: list[int]) -> None:
 
 
 @pytest.mark.timeout(500)
-def test_align_survives_a_killed_worker(config: Config, ray_cluster: None) -> None:
+def test_align_survives_a_killed_worker(
+    config: Config, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     run = RunFolder(config.run.folder)
     killed: list[int] = []
     killer = threading.Thread(target=_kill_a_worker, args=(run.align(), killed), daemon=True)
@@ -72,7 +78,27 @@ def test_align_survives_a_killed_worker(config: Config, ray_cluster: None) -> No
     assert rows[0]["reward_margin"] == pytest.approx(0.0, abs=1e-3), "policy and reference begin as one model"
     assert rows[-1]["loss"] < rows[0]["loss"]
     _check_adapter(config, run.align() / "adapter")
+    _check_trackers(run.align())
     assert align(config, "aligned").finished_at == manifest.finished_at, "a finished station is skipped"
+
+
+def _check_trackers(folder: Path) -> None:
+    """Both launches of the workers are one run in each tracker, written by rank 0 alone."""
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchone() == (1,)
+        steps = database.execute("select distinct step from metrics where key = 'align/loss'").fetchall()
+    assert sorted(steps) == [(step,) for step in range(1, 13)]
+    assert len({path.name for path in folder.glob("wandb/offline-run-*/*.wandb")}) == 1
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_a_cluster_without_room_is_refused_at_once(config: Config, ray_cluster: None) -> None:
+    """Ray would wait for ever. What is there already stays."""
+    changed = {"max_steps": 13, "num_workers": (90, 100)}
+    larger = config.model_copy(update={"align": config.align.model_copy(update=changed)})
+    with pytest.raises(UserError, match=r"at least 90 ranks of 1 CPU each .* hold \d+\. Lower"):
+        align(larger, "aligned")
+    assert (RunFolder(config.run.folder).align() / "adapter").is_dir()
 
 
 def _terminate_a_worker(folder: Path, seen: list[str]) -> None:
@@ -93,7 +119,7 @@ def _terminate_a_worker(folder: Path, seen: list[str]) -> None:
 @pytest.mark.timeout(500)
 def test_a_worker_that_is_told_to_stop_saves_first(config: Config, ray_cluster: None) -> None:
     """Nothing but SIGTERM makes a checkpoint here, and the run goes on from it."""
-    changed = {"max_steps": 400, "epochs": 200, "checkpoint_every": 1000, "strategy": "ddp"}
+    changed = {"max_steps": 400, "epochs": 200, "checkpoint_every": 1000, "strategy": "ddp", "trackers": ()}
     config = config.model_copy(update={"align": config.align.model_copy(update=changed)})
     folder = RunFolder(config.run.folder).align("control")
     seen: list[str] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmedpo_ray.align.attempt import claim
 from mmedpo_ray.align.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -21,14 +22,21 @@ from mmedpo_ray.align.checkpoint import (
 )
 from mmedpo_ray.align.metrics import MetricsWriter, read_metrics
 from mmedpo_ray.align.policy import learning_rate_factor
+from mmedpo_ray.errors import UserError
 
 
 def save(
-    folder: Path, step: int, key: str = "run", keep: int = 2, loss: float | None = None, shard_bytes: int = 48
+    folder: Path,
+    step: int,
+    key: str = "run",
+    keep: int = 2,
+    loss: float | None = None,
+    shard_bytes: int = 48,
+    attempt: str = "",
 ) -> Path:
     """A checkpoint of two parameters whose values tell the step, in more than one shard."""
     with ThreadPoolExecutor(1) as pool:
-        writer = CheckpointWriter(folder, State(step, key, loss), keep, pool, shard_bytes)
+        writer = CheckpointWriter(folder, State(step, key, loss, attempt), keep, pool, shard_bytes)
         for name in ("a", "b"):
             weight = torch.full((2, 3), float(step))
             writer.add(name, {"parameter": weight, "exp_avg": weight / 2, "exp_avg_sq": weight / 4})
@@ -104,6 +112,36 @@ def test_without_validation_there_is_no_best(tmp_path: Path) -> None:
     path = save(tmp_path, 2)
     assert Checkpoint(path).validation_loss is None
     assert load_best_checkpoint(tmp_path, "run") is None
+
+
+def test_a_launch_that_was_replaced_cannot_write(tmp_path: Path) -> None:
+    """Ray ends the ranks of a killed driver a while after another driver has taken over."""
+    claim(tmp_path, "first")
+    save(tmp_path, 2, keep=1, attempt="first")
+    claim(tmp_path, "second")
+    with pytest.raises(UserError, match="another align was started"):
+        save(tmp_path, 4, keep=1, attempt="first")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    save(tmp_path, 4, keep=1, attempt="second")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_a_launch_that_is_replaced_while_it_writes_leaves_nothing(tmp_path: Path) -> None:
+    claim(tmp_path, "first")
+    save(tmp_path, 2, keep=1, attempt="first")
+    with ThreadPoolExecutor(1) as pool:
+        writer = CheckpointWriter(tmp_path, State(4, "run", None, "first"), 1, pool)
+        writer.add("a", {"parameter": torch.zeros(2)})
+        claim(tmp_path, "second")
+        with pytest.raises(UserError, match="another align was started"):
+            writer.finish().result()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step-999999", "step-1000000"]
 
 
 def test_a_resumed_run_writes_its_figures_once(tmp_path: Path) -> None:

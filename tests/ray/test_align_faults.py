@@ -1,0 +1,221 @@
+"""kill -9 of a rank, a node and the driver in the middle of training, and a cluster that grows and shrinks under it.
+
+Every run ends with the adapter of a run that nothing disturbed, to 1e-5. The cluster outlives the drivers.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from align_compare import assert_same_training
+from align_world import align_settings, write_scored
+from tiny_llava import build_tiny_llava
+
+from mmedpo_ray.align.checkpoint import checkpoint_folders
+from mmedpo_ray.align.metrics import read_metrics
+from mmedpo_ray.config import Config, dump
+from mmedpo_ray.run_folder import RunFolder
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+
+DRIVER = """
+import sys
+from mmedpo_ray import cluster, config, console
+from mmedpo_ray.align.trainer import align
+
+console.configure(verbose=True)
+settings = config.load(sys.argv[1])
+cluster.start(settings.ray)
+align(settings, "aligned")
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A cluster whose head has room for one rank; drivers join it by its address."""
+    from ray.cluster_utils import Cluster
+
+    # A lost node is noticed within a second rather than half a minute.
+    checks = {"initial_delay_ms": 1000, "period_ms": 300, "timeout_ms": 1000, "failure_threshold": 3}
+    system = {f"health_check_{name}": value for name, value in checks.items()}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": system})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough for a run to last."""
+    return build_tiny_llava(tmp_path_factory.mktemp("model") / "llava", layers=12)
+
+
+@dataclass
+class Run:
+    """A training run under a driver of its own.
+
+    Attributes:
+        folder: of the run.
+        config: its settings.
+        driver: the process that was started last.
+    """
+
+    folder: Path
+    config: Config
+    driver: subprocess.Popen | None = None
+
+    @classmethod
+    def of(cls, nodes: Any, model: Path, folder: Path, **changes: Any) -> Run:
+        """A run on the pairs that all runs of this module share; ``changes`` go to the settings of `align`."""
+        write_scored(folder)
+        values = {"epochs": 100, "max_steps": 100, "learning_rate": 2e-4, "checkpoint_every": 10} | changes
+        config = Config(align=align_settings(**values))
+        config.run.folder, config.model.path, config.ray.address = str(folder), str(model), nodes.address
+        (folder / "settings.yaml").write_text(dump(config))
+        return cls(folder, config)
+
+    def start(self) -> None:
+        """A driver that trains, or finishes what an earlier one began."""
+        with self.log.open("a") as log:
+            self.driver = subprocess.Popen(
+                [sys.executable, "-c", DRIVER, str(self.folder / "settings.yaml")], stdout=log, stderr=log
+            )
+
+    def finish(self) -> Path:
+        """Waits for the driver; returns the folder of `align`."""
+        assert self.driver is not None
+        assert self.driver.wait() == 0, self.tail
+        return self.align
+
+    def kill(self) -> None:
+        """The driver dies without a word."""
+        assert self.driver is not None
+        self.driver.kill()
+        self.driver.wait()
+
+    def wait_for(self, found: Callable[[], Any], what: str, seconds: float = 240) -> Any:
+        """The first result that is not empty."""
+        assert self.driver is not None
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if result := found():
+                return result
+            assert self.driver.poll() is None, f"the driver ended before {what}: {self.tail}"
+            time.sleep(0.05)
+        pytest.fail(f"no {what}: {self.tail}")
+
+    def rows(self, ranks: int | None = None) -> list[dict[str, Any]]:
+        """The figures of the steps so far, of those on so many ranks."""
+        return [row for row in read_metrics(self.align) if ranks in (None, row["ranks"])]
+
+    @property
+    def align(self) -> Path:
+        return RunFolder(str(self.folder)).align()
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "driver.log"
+
+    @property
+    def tail(self) -> str:
+        return self.log.read_text()[-4000:]
+
+
+def ranks_on(node: Any) -> list[psutil.Process]:
+    """Training processes on a node."""
+    (raylet,) = node.all_processes["raylet"]
+    processes = psutil.Process(raylet.process.pid).children(recursive=True)
+    return [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def quiet(nodes: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run on one rank that nothing disturbs leaves."""
+    run = Run.of(nodes, model, tmp_path_factory.mktemp("quiet"), num_workers=1)
+    run.start()
+    return run.finish()
+
+
+def test_a_cluster_that_grows_and_shrinks(nodes: Any, model: Path, quiet: Path, tmp_path: Path) -> None:
+    """One rank, then two when a node comes, then one when it goes."""
+    run = Run.of(nodes, model, tmp_path, num_workers=(1, 2), resize_check_seconds=1, checkpoint_every=1000)
+    run.start()
+    run.wait_for(lambda: len(run.rows(1)) >= 2, "step on one rank")
+    assert not run.rows(2)
+    node = nodes.add_node(num_cpus=1)
+    run.wait_for(lambda: len(run.rows(2)) >= 2, "step on two ranks")
+    (saved,) = checkpoint_folders(run.align)
+    assert int(saved.name.removeprefix("step-")) == len(run.rows(1)), "nothing is repeated after a resize"
+    nodes.remove_node(node, allow_graceful=False)
+    run.wait_for(lambda: run.rows()[-1]["ranks"] == 1, "step on one rank again")
+    assert_same_training(run.finish(), quiet, tolerance=1e-5)
+
+
+def test_a_node_lost_in_the_middle(nodes: Any, model: Path, quiet: Path, tmp_path: Path) -> None:
+    """Two ranks; the run waits for another node and goes on from the last checkpoint."""
+    run = Run.of(nodes, model, tmp_path, num_workers=2)
+    node = nodes.add_node(num_cpus=1)
+    run.start()
+    run.wait_for(lambda: len(run.rows(2)) >= 12, "step on two ranks")
+    nodes.remove_node(node, allow_graceful=False)
+    assert not (run.align / "adapter").exists(), "the node was lost too late"
+    node = nodes.add_node(num_cpus=1)
+    assert_same_training(run.finish(), quiet, tolerance=1e-5)
+    nodes.remove_node(node)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "told_to_stop"])
+def test_one_of_two_sharded_ranks_ends(
+    nodes: Any, model: Path, quiet: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    """ZeRO-3: saving is a collective of both ranks, also when only one of them is told to stop."""
+    every = 10 if how == signal.SIGKILL else 1000
+    run = Run.of(nodes, model, tmp_path, num_workers=2, strategy="zero3", checkpoint_every=every)
+    node = nodes.add_node(num_cpus=1)
+    run.start()
+    run.wait_for(lambda: len(run.rows(2)) >= 12, "step on two ranks")
+    (rank,) = ranks_on(node)
+    rank.send_signal(how)
+    saved = run.wait_for(lambda: checkpoint_folders(run.align), "checkpoint")
+    assert not (run.align / "adapter").exists(), "the rank was hit too late"
+    if how == signal.SIGTERM:
+        assert 12 <= int(saved[0].name.removeprefix("step-")) < 100
+    assert_same_training(run.finish(), quiet, tolerance=1e-5)
+    nodes.remove_node(node)
+
+
+def test_the_driver_killed_in_the_middle(nodes: Any, model: Path, quiet: Path, tmp_path: Path) -> None:
+    """Another driver goes on at once, while Ray has not ended the ranks of the first."""
+    run = Run.of(nodes, model, tmp_path, num_workers=1)
+    for steps in (1, 12):
+        run.start()
+        run.wait_for(lambda steps=steps: len(run.rows()) >= steps, "step")
+        orphans = ranks_on(nodes.head_node)
+        run.kill()
+        assert not (run.align / "adapter").exists(), "the driver was killed too late"
+    assert orphans
+    run.start()
+    assert_same_training(run.finish(), quiet, tolerance=1e-6)
+    assert not any(orphan.is_running() for orphan in orphans)
+    assert "resuming from step-0000" in run.log.read_text()
+
+
+def test_the_driver_killed_while_the_reference_is_computed(
+    nodes: Any, model: Path, quiet: Path, tmp_path: Path
+) -> None:
+    run = Run.of(nodes, model, tmp_path, num_workers=1)
+    reference = tmp_path / "reference"
+    run.start()
+    run.wait_for(reference.exists, "reference")
+    run.kill()
+    assert not (reference / "manifest.json").exists(), "the driver was killed too late"
+    run.start()
+    assert_same_training(run.finish(), quiet, tolerance=1e-6)
