@@ -212,10 +212,10 @@ def test_the_driver_killed_while_the_reference_is_computed(
     nodes: Any, model: Path, quiet: Path, tmp_path: Path
 ) -> None:
     run = Run.of(nodes, model, tmp_path, num_workers=1)
-    reference = tmp_path / "reference"
+    prepared = tmp_path / "prepared"
     run.start()
-    run.wait_for(reference.exists, "reference")
+    run.wait_for(prepared.exists, "prepared pairs")
     run.kill()
-    assert not (reference / "manifest.json").exists(), "the driver was killed too late"
+    assert not (prepared / "manifest.json").exists(), "the driver was killed too late"
     run.start()
     assert_same_training(run.finish(), quiet, tolerance=1e-6)
