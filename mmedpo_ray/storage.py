@@ -11,7 +11,7 @@ import hashlib
 import os
 import posixpath
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -84,7 +84,7 @@ def read_bytes(uri: str | Path) -> bytes:
         FileNotFoundError: there is no such file.
     """
     filesystem, path = resolve(uri)
-    with filesystem.open_input_stream(path) as stream:
+    with _naming(uri), filesystem.open_input_stream(path) as stream:
         return stream.read()
 
 
@@ -93,7 +93,7 @@ def write_bytes(uri: str | Path, data: bytes | pa.Buffer) -> None:
     filesystem, path = resolve(uri)
     if _is_object_store(filesystem):
         # An object exists once its upload is completed, has no folder to be made, and would have to be copied to be renamed.
-        with filesystem.open_output_stream(path) as stream:
+        with _naming(uri), filesystem.open_output_stream(path) as stream:
             stream.write(data)
         return
     filesystem.create_dir(posixpath.dirname(path), recursive=True)
@@ -101,6 +101,18 @@ def write_bytes(uri: str | Path, data: bytes | pa.Buffer) -> None:
     with filesystem.open_output_stream(temporary) as stream:
         stream.write(data)
     filesystem.move(temporary, path)
+
+
+@contextlib.contextmanager
+def _naming(uri: str | Path) -> Iterator[None]:
+    """Errors name the file; those of some object stores do not."""
+    try:
+        yield
+    except OSError as error:
+        if str(uri) in str(error):
+            raise
+        # With its number an error keeps its class: 2 is FileNotFoundError.
+        raise OSError(error.errno, f"{uri}: {error.strerror or error}") from error
 
 
 def write_parquet(uri: str | Path, table: pa.Table, **options: Any) -> str:
