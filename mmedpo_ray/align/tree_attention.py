@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAME = "packed_tree"
-# Most queries in a block: fewer run below the speed of large products, more see more keys that are not theirs.
-_QUERIES_PER_BLOCK = 64
+# Most queries in a block: each block has a copy of the keys of its trunk, and more queries see more keys that are not theirs.
+_QUERIES_PER_BLOCK = 192
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, forest: Forest) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=SCALING).transpose(1, 2)
 
 
-@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("block", [1, 3, 192])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=st.lists(st.tuples(tokens, tokens, st.integers(0, 2)), min_size=1, max_size=9))
 def test_values_and_gradients_are_those_of_the_dense_mask(
