@@ -126,7 +126,7 @@ def test_the_whole_road_as_a_job(cluster: dict[str, str], repository: Path, tmp_
     assert set(samples["split"].to_pylist()) == {"train", "test"}
     assert set(pairs["kind"].to_pylist()) == {"text", "visual"}
     assert scored["pair_id"].to_pylist() == pairs["pair_id"].to_pylist()
-    for folder in ("samples", "candidates", "pairs", "scored", "reference", "evaluate"):
+    for folder in ("samples", "candidates", "pairs", "scored", "prepared", "evaluate"):
         manifest = stage.read_manifest(str(run / folder))
         assert manifest is not None, folder
         assert manifest.rows_in == manifest.rows_out + sum(manifest.dropped.values()), folder

@@ -92,7 +92,16 @@ def train_randomly(config: Config, base: Path, role: Role = "aligned", **setting
         checkpoint = writer.finish().result()
     write_trained(policy.model, Checkpoint(checkpoint), folder, torch.float32)
     Station("align", str(folder), config).finish()
-    return policy.model.eval()
+    return as_transformers_computes(policy.model.eval())
+
+
+def as_transformers_computes(model: Any) -> Any:
+    """Takes the forwards for packed trees out of a policy's model."""
+    for module in model.modules():
+        vars(module).pop("forward", None)
+        if hasattr(module, "language_model"):
+            module.language_model.set_attn_implementation("sdpa")
+    return model
 
 
 # What is trained besides LoRA on the language model alone.
