@@ -52,6 +52,14 @@ def nodes() -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def one_node_again(nodes: Any) -> Iterator[None]:
+    """What a test added goes with it, also where it failed."""
+    yield
+    for node in list(nodes.worker_nodes):
+        nodes.remove_node(node, allow_graceful=False)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough for a run to last."""
@@ -76,7 +84,7 @@ class Run:
     def of(cls, nodes: Any, model: Path, folder: Path, **changes: Any) -> Run:
         """A run on the pairs that all runs of this module share; ``changes`` go to the settings of `align`."""
         write_scored(folder)
-        values = {"epochs": 100, "max_steps": 100, "learning_rate": 2e-4, "checkpoint_every": 10} | changes
+        values = {"epochs": 100, "max_steps": 100, "learning_rate": 5e-5, "checkpoint_every": 10} | changes
         config = Config(align=align_settings(**values))
         config.run.folder, config.model.path, config.ray.address = str(folder), str(model), nodes.address
         (folder / "settings.yaml").write_text(dump(config))
@@ -167,9 +175,8 @@ def test_a_node_lost_in_the_middle(nodes: Any, model: Path, quiet: Path, tmp_pat
     run.wait_for(lambda: len(run.rows(2)) >= 12, "step on two ranks")
     nodes.remove_node(node, allow_graceful=False)
     assert not (run.align / "adapter").exists(), "the node was lost too late"
-    node = nodes.add_node(num_cpus=1)
+    nodes.add_node(num_cpus=1)
     assert_same_training(run.finish(), quiet, tolerance=1e-5)
-    nodes.remove_node(node)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "told_to_stop"])
@@ -189,7 +196,6 @@ def test_one_of_two_sharded_ranks_ends(
     if how == signal.SIGTERM:
         assert 12 <= int(saved[0].name.removeprefix("step-")) < 100
     assert_same_training(run.finish(), quiet, tolerance=1e-5)
-    nodes.remove_node(node)
 
 
 def test_the_driver_killed_in_the_middle(nodes: Any, model: Path, quiet: Path, tmp_path: Path) -> None:
