@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmedpo_ray.align import lora
-from mmedpo_ray.align.tree_attention import LayerTree, attention_bias, masked_attention, tree_attention
+from mmedpo_ray.align.tree_attention import LayerTree, bias_for, masked_attention, tree_attention
 
 # Pre-norm layers of one anatomy: RMSNorm, attention with rotary embedding, residual, RMSNorm, gated MLP, residual.
 _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
@@ -61,9 +61,7 @@ def for_last_layer(outputs: Tensor, sees: Tensor, language_model: Any) -> dict[s
         sees: (R, O, T) bool, what these attend to.
         language_model: the model.
     """
-    config = language_model.config
-    shared = config.num_attention_heads // config.num_key_value_heads
-    return {"outputs": outputs, "bias": attention_bias(sees, shared, language_model.dtype)}
+    return {"outputs": outputs, "bias": bias_for(sees, language_model)}
 
 
 def _replace(module: Any, forward: Any) -> None:

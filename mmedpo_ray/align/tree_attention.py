@@ -164,9 +164,14 @@ class LayerTree:
 
 def for_layers(layout: TreeLayout, language_model: Any) -> LayerTree:
     """What all layers of a language model need, made once."""
+    return LayerTree(layout, bias_for(layout.sees, language_model))
+
+
+def bias_for(sees: Tensor, language_model: Any) -> Tensor:
+    """:func:`attention_bias` for the heads and the type of a language model."""
     config = language_model.config
     shared = config.num_attention_heads // config.num_key_value_heads
-    return LayerTree(layout, attention_bias(layout.sees, shared, language_model.dtype))
+    return attention_bias(sees, shared, language_model.dtype)
 
 
 def attention_bias(sees: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
