@@ -8,7 +8,7 @@ vision-language model: LoRA with the adapter switched off as reference, no gradi
 and no precomputed reference for images). Ours are packed trees; the one reference pass is counted in, spread over three epochs.
 Each side runs in the smallest micro-batches that were within 3 % of its fastest in a trial.
 
-shapes  slake   one image with 11 questions, chosen about 3 tokens, rejected about 17 (the released SLAKE pairs)
+shapes  slake   two images with 11 questions each, chosen about 3 tokens, rejected about 17 (the released SLAKE pairs)
         report  eight images with one report each, about 75 tokens a side
 --visual  adds a visual pair to every text pair. TRL has none, so the other side is the padded way of the authors' code on the same
         model: every pair's two sides in rows of their own, reference recomputed, (2 text + 2 visual) × (policy + reference) forwards.
@@ -88,7 +88,7 @@ class Shape:
     rejected_words: int
 
 
-SHAPES = {"slake": Shape(1, 11, 9, 2, 16), "report": Shape(8, 1, 8, 74, 74)}
+SHAPES = {"slake": Shape(2, 11, 9, 2, 16), "report": Shape(8, 1, 8, 74, 74)}
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,9 @@ class _LoraProducts(torch.autograd.Function):
         ]
         grad_reduced = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         grad_downs = (grad_reduced.t() @ x).split(ctx.ranks)
+        # (rank, N)·(N, out) reads the large factor by its rows.
         grad_ups = [
-            grad.t() @ part for grad, part in zip(grads, reduced.split(ctx.ranks, dim=1), strict=True)
+            (part.t() @ grad).t() for grad, part in zip(grads, reduced.split(ctx.ranks, dim=1), strict=True)
         ]
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -216,7 +216,9 @@ def _split(states: Tensor, layout: TreeLayout) -> tuple[Tensor, Tensor]:
     flat = states.transpose(1, 2).flatten(0, 1)
     slots = _Rearrange.apply(flat, layout.order, layout.place, layout.filling)
     num_trunks, trunk_length = layout.trunk_shape
-    trunks, blocks = slots.tensor_split([num_trunks * trunk_length])
+    # Not tensor_split, whose gradient is a tensor of zeros for each part and their sum.
+    in_trunks = num_trunks * trunk_length
+    trunks, blocks = slots.split([in_trunks, len(slots) - in_trunks])
     return (
         trunks.view(num_trunks, trunk_length, *flat.shape[1:]),
         blocks.view(len(layout.owner), layout.sees.shape[1], *flat.shape[1:]),
