@@ -118,14 +118,14 @@ class AnnotationReader(Reader):
         rows = json_rows.read_run(self.file(unit.file), self._layout(unit.file), unit.start, unit.stop)
         for position, row in enumerate(rows, unit.position):
             name = self._row_name(row, position)
-            yield position, f"{name}~r{position}" if position in unit.repeated else name, row
+            yield position, f"{name}~r{position}" if position in unit.again else name, row
 
     def samples(self, unit: Unit, done: Container[str] = ()) -> Iterator[dict[str, Any]]:
-        checker, folder = ImageChecker(self.data.max_pixels), self._image_folder()
+        checker, folder = ImageChecker(self.data), self._image_folder()
         for position, name, row in self.rows(unit):
             place, split = unit.place(position), unit.split
             try:
-                if position in unit.repeated:
+                if position in unit.again:
                     raise UnusableError("duplicate_id")
                 row = checked_row(row)
                 split = self.split_of(row, unit.split)

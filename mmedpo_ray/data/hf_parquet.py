@@ -79,7 +79,7 @@ class HfParquetReader(Reader):
             place, split = unit.place(position), unit.split
             name = self._name(unit.file, row, position)
             try:
-                if position in unit.repeated:
+                if position in unit.again:
                     name = f"{name}~r{position}"
                     raise UnusableError("duplicate_id")
                 if row is None:
@@ -194,7 +194,7 @@ class _UnitImages:
         self._max_pixels = data.max_pixels
         self._folder = reader.file(data.image_folder or "")
         self._raw = storage.absolute(storage.join(RunFolder(reader.config.run.folder).raw, reader.dataset))
-        self._checker = ImageChecker(data.max_pixels)
+        self._checker = ImageChecker(data)
         self._written: dict[str, str | UnusableError] = {}
 
     def facts(self, row: dict[str, Any], place: str) -> ImageFacts:
