@@ -189,12 +189,19 @@ def image_name(value: Any) -> str:
     return storable(value).strip()
 
 
+def talk(row: dict[str, Any]) -> Any:
+    """The conversation of a LLaVA row; LLaVA-Med's instruction files misspell its key."""
+    return row.get("conversations", row.get("conversatons"))
+
+
 def conversation(value: Any) -> list[Turn]:
-    """Pairs the turns of a LLaVA conversation: human, gpt, human, gpt, …
+    """Pairs the turns of a LLaVA conversation: human, gpt, human, gpt, …; a system prompt before them is left out.
 
     Raises:
         UnusableError: it is no list of alternating turns.
     """
+    if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].get("from") == "system":
+        value = value[1:]
     if not isinstance(value, list) or not value or len(value) % 2:
         raise UnusableError("malformed_conversation", "no list of question-answer turns")
     turns = []

@@ -7,12 +7,15 @@ into rows of `samples` inside a Ray task. Whatever is wrong with a row becomes a
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cached_property
 from typing import Any, ClassVar
 from urllib.parse import quote
+from uuid import UUID
 
 import pyarrow as pa
 from PIL import Image
@@ -47,6 +50,8 @@ UNREADABLE = "image_unreadable"
 IMAGE_REASONS = ("image_missing", UNREADABLE, "image_undecodable", "image_too_large", "image_multi_frame")
 # Files of a unit that are waited for in vain before the others get one try each.
 _MOST_WAITED_FOR = 3
+# Whole numbers below it are exact as floats.
+_EXACT = 2**53
 # Few tasks: each new worker process costs a second of imports. Not fewer: their images are decoded one after another.
 ROWS_PER_UNIT = 256
 
@@ -298,12 +303,32 @@ def address(name: str, folder: str) -> str:
 
 
 def given_name(given: Any) -> str | None:
-    """A row's own id as part of a sample id, None where it has none. "~" is ours: it separates what we append."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        return str(given)
+    """A row's own id as part of a sample id, None where it has none. "~" is ours: it separates what we append.
+
+    Text, bytes (UTF-8, else their hex digits), numbers (17, 17.0 and Decimal("17.00") are the same id) and UUIDs are ids;
+    null, NaN, true and false, dates and anything nested are none.
+    """
+    if isinstance(given, bytes):
+        try:
+            given = given.decode()
+        except UnicodeDecodeError:
+            given = given.hex()
+    if isinstance(given, int | float | Decimal | UUID) and not isinstance(given, bool):
+        return _number_name(given)
     if not isinstance(given, str) or not given.strip():
         return None
     return storable(given).strip().replace("%", "%25").replace("~", "%7E")
+
+
+def _number_name(given: float | Decimal | UUID) -> str | None:
+    if isinstance(given, int | UUID):
+        return str(given)
+    if not math.isfinite(given):
+        return None
+    # pandas makes whole numbers floats where a column has gaps; large floats are no exact numbers.
+    if given == int(given) and (isinstance(given, Decimal) or abs(given) < _EXACT):
+        return str(int(given))
+    return f"{given.normalize():f}" if isinstance(given, Decimal) else str(given)
 
 
 def row_name(given: Any, position: int) -> str:
