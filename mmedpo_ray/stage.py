@@ -340,7 +340,7 @@ class Station:
         if total and sum(faults.values()) / total > limit:
             raise DroppedShareError(
                 f"{self.name}: {sum(faults.values()):,} of {total:,} rows would be dropped ({counts_in_words(faults)}), more than "
-                f"run.max_dropped_share={limit}. Mend the input or raise the limit."
+                f"run.max_dropped_share={limit}. Mend the input and run again, or raise the limit."
             )
         if merged.rows == 0 and not allow_empty:
             why = f" (dropped: {counts_in_words(merged.dropped)}; see {storage.join(self.folder, PARTS)})"

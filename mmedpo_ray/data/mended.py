@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
 from mmedpo_ray import storage, tables
 from mmedpo_ray.config import Config, DataConfig
-from mmedpo_ray.data.reader import IMAGE_REASONS, ImageChecker, UnusableError
+from mmedpo_ray.data.reader import IMAGE_REASONS, UNREADABLE, ImageChecker, UnusableError
 from mmedpo_ray.merge import DROPPED
 from mmedpo_ray.run_folder import RunFolder
 
@@ -30,7 +28,7 @@ def any_mended(config: Config) -> bool:
         filter=pc.field(tables.DROP_REASON).isin(list(IMAGE_REASONS)) & pc.field("image_uri").is_valid(),
     )
     images = rows.group_by(["image_uri", tables.DROP_REASON], use_threads=False).aggregate([])
-    look = ray.remote(_differs).options(num_cpus=config.ray.data_cpus)
+    look = ray.remote(differs).options(num_cpus=config.ray.data_cpus)
     pending = [
         look.remote(images.slice(start, _IMAGES_PER_TASK), config.data)
         for start in range(0, images.num_rows, _IMAGES_PER_TASK)
@@ -44,12 +42,19 @@ def any_mended(config: Config) -> bool:
     return False
 
 
-def _differs(images: pa.Table, data: DataConfig) -> bool:
+def differs(images: pa.Table, data: DataConfig) -> bool:
+    """Whether any of these images (columns ``image_uri`` and ``drop_reason``) fares otherwise than its reason says.
+
+    Storage that fails says nothing of an image: else an outage would make another table, and the stations after it run again.
+    """
     checker = ImageChecker(data)
-    return any(_reason(checker, row["image_uri"]) != row[tables.DROP_REASON] for row in images.to_pylist())
+    return any(
+        _reason(checker, row["image_uri"]) not in (row[tables.DROP_REASON], UNREADABLE)
+        for row in images.to_pylist()
+    )
 
 
-def _reason(checker: ImageChecker, uri: str) -> Any:
+def _reason(checker: ImageChecker, uri: str) -> str | None:
     try:
         checker.sha256(uri)
     except UnusableError as error:
