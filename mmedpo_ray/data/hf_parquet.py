@@ -57,6 +57,8 @@ _MOST_SHARES = 8
 _ROWS_OF_A_SHARE = 4_096
 # What reading damaged files raises.
 _DAMAGED = (pa.ArrowException, OSError)
+# Bytes read at once where only that they can be read counts.
+_PIECE = 1 << 20
 # What values raise that are no values in Python: texts that are no UTF-8, dates far away.
 _NO_VALUE = (ValueError, OverflowError)
 
@@ -170,6 +172,7 @@ class HfParquetReader(Reader):
                     if position == end:
                         return
             except _DAMAGED:
+                self._check_bytes(unit.file, file.metadata, unit.start, unit.stop)
                 yield from ((damaged, None) for damaged in range(position, end))
 
     def _ids(
@@ -186,7 +189,27 @@ class HfParquetReader(Reader):
                     yield self._name(name, row, position)
                     position += 1
         except _DAMAGED:
+            self._check_bytes(name, file.metadata, start, stop)
             yield from (self._name(name, None, damaged) for damaged in range(position, end))
+
+    def _check_bytes(self, name: str, metadata: pq.FileMetaData, start: int, stop: int) -> None:
+        """Tells damage from storage that fails, which Parquet's reader reports alike: damaged bytes can be read.
+
+        Raises:
+            UserError: the bytes of these row groups cannot be read.
+        """
+        uri, chunks = self.file(name), _chunks(metadata, start, stop)
+        try:
+            with open_file(uri) as file:
+                for place, size in chunks:
+                    file.seek(place)
+                    for done in range(0, size, _PIECE):
+                        file.read(min(_PIECE, size - done))
+        except OSError as error:
+            raise UserError(
+                f"{uri} could not be read to its end ({type(error).__name__}): storage failed. Run again, which goes on "
+                "from here."
+            ) from error
 
     def _batches(
         self, file: pq.ParquetFile, start: int, stop: int, columns: list[str]
@@ -318,6 +341,15 @@ def _shares(position: int, rows: int) -> Iterator[tuple[int, int]]:
 
 def _rows_before(metadata: pq.FileMetaData, group: int) -> int:
     return sum(metadata.row_group(number).num_rows for number in range(group))
+
+
+def _chunks(metadata: pq.FileMetaData, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """First byte and bytes of every column of some row groups."""
+    for group in range(start, stop):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            first = column.dictionary_page_offset or column.data_page_offset
+            yield max(0, first), max(0, column.total_compressed_size)
 
 
 def _footer_sha256(uri: str) -> str:

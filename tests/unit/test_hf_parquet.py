@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,30 @@ def test_a_damaged_row_group_drops_its_rows(tmp_path: Path) -> None:
     assert len(found) == 6
     assert found[-1] == "unreadable_row_group"
     assert read(tmp_path)[-1]["drop_detail"].startswith("train.parquet, row 5: row groups 0 to 2")
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: bool) -> None:
+    write(tmp_path / "train.parquet", [row(number, key=number) for number in range(40)], row_group_size=40)
+    reader = reader_of(tmp_path, *(["data.columns.sample_id=key"] if ids else []))
+    units = None if ids else list(reader.units())
+    total = (tmp_path / "train.parquet").stat().st_size
+
+    class Failing(io.BytesIO):
+        """Its footer can be read, then the connection is lost."""
+
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() + (size or 0) < total:
+                raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
+            return super().read(size)
+
+    @contextmanager
+    def opened(uri: str) -> Iterator[Any]:
+        yield pa.PythonFile(Failing(Path(uri).read_bytes()), mode="r")
+
+    monkeypatch.setattr(hf_parquet, "open_file", opened)
+    with pytest.raises(UserError, match=r"storage failed\. Run again"):
+        [list(reader.samples(unit)) for unit in units or reader.units()]
 
 
 def test_no_parquet_and_changed_parquet(tmp_path: Path) -> None:
