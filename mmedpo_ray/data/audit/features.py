@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.data.audit.table import PairTable, Samples, hashes
 
 # One bit each of `format_chosen` and `format_rejected`: what a model could tell the sides apart by without the image.
@@ -26,17 +27,9 @@ FORMATS: dict[str, str] = {
 }
 _BIT = {name: 1 << index for index, name in enumerate(FORMATS)}
 
-# Lines of the prompt that made the pair, or of a chat template, repeated in an answer.
-LEAKED_PROMPT = (
-    r"(?im)^\W*(question|original answer|candidate ?answer ?\d*)\W*:|<\s*image\s*>|\[/?INST\]|</?s>"
-    r"|\b(user|assistant|human|gpt)\s*:|<\|[a-z_]+\|>"
-)
-# Talk about making the pair, and refusals, instead of an answer.
-COMMENTARY = (
-    r"(?i)\b(original answer|candidate ?answer ?\d*|(dis)?preferred\W* answer|provided answers?)\b"
-    r"|\bas an? (ai|language model)\b|\bi('m| am) sorry\b"
-    r"|\bi (cannot|can't|am unable to) (actually )?(see|view|open|answer|provide|assist|help)\b"
-)
+# The patterns are in small letters.
+_LEAKED_PROMPT = f"(?im){LEAKED_PROMPT}"
+_COMMENTARY = f"(?im){COMMENTARY}"
 _NUMBER_POINT = r"(\d)[.,:](\d)"
 _QUOTES = "‘’“”„"
 # Byte → the same byte, or a space. Bytes of other than ASCII characters are never among them.
@@ -295,8 +288,8 @@ def _leaks(chosen: pa.Array, rejected: pa.Array) -> np.ndarray:
         (chosen, LEAK_CHOSEN, COMMENT_CHOSEN),
         (rejected, LEAK_REJECTED, COMMENT_REJECTED),
     ):
-        leaked = _numpy(pc.match_substring_regex(texts, LEAKED_PROMPT))
-        talks = _numpy(pc.match_substring_regex(texts, COMMENTARY))
+        leaked = _numpy(pc.match_substring_regex(texts, _LEAKED_PROMPT))
+        talks = _numpy(pc.match_substring_regex(texts, _COMMENTARY))
         bits |= np.where(leaked, leak, np.where(talks, comment, 0)).astype(np.uint8)
     return bits
 
