@@ -6,6 +6,7 @@ leaves the heat maps and the noised images as they are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ from mmedpo_ray.slices import Skip, map_slices
 from mmedpo_ray.stage import MANIFEST, Station
 
 _IMAGES_PER_TASK = 256
+# The key of the images in `noised`.
+_IMAGES_OF = ".images_of.json"
 
 
 def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> list[str]:
@@ -47,10 +50,7 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
         if not done:
-            # Tables of other settings name images that go now: they must not be taken for finished later.
-            for folder in (run.pairs, run.visual):
-                storage.remove(storage.join(folder, MANIFEST))
-            storage.remove(run.noised)
+            _make_room(run, station.key)
         return _planned_pairs(config, train_samples(), done)
 
     # How many may be dropped is about all pairs, so `pairs` looks after it.
@@ -82,6 +82,26 @@ def draw_visual_samples(samples: pa.Table, per_image: int, seed: int) -> pa.Tabl
     position = np.arange(len(images))
     rank = position - np.maximum.accumulate(np.where(starts, position, 0))
     return ranked.filter(pa.array(rank < per_image)).drop_columns(["_order"])
+
+
+def _make_room(run: RunFolder, key: str) -> None:
+    """Deletes images of other settings, and says whose are made now.
+
+    Those that an earlier attempt with the same settings has left are made over, equal byte for byte: a task of it that
+    outlives its driver may still be writing there.
+    """
+    mark = storage.join(run.visual, _IMAGES_OF)
+    try:
+        if json.loads(storage.read_bytes(mark)) == key:
+            return
+    except (FileNotFoundError, ValueError):
+        pass
+    # Tables of other settings name images that go now: they must not be taken for finished later.
+    for folder in (run.pairs, run.visual):
+        storage.remove(storage.join(folder, MANIFEST))
+    storage.remove(mark)
+    storage.remove(run.noised)
+    storage.write_bytes(mark, json.dumps(key).encode())
 
 
 def _key_settings(config: Config) -> list[Any]:

@@ -139,6 +139,24 @@ def test_going_back_after_an_attempt_with_other_settings_makes_the_images_again(
     assert {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole} == pictures
 
 
+def test_images_of_a_killed_attempt_are_not_deleted(ingested: Path) -> None:
+    """A task that outlives its driver may still write there; what it writes is what comes anyway."""
+    config = phantom_config(ingested)
+    curate(config)
+    whole = pairs_of(ingested)
+    run = RunFolder(str(ingested))
+    for path in [*storage.list_files(run.visual, ".parquet"), storage.join(run.visual, stage.MANIFEST)]:
+        storage.remove(path)
+    late = Path(run.noised, "late.png.tmp")
+    late.write_bytes(b"half")
+    curate(config)
+    assert late.exists()
+    assert pairs_of(ingested) == whole
+    curate(phantom_config(ingested, "curate.visual.noise.steps=400"))
+    assert not late.exists()
+    assert pairs_of(ingested) != whole
+
+
 def test_visual_questions_are_drawn_by_seed(ingested: Path) -> None:
     samples = train_samples(phantom_config(ingested))
     two = draw_visual_samples(samples, 2, seed=0)
