@@ -169,9 +169,10 @@ def _places(pairs: PairTable, features: Features, samples: Samples | None, drawn
     if samples is not None and "mask_uri" in samples.table.column_names:
         column = samples.table["mask_uri"]
         masks = [column[int(row)].as_py() if row >= 0 else None for row in features.sample_row[drawn]]
+    found = zip(original, noised, masks, heat, question, answer, strict=True)
     return [
-        _Place(*files, asked or "", answered or "")
-        for *files, asked, answered in zip(original, noised, masks, heat, question, answer, strict=True)
+        _Place(before, after, mask, map_uri, asked or "", answered or "")
+        for before, after, mask, map_uri, asked, answered in found
     ]
 
 
