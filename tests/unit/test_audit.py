@@ -411,7 +411,7 @@ def test_addresses_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     known = [{"sample_id": "s1", "answer": "Small nodule 1", "mask_uri": "https://example.org/mask.png"}]
     result = run(tmp_path, write(tmp_path / "t", rows), samples(tmp_path / "known", known))
     item = found(result)["unreadable_image"]
-    assert (item["count"], item["of"], item["details"]["reasons"]) == (2, 3, {"image_unreachable": 2})
+    assert (item["count"], item["of"], item["details"]["reasons"]) == (2, 3, {"image_missing": 2})
 
 
 def test_of_a_slake_mask_the_part_counts_that_was_asked_about(tmp_path: Path) -> None:

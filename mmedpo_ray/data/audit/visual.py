@@ -26,7 +26,6 @@ from mmedpo_ray.data.audit.finding import (
 )
 from mmedpo_ray.data.audit.samples import Samples
 from mmedpo_ray.data.audit.table import PairTable
-from mmedpo_ray.errors import UserError
 from mmedpo_ray.settings.judge import AuditConfig
 
 SAMPLE = 64
@@ -95,7 +94,7 @@ class Measured:
     """What one visual pair's images show.
 
     Attributes:
-        problem: why they could not be compared ("image_missing", "image_undecodable", "image_too_large", "image_unreachable",
+        problem: why they could not be compared ("image_missing", "image_undecodable", "image_too_large", "image_unreadable",
             "size_differs"), or None.
         changed: share of the image that differs by more than 4 levels of 255, 0 to 1.
         identical: every pixel is the same.
@@ -182,10 +181,7 @@ def _measure(place: _Place, max_pixels: int) -> Measured:
     except images.ImageError as error:
         return Measured(error.reason)
     except OSError:
-        return Measured("image_missing")
-    except (UserError, ValueError):
-        # An address of a scheme that we cannot read, such as https.
-        return Measured("image_unreachable")
+        return Measured("image_unreadable")
     if before.size != after.size:
         return Measured("size_differs")
     pixels = [np.asarray(images.to_rgb(image), np.int16) for image in (before, after)]
@@ -209,7 +205,7 @@ def _lesion(
             continue
         try:
             marked = images.load_image(uri, max_pixels)
-        except (images.ImageError, OSError, UserError, ValueError):
+        except (images.ImageError, OSError):
             continue
         if marked.size != size:
             marked = marked.resize(size, Image.Resampling.NEAREST)
