@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from mmedpo_ray import storage, tables
+from mmedpo_ray.align import head
 from mmedpo_ray.align.pair_index import ensure_index
 from mmedpo_ray.align.policy import TrainingSpec
 from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
@@ -159,11 +160,13 @@ class Launch:
         spec: the run.
         crash_after: ends it, as a crash would, once that many updates are done.
         is_refused: run it as a Ray Train worker does; it must end with a user error.
+        most_logits: computed at once; fewer than there are make chunks.
     """
 
     spec: TrainingSpec
     crash_after: int | None = None
     is_refused: bool = False
+    most_logits: int = head.MOST_LOGITS
 
 
 def train(launches: Sequence[Launch], world_size: int = 1) -> None:
@@ -190,6 +193,7 @@ def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None
     from mmedpo_ray.align.loop import TrainingLoop
 
     for launch in launches:
+        head.MOST_LOGITS = launch.most_logits
         if launch.is_refused:
             _expect_refusal(launch.spec)
             continue

@@ -41,7 +41,9 @@ def test_every_response_token_sees_exactly_what_precedes_it(
         expected = [(whole[:end], whole[end]) for end in range(len(sequence.prompt), len(whole))]
         assert read_back(forest, index) == expected
     assert forest.num_tokens.tolist() == [len(sequence.response) for sequence in sequences]
-    assert sorted(forest.tree_image.tolist()) == list(range(len(images)))
+    is_filling = torch.arange(forest.input_ids.numel())[:, None] == forest.layout.filling
+    shown = forest.token_image.flatten()[~is_filling.any(-1)]
+    assert sorted(set(shown.tolist())) == list(range(len(images)))
 
 
 def test_a_shared_prefix_and_a_shared_answer_are_computed_once() -> None:
@@ -60,5 +62,5 @@ def test_trees_of_different_images_do_not_merge_or_see_each_other() -> None:
     sequences += [TokenSequence([1], [6, 8], 2)]
     forest = pack(sequences, torch.zeros(3, 3, 2, 2), PAD)
     assert forest.input_ids.tolist() == [[1, 2, 3, 4, 5], [1, 5, 1, 6, PAD]]
-    assert forest.tree_image.tolist() == [0, 1, 2]
+    assert forest.token_image.tolist() == [[0] * 5, [1, 1, 2, 2, 0]]
     assert read_back(forest, 2) == [([1], 6), ([1, 6], 8)]
