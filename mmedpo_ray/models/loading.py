@@ -1,7 +1,7 @@
 """Loading a LLaVA and writing its prompts, the same way for training, reference and inference.
 
 The token ids made here are those a chat request to the vLLM endpoint is answered from: the processor's own chat
-template with the image first, no extra beginning token, and the image placeholder widened to as many ids as the vision
+template with the image where it puts it, no extra beginning token, and the image placeholder widened to as many ids as the vision
 tower yields features. What training sees is therefore what the model meets when it is served.
 """
 
@@ -29,9 +29,9 @@ EMBEDDED_FOLDER = Path(__file__).parent / "phantom_llava"
 # Their features come in a fixed number per image, which the planning of a training run relies on.
 _SUPPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _NEEDED_FOR_ANOTHER = (
-    "Another architecture would need: a fixed number of image tokens an image, an image before the text in its chat "
-    "template, 4-D attention masks and position ids in its forward pass (tree packing), LoRA names of its language model "
-    "(align), and a spelling of its weights that vLLM loads (export)."
+    "Another architecture would need: a fixed number of image tokens an image, 4-D attention masks and position ids in its "
+    "forward pass (tree packing), LoRA names of its language model (align), and a spelling of its weights that vLLM loads "
+    "(export)."
 )
 # Questions whose prompts are kept (each with all its image tokens), and the same of answers.
 _CACHED_PROMPTS = 4_096
@@ -74,11 +74,11 @@ def load_processor(path: str) -> LlavaProcessor:
     """Loads image processing, tokenizer and chat template.
 
     Raises:
-        UserError: the model has no processor, or no chat template.
+        UserError: another architecture, or the model has no processor or no chat template.
     """
     from transformers import LlavaProcessor
 
-    source = resolve_model(path)
+    source = _checked(path)
     try:
         processor = LlavaProcessor.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
@@ -103,13 +103,10 @@ def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     Raises:
         UserError: not a ``LlavaForConditionalGeneration``, or its files are missing or damaged.
     """
-    from transformers import LlavaForConditionalGeneration, PreTrainedConfig
+    from transformers import LlavaForConditionalGeneration
 
-    source = resolve_model(path)
+    source = _checked(path)
     try:
-        # As written, before transformers looks for a class of that type: a hub name may be a llava_mistral.
-        settings, _ = PreTrainedConfig.get_config_dict(source)
-        _check_architecture(settings, path)
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
@@ -257,6 +254,21 @@ def _messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
+
+
+def _checked(path: str) -> str:
+    """:func:`resolve_model` of a path whose architecture is known to be right, hub names too."""
+    from transformers import PreTrainedConfig
+
+    source = resolve_model(path)
+    if not Path(source).is_dir():
+        try:
+            # As written, before transformers looks for a class of that type: it may be a llava_mistral.
+            settings, _ = PreTrainedConfig.get_config_dict(source)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
+        _check_architecture(settings, path)
+    return source
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

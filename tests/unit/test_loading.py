@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from align_world import write_scored
 from PIL import Image
 from tiny_llava import build_tiny_llava
+from transformers import PreTrainedConfig
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch
@@ -68,6 +70,16 @@ def test_a_missing_folder_is_not_taken_for_a_hub_name() -> None:
 def test_a_hub_name_that_is_not_cached_is_a_user_error() -> None:
     with pytest.raises(UserError, match="cannot load the model"):
         load_model("nobody/nothing", torch.float32)
+
+
+@pytest.mark.parametrize("load", [load_processor, lambda name: load_model(name, torch.float32)])
+def test_a_hub_name_of_another_architecture_is_refused_as_such(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processor would be read first, and fail for a reason that says nothing."""
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name: ({"model_type": "qwen2_vl"}, {}))
+    with pytest.raises(UserError, match=r"someone/qwen is a qwen2_vl\. Supported is LlavaForConditional"):
+        load("someone/qwen")
 
 
 def test_damaged_weights_are_a_user_error(model_folder: Path, tmp_path: Path) -> None:
