@@ -108,12 +108,15 @@ class _Chunked(torch.autograd.Function):
             for value, is_wanted in zip((hidden, weight, bias), wanted, strict=True)
         ]
         for part in _parts(len(tokens), ctx.rows):
-            leaves = [
+            leaves: list[Any] = [
                 value if value is None else value.detach().requires_grad_(is_wanted)
                 for value, is_wanted in zip((hidden[part], weight, bias), wanted, strict=True)
             ]
+            states, *layer = leaves
             with torch.enable_grad():
-                values = _values(*leaves, tokens[part], _of(reference, part), ctx.kl_forward_share)
+                values = _values(
+                    states, layer[0], layer[1], tokens[part], _of(reference, part), ctx.kl_forward_share
+                )
             # All but the reference's, which come from no graph.
             graphs = [number for number, value in enumerate(values) if value.requires_grad]
             found = iter(

@@ -12,14 +12,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
 
 from mmedpo_ray import cluster, tables
+from mmedpo_ray.align.balance import Limits, balance
 from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch
 from mmedpo_ray.align.logps import make_fast, response_logps
-from mmedpo_ray.align.pair_index import TEXT, VISUAL, ensure_index
+from mmedpo_ray.align.pair_index import TEXT, VISUAL, ensure_index, index_pairs
 from mmedpo_ray.align.policy import objective_of
 from mmedpo_ray.align.prepare import (
     COLUMNS,
@@ -30,6 +32,7 @@ from mmedpo_ray.align.prepare import (
     tree_key,
     with_reversed_pairs,
 )
+from mmedpo_ray.align.token_counts import TokenCounts
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.joins import BySample
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, model_fingerprint
@@ -204,7 +207,7 @@ class ReferenceScorer:
     def __init__(self, reader: _Reader, align: AlignConfig, *, use_gpu: bool = False) -> None:
         torch.set_num_threads(align.threads_per_worker)
         self._reader = reader
-        self._pairs_per_forward = align.pairs_per_forward
+        self._limits = Limits.of(align)
         self._device = torch.device("cuda" if use_gpu else "cpu")
         dtype = torch.bfloat16 if align.precision == "bf16" else torch.float32
         policy: Any = load_model(reader.model, dtype)  # mypy misreads transformers' decorated `to`
@@ -217,12 +220,23 @@ class ReferenceScorer:
         """Planned slices of `scored` → rows of `prepared`."""
         rows = self._reader.rows(read_slices(batch, _ROWS), self._writer)
         kept = sorted((row for row in rows if tables.DROP_REASON not in row), key=lambda row: row[_ID])
-        for start in range(0, len(kept), self._pairs_per_forward):
-            chunk = kept[start : start + self._pairs_per_forward]
+        for members in self._forwards(kept):
+            chunk = [kept[member] for member in members]
             chosen, rejected = self._score([make_pair(row, self._writer) for row in chunk])
             for row, *logps in zip(chunk, chosen, rejected, strict=True):
                 row["ref_chosen_logp"], row["ref_rejected_logp"] = logps
         return tables.to_table(rows, _RAW)
+
+    def _forwards(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """Which rows go through the model at once, by the limits of training; those without weight do not."""
+        pairs, starts = index_pairs(tables.to_table(rows, tables.PREPARED))
+        sizes = np.diff(np.append(starts, len(pairs)))
+        counts = TokenCounts(pairs, np.repeat(np.arange(len(starts)), sizes), both_sides=True)
+        trees = [
+            [member for member in range(start, start + size) if pairs["weight"][member] > 0]
+            for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
+        ]
+        return [members for members in balance(trees, counts, 1, self._limits) if members]
 
     def _score(self, pairs: list[Pair]) -> tuple[list[float], list[float]]:
         """Log-probabilities of the chosen and of the rejected responses, nats."""
