@@ -152,6 +152,34 @@ def prepare_rows(
     return [_prepare_row(row, writer, how) for row in rows]
 
 
+def prepare_table(
+    scored: pa.Table, writer: PromptWriter, how: Preparation
+) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Tokenises whole trees in this process.
+
+    Args:
+        scored: rows of `scored`, at least the fields of :data:`COLUMNS`.
+        writer: of the model.
+        how: lengths and what is wanted.
+
+    Returns:
+        A table like `prepared` without reference log-probabilities, and the rows left out by pair_id, with ``drop_reason`` and
+        ``drop_detail``.
+
+    Raises:
+        UserError: a weight is negative or not a number.
+    """
+    rows: Sequence[Mapping[str, Any]] = scored.select(COLUMNS).to_pylist()
+    if how.with_reversed:
+        rows = with_reversed_pairs(
+            rows, {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == TEXT}
+        )
+    found = prepare_rows(rows, writer, how)
+    kept = sorted((row for row in found if tables.DROP_REASON not in row), key=lambda row: row["tree_key"])
+    dropped = sorted((row for row in found if tables.DROP_REASON in row), key=lambda row: row["pair_id"])
+    return tables.to_table(kept, tables.PREPARED), dropped
+
+
 def prepare_pairs(
     scored: pa.Table,
     writer: PromptWriter,
@@ -186,23 +214,16 @@ def prepare_pairs(
         common_token_weight,
         with_weightless,
     )
-    rows: Sequence[Mapping[str, Any]] = scored.select(COLUMNS).to_pylist()
-    if how.with_reversed:
-        rows = with_reversed_pairs(
-            rows, {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == TEXT}
-        )
-    found = prepare_rows(rows, writer, how)
-    dropped = [row for row in found if tables.DROP_REASON in row]
-    kept = sorted((row for row in found if tables.DROP_REASON not in row), key=lambda row: row["tree_key"])
-    index, _ = index_pairs(tables.to_table(kept, tables.PREPARED))
+    table, dropped = prepare_table(scored, writer, how)
+    index, _ = index_pairs(table)
     coefficients = dict(zip(KINDS, (1.0, visual_coefficient, reversed_visual_coefficient), strict=True))
     pairs = [
         make_pair(
             row, writer, row["weight"] * coefficients[row["kind"]], counts_nll=bool(entry["counts_nll"])
         )
-        for row, entry in zip(kept, index, strict=True)
+        for row, entry in zip(table.to_pylist(), index, strict=True)
     ]
-    return sorted(pairs, key=lambda pair: pair.pair_id), sorted(dropped, key=lambda row: row["pair_id"])
+    return sorted(pairs, key=lambda pair: pair.pair_id), dropped
 
 
 def make_pair(

@@ -38,6 +38,12 @@ _CACHED_PROMPTS = 4_096
 _CACHED_RESPONSES = 16_384
 # Below this a model is identified by its bytes, above by the sizes and times of its files.
 _HASH_WHOLE_BYTES = 256 * 1024**2
+_WEIGHTS = (".safetensors", ".bin")
+# Configuration, template, image processing and tokenizer.
+_TEXTS = (".json", ".jinja", ".model")
+_TOKENIZER_TEXTS = ("vocab.txt", "merges.txt")
+# Beside a model, and of no effect on what it computes.
+_NOT_OF_THE_MODEL = ("scores.json", "training_args.bin")
 
 
 def resolve_model(path: str) -> str:
@@ -115,31 +121,34 @@ def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
 
 
 def model_fingerprint(path: str) -> str:
-    """A hash that changes when the model's weights, template or processing do; 16 hex digits.
+    """A hash that changes when the model's weights, template or processing do; 16 hex digits."""
+    return hashlib.sha256(json.dumps(model_files(path), sort_keys=True).encode()).hexdigest()[:16]
 
-    Small local models are hashed whole, large ones by the sizes and times of their files. A hub name counts as its
-    own fingerprint: a published revision does not change under its name.
+
+def model_files(path: str) -> dict[str, str]:
+    """The files that say what a model computes and how its input is made, each with a hash of 16 hex digits.
+
+    Small local models are hashed whole; of large ones the weights by size and time. A hub name counts as its own hash: a
+    published revision does not change under its name.
     """
     source = resolve_model(path)
     folder = Path(source)
     if not folder.is_dir():
-        return hashlib.sha256(source.encode()).hexdigest()[:16]
+        return {source: hashlib.sha256(source.encode()).hexdigest()[:16]}
     files = sorted(
-        file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors", ".model")
+        file
+        for file in folder.iterdir()
+        if (file.suffix in (*_WEIGHTS, *_TEXTS) or file.name in _TOKENIZER_TEXTS)
+        and file.name not in _NOT_OF_THE_MODEL
     )
     whole = sum(file.stat().st_size for file in files) <= _HASH_WHOLE_BYTES
-    state = hashlib.sha256()
-    for file in files:
-        # Scores and notes beside a model say nothing about what it computes.
-        if file.name == "scores.json":
-            continue
-        state.update(file.name.encode())
-        if whole or file.suffix != ".safetensors":
-            state.update(file.read_bytes())
-        else:
-            info = file.stat()
-            state.update(f"{info.st_size} {info.st_mtime_ns}".encode())
-    return state.hexdigest()[:16]
+    return {file.name: _hash_file(file, whole=whole or file.suffix not in _WEIGHTS) for file in files}
+
+
+def _hash_file(file: Path, *, whole: bool) -> str:
+    info = file.stat()
+    content = file.read_bytes() if whole else f"{info.st_size} {info.st_mtime_ns}".encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 class PromptWriter:

@@ -109,6 +109,19 @@ def test_the_fingerprint_follows_weights_and_template(model_folder: Path, tmp_pa
     assert model_fingerprint(str(other)) != model_fingerprint(str(model_folder))
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "merges.txt", "vocab.txt", "tokenizer.model"])
+def test_the_fingerprint_follows_every_file_of_a_model(model_folder: Path, tmp_path: Path, name: str) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    (other / "README.txt").write_text("notes")
+    assert model_fingerprint(str(other)) == model_fingerprint(str(model_folder))
+    found = set()
+    for content in ("one", "two"):
+        (other / name).write_text(content)
+        found.add(model_fingerprint(str(other)))
+    assert len(found - {model_fingerprint(str(model_folder))}) == 2
+
+
 def test_prompt_and_response_are_what_the_processor_makes_of_the_turn(
     model_folder: Path, writer: PromptWriter
 ) -> None:

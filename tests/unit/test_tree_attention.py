@@ -39,7 +39,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, forest: Forest) -> Tensor:
 def test_values_and_gradients_are_those_of_the_dense_mask(
     items: list[tuple[list[int], list[int], int]], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tree_attention, "_QUERIES_PER_BLOCK", block)
+    monkeypatch.setattr(tree_attention, "QUERIES_PER_BLOCK", block)
     images = sorted({image for _, _, image in items})
     sequences = [TokenSequence(prompt, response, images.index(image)) for prompt, response, image in items]
     forest = pack(sequences, torch.zeros(len(images), 3, 2, 2), pad_token_id=0)
