@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmedpo_ray.align.token_counts import TokenCounts, slots
+from mmedpo_ray.align.forest import num_slots
+from mmedpo_ray.align.token_counts import TokenCounts
 from mmedpo_ray.config import AlignConfig
 
 
@@ -83,7 +84,7 @@ def _pieces(trees: Sequence[list[int]], counts: TokenCounts, limits: Limits) -> 
     """The trees, cut where they do not fit into a micro-batch; each piece of a tree repeats the image's tokens."""
     found = []
     for number, (tree, sizes) in enumerate(zip(trees, counts.sizes(trees), strict=True)):
-        if len(tree) <= limits.pairs and slots(sizes) <= limits.tokens:
+        if len(tree) <= limits.pairs and num_slots(sizes) <= limits.tokens:
             found += [_Piece(number, tree, sizes)] if tree else []
         else:
             parts = _cut(tree, counts, limits)
@@ -99,7 +100,7 @@ def _cut(tree: Sequence[int], counts: TokenCounts, limits: Limits) -> list[list[
         if (
             last is None
             or len(last) == limits.pairs
-            or (limits.tokens < math.inf and slots(counts.sizes([[*last, member]])[0]) > limits.tokens)
+            or (limits.tokens < math.inf and num_slots(counts.sizes([[*last, member]])[0]) > limits.tokens)
         ):
             parts.append([member])
         else:
@@ -138,5 +139,5 @@ def _together(into: _Bin, piece: _Piece, counts: TokenCounts, limits: Limits) ->
         sizes = counts.sizes([into.members + piece.members])[0]
     else:
         sizes = into.sizes + piece.sizes
-    is_too_much = into.members and limits.tokens < math.inf and slots(sizes) > limits.tokens
+    is_too_much = into.members and limits.tokens < math.inf and num_slots(sizes) > limits.tokens
     return None if is_too_much else sizes

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from mmedpo_ray.align.tree_attention import TreeLayout, lay_out
 
+# Steps between the longest tree's length and twice that, in which the length of rows is tried.
+_PARTS = 8
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -250,7 +253,9 @@ def _outputs(edge_rows: list[int], edge_parents: list[int], num_rows: int) -> tu
 
 
 def lay_out_rows(sizes: Sequence[int]) -> list[list[int]]:
-    """Trees into rows no longer than the longest tree: each into the first row with room, longest first.
+    """Trees into rows with little filling, none longer than twice the longest tree.
+
+    Beside the tree of an image those of its noised images are short: rows of the longest tree's length would be half empty.
 
     Args:
         sizes: tokens of every tree.
@@ -259,6 +264,22 @@ def lay_out_rows(sizes: Sequence[int]) -> list[list[int]]:
         Of each row the numbers of its trees.
     """
     ordered = sorted(range(len(sizes)), key=lambda number: -sizes[number])
+    longest = sizes[ordered[0]] if ordered else 0
+    ways = (
+        _first_fit(ordered, sizes, longest + longest * part // _PARTS)
+        for part in range(_PARTS + 1 if longest else 0)
+    )
+
+    def cost(rows: list[list[int]]) -> int:
+        # Longer rows have more products of queries and keys: filling of a few per cent is no reason for them.
+        length = _row_length(rows, sizes)
+        return len(rows) * length * (16 * longest + length)
+
+    return min(ways, key=cost, default=[])
+
+
+def _first_fit(ordered: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Each tree in the first row with room."""
     rows: list[list[int]] = []
     room: list[int] = []
     for number in ordered:
@@ -270,8 +291,18 @@ def lay_out_rows(sizes: Sequence[int]) -> list[list[int]]:
                 break
         else:
             rows.append([number])
-            room.append(sizes[ordered[0]] - size)
+            room.append(capacity - size)
     return rows
+
+
+def _row_length(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> int:
+    return max(sum(sizes[number] for number in row) for row in rows)
+
+
+def num_slots(sizes: Sequence[int]) -> int:
+    """Tokens of a forward pass over trees of these sizes: rows × their length, with what fills them up."""
+    rows = lay_out_rows(sizes)
+    return len(rows) * _row_length(rows, sizes) if rows else 0
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -22,9 +22,10 @@ import numpy as np
 
 from mmedpo_ray.align.balance import Limits, balance
 from mmedpo_ray.align.batch import Pair
+from mmedpo_ray.align.forest import num_slots
 from mmedpo_ray.align.losses import Normaliser
 from mmedpo_ray.align.pair_source import PairSource, weights_of
-from mmedpo_ray.align.token_counts import TokenCounts, slots
+from mmedpo_ray.align.token_counts import TokenCounts
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
 
@@ -208,8 +209,8 @@ class Plan:
             counts = self._counts(found)
             bins = balance(self._computed(found), counts, world_size, self._limits)
             for items, sizes in zip(bins, counts.sizes(bins), strict=True):
-                if slots(sizes) > tokens:
-                    tokens, images = slots(sizes), len(sizes)
+                if num_slots(sizes) > tokens:
+                    tokens, images = num_slots(sizes), len(sizes)
                 responses = max(responses, int(counts.responses[items].sum()))
         return ForwardSize(tokens, responses, images)
 

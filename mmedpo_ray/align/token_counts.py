@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmedpo_ray.align.forest import common_prefix, lay_out_rows
+from mmedpo_ray.align.forest import common_prefix
 
 TOKEN_BYTES = 4
 
@@ -113,8 +113,3 @@ class TokenCounts:
         """The pair with the fewest tokens, the first of equals."""
         tokens = [sum(sizes) for sizes in self.sizes([[member] for member in range(len(self.responses))])]
         return tokens.index(min(tokens))
-
-
-def slots(sizes: Sequence[int]) -> int:
-    """Tokens of a forward pass over trees of these sizes: rows × their length, with what fills them up."""
-    return len(lay_out_rows(sizes)) * max(sizes) if sizes else 0

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from mmedpo_ray.align.balance import Limits, balance
 from mmedpo_ray.align.batch import Pair, pair_batch
-from mmedpo_ray.align.forest import Forest, TokenSequence, pack
+from mmedpo_ray.align.forest import Forest, TokenSequence, num_slots, pack
 from mmedpo_ray.align.losses import Objective, Side, preference_objective
 from mmedpo_ray.align.pair_source import PairsInMemory, hold_out
 from mmedpo_ray.align.plan import Plan, effective_sample_size
-from mmedpo_ray.align.token_counts import TokenCounts, slots
+from mmedpo_ray.align.token_counts import TokenCounts
 from mmedpo_ray.errors import UserError
 
 
@@ -190,8 +190,8 @@ def test_counts_are_those_of_the_packed_forests(
             if rows:
                 loaded = source.load(list(rows))
                 assert sum(sizes) == num_distinct(loaded, both_sides=both_sides)
-                assert slots(sizes) == num_tokens(loaded, both_sides=both_sides)
-                assert bins is members or len(rows) == 1 or slots(sizes) <= limit
+                assert num_slots(sizes) == num_tokens(loaded, both_sides=both_sides)
+                assert bins is members or len(rows) == 1 or num_slots(sizes) <= limit
     totals = source.index.totals
     whole = [source.load(list(rows)) for rows in members]
     assert totals.packed == sum(num_distinct(tree, both_sides=True) for tree in whole)
