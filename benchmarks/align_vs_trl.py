@@ -179,7 +179,9 @@ def load_policy(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with LoRA whose B is not 0, so that policy and reference differ; equal at every call."""
     from transformers import LlavaForConditionalGeneration
 
-    policy = get_peft_model(LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype), lora())
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    # In the base's precision, as `align` trains it: exact weights are the engine's.
+    policy = get_peft_model(model, lora(), autocast_adapter_dtype=False)
     draw_adapter(policy)
     return policy.to(device)
 

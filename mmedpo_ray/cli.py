@@ -41,7 +41,7 @@ _READS_WRITES = {
         "data.root (or nothing, for data.format=phantom)",
         "samples/ (released/ where pairs come with the data)",
     ),
-    "curate": ("samples/", "candidates/, pairs/, noised/"),
+    "curate": ("samples/", "candidates/, visual/, pairs/, noised/"),
     "score": ("pairs/", "scored/"),
     "audit": ("a table of pairs (a run's scored/ unless given)", "audit.json; with --fix a cleaned table"),
     "align": ("scored/", "prepared/, align/ and control/align/"),

@@ -34,13 +34,13 @@ _HEAD = 2048
 _FAR = 1e9
 
 
-def decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
+def decode(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
     """Decodes a DICOM file.
 
     Args:
         data: the file's bytes.
         name: what messages call it.
-        max_pixels: a larger image is not decoded.
+        max_pixels: a larger image is not decoded; None: any size is.
 
     Returns:
         An image of mode L, I;16 or RGB.
@@ -72,13 +72,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
+def _decode(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
     import pydicom
     from pydicom.pixels import pixel_array
 
     dataset = pydicom.dcmread(io.BytesIO(data), force=True)
     width, height = int(dataset.Columns), int(dataset.Rows)
-    if width * height > max_pixels:
+    if max_pixels is not None and width * height > max_pixels:
         raise ImageError("image_too_large", f"{name}: {width}×{height} pixels, limit {max_pixels}")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
@@ -178,6 +178,6 @@ def _full_range(values: np.ndarray, stored: np.ndarray, dataset: Dataset) -> np.
     inside = inside if inside.size else values
     low, high = float(inside.min()), float(inside.max())
     shown = np.clip(values, low, high) - low
-    if not whole or high - low > 65535:
+    if high > low and (not whole or high - low > 65535):
         shown *= 65535 / (high - low)
     return np.round(shown).astype(np.uint16)

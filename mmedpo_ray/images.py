@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import struct
+import time
 import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from mmedpo_ray import png, storage
+from mmedpo_ray.errors import UserError
+
+T = TypeVar("T")
 
 MAX_PIXELS = 100_000_000
+# Seconds before each further try to read a file; a store that throttles asks for growing ones.
+WAITS = (0.25, 1.0, 4.0)
 _DICOM_MAGIC = slice(128, 132)
 # First group (0002 or 0008) of a file without preamble, in both byte orders.
 _DICOM_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
+_GZIP_MAGIC = b"\x1f\x8b"
+# What to_rgb makes a picture of; Pillow cannot convert the others (LAB).
+_MODES = {
+    "1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV",
+    "I", "F", "I;16", "I;16B", "I;16L",
+}  # fmt: skip
+# Formats whose further frames are pictures of their own. Those of others are previews, layers or sizes of the same picture.
+_FRAMED = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")
+# Errors that say that there is no such file, and numbers of those that say that there can be none of this name.
+_NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+_NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class ImageError(Exception):
@@ -25,34 +46,85 @@ class ImageError(Exception):
         self.detail = detail
 
 
-def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, name: str, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """Decodes a whole image in its own mode; DICOM as :mod:`mmedpo_ray.dicom` shows it.
+
+    Args:
+        data: the file's bytes.
+        name: what messages call it.
+        max_pixels: a larger image is not decoded; None: any size is. Pillow's own limit does not count, but for uncompressed
+            TIFF and MPO, which end at its double (358 million pixels).
 
     Raises:
         ImageError: ``image_undecodable`` (also truncated files), ``image_too_large`` (before decoding), or
-            ``image_multi_frame`` (DICOM).
+            ``image_multi_frame`` (several pages, an animation, DICOM with several frames).
     """
     if is_dicom(data):
         from mmedpo_ray import dicom  # pydicom is loaded only where there is a DICOM file
 
         return dicom.decode(data, name, max_pixels)
+    if data.startswith(_GZIP_MAGIC):
+        raise ImageError("image_undecodable", f"{name}: compressed with gzip; unpack it first")
     try:
         with warnings.catch_warnings():
-            # The limit below is ours; Pillow's own only warns at first.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError("image_too_large", f"{name}: {width}×{height} pixels, limit {max_pixels}")
-            if image.format == "PNG" and (faster := png.unpacked(data)) is not data:
-                image = Image.open(io.BytesIO(faster))
-            image.load()
+            image = _decoded(data, name, max_pixels)
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:
+        # Some decoders ask for Pillow's limit once more: for the tiles of a raw TIFF, for pictures inside an icon.
+        raise ImageError(
+            "image_too_large", f"{name}: more pixels than Pillow decodes of this format"
+        ) from error
     except Exception as error:
         # Decoders of rare formats raise anything on damaged files.
         raise ImageError("image_undecodable", f"{name}: {type(error).__name__}") from error
     return image
+
+
+def _decoded(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
+    image = _opened(data)
+    width, height = image.size
+    if max_pixels is not None and width * height > max_pixels:
+        raise ImageError("image_too_large", f"{name}: {width}×{height} pixels, limit {max_pixels}")
+    if image.mode not in _MODES:
+        raise ImageError("image_undecodable", f"{name}: colours as {image.mode}; convert it to RGB")
+    frames = getattr(image, "n_frames", 1) if image.format in _FRAMED else 1
+    if frames > 1:
+        raise ImageError("image_multi_frame", f"{name}: {frames} frames; export the one that is meant")
+    if image.format == "PNG" and (faster := png.unpacked(data)) is not data:
+        image = _opened(faster)
+    image.load()
+    return image
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The image behind a file's header, nothing decoded, as ``Image.open`` gives it.
+
+    That has a limit on pixels of its own, a global of the process which other threads and libraries rely on. Here the limit
+    is the caller's, so Pillow's decoders are asked one by one.
+
+    Raises:
+        ValueError: no decoder knows the file. Or whatever a decoder raises on a damaged one.
+    """
+    file = io.BytesIO(data)
+    asked: set[str] = set()
+    # The common decoders first: importing all of them takes a while.
+    for load_decoders in (Image.preinit, Image.init):
+        load_decoders()
+        for kind in [kind for kind in Image.ID if kind not in asked]:
+            asked.add(kind)
+            factory, accepts = Image.OPEN[kind]
+            try:
+                accepted = accepts is None or accepts(data[:16])
+                # A decoder that would accept the file, but is not installed, answers with a text.
+                if accepted and not isinstance(accepted, str):
+                    file.seek(0)
+                    return factory(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                # Not of this kind after all.
+                continue
+    raise ValueError("no image")
 
 
 def is_dicom(data: bytes) -> bool:
@@ -62,46 +134,112 @@ def is_dicom(data: bytes) -> bool:
     if data[:2] not in _DICOM_GROUPS:
         return False
     try:
-        Image.open(io.BytesIO(data)).close()
+        _opened(data).close()
     except Exception:
         return True
     return False
 
 
-def load_image(uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_file(uri: str, max_bytes: int | None = None, waits: Sequence[float] = WAITS) -> bytes:
+    """The bytes of an image file. Errors of a store that may pass (throttling, time-outs) are waited out.
+
+    Args:
+        uri: its address.
+        max_bytes: a larger file is not read.
+        waits: seconds before each further try.
+
+    Raises:
+        ImageError: ``image_missing`` or ``image_too_large``.
+        OSError: whether it is there is not known, or it cannot be read: permission, credentials, a store that keeps failing.
+    """
+    try:
+        return _patiently(lambda: storage.read_bytes(uri, max_bytes), uri, waits)
+    except storage.FileTooLargeError as error:
+        raise ImageError("image_too_large", str(error)) from None
+
+
+def exists(uri: str, waits: Sequence[float] = WAITS) -> bool:
+    """Whether there is such a file; for ``waits`` see :func:`read_file`.
+
+    Raises:
+        OSError: the store does not say.
+    """
+    try:
+        return _patiently(lambda: storage.exists(uri), uri, waits)
+    except ImageError:
+        return False
+
+
+def _patiently(look: Callable[[], T], uri: str, waits: Sequence[float]) -> T:
+    """What ``look`` returns at last.
+
+    Raises:
+        ImageError: ``image_missing``.
+        OSError: it fails to the end, or for lack of permission.
+    """
+    left = list(waits)
+    while True:
+        try:
+            return look()
+        except (OSError, ValueError, UserError) as error:
+            # Of the UserErrors, a store that cannot be reached has an OSError behind it, an unknown scheme has not.
+            failure = error.__cause__ if isinstance(error, UserError) else error
+            if (
+                not isinstance(failure, OSError)
+                or isinstance(failure, _NOT_THERE)
+                or failure.errno in _NO_SUCH_NAME
+            ):
+                raise ImageError("image_missing", uri) from error
+            if not left or isinstance(failure, PermissionError):
+                raise failure from None
+        time.sleep(left.pop(0))
+
+
+def load_image(uri: str, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """Reads an image file in its own mode.
 
     Raises:
-        ImageError: ``image_missing``, ``image_undecodable`` or ``image_too_large``.
+        ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large`` or ``image_multi_frame``.
+        OSError: it cannot be read; see :func:`read_file`.
     """
-    try:
-        data = storage.read_bytes(uri)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ImageError("image_missing", uri) from error
-    return decode(data, uri, max_pixels)
+    return decode(read_file(uri), uri, max_pixels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB as models take it: 16-bit and float images scaled by their range, alpha laid over black."""
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        pixels = np.asarray(image, dtype=np.float64)
+        pixels = finite(np.asarray(image, dtype=np.float64))
         low, high = float(pixels.min()), float(pixels.max())
         scaled = (pixels - low) * (255.0 / (high - low)) if high > low else np.zeros_like(pixels)
         return Image.fromarray(np.round(scaled).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if has_alpha(image):
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB")
 
 
+def has_alpha(image: Image.Image) -> bool:
+    """Whether pixels are transparent by a band of the image or by a colour that its file declares so (PNG's tRNS)."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
+
+
+def finite(pixels: np.ndarray) -> np.ndarray:
+    """Float pixels with the infinite and the undefined ones at the ends of the range of the others (NaN: the lower)."""
+    known = np.isfinite(pixels)
+    if known.all():
+        return pixels
+    low, high = (pixels[known].min(), pixels[known].max()) if known.any() else (0.0, 0.0)
+    return np.nan_to_num(pixels, nan=low, posinf=high, neginf=low)
+
+
 def load_rgb(uri: str) -> Image.Image:
-    """Reads an image file as 8-bit RGB.
+    """Reads an image file of a table, of any size, as 8-bit RGB: what was too large was left out before.
 
     Raises:
         ImageError: see :func:`load_image`.
     """
-    return to_rgb(load_image(uri))
+    return to_rgb(load_image(uri, max_pixels=None))
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -1,9 +1,9 @@
 """Parts become the files of a table: sorted by id, cut by ranges of it, checked.
 
 Parts come in any order and any size. The ids are cut into ranges of about 4,000 rows, and each range is gathered from the
-parts that reach into it, sorted, checked and written, twelve of them to a file: memory is bounded by a range, however large the
-table. Where the ranges begin depends on the set of ids alone, so the files do too, whatever crashed before and however many
-workers there were.
+parts that reach into it, sorted, checked and written, up to twelve of them to a file: memory is bounded by a range, however large
+the table. Where the ranges begin depends on the set of ids alone, and how many share a file on their number, so the files do
+too, whatever crashed before and however many workers there were.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ DRIVER_ROWS = 8_192
 DROPPED = "dropped"
 
 _RANGES_PER_FILE = 12
+# A table of fewer than a hundred ranges is cut into about so many files, for as many tasks.
+_FILES = 8
 _ROW_GROUP = 1024
 # Where a range meets more parts than this many times their mean number, they are sorted into longer runs first.
 _MOST_VISITS = 8
@@ -81,7 +83,7 @@ class Merged:
 
 
 def merge(parts: Sequence[Part], how: Merge, num_cpus: float) -> Merged:
-    """Sorts the rows of all parts by id into new files of about 50,000 rows.
+    """Sorts the rows of all parts by id into new files of 4,000 to 50,000 rows.
 
     Args:
         parts: with all rows of the table.
@@ -98,7 +100,8 @@ def merge(parts: Sequence[Part], how: Merge, num_cpus: float) -> Merged:
     if in_tasks and sum(map(len, meeting)) > _MOST_VISITS * (len(parts) + len(limits)):
         meeting = _meeting(_sort_runs(parts, how, num_cpus), limits)
     ranges = [_Range(low, high, paths) for (low, high), paths in zip(limits, meeting, strict=True)]
-    files = [ranges[start : start + _RANGES_PER_FILE] for start in range(0, len(ranges), _RANGES_PER_FILE)]
+    per_file = min(_RANGES_PER_FILE, -(-len(ranges) // _FILES))
+    files = [ranges[start : start + per_file] for start in range(0, len(ranges), per_file)]
     if not in_tasks:
         return _sum(_write_file(index, file, how) for index, file in enumerate(files))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
 from mmedpo_ray import storage, tables
 
@@ -148,6 +149,38 @@ class PartWriter:
         path = storage.join(self._folder, f"part-{name}.parquet")
         storage.write_parquet(path, pa.Table.from_arrays(columns, schema=self._schema))
         return Part.of(path, ids)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A dataset of work to do instead of rows.
+
+    Its tasks write each table of rows as soon as it is made. Ray Data would gather the tables of a task, up to a hundred MiB
+    of them, before another operator sees the first, and a crash would cost them all.
+
+    Attributes:
+        blocks: of work, a task each.
+        make: tables of rows out of a block, one after another.
+    """
+
+    blocks: ray.data.Dataset
+    make: Callable[[pa.Table], Iterator[pa.Table]]
+
+
+class MakingWriter:
+    """Ray Data map function: makes the rows of a block of :class:`Work` and writes them as they come.
+
+    Args:
+        make: as of the work.
+        write: writes a table of rows.
+    """
+
+    def __init__(self, make: Callable[[pa.Table], Iterator[pa.Table]], write: PartWriter) -> None:
+        self._make = make
+        self._write = write
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        return (self._write(rows) for rows in self._make(block))
 
 
 def without_reasons(rows: pa.Table, reasons: Sequence[str]) -> pa.Table:

@@ -57,6 +57,11 @@ class RunFolder:
         return join(self.root, "rewrites")
 
     @property
+    def visual(self) -> str:
+        """The visual half of `pairs`, in the same schema."""
+        return join(self.root, "visual")
+
+    @property
     def pairs(self) -> str:
         return join(self.root, "pairs")
 

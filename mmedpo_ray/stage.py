@@ -36,7 +36,7 @@ from mmedpo_ray.manifest import (
     write_manifest,
 )
 from mmedpo_ray.merge import DROPPED, Merge, Merged, merge
-from mmedpo_ray.parts import DoneIds, Part, PartWriter
+from mmedpo_ray.parts import DoneIds, MakingWriter, Part, PartWriter, Work
 from mmedpo_ray.publication import PARTS
 from mmedpo_ray.run_folder import RunFolder
 
@@ -130,17 +130,21 @@ class Station:
 
     # ------------------------------------------------------------------ skipping
 
-    def finished(self, *, accept_failed: bool = False) -> Manifest | None:
+    def finished(
+        self, *, accept_failed: bool = False, mended: Callable[[], bool] | None = None
+    ) -> Manifest | None:
         """The manifest if this station already ran with the same settings and inputs, else ``None``.
 
         Args:
             accept_failed: whether it counts as finished while rows are dropped for a reason that it is to try again.
+            mended: asked where there are such rows: whether any of them would fare otherwise now. Without it they are tried.
         """
         publication.resume(self.folder, self.key)
         manifest = read_manifest(self.folder)
         if manifest is None or manifest.key != self.key:
             return None
-        if not accept_failed and (failed := manifest.to_retry()):
+        failed = {} if accept_failed else manifest.to_retry()
+        if failed and (mended is None or mended()):
             console.print(
                 f"[dim]{self.name}: {sum(failed.values()):,} rows failed ({counts_in_words(failed)}); trying them again[/dim]"
             )
@@ -186,7 +190,7 @@ class Station:
 
     def write_rows(
         self,
-        build: Callable[[DoneIds], ray.data.Dataset | None],
+        build: Callable[[DoneIds], ray.data.Dataset | Work | None],
         *,
         schema: pa.Schema,
         id_column: str,
@@ -205,8 +209,8 @@ class Station:
 
         Args:
             build: gets the ids already written (:class:`~mmedpo_ray.parts.DoneIds`) and returns the dataset of the
-                remaining rows (``None``: none remain). Rows have the columns of ``schema``; a row to leave out sets
-                ``drop_reason`` (and ``drop_detail``).
+                remaining rows, or the :class:`~mmedpo_ray.parts.Work` that makes them (``None``: none remain). Rows have the
+                columns of ``schema``; a row to leave out sets ``drop_reason`` (and ``drop_detail``).
             schema: schema of the final table.
             id_column: unique id of a row, kept or dropped.
             total: expected rows, for the progress bar.
@@ -225,11 +229,12 @@ class Station:
             DroppedShareError: more than ``run.max_dropped_share`` of the rows were dropped.
         """
         done = self.done_ids(id_column, retry_reasons)
-        dataset = build(done)
-        if dataset is not None:
+        work = build(done)
+        if work is not None:
+            write = self._writer(schema, id_column)
             # No batch size: with one, Ray Data would gather as many rows from the source before the first task starts.
-            written = dataset.map_batches(
-                self._writer(schema, id_column),
+            written = (work.blocks if isinstance(work, Work) else work).map_batches(
+                MakingWriter(work.make, write) if isinstance(work, Work) else write,
                 batch_format="pyarrow",
                 batch_size=None,
                 zero_copy_batch=True,
@@ -335,7 +340,7 @@ class Station:
         if total and sum(faults.values()) / total > limit:
             raise DroppedShareError(
                 f"{self.name}: {sum(faults.values()):,} of {total:,} rows would be dropped ({counts_in_words(faults)}), more than "
-                f"run.max_dropped_share={limit}. Mend the input or raise the limit."
+                f"run.max_dropped_share={limit}. Mend the input and run again, or raise the limit."
             )
         if merged.rows == 0 and not allow_empty:
             why = f" (dropped: {counts_in_words(merged.dropped)}; see {storage.join(self.folder, PARTS)})"

@@ -7,6 +7,7 @@ write appears whole or not at all.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import posixpath
@@ -35,7 +36,7 @@ def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
     """
     text = str(uri)
     if "://" not in text:
-        return fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+        return fs.LocalFileSystem(), absolute(text)
     try:
         return fs.FileSystem.from_uri(text)
     except (pa.ArrowInvalid, OSError, ValueError) as error:
@@ -50,14 +51,23 @@ def join(uri: str | Path, *parts: str) -> str:
 
 
 def absolute(uri: str | Path, base: str | Path | None = None) -> str:
-    """Makes a local path absolute (against ``base`` or the working directory); URIs stay as they are."""
+    """Makes a local path absolute; URIs stay as they are.
+
+    Args:
+        uri: what a user typed, where ``~`` is a home folder; with ``base`` a name out of the data, where it is a character.
+        base: folder of a relative name; without it the working directory.
+    """
     text = str(uri)
     if "://" in text:
         return text
-    path = Path(text).expanduser()
-    if not path.is_absolute() and base is not None:
-        return join(absolute(base), text)
-    return str(path.absolute())
+    if base is None:
+        return str(Path(home_expanded(text)).absolute())
+    return str(Path(text).absolute()) if posixpath.isabs(text) else join(absolute(base), text)
+
+
+def home_expanded(path: str | Path) -> str:
+    """The path with the home folder in the place of a leading ``~`` or ``~user``; unchanged where there is no such user."""
+    return os.path.expanduser(path)  # noqa: PTH111 - pathlib's raises where there is no such user
 
 
 def exists(uri: str | Path) -> bool:
@@ -77,15 +87,30 @@ def list_files(uri: str | Path, suffix: str = "") -> list[str]:
     return [join(uri, name) for name in names]
 
 
-def read_bytes(uri: str | Path) -> bytes:
-    """Reads a whole file.
+class FileTooLargeError(Exception):
+    """A file is larger than its reader allows; ``size`` is in bytes."""
+
+    def __init__(self, uri: str | Path, size: int, max_bytes: int) -> None:
+        super().__init__(f"{uri}: {size:,} bytes, limit {max_bytes:,}")
+        self.size = size
+
+
+def read_bytes(uri: str | Path, max_bytes: int | None = None) -> bytes:
+    """Reads a whole file as it is: one that is named like a compressed one is not inflated.
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
+        FileTooLargeError: it has more than ``max_bytes``; nothing of it was read.
     """
     filesystem, path = resolve(uri)
-    with _naming(uri), filesystem.open_input_stream(path) as stream:
-        return stream.read()
+    with _naming(uri):
+        if filesystem.type_name == "local" and Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder", path)
+        with filesystem.open_input_file(path) as file:
+            if max_bytes is not None and (size := file.size()) > max_bytes:
+                raise FileTooLargeError(uri, size, max_bytes)
+            return file.read()
 
 
 def write_bytes(uri: str | Path, data: bytes | pa.Buffer) -> None:

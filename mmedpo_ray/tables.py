@@ -48,6 +48,7 @@ CANDIDATES = pa.schema(
         _field("generator", pa.string(), "model that answered"),
         _field("prompt_sha256", pa.string(), "SHA-256 of the rendered prompt text, hex"),
         _field("seed", pa.int64(), "sampling seed of this candidate"),
+        _field("temperature", pa.float64(), "sampling temperature of this candidate"),
         _field("num_tokens", pa.int32(), "generated tokens"),
     ]
 )
@@ -122,7 +123,7 @@ PAIRS = pa.schema(
         _field(
             "noise",
             pa.string(),
-            "noise parameters as JSON (mode, strength, mask share, changed share, lesion covered)",
+            "noise parameters as JSON (mode, strength, mask share, changed share, lesion covered), and what the tool chose",
             nullable=True,
         ),
     ]

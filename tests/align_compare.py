@@ -41,7 +41,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     return {name: reader.tensor(name) for name in reader.names}
 
 
-def assert_same_training(found: Path, expected: Path, tolerance: float = 2e-5) -> None:
+def assert_same_training(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
     """The same figures at every step and the same weights at the end, up to the order of float32 sums.
 
     ``tolerance`` is absolute on weights; an update moves them by up to the learning rate of 2e-3.

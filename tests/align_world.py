@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from mmedpo_ray import storage, tables
-from mmedpo_ray.align import head
+from mmedpo_ray.align import deepspeed_engine, head
 from mmedpo_ray.align.pair_index import ensure_index
 from mmedpo_ray.align.policy import TrainingSpec
 from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
@@ -161,12 +161,14 @@ class Launch:
         crash_after: ends it, as a crash would, once that many updates are done.
         is_refused: run it as a Ray Train worker does; it must end with a user error.
         most_logits: computed at once; fewer than there are make chunks.
+        releases_weights: ZeRO-3 shards the smallest weights too, and releases them after every use, as it does large ones.
     """
 
     spec: TrainingSpec
     crash_after: int | None = None
     is_refused: bool = False
     most_logits: int = head.MOST_LOGITS
+    releases_weights: bool = False
 
 
 def train(launches: Sequence[Launch], world_size: int = 1) -> None:
@@ -195,14 +197,27 @@ def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None
     for launch in launches:
         head.MOST_LOGITS = launch.most_logits
         if launch.is_refused:
+            # A rank that begins after another was refused would end at once, as it should.
+            torch.distributed.barrier()
             _expect_refusal(launch.spec)
             continue
-        loop = TrainingLoop(launch.spec)
+        with _releasing() if launch.releases_weights else contextlib.nullcontext():
+            loop = TrainingLoop(launch.spec)
         if launch.crash_after is not None:
             loop._log = _crash_at(launch.crash_after, loop._log)  # type: ignore[method-assign]
         with contextlib.suppress(_CrashError):
             loop.run()
     torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _releasing() -> Iterator[None]:
+    """Engines made meanwhile keep no weight whole."""
+    before, deepspeed_engine._CPU_PERSISTENCE = deepspeed_engine._CPU_PERSISTENCE, 0
+    try:
+        yield
+    finally:
+        deepspeed_engine._CPU_PERSISTENCE = before
 
 
 def _expect_refusal(spec: TrainingSpec) -> None:

@@ -2,7 +2,8 @@
 
 Ray ends the workers of a driver that was killed, but not at once, and where their machine is cut off not for minutes. Until
 then they train on and would write beside the launch that resumes the run. So each launch puts its name into the folder, and
-rank 0 looks at it before anything of it appears under a final name.
+rank 0 looks at it before anything of it appears under a final name. In the same way a driver that is told to end asks its ranks to
+save first, however they were started.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from mmedpo_ray import storage
 from mmedpo_ray.errors import UserError
 
 _FILE = "attempt.json"
+STOP_FILE = "stop.json"
 
 
 def claim(folder: Path, attempt: str) -> None:
@@ -36,3 +38,16 @@ def check_claim(folder: Path, attempt: str) -> None:
         raise UserError(
             f"align: another align was started on {folder} and goes on from its last checkpoint; this one ends here."
         )
+
+
+def ask_to_stop(folder: Path, attempt: str) -> None:
+    """Asks the ranks of this launch to save after the step under way and end."""
+    (folder / STOP_FILE).write_text(json.dumps({"attempt": attempt}))
+
+
+def is_told_to_stop(folder: Path, attempt: str) -> bool:
+    """Whether the driver of this launch asked for that."""
+    try:
+        return json.loads((folder / STOP_FILE).read_text())["attempt"] == attempt
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False

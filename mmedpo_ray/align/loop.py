@@ -16,11 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mmedpo_ray import storage
+from mmedpo_ray.align.attempt import is_told_to_stop
 from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
 from mmedpo_ray.align.engine import Engine, make_engine
 from mmedpo_ray.align.forest import Forest
@@ -161,6 +163,8 @@ class TrainingLoop:
     def _forward_backward(self, step: int, batches: list[tuple[MicroBatch, Forest]]) -> Tensor:
         """Accumulates the step's gradients; returns its sums over all ranks (:data:`SUMS`, then :data:`_STOP` and others)."""
         total = self.plan.normaliser(step)
+        # Dropout of a step is its own: the same in a run that resumes there, another on every rank.
+        torch.manual_seed(_step_seed(self.spec.seed, step, self.rank))
         sums = torch.zeros(len(SUMS) + _EXTRA, dtype=torch.float64, device=self.engine.device)
         self._suspects: list[str] = []
         self._worst_reference = 0.0
@@ -173,9 +177,12 @@ class TrainingLoop:
             self.engine.backward(share, is_last=number == len(batches) - 1)
             sums[: len(SUMS)] += part
             sums[_TOKENS] += 0 if micro.is_filler else batch.input_ids.numel()
-        sums[_STOP] = float(stop_requested.is_set())
+        sums[_STOP] = float(stop_requested.is_set() or self._driver_ends())
         dist.all_reduce(sums)
         return sums
+
+    def _driver_ends(self) -> bool:
+        return self.rank == 0 and is_told_to_stop(self.spec.folder, self.spec.attempt)
 
     def _objective(
         self, micro: MicroBatch, batch: Forest, total: Normaliser
@@ -194,6 +201,8 @@ class TrainingLoop:
             self._worst_reference = max(self._worst_reference, _disagreement(chosen, rejected, pairs))
         share, sums = preference_objective(chosen, rejected, pairs, total, self.spec.align_objective)
         values = torch.stack([chosen.logps, rejected.logps, pairs.ref_chosen, pairs.ref_rejected])
+        if chosen.kl is not None:
+            values = torch.cat([values, chosen.kl[None]])
         return share, sums, torch.isfinite(values).all(dim=0).tolist()
 
     def _refuse_non_finite(self, step: int, sums: Tensor) -> None:
@@ -356,6 +365,10 @@ class TrainingLoop:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         storage.write_bytes(str(self.spec.folder / name), json.dumps(content, indent=2).encode())
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def _disagreement(chosen: Side, rejected: Side, pairs: PairBatch) -> float:

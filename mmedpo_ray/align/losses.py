@@ -5,6 +5,10 @@ has the loss ℓ(m) of its margin m = Δ_w − Δ_l and the weight u = s' (text 
 
     L = Σ u·ℓ(m) / Σ u  +  c_anchor · Σ u·a / Σ u  +  c_nll · Σ −log π(y_w|x) / Σ |y_w|  +  c_kl · Σ KL / Σ |y_w|
 
+The last three terms are about answers that should be said, y_w for x, and count each of them once: where a text and a visual
+pair share it, in the text pair alone, and a reversed visual pair, whose better side is the wrong answer on the noised image, has
+none. With a visual pair for every text pair and c_anchor = 1 that is mDPO's sum of three losses, halved.
+
 MMedPO (arXiv 2412.06141, equation 5) is ℓ(m) = −log σ(β·m) without the other terms. Denominators run over *all* pairs of the
 step, on every rank and in every micro-batch, so they are arguments: the sum of what the micro-batches return is L, whatever
 the number of ranks and accumulation steps. ``reduction="mean"`` is what the authors' code computes: Σ u·ℓ over the number of pairs.
@@ -178,7 +182,8 @@ class PairBatch:
         weight: effective weight u ≥ 0; 0 takes a pair out of the loss.
         ref_chosen, ref_rejected: reference log-probabilities, sums over response tokens, nats.
         is_visual: bool, the pair disprefers an image rather than an answer.
-        counts_nll: bool, its chosen answer enters the likelihood term (an answer shared by two pairs counts once).
+        counts_nll: bool, its chosen answer enters the terms about likelihood, divergence and anchor (an answer shared by two
+            pairs counts once).
     """
 
     weight: Tensor
@@ -233,7 +238,8 @@ def preference_objective(
     per_pair = objective.form.function(chosen_ratios - rejected_ratios, objective)
     if objective.anchor_coefficient:
         rewards = objective.beta * (chosen.logps - pairs.ref_chosen) - objective.anchor_margin
-        per_pair = per_pair - objective.anchor_coefficient * F.logsigmoid(rewards)
+        anchors = torch.where(pairs.counts_nll, -F.logsigmoid(rewards), 0.0)
+        per_pair = per_pair + objective.anchor_coefficient * anchors
     denominator = total.weight if objective.reduction == "weighted_mean" else max(total.pairs, 1)
     share = (pairs.weight * torch.where(counts, per_pair, 0.0)).sum() / denominator
     nll_sum, nll_tokens = _nll(chosen, pairs.counts_nll)

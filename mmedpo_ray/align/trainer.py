@@ -27,7 +27,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from mmedpo_ray import storage
-from mmedpo_ray.align.attempt import claim
+from mmedpo_ray.align.attempt import STOP_FILE, ask_to_stop, claim, is_told_to_stop
 from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints
 from mmedpo_ray.align.expected import announce
 from mmedpo_ray.align.metrics import METRICS_FILE, read_metrics
@@ -98,6 +98,8 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
     identity = [settings.model_dump(exclude=_OPERATIONAL), preparation_settings(config), config.run.seed]
     station = Station(_station_name(role), str(folder), config, settings=identity, inputs=[run.prepared])
     if (done := station.finished()) is not None:
+        # A driver may have died between the manifest and this.
+        remove_checkpoints(folder)
         return done
     spec = _training_spec(config, settings, folder, station.key, prepared.key)
     check_cluster(settings, use_gpu=spec.use_gpu)
@@ -150,7 +152,7 @@ def _prepare_folder(folder: Path, key: str) -> None:
         for name in (METRICS_FILE, *TRACKER_FILES, ADAPTER, WEIGHTS, "manifest.json"):
             storage.remove(str(folder / name))
         (folder / _KEY_FILE).write_text(json.dumps(key))
-    for name in (_ERROR_FILE, PLAN_FILE):
+    for name in (_ERROR_FILE, PLAN_FILE, STOP_FILE):
         storage.remove(str(folder / name))
 
 
@@ -159,6 +161,7 @@ def _fit(spec: TrainingSpec) -> None:
 
     Raises:
         UserError: what a worker found wrong, or what killed it more often than ``align.max_failures``.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM after which the ranks have saved.
     """
     align = spec.align
     if align.min_workers < align.max_workers:
@@ -184,10 +187,12 @@ def _fit(spec: TrainingSpec) -> None:
         ),
     )
     try:
-        with _interruptible():
+        with _interruptible(spec):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         _raise_user_error(spec)
+        if is_told_to_stop(spec.folder, spec.attempt):
+            raise KeyboardInterrupt from None
         causes = {
             str(cause).strip().split("\n", 1)[0] for cause in getattr(error, "worker_failures", {}).values()
         }
@@ -199,19 +204,33 @@ def _fit(spec: TrainingSpec) -> None:
     finally:
         storage.remove(str(spec.folder / "ray"))
     _raise_user_error(spec)
+    if is_told_to_stop(spec.folder, spec.attempt) and find_trained(spec.folder) is None:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a ``KeyboardInterrupt`` here as everywhere: Ray Train's handler exits with status 0, and stays for good."""
-    before = signal.getsignal(signal.SIGINT)
+def _interruptible(spec: TrainingSpec) -> Iterator[None]:
+    """Ctrl-C is a ``KeyboardInterrupt`` here as everywhere, and SIGTERM lets the ranks save and end.
+
+    Ray Train's handler of Ctrl-C exits with status 0, and stays for good; SIGTERM ends a driver, and with it the ranks, at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(*_: object) -> None:
+        console.print("align: told to stop; the ranks save after the step under way")
+        ask_to_stop(spec.folder, spec.attempt)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -219,15 +238,19 @@ def _worker(settings: dict[str, Any]) -> None:
     import torch
 
     spec: TrainingSpec = settings["spec"]
-    if _is_refused(spec):
+    if _is_refused(spec) or is_told_to_stop(spec.folder, spec.attempt):
         return
     torch.set_num_threads(spec.align.threads_per_worker)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from mmedpo_ray.align.loop import TrainingLoop
+    from mmedpo_ray.align.loop import InterruptedTrainingError, TrainingLoop
 
     try:
         with training():
             TrainingLoop(spec).run()
+    except InterruptedTrainingError:
+        # Ray starts the group again after any error, and nothing is to be started when the driver ends.
+        if not is_told_to_stop(spec.folder, spec.attempt):
+            raise
     except UserError as error:
         # Another attempt would meet the same: note it, so that the restarted group ends at once.
         storage.write_bytes(
@@ -270,8 +293,7 @@ def _finish(station: Station, folder: Path) -> Manifest:
     validated = [row for row in metrics if row.get("validation_loss") is not None]
     best = min(validated, key=lambda row: row["validation_loss"], default=None)
     figures = {key: value for key, value in plan.items() if key not in ("rows_in", "dropped")}
-    remove_checkpoints(folder)
-    return station.finish(
+    manifest = station.finish(
         rows_in=plan["rows_in"],
         rows_out=plan["pairs"] + plan["validation_pairs"],
         dropped=plan["dropped"],
@@ -287,6 +309,9 @@ def _finish(station: Station, folder: Path) -> Manifest:
             "trained": os.fspath(trained),
         },
     )
+    # Last: without a manifest they are what a run goes on from.
+    remove_checkpoints(folder)
+    return manifest
 
 
 def _read_json(path: Path) -> Any:

@@ -44,7 +44,8 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
     run = RunFolder(config.run.folder)
     text = config.curate.text
     settings = [
-        {"num_candidates": text.num_candidates, "temperature": text.temperature, "top_p": text.top_p},
+        {"num_candidates": text.num_candidates, "top_p": text.top_p},
+        {"temperatures": [text.temperature_of(number) for number in range(text.num_candidates)]},
         {"max_tokens": text.max_tokens, "max_model_len": config.model.engine.max_model_len},
         config.model.path,
         model_fingerprint(config.model.path),
@@ -155,6 +156,7 @@ class CandidateSampler:
                         "generator": self._config.model.path,
                         "prompt_sha256": self._prompt(row["question"])[2],
                         "seed": parameter.seed,
+                        "temperature": parameter.temperature,
                         "num_tokens": len(answer.token_ids),
                     }
                 )
@@ -162,7 +164,7 @@ class CandidateSampler:
 
     def _sampling(self, row: dict[str, Any]) -> Any:
         return self._vllm.SamplingParams(
-            temperature=self._text.temperature,
+            temperature=self._text.temperature_of(row["k"]),
             top_p=self._text.top_p,
             max_tokens=self._text.max_tokens,
             seed=stable_seed(self._config.run.seed, row["candidate_id"]),

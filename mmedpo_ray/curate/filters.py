@@ -16,10 +16,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
 
 from mmedpo_ray.curate import lexicon
-from mmedpo_ray.curate.terms import CONCEPTS, mentions
+from mmedpo_ray.curate.terms import CONCEPTS
 
 # A short answer may be longer than the ratio allows by this many words.
 _EXTRA_WORDS = 8
@@ -31,6 +30,8 @@ _MODALITIES = frozenset(concept.name for concept in CONCEPTS.values() if concept
 _CONTRAST = re.compile(
     r"\b(?:rather than|instead of|as opposed to|unlike|and not|but not)\s+(?:\w+\s+){0,2}$", re.I
 )
+# "No", "not", "without", "denies", "excluded" before it in the same clause.
+_DENIED_IN_CHINESE = re.compile(r"(?:[无無没沒未不非]|否认|否認|排除)[^，。；：！？、,.;:!?]*$")
 
 # Function words of a language that are no words of English, and of English that are none of the others.
 _FUNCTION_WORDS: dict[str, frozenset[str]] = {
@@ -98,50 +99,40 @@ def contains_truth(chosen: str, rejected: str, question: str = "") -> bool:
 
 
 def _states(chosen: str, rejected: str, question: str) -> bool:
+    wanted, said = lexicon.terms(chosen), lexicon.terms(rejected)
     expected = lexicon.polarity(chosen)
-    if expected is not None and len(lexicon.words(chosen)) <= _BARE_WORDS and len(_phrase(chosen)) == 1:
+    if expected is not None and len(lexicon.words(chosen)) <= _BARE_WORDS and len(wanted) == 1:
         return lexicon.stated_polarity(question, rejected) == expected
-    wanted = [word for word, _ in _phrase(chosen)]
-    if not wanted or len(wanted) > len(_phrase(rejected)):
+    if not wanted or len(wanted) > len(said):
         return False
-    if _places(wanted, _phrase(question)):
-        options = [_phrase(option)[0][0] for option in lexicon.choices(question) or () if _phrase(option)]
-        said = {word for word, _ in _phrase(rejected)}
-        named = [option for option in options if option in said]
-        return named == wanted and not any(
-            _is_denied(rejected, place) for place in _places(wanted, _phrase(rejected))
+    if _places(wanted, lexicon.terms(question)):
+        options = [
+            named[0].name for option in lexicon.choices(question) or () if (named := lexicon.terms(option))
+        ]
+        names = {term.name for term in said}
+        named_options = [option for option in options if option in names]
+        return named_options == [term.name for term in wanted] and not any(
+            _is_denied(rejected, place) for place in _places(wanted, said)
         )
     denies = lexicon.is_negated(chosen)
-    return any(denies or not _is_denied(rejected, place) for place in _places(wanted, _phrase(rejected)))
+    return any(denies or not _is_denied(rejected, place) for place in _places(wanted, said))
 
 
-def _places(wanted: list[str], said: tuple[tuple[str, int], ...]) -> list[int]:
+def _places(wanted: tuple[lexicon.Term, ...], said: tuple[lexicon.Term, ...]) -> list[int]:
     """Where in the text the words stand one after the other; "chest" is not found in "chest X-ray", which names a study."""
-    words = [word for word, _ in said]
-    size = len(wanted)
+    looked_for = [term.name for term in wanted]
+    words = [term.name for term in said]
+    size = len(looked_for)
     return [
-        said[first][1]
+        said[first].start
         for first in range(len(words) - size + 1)
-        if words[first : first + size] == wanted
+        if words[first : first + size] == looked_for
         and not (words[first + size : first + size + 1] and words[first + size] in _MODALITIES)
     ]
 
 
-@lru_cache(maxsize=2048)
-def _phrase(text: str) -> tuple[tuple[str, int], ...]:
-    """The words that carry meaning, in order, each with its place in the text; a concept is one word, its name."""
-    found: list[tuple[str, int]] = []
-    position = 0
-    for mention in mentions(text):
-        found += lexicon.placed_content_words(text, position, mention.start)
-        found.append((mention.concept.name, mention.start))
-        position = mention.end
-    found += lexicon.placed_content_words(text, position, len(text))
-    return tuple(found)
-
-
 def _is_denied(text: str, position: int) -> bool:
-    if _CONTRAST.search(text, 0, position):
+    if _CONTRAST.search(text, 0, position) or _DENIED_IN_CHINESE.search(text, 0, position):
         return True
     return any(start <= position < end for start, end in lexicon.negated_spans(text))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from mmedpo_ray.curate.filters import most_frequent, problem
 from mmedpo_ray.curate.rewrite import GENERATOR as REWRITE
 from mmedpo_ray.curate.rule_edit import GENERATOR as RULE_EDIT
 from mmedpo_ray.curate.rule_edit import rule_edit
+from mmedpo_ray.curate.turned_down import TurnedDown
 from mmedpo_ray.endpoint import TRANSIENT
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
 
@@ -52,29 +53,65 @@ class Material:
     rewrite: dict[str, Any] | None = None
 
 
-def is_wrong(reference: str, answer: str, question: str, answer_type: str) -> bool:
-    """Whether an answer is wrong against the reference. An answer that cannot be judged is not called wrong.
+class Picked(NamedTuple):
+    """The candidate to reject, or why there is none.
 
-    Closed: the polarity differs, or the other option is chosen, on word boundaries. Open: it lacks words of the
-    reference, or contradicts it. Report: a fact differs by the lexicon.
+    Attributes:
+        found: the candidate; None: see the reason.
+        reason: why there is none.
+        filtered: reasons of the candidates that failed a filter, in their order.
+    """
+
+    found: Candidate | None
+    reason: str
+    filtered: list[str]
+
+
+class TextPair(NamedTuple):
+    """A row of `pairs`, kept or dropped, and the answers that were turned down before it."""
+
+    row: dict[str, Any]
+    turned_down: tuple[TurnedDown, ...]
+
+
+def is_wrong(reference: str, answer: str, question: str, answer_type: str) -> bool:
+    """Whether an answer conflicts with the reference. One that cannot be judged does not, nor one that only says less.
+
+    Closed: the polarity differs, or the other option is chosen, on word boundaries. Open: it contradicts the reference by the
+    lexicon, or has another word in the place of one of its words. Report: a fact differs by the lexicon; a report claims to be
+    complete, so a finding that it leaves out is denied.
     """
     if answer_type == "closed":
         expected = lexicon.polarity(reference)
         if expected is not None:
             stated = lexicon.implied_polarity(question, answer)
             return stated is not None and stated != expected
-        options = lexicon.choices(question)
-        if options is not None:
-            chosen = [option for option in options if _names(reference, option)]
-            stated_options = [option for option in options if _names(answer, option)]
-            return len(chosen) == 1 and len(stated_options) == 1 and chosen != stated_options
+        if lexicon.choices(question) is not None:
+            return _chooses_another(reference, answer, question)
     if answer_type == "report":
-        return bool(lexicon.conflicts(reference, answer, question))
+        return bool(_contradictions(reference, answer, question, answer_type))
     if lexicon.equivalent(reference, answer):
         return False
-    return not lexicon.content_words(reference) <= lexicon.content_words(answer) or bool(
-        lexicon.conflicts(reference, answer, question)
+    return (
+        _chooses_another(reference, answer, question)
+        or bool(_contradictions(reference, answer, question, answer_type))
+        or lexicon.names_another(reference, answer, question)
     )
+
+
+def _chooses_another(reference: str, answer: str, question: str) -> bool:
+    """Whether the answer names the other option of an "A or B" question, and that one alone."""
+    options = lexicon.choices(question) or ()
+    expected, stated = (
+        [option for option in options if _names(text, option)] for text in (reference, answer)
+    )
+    return len(expected) == 1 and len(stated) == 1 and expected != stated
+
+
+def _contradictions(
+    reference: str, answer: str, question: str, answer_type: str
+) -> tuple[lexicon.Conflict, ...]:
+    return lexicon.contradictions(reference, answer, question, is_complete=answer_type == "report")
 
 
 def usable(
@@ -105,36 +142,35 @@ def choose(
     length = len(lexicon.words(reference))
 
     def rank(candidate: Candidate) -> tuple[float, int]:
-        found = lexicon.conflicts(reference, candidate.text, question)
+        found = _contradictions(reference, candidate.text, question, answer_type)
         return -lexicon.severity(found), abs(len(lexicon.words(candidate.text)) - length)
 
     return min(wrong, key=rank, default=None)
 
 
-def pick(
-    sample: dict[str, Any], material: Material, settings: TextCurationConfig
-) -> tuple[Candidate | None, str]:
-    """The candidate to reject, by the judge that the settings name, or None and why there is none.
+def pick(sample: dict[str, Any], material: Material, settings: TextCurationConfig) -> Picked:
+    """The candidate to reject, by the judge that the settings name.
 
-    The reason is ``no_wrong_answer``, the most frequent filter where every candidate failed one, or the judge's own.
+    The reason for none is ``no_wrong_answer``, the most frequent filter where every candidate failed one, or the judge's own.
     """
     reference, question = sample["answer"], sample["question"]
-    fit, reasons = usable(reference, question, material.candidates, settings.max_length_ratio)
+    fit, filtered = usable(reference, question, material.candidates, settings.max_length_ratio)
     if not fit:
-        return None, most_frequent(reasons) or NO_WRONG_ANSWER
+        return Picked(None, most_frequent(filtered) or NO_WRONG_ANSWER, filtered)
     if settings.judge == "rules":
-        return choose(reference, question, sample["answer_type"], fit), NO_WRONG_ANSWER
+        return Picked(choose(reference, question, sample["answer_type"], fit), NO_WRONG_ANSWER, filtered)
     choice = material.choice
     if choice is None:
-        return None, NO_WRONG_ANSWER
+        return Picked(None, NO_WRONG_ANSWER, filtered)
     chosen = [candidate for candidate in fit if candidate.candidate_id == choice["candidate_id"]]
-    return (chosen[0] if chosen else None), choice.get(DROP_REASON) or NO_WRONG_ANSWER
+    reason = choice.get(DROP_REASON) or NO_WRONG_ANSWER
+    return Picked(chosen[0] if chosen else None, reason, filtered)
 
 
 def needs_rewrite(sample: dict[str, Any], material: Material, settings: TextCurationConfig) -> bool:
     """Whether no candidate can be rejected, so that the endpoint has to write an answer."""
-    found, reason = pick(sample, material, settings)
-    return found is None and reason != TRANSIENT
+    picked = pick(sample, material, settings)
+    return picked.found is None and picked.reason != TRANSIENT
 
 
 def text_pair(
@@ -143,7 +179,7 @@ def text_pair(
     settings: TextCurationConfig,
     vocabulary: frozenset[str],
     seed: int,
-) -> dict[str, Any]:
+) -> TextPair:
     """The text pair of a sample, dropped where there is no wrong answer to it.
 
     What the endpoint may still answer on another run (``endpoint_failed``) is dropped, not filled in otherwise: the pair
@@ -158,27 +194,29 @@ def text_pair(
     """
     pair_id = f"{sample['sample_id']}:text"
     reason = NO_WRONG_ANSWER
+    turned_down: list[TurnedDown] = []
     if settings.method == "on_policy":
-        found, reason = pick(sample, material, settings)
+        found, reason, filtered = pick(sample, material, settings)
+        turned_down += [TurnedDown("candidates", each) for each in filtered]
         if found is not None:
-            return _pair(
-                sample,
-                pair_id,
-                rejected=found.text,
-                generator=found.generator,
-                prompt_sha256=found.prompt_sha256,
-                seed=found.seed,
-            )
+            provenance = {
+                "rejected": found.text,
+                "generator": found.generator,
+                "prompt_sha256": found.prompt_sha256,
+                "seed": found.seed,
+            }
+            return TextPair(_pair(sample, pair_id, **provenance), tuple(turned_down))
     if reason != TRANSIENT and material.rewrite is not None:
         refused = material.rewrite.get(DROP_REASON)
         if refused is None:
-            return _pair(
-                sample,
-                pair_id,
-                rejected=material.rewrite["rewritten"],
-                generator=REWRITE,
-                prompt_sha256=material.rewrite["prompt_sha256"],
-            )
+            provenance = {
+                "rejected": material.rewrite["rewritten"],
+                "generator": REWRITE,
+                "prompt_sha256": material.rewrite["prompt_sha256"],
+            }
+            return TextPair(_pair(sample, pair_id, **provenance), tuple(turned_down))
+        if refused != TRANSIENT:
+            turned_down.append(TurnedDown("rewrites", refused))
         reason = refused
     if reason != TRANSIENT and "rule_edit" in (settings.method, settings.fallback):
         edit_seed = stable_seed(seed, pair_id)
@@ -186,9 +224,11 @@ def text_pair(
         if edit is not None:
             unfit = problem(sample["answer"], edit.text, settings.max_length_ratio, sample["question"])
             if unfit is None:
-                return _pair(sample, pair_id, rejected=edit.text, generator=RULE_EDIT, seed=edit_seed)
+                row = _pair(sample, pair_id, rejected=edit.text, generator=RULE_EDIT, seed=edit_seed)
+                return TextPair(row, tuple(turned_down))
+            turned_down.append(TurnedDown("rule_edits", unfit))
             reason = unfit if settings.method == "rule_edit" else reason
-    return _dropped(sample, pair_id, reason)
+    return TextPair(_dropped(sample, pair_id, reason), tuple(turned_down))
 
 
 def released_pair(row: dict[str, Any], max_length_ratio: float) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from PIL import Image
 from scipy import ndimage
 
 from mmedpo_ray.config import NoiseConfig
+from mmedpo_ray.images import finite, has_alpha
 
 _TOTAL_STEPS = 1000
 _RELEASED_STD = 10.0
@@ -132,7 +133,7 @@ def signal_share(steps: int, schedule: str) -> float:
 def add_lesion_noise(
     image: Image.Image, heat_map: np.ndarray, config: NoiseConfig, rng: np.random.Generator
 ) -> Noised:
-    """Lays noise where the heat map says the lesion is. Outside the mask every pixel stays bit for bit.
+    """Lays noise where the heat map says the lesion is. Outside the mask every pixel stays bit for bit, also as a model sees it.
 
     Args:
         image: L, RGB, RGBA, LA or 16-bit grey; other modes are converted to one of these first. Alpha is never touched.
@@ -172,6 +173,8 @@ def add_lesion_noise(
         )
         values = _MODES[config.mode](region)
         after = np.rint(np.clip(values, low, high, out=values), out=values).astype(pixels.dtype)
+        if pixels.dtype == np.uint16:
+            _keep_range(after[0], before[0], pixels)
         after = np.broadcast_to(after, before.shape)
         for band in range(num_bands):
             flat[:, band][places] = after[band]
@@ -216,20 +219,24 @@ def released_places(heat_map: np.ndarray) -> np.ndarray:
 
 
 def plain_mode(image: Image.Image) -> Image.Image:
-    """The image in a mode that noise and PNG both know: palettes resolved, 32-bit and float grey scaled to 16 bits."""
-    if image.mode in _COLOUR_BANDS:
+    """The image in a mode that noise and PNG both know, looking the same to a model.
+
+    Palettes are resolved, 32-bit and float grey is scaled to 16 bits, and a colour that the file declares transparent
+    (PNG's tRNS) becomes an alpha band: a noised pixel may take that colour, or leave it.
+    """
+    transparent = has_alpha(image)
+    if image.mode in _COLOUR_BANDS and not (transparent and image.mode in ("L", "RGB")):
         return image
     if image.mode in ("I", "F", "I;16B", "I;16L"):
-        pixels = np.nan_to_num(np.asarray(image).astype(np.float64))
+        pixels = finite(np.asarray(image).astype(np.float64))
         low, high = float(pixels.min()), float(pixels.max())
         if image.mode != "F" and low >= 0 and high <= 65535:
             return Image.fromarray(pixels.astype(np.uint16))
         scale = 65535 / (high - low) if high > low else 0.0
         return Image.fromarray(np.round((pixels - low) * scale).astype(np.uint16))
-    if image.mode == "1":
-        return image.convert("L")
-    has_alpha = image.mode in ("PA", "RGBa", "La") or "transparency" in image.info
-    return image.convert("RGBA" if has_alpha else "RGB")
+    if image.mode in ("1", "L"):
+        return image.convert("LA" if transparent else "L")
+    return image.convert("RGBA" if transparent else "RGB")
 
 
 # ---------------------------------------------------------------------- the modes: _Region → float32 (C, n), or (1, n) for grey
@@ -356,6 +363,23 @@ def _value_range(pixels: np.ndarray) -> tuple[float, float]:
         return 0.0, 255.0
     low, high = float(pixels.min()), float(pixels.max())
     return low, max(high, low + 1)
+
+
+def _keep_range(after: np.ndarray, before: np.ndarray, pixels: np.ndarray) -> None:
+    """Gives one pixel its darkest or brightest value back where noise took the last of these.
+
+    A model sees 16-bit values scaled by what occurs, so a new range would change every pixel outside the mask too.
+
+    Args:
+        after: the noised values, (n,), changed in place.
+        before: the values that they replace, (n,).
+        pixels: the whole original, (H, W).
+    """
+    for end in (pixels.min(), pixels.max()):
+        here = before == end
+        elsewhere = np.count_nonzero(pixels == end) > np.count_nonzero(here)
+        if not elsewhere and not (after == end).any():
+            after[np.argmax(here)] = end
 
 
 def _parameters(config: NoiseConfig, masked: int, changed: int, shape: tuple[int, int]) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from scipy import ndimage
 from mmedpo_ray import storage, tables
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console
-from mmedpo_ray.curate.curate import draw_visual_samples, train_samples
+from mmedpo_ray.curate.curate import train_samples
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.curate.visual import PairMaker, VisualPair, visual_pair_id
+from mmedpo_ray.curate.visual_station import draw_visual_samples
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.images import to_rgb
 from mmedpo_ray.png import encode_pixels

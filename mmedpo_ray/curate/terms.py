@@ -244,7 +244,11 @@ _OTHERS: dict[str, tuple[Axis, float, list[str]]] = {
     "density": (
         "appearance",
         0.5,
-        ["hyperdense|hyperdensity", "hypodense|hypodensity", "isodense|isodensity"],
+        [
+            "hyperdense|hyperdensity|hyper dense|hyper-dense",
+            "hypodense|hypodensity|hypo dense|hypo-dense",
+            "isodense|isodensity|iso dense|iso-dense",
+        ],
     ),
     "margin": (
         "appearance",

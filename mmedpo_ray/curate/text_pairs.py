@@ -52,12 +52,13 @@ def prepare(config: Config, narrow_samples: Any) -> list[str]:
     return inputs
 
 
-def text_pairs(config: Config, done: DoneIds) -> ray.data.Dataset | None:
+def text_pairs(config: Config, done: DoneIds, counts: str) -> ray.data.Dataset | None:
     """The text pairs, kept and dropped, of the train samples that have none yet; None without a method.
 
     Args:
         config: all settings.
         done: ids of the pairs that are there.
+        counts: folder for what is turned down on the way (:mod:`~mmedpo_ray.curate.turned_down`).
     """
     run = RunFolder(config.run.folder)
     settings = config.curate.text
@@ -74,6 +75,7 @@ def text_pairs(config: Config, done: DoneIds) -> ray.data.Dataset | None:
         settings=settings,
         vocabulary=ray.put(_vocabulary(config)),
         seed=config.run.seed,
+        counts=counts,
     )
     return _map(run.samples, _columns(text_tasks.SAMPLE_COLUMNS), task, config)
 

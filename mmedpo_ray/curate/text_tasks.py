@@ -14,6 +14,7 @@ import ray
 
 from mmedpo_ray import joins, tables
 from mmedpo_ray.config import Config, TextCurationConfig
+from mmedpo_ray.curate import turned_down
 from mmedpo_ray.curate.hallucinate import (
     Candidate,
     Material,
@@ -100,11 +101,14 @@ def make_pairs(
     settings: TextCurationConfig,
     vocabulary: ray.ObjectRef,
     seed: int,
+    counts: str,
 ) -> pa.Table:
     samples = skip(_train(rows))
     material, known = joined.material(samples), ray.get(vocabulary)
-    made = (text_pair(row, material[row["sample_id"]], settings, known, seed) for row in samples.to_pylist())
-    return tables.to_table(made, tables.with_drop_columns(tables.PAIRS))
+    made = [text_pair(row, material[row["sample_id"]], settings, known, seed) for row in samples.to_pylist()]
+    # Before the rows themselves are written, so that none is there without its counts.
+    turned_down.write(counts, {pair.row["pair_id"]: pair.turned_down for pair in made})
+    return tables.to_table((pair.row for pair in made), tables.with_drop_columns(tables.PAIRS))
 
 
 def released_pairs(

@@ -37,8 +37,8 @@ class VisualPair:
         confidence: the tool's, above 0 and at most 1.
         seed: of the noise.
         noised: the dispreferred image.
-        parameters: those of the noise, JSON-able; with ``lesion_covered`` (share of the lesion mask that came with the
-            sample that the noise lies on) where there is such a mask.
+        parameters: those of the noise and the tool's choice, JSON-able; with ``lesion_covered`` (share of the lesion mask that
+            came with the sample that the noise lies on) where there is such a mask.
     """
 
     row: dict[str, Any]
@@ -122,20 +122,20 @@ class PairMaker:
         if not noised.parameters["changed_share"]:
             share = noised.parameters["mask_share"]
             return dropped(row, "noise_changed_nothing", f"{sample_id}: mask share {share:.3g}")
-        parameters = noised.parameters | self._coverage(row, image, found.heat_map, noised.places)
+        parameters = noised.parameters | self._coverage(row, image, found, noised.places)
         return VisualPair(row, image, found.heat_map, found.confidence, seed, noised, parameters)
 
     def _coverage(
-        self, row: dict[str, Any], image: Image.Image, heat_map: np.ndarray, places: np.ndarray
-    ) -> dict[str, float]:
-        """Whether the noise hits the lesion that the data set marks, for the audit."""
-        lesion: np.ndarray | None = heat_map
+        self, row: dict[str, Any], image: Image.Image, found: Localisation, places: np.ndarray
+    ) -> dict[str, Any]:
+        """What the tool chose, and whether the noise hits the lesion that the data set marks, for the audit."""
+        given: Localisation | None = found
         if self._given_masks is not None:
-            lesion = self._given_masks.localise([image], [row])[0].heat_map if row["mask_uri"] else None
-        area = 0 if lesion is None else np.count_nonzero(lesion)
-        if lesion is None or not area:
-            return {}
-        return {"lesion_covered": float(f"{np.count_nonzero(lesion.ravel()[places]) / area:.6g}")}
+            given = self._given_masks.localise([image], [row])[0] if row["mask_uri"] else None
+        if given is None or given.heat_map is None or not (area := np.count_nonzero(given.heat_map)):
+            return found.choice
+        covered = np.count_nonzero(given.heat_map.ravel()[places]) / area
+        return found.choice | given.choice | {"lesion_covered": float(f"{covered:.6g}")}
 
 
 class VisualPairs:

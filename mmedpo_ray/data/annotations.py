@@ -118,14 +118,14 @@ class AnnotationReader(Reader):
         rows = json_rows.read_run(self.file(unit.file), self._layout(unit.file), unit.start, unit.stop)
         for position, row in enumerate(rows, unit.position):
             name = self._row_name(row, position)
-            yield position, f"{name}~r{position}" if position in unit.repeated else name, row
+            yield position, f"{name}~r{position}" if position in unit.again else name, row
 
     def samples(self, unit: Unit, done: Container[str] = ()) -> Iterator[dict[str, Any]]:
-        checker, folder = ImageChecker(self.data.max_pixels), self._image_folder()
+        checker, folder = ImageChecker(self.data), self._image_folder()
         for position, name, row in self.rows(unit):
             place, split = unit.place(position), unit.split
             try:
-                if position in unit.repeated:
+                if position in unit.again:
                     raise UnusableError("duplicate_id")
                 row = checked_row(row)
                 split = self.split_of(row, unit.split)
@@ -189,12 +189,19 @@ def image_name(value: Any) -> str:
     return storable(value).strip()
 
 
+def talk(row: dict[str, Any]) -> Any:
+    """The conversation of a LLaVA row; LLaVA-Med's instruction files misspell its key."""
+    return row.get("conversations", row.get("conversatons"))
+
+
 def conversation(value: Any) -> list[Turn]:
-    """Pairs the turns of a LLaVA conversation: human, gpt, human, gpt, …
+    """Pairs the turns of a LLaVA conversation: human, gpt, human, gpt, …; a system prompt before them is left out.
 
     Raises:
         UnusableError: it is no list of alternating turns.
     """
+    if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].get("from") == "system":
+        value = value[1:]
     if not isinstance(value, list) or not value or len(value) % 2:
         raise UnusableError("malformed_conversation", "no list of question-answer turns")
     turns = []

@@ -3,6 +3,10 @@
 The files lie under the root or in `data/`; file names give the split, ``data.columns`` names the columns. An image is
 struct<bytes, path>, bytes, or the path of a file. Image bytes are written once per distinct image under the run's
 `raw/` by the task that reads them, so that the tables carry addresses as with every other format.
+
+A row group may be of any size: its rows are taken a few at a time. Parquet cannot be entered in the midst of a row group, so
+where a large one is shared among n tasks, each reads over the rows before its own, and together they read the group
+(n + 1) / 2 times: at most 4.5 times, which is little beside decoding all its images on one CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from itertools import islice, pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -47,10 +52,19 @@ _SPLITS = {
 _TAIL = 8
 # Rows decoded at a time: their images are in memory together.
 _ROWS_AT_A_TIME = 16
+# A row group is shared among up to so many tasks, if each gets as many rows at least.
+_MOST_SHARES = 8
+_ROWS_OF_A_SHARE = 4_096
+# What reading damaged files raises.
+_DAMAGED = (pa.ArrowException, OSError)
+# Bytes read at once where only that they can be read counts.
+_PIECE = 1 << 20
+# What values raise that are no values in Python: texts that are no UTF-8, dates far away.
+_NO_VALUE = (ValueError, OverflowError)
 
 
 class HfParquetReader(Reader):
-    """Reads Parquet files; a unit is a few row groups, or one large one."""
+    """Reads Parquet files; a unit is a few row groups, one, or a share of a very large one."""
 
     def units(self) -> Iterator[Unit]:
         seen: dict[str | None, SeenIds] = {}
@@ -58,12 +72,14 @@ class HfParquetReader(Reader):
         for name, split in self._files():
             with self._open(name) as file:
                 self._check_columns(name, file.schema_arrow)
-                for start, stop, position, rows in _row_groups(file.metadata):
+                for start, stop, first, total in _row_groups(file.metadata):
                     empty = False
-                    ids = self._ids(name, file, start, stop, position, rows)
-                    repeated = seen.setdefault(split, SeenIds()).add(ids) if ids else []
-                    positions = [position + index for index, again in enumerate(repeated) if again]
-                    yield Unit(name, None, split, start, stop, position, rows, positions)
+                    ids = self._ids(name, file, start, stop, first, total)
+                    for position, rows in _shares(first, total):
+                        named = list(islice(ids, rows))
+                        repeated = seen.setdefault(split, SeenIds()).add(named) if named else []
+                        positions = [position + index for index, again in enumerate(repeated) if again]
+                        yield Unit(name, None, split, start, stop, position, rows, positions)
         if empty:
             raise UserError(
                 f"the Parquet files under {self.data.root} have no row: there is nothing to read."
@@ -79,7 +95,7 @@ class HfParquetReader(Reader):
             place, split = unit.place(position), unit.split
             name = self._name(unit.file, row, position)
             try:
-                if position in unit.repeated:
+                if position in unit.again:
                     name = f"{name}~r{position}"
                     raise UnusableError("duplicate_id")
                 if row is None:
@@ -142,29 +158,63 @@ class HfParquetReader(Reader):
     def _rows(self, unit: Unit) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """Position and content of every row; None from where the file is damaged."""
         wanted = sorted({value for value in self.data.columns.model_dump().values() if value is not None})
-        position = unit.position
+        position, end = unit.position, unit.position + unit.rows
         with self._open(unit.file) as file:
-            groups = range(unit.start, unit.stop)
+            # A share of a large row group begins somewhere in it.
+            left_out = position - _rows_before(file.metadata, unit.start)
             try:
-                for batch in file.iter_batches(_ROWS_AT_A_TIME, row_groups=list(groups), columns=wanted):
-                    for row in batch.to_pylist():
+                for batch in self._batches(file, unit.start, unit.stop, wanted):
+                    start = min(left_out, batch.num_rows)
+                    left_out -= start
+                    for row in _python_rows(batch.slice(start, end - position)):
                         yield position, row
                         position += 1
-            except (pa.ArrowException, OSError, UnicodeDecodeError):
-                yield from ((damaged, None) for damaged in range(position, unit.position + unit.rows))
+                    if position == end:
+                        return
+            except _DAMAGED:
+                self._check_bytes(unit.file, file.metadata, unit.start, unit.stop)
+                yield from ((damaged, None) for damaged in range(position, end))
 
     def _ids(
         self, name: str, file: pq.ParquetFile, start: int, stop: int, position: int, rows: int
-    ) -> list[str]:
+    ) -> Iterator[str]:
         """Names of the rows of some row groups, from the id column alone; none where there is no such column."""
-        column = self.data.columns.sample_id
+        column, end = self.data.columns.sample_id, position + rows
         if column is None:
-            return []
+            return
         try:
-            found = file.read_row_groups(list(range(start, stop)), columns=[column])
-            return [self._name(name, row, place) for place, row in enumerate(found.to_pylist(), position)]
-        except (pa.ArrowException, OSError, UnicodeDecodeError):
-            return [self._name(name, None, place) for place in range(position, position + rows)]
+            # In the batches of the rows, so that damage begins at the same row.
+            for batch in self._batches(file, start, stop, [column]):
+                for row in _python_rows(batch):
+                    yield self._name(name, row, position)
+                    position += 1
+        except _DAMAGED:
+            self._check_bytes(name, file.metadata, start, stop)
+            yield from (self._name(name, None, damaged) for damaged in range(position, end))
+
+    def _check_bytes(self, name: str, metadata: pq.FileMetaData, start: int, stop: int) -> None:
+        """Tells damage from storage that fails, which Parquet's reader reports alike: damaged bytes can be read.
+
+        Raises:
+            UserError: the bytes of these row groups cannot be read.
+        """
+        uri, chunks = self.file(name), _chunks(metadata, start, stop)
+        try:
+            with open_file(uri) as file:
+                for place, size in chunks:
+                    file.seek(place)
+                    for done in range(0, size, _PIECE):
+                        file.read(min(_PIECE, size - done))
+        except OSError as error:
+            raise UserError(
+                f"{uri} could not be read to its end ({type(error).__name__}): storage failed. Run again, which goes on "
+                "from here."
+            ) from error
+
+    def _batches(
+        self, file: pq.ParquetFile, start: int, stop: int, columns: list[str]
+    ) -> Iterator[pa.RecordBatch]:
+        yield from file.iter_batches(_ROWS_AT_A_TIME, row_groups=list(range(start, stop)), columns=columns)
 
     def _name(self, file: str, row: dict[str, Any] | None, position: int) -> str:
         column = self.data.columns.sample_id
@@ -191,10 +241,10 @@ class _UnitImages:
     def __init__(self, reader: HfParquetReader) -> None:
         data = reader.data
         self._columns = data.columns
-        self._max_pixels = data.max_pixels
+        self._data = data
         self._folder = reader.file(data.image_folder or "")
         self._raw = storage.absolute(storage.join(RunFolder(reader.config.run.folder).raw, reader.dataset))
-        self._checker = ImageChecker(data.max_pixels)
+        self._checker = ImageChecker(data)
         self._written: dict[str, str | UnusableError] = {}
 
     def facts(self, row: dict[str, Any], place: str) -> ImageFacts:
@@ -224,8 +274,10 @@ class _UnitImages:
         return written
 
     def _checked_file(self, data: bytes, sha256: str, place: str) -> str | UnusableError:
+        if len(data) > self._data.max_image_bytes:
+            return UnusableError("image_too_large")
         try:
-            image = images.decode(data, place, self._max_pixels)
+            image = images.decode(data, place, self._data.max_pixels)
         except images.ImageError as error:
             return UnusableError(error.reason)
         suffix = "dcm" if images.is_dicom(data) else (image.format or "image").lower()
@@ -262,6 +314,42 @@ def _row_groups(metadata: pq.FileMetaData) -> Iterator[tuple[int, int, int, int]
             if rows:
                 yield start, group + 1, position, rows
             start, position, rows = group + 1, position + rows, 0
+
+
+def _python_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows of a batch; None in the place of a value that Python cannot hold."""
+    try:
+        return batch.to_pylist()
+    except _NO_VALUE:
+        columns = [[_python_value(value) for value in column] for column in batch.columns]
+    return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _python_value(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except _NO_VALUE:
+        return None
+
+
+def _shares(position: int, rows: int) -> Iterator[tuple[int, int]]:
+    """First row and rows of each unit that some row groups make: one, or several of a large group."""
+    count = min(_MOST_SHARES, rows // _ROWS_OF_A_SHARE) or 1
+    limits = [position + rows * number // count for number in range(count + 1)]
+    yield from ((start, stop - start) for start, stop in pairwise(limits))
+
+
+def _rows_before(metadata: pq.FileMetaData, group: int) -> int:
+    return sum(metadata.row_group(number).num_rows for number in range(group))
+
+
+def _chunks(metadata: pq.FileMetaData, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """First byte and bytes of every column of some row groups."""
+    for group in range(start, stop):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            first = column.dictionary_page_offset or column.data_page_offset
+            yield max(0, first), max(0, column.total_compressed_size)
 
 
 def _footer_sha256(uri: str) -> str:

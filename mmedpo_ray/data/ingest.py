@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -18,13 +19,15 @@ from mmedpo_ray import storage, tables
 from mmedpo_ray.config import Config
 from mmedpo_ray.data.hf_parquet import HfParquetReader
 from mmedpo_ray.data.llava_json import LlavaJsonReader
+from mmedpo_ray.data.mended import any_mended
 from mmedpo_ray.data.mmedpo_json import SAMPLE_COLUMNS, MMedPOJsonReader, SortedSamples
 from mmedpo_ray.data.phantom_source import PhantomReader
 from mmedpo_ray.data.r2gen import R2GenReader
-from mmedpo_ray.data.reader import ROWS_PER_UNIT, UNITS, Reader, Unit
+from mmedpo_ray.data.reader import IMAGE_REASONS, ROWS_PER_UNIT, UNITS, Reader, Unit
 from mmedpo_ray.data.slake import SlakeReader
 from mmedpo_ray.data.vqa_rad import VqaRadReader
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.parts import Work
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.seen_ids import SeenIds
 from mmedpo_ray.stage import Manifest, Station
@@ -60,19 +63,20 @@ def _ingest_samples(config: Config, reader: Reader) -> Manifest:
     run = RunFolder(config.run.folder)
     settings = [config.data, config.run.seed, reader.fingerprint()]
     station = Station("ingest", run.samples, config, settings=settings)
-    if (manifest := station.finished()) is not None:
+    if (manifest := station.finished(mended=lambda: any_mended(config))) is not None:
         return manifest
     schema = tables.with_drop_columns(tables.SAMPLES)
 
-    def convert(unit: Unit, done: Any) -> pa.Table:
-        rows = reader.samples(unit, done)
-        return tables.to_table((row for row in rows if row["sample_id"] not in done), schema)
+    def convert(unit: Unit, done: Any) -> Iterator[dict[str, Any]]:
+        return (row for row in reader.samples(unit, done) if row["sample_id"] not in done)
 
     return station.write_rows(
-        lambda done: _map_units(reader, convert, ray.put(done), config),
+        lambda done: _map_units(reader, convert, schema, ray.put(done), config),
         schema=tables.SAMPLES,
         id_column="sample_id",
         extra=_Figures(),
+        retry_reasons=IMAGE_REASONS,
+        intended_reasons=reader.intended_reasons,
     )
 
 
@@ -86,12 +90,11 @@ def _ingest_released(config: Config, reader: MMedPOJsonReader) -> Manifest:
     samples = ray.remote(_read_samples).options(num_cpus=config.ray.data_cpus).remote(run.samples)
     schema = tables.with_drop_columns(tables.PAIRS)
 
-    def convert(unit: Unit, done: Any) -> pa.Table:
-        found = SortedSamples(ray.get(samples))
-        return tables.to_table(reader.pairs(unit, found, done), schema)
+    def convert(unit: Unit, done: Any) -> Iterator[dict[str, Any]]:
+        return reader.pairs(unit, SortedSamples(ray.get(samples)), done)
 
     return station.write_rows(
-        lambda done: _map_units(reader, convert, ray.put(done), config),
+        lambda done: _map_units(reader, convert, schema, ray.put(done), config),
         schema=tables.PAIRS,
         id_column="pair_id",
         total=None,
@@ -106,24 +109,27 @@ def _read_samples(folder: str) -> pa.Table:
 
 
 def _map_units(
-    reader: Reader, convert: Callable[[Unit, Any], pa.Table], done: ray.ObjectRef, config: Config
-) -> ray.data.Dataset:
-    """Runs ``convert`` over the units in Ray tasks, small neighbours together.
+    reader: Reader,
+    convert: Callable[[Unit, Any], Iterator[dict[str, Any]]],
+    schema: pa.Schema,
+    done: ray.ObjectRef,
+    config: Config,
+) -> Work:
+    """Has ``convert`` run over the units in Ray tasks, small neighbours together, and its rows written a part at a time.
 
     The driver holds of a unit only where it is: about 100 bytes for hundreds of rows.
     """
+    most = config.ray.rows_per_part
 
-    def convert_units(batch: Any) -> Any:
+    def convert_units(block: pa.Table) -> Iterator[pa.Table]:
         written = ray.get(done)
-        return pa.concat_tables(convert(Unit(**unit), written) for unit in batch.to_pylist())
+        rows = (row for unit in block.to_pylist() for row in convert(Unit(**unit), written))
+        # One at least, be it without rows, that Ray Data may know the columns.
+        yield tables.to_table(islice(rows, most), schema)
+        while (table := tables.to_table(islice(rows, most), schema)).num_rows:
+            yield table
 
-    return ray.data.from_arrow(list(_blocks(reader.units()))).map_batches(
-        convert_units,
-        batch_format="pyarrow",
-        batch_size=None,
-        zero_copy_batch=True,
-        num_cpus=config.ray.data_cpus,
-    )
+    return Work(ray.data.from_arrow(list(_blocks(reader.units()))), convert_units)
 
 
 def _blocks(units: Iterable[Unit]) -> Iterator[pa.Table]:

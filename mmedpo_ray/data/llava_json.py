@@ -1,17 +1,18 @@
 """LLaVA conversation JSON: `{"id", "image", "conversations": [{"from": "human", …}, {"from": "gpt", …}, …]}`.
 
-Every question-answer turn becomes a sample of its own; turns do not see one another.
+Every question-answer turn becomes a sample of its own; turns do not see one another. A system
+prompt is left out. LLaVA-Med's own files spell the key "conversatons", which is read too.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from mmedpo_ray.data.annotations import AnnotationReader, Turn, conversation
+from mmedpo_ray.data.annotations import AnnotationReader, Turn, conversation, talk
 
 
 class LlavaJsonReader(AnnotationReader):
     """Reads LLaVA conversations, of one turn or several."""
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        return conversation(row.get("conversations"))
+        return conversation(talk(row))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from mmedpo_ray.data.annotations import AnnotationReader, Turn, checked_row, conversation
+from mmedpo_ray.data.annotations import AnnotationReader, Turn, checked_row, conversation, talk
 from mmedpo_ray.data.reader import Unit, UnusableError
 
 GENERATOR = "released"
@@ -39,7 +39,7 @@ class MMedPOJsonReader(AnnotationReader):
     """Reads the published preference rows."""
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        turns = conversation(row.get("conversations"))
+        turns = conversation(talk(row))
         if len(turns) > 1:
             raise UnusableError("malformed_conversation", f"{len(turns)} turns, expected one")
         return turns

@@ -58,12 +58,7 @@ class R2GenReader(AnnotationReader):
 
     def _composite(self, uris: list[str], image_id: str, checker: ImageChecker) -> ImageFacts:
         """Writes all views of a study as one image; its name is the hash of its bytes."""
-        for uri in uris:
-            checker.sha256(uri)
-        try:
-            views = [images.load_image(uri, self.data.max_pixels) for uri in uris]
-        except images.ImageError as error:
-            raise UnusableError(error.reason, error.detail) from None
+        views = [checker.load(uri)[0] for uri in uris]
         data = images.encode_png(side_by_side(views, self.data.max_pixels))
         sha256 = hashlib.sha256(data).hexdigest()
         folder = storage.absolute(storage.join(RunFolder(self.config.run.folder).raw, self.dataset))

@@ -7,24 +7,30 @@ into rows of `samples` inside a Ray task. Whatever is wrong with a row becomes a
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from decimal import Decimal
+from functools import cached_property
+from typing import Any, ClassVar
 from urllib.parse import quote
+from uuid import UUID
 
 import pyarrow as pa
+from PIL import Image
 
 from mmedpo_ray import images, storage
-from mmedpo_ray.config import Config
+from mmedpo_ray.config import Config, DataConfig
 from mmedpo_ray.data.json_rows import read_json_list
 from mmedpo_ray.data.texts import clean, infer_answer_type, storable, text_problem
-from mmedpo_ray.errors import UserError
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
 
 __all__ = [
+    "IMAGE_REASONS",
     "ROWS_PER_UNIT",
     "UNITS",
+    "UNREADABLE",
     "ImageChecker",
     "ImageFacts",
     "Reader",
@@ -39,6 +45,13 @@ __all__ = [
     "storable",
 ]
 
+UNREADABLE = "image_unreadable"
+# Drop reasons that copying, mending or uploading an image file ends, or a store that answers again.
+IMAGE_REASONS = ("image_missing", UNREADABLE, "image_undecodable", "image_too_large", "image_multi_frame")
+# Files of a unit that are waited for in vain before the others get one try each.
+_MOST_WAITED_FOR = 3
+# Whole numbers below it are exact as floats.
+_EXACT = 2**53
 # Few tasks: each new worker process costs a second of imports. Not fewer: their images are decoded one after another.
 ROWS_PER_UNIT = 256
 
@@ -67,6 +80,11 @@ class Unit:
     rows: int
     repeated: list[int] = field(default_factory=list)
 
+    @cached_property
+    def again(self) -> frozenset[int]:
+        """``repeated``, quick to look up."""
+        return frozenset(self.repeated)
+
     def place(self, position: int) -> str:
         """Names a row of the source."""
         section = f", {storable(self.section)}" if self.section else ""
@@ -93,12 +111,14 @@ class UnusableError(Exception):
     Args:
         reason: short machine-readable drop reason.
         detail: what is wrong, without patient text.
+        image_uri: the image file to blame; mending it makes the row worth another try.
     """
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", image_uri: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.detail = detail
+        self.image_uri = image_uri
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,12 @@ class Reader(ABC):
 
     Args:
         config: all settings.
+
+    Attributes:
+        intended_reasons: drop reasons of rows that the settings leave out on purpose.
     """
+
+    intended_reasons: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -152,8 +177,8 @@ class Reader(ABC):
         return []
 
     def file(self, name: str) -> str:
-        """Address of a file of the data set."""
-        return address(name, storage.absolute(self.data.root or "."))
+        """Address of a file of the data set that the settings or the format name."""
+        return address(storage.home_expanded(name), storage.absolute(self.data.root or "."))
 
     def sample_id(self, split: str, name: str) -> str:
         return f"{self.dataset}/{split}/{name}"
@@ -185,10 +210,11 @@ class Reader(ABC):
         }
 
     def dropped(self, name: str, split: str | None, place: str, error: UnusableError) -> dict[str, Any]:
-        """A dropped row; the detail names the place in the source."""
+        """A dropped row; the detail names the place in the source, ``image_uri`` the image to blame."""
         return {
             "sample_id": self.sample_id(split or "train", name),
             "dataset": self.dataset,
+            "image_uri": error.image_uri,
             DROP_REASON: error.reason,
             DROP_DETAIL: f"{place}: {error.detail}" if error.detail else place,
         }
@@ -207,65 +233,102 @@ class ImageChecker:
     """Decodes images to know that they can be used, each file once in its life, which is that of a unit.
 
     Args:
-        max_pixels: larger images are not decoded.
+        data: its limits on the size of images.
     """
 
-    def __init__(self, max_pixels: int) -> None:
-        self._max_pixels = max_pixels
+    def __init__(self, data: DataConfig) -> None:
+        self._data = data
         self._known: dict[str, str | UnusableError] = {}
         self._present: dict[str, bool] = {}
+        self._unreadable = 0
 
     def sha256(self, uri: str) -> str:
         """SHA-256 of an image file that can be decoded.
 
         Raises:
-            UnusableError: it is missing, broken or too large.
+            UnusableError: it is missing, cannot be read, or is broken or too large.
         """
         if uri not in self._known:
             try:
-                self._known[uri] = self._check(uri)
+                self._known[uri] = self.load(uri)[1]
             except UnusableError as error:
                 self._known[uri] = error
         known = self._known[uri]
         if isinstance(known, UnusableError):
-            raise UnusableError(known.reason, known.detail)
+            raise UnusableError(known.reason, known.detail, known.image_uri)
         return known
 
+    def load(self, uri: str) -> tuple[Image.Image, str]:
+        """An image in its own mode, and the SHA-256 of its file.
+
+        Raises:
+            UnusableError: as for :meth:`sha256`.
+        """
+        try:
+            data = images.read_file(uri, self._data.max_image_bytes, self._waits())
+            image = images.decode(data, uri, self._data.max_pixels)
+        except images.ImageError as error:
+            raise UnusableError(error.reason, error.detail, uri) from None
+        except OSError as error:
+            raise self._cannot_be_read(uri, error) from None
+        return image, hashlib.sha256(data).hexdigest()
+
     def exists(self, uri: str) -> bool:
-        """Whether there is such a file."""
+        """Whether there is such a file.
+
+        Raises:
+            UnusableError: the store does not say.
+        """
         if uri not in self._present:
             try:
-                self._present[uri] = storage.exists(uri)
-            except (OSError, ValueError, UserError):
-                self._present[uri] = False
+                self._present[uri] = images.exists(uri, self._waits())
+            except OSError as error:
+                raise self._cannot_be_read(uri, error) from None
         return self._present[uri]
 
-    def _check(self, uri: str) -> str:
-        try:
-            data = storage.read_bytes(uri)
-            images.decode(data, uri, self._max_pixels)
-        except images.ImageError as error:
-            raise UnusableError(error.reason, error.detail) from None
-        except (OSError, ValueError, UserError):
-            # OSError also where the name is a folder, too long, or not allowed; UserError where its scheme is unknown.
-            raise UnusableError("image_missing", uri) from None
-        return hashlib.sha256(data).hexdigest()
+    def _waits(self) -> Sequence[float]:
+        """A store that has failed for good a few times is not waited for with every further file."""
+        return images.WAITS if self._unreadable < _MOST_WAITED_FOR else ()
+
+    def _cannot_be_read(self, uri: str, error: OSError) -> UnusableError:
+        self._unreadable += 1
+        return UnusableError(UNREADABLE, f"{uri}: {type(error).__name__}", uri)
 
 
 def address(name: str, folder: str) -> str:
-    """Address of a file named relative to a folder; names may hold characters that a URI must escape."""
+    """Address of a file that the data names relative to a folder; names may hold characters that a URI must escape."""
     if "://" in folder and "://" not in name:
         return storage.join(folder, quote(name, errors="replace"))
     return storage.absolute(name, folder)
 
 
 def given_name(given: Any) -> str | None:
-    """A row's own id as part of a sample id, None where it has none. "~" is ours: it separates what we append."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        return str(given)
+    """A row's own id as part of a sample id, None where it has none. "~" is ours: it separates what we append.
+
+    Text, bytes (UTF-8, else their hex digits), numbers (17, 17.0 and Decimal("17.00") are the same id) and UUIDs are ids;
+    null, NaN, true and false, dates and anything nested are none.
+    """
+    if isinstance(given, bytes):
+        try:
+            given = given.decode()
+        except UnicodeDecodeError:
+            given = given.hex()
+    if isinstance(given, int | float | Decimal | UUID) and not isinstance(given, bool):
+        return _number_name(given)
     if not isinstance(given, str) or not given.strip():
         return None
     return storable(given).strip().replace("%", "%25").replace("~", "%7E")
+
+
+def _number_name(given: float | Decimal | UUID) -> str | None:
+    if isinstance(given, int | UUID):
+        return str(given)
+    if not math.isfinite(given):
+        return None
+    # pandas makes whole numbers floats where a column has gaps; large floats are no exact numbers.
+    if given == int(given) and (isinstance(given, Decimal) or abs(given) < _EXACT):
+        return str(int(given))
+    return f"{given.normalize():f}" if isinstance(given, Decimal) else str(given)
 
 
 def row_name(given: Any, position: int) -> str:

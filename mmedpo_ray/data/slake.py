@@ -14,11 +14,13 @@ from mmedpo_ray.data.reader import ImageChecker, ImageFacts, UnusableError
 from mmedpo_ray.data.texts import clean, stated_answer_type
 
 _MASK = "mask.png"
+_OTHER_LANGUAGE = "other_language"
 
 
 class SlakeReader(AnnotationReader):
     """Reads SLAKE; the validation part keeps its own split."""
 
+    intended_reasons = (_OTHER_LANGUAGE,)
     id_key = "qid"
     image_key = "img_name"
     image_folders = ("imgs",)
@@ -31,7 +33,7 @@ class SlakeReader(AnnotationReader):
         # Copies of the English half leave the member out.
         wanted = self.data.language
         if wanted != "all" and isinstance(language, str) and language.strip().lower() != wanted:
-            raise UnusableError("other_language")
+            raise UnusableError(_OTHER_LANGUAGE)
         question, answer = clean(row.get("question")), clean(row.get("answer"))
         return [Turn(question, answer, stated_answer_type(row.get("answer_type")))]
 

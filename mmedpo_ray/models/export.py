@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ _INDEX = "model.safetensors.index.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
+# Share of an update that rounding may take before the user hears of it.
+_MUCH_ROUNDING = 0.2
 
 
 def export(config: Config, role: Role = "aligned") -> Manifest:
@@ -70,19 +73,28 @@ def export(config: Config, role: Role = "aligned") -> Manifest:
     if not is_whole and not _trains_more(source):
         with _replaced(target / ADAPTER) as folder:
             copy_adapter(source, folder, base=config.model.path)
+    figures = {}
     with _replaced(target / "merged") as folder:
-        (put_weights if is_whole else merge)(config.model.path, source, folder)
+        if is_whole:
+            put_weights(config.model.path, source, folder)
+        else:
+            figures["merge_rounding"] = round(merge(config.model.path, source, folder), 4)
+    _warn_of_rounding(figures.get("merge_rounding", 0.0), target)
     size = sum(file.stat().st_size for file in (target / "merged").iterdir())
-    return station.finish(extra={"merged_mib": round(size / 2**20, 1)})
+    return station.finish(extra={"merged_mib": round(size / 2**20, 1), **figures})
 
 
-def merge(base: str, adapter: Path, folder: Path) -> None:
+def merge(base: str, adapter: Path, folder: Path) -> float:
     """Saves the base model with the adapter's weights added, in the base's precision.
 
     Args:
         base: as ``model.path``.
         adapter: peft folder, trained on the whole ``LlavaForConditionalGeneration``.
         folder: where to save.
+
+    Returns:
+        What rounding the sums to that precision did to the update: the norm of the difference over the norm of the update. 1
+        means that it is as if nothing had been trained.
 
     Raises:
         UserError: the adapter's layers are not those of the base.
@@ -92,9 +104,42 @@ def merge(base: str, adapter: Path, folder: Path) -> None:
     dtype = _dtype_of(base)
     model = load_model(base, dtype)
     _check_layers(model, adapter, base)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    adapted = PeftModel.from_pretrained(model, str(adapter))
+    rounding = _rounding(adapted)
+    merged = adapted.merge_and_unload(safe_merge=True)
     # A trained projector comes in the precision it was stored in.
     save_for_serving(merged.to(dtype), load_processor(base), folder)
+    return rounding
+
+
+def _rounding(adapted: Any) -> float:
+    """See :func:`merge`; one layer's update in float32 at a time."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    lost, whole = 0.0, 0.0
+    with torch.no_grad():
+        for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
+            weight = layer.get_base_layer().weight
+            for name in layer.lora_A:
+                update = layer.get_delta_weight(name).float()
+                stored = (weight.float() + update).to(weight.dtype).float() - weight.float()
+                lost += float((stored - update).square().sum(dtype=torch.float64))
+                whole += float(update.square().sum(dtype=torch.float64))
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+def _warn_of_rounding(rounding: float, target: Path) -> None:
+    if rounding <= _MUCH_ROUNDING:
+        return
+    exact = target / ADAPTER
+    log.warning(
+        "export: the update is so small beside the base's weights that rounding the merged ones changes it by %.0f %%. %s",
+        100 * rounding,
+        f"The adapter in {exact} is exact, and `mmedpo serve` uses it: hand that on"
+        if exact.is_dir()
+        else "Raise align.learning_rate or train longer",
+    )
 
 
 def put_weights(base: str, weights: Path, folder: Path) -> None:

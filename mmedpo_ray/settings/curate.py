@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mmedpo_ray.settings.base import Section, Share
 from mmedpo_ray.settings.endpoint import EndpointConfig
@@ -19,7 +20,10 @@ class TextCurationConfig(Section):
         "reference; rule_edit: the lexicon does; released: the pairs that came with the data",
     )
     num_candidates: int = Field(3, ge=1, description="on_policy: answers sampled per question")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float | list[float] = Field(
+        1.0,
+        description="on_policy: above 0; of a list the k-th answer to a question gets the k-th, over and over",
+    )
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(64, ge=1, description="longest sampled answer")
     judge: Literal["rules", "endpoint"] = Field(
@@ -36,6 +40,20 @@ class TextCurationConfig(Section):
     endpoint: EndpointConfig = Field(
         default_factory=EndpointConfig, description="model of rewrite and of judge: endpoint"
     )
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _check_temperature(cls, value: Any) -> Any:
+        given = value if isinstance(value, list) else [value]
+        numbers = [item for item in given if isinstance(item, int | float) and not isinstance(item, bool)]
+        if not given or len(numbers) < len(given) or not all(0 < item < math.inf for item in numbers):
+            raise ValueError("give a number above 0, or a list of such numbers, as [0.7, 1.0]")
+        return value
+
+    def temperature_of(self, number: int) -> float:
+        """The temperature of the ``number``-th answer to a question, counted from 0."""
+        given = self.temperature if isinstance(self.temperature, list) else [self.temperature]
+        return given[number % len(given)]
 
 
 class NoiseConfig(Section):

@@ -62,4 +62,5 @@ class DataConfig(Section):
     )
     columns: ParquetColumnsConfig = ParquetColumnsConfig()
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are dropped undecoded")
+    max_image_bytes: int = Field(1_000_000_000, ge=1, description="larger image files are dropped unread")
     phantom: PhantomDataConfig = PhantomDataConfig()

@@ -11,6 +11,7 @@ from align_world import Launch, train, training_spec, with_settings, write_prepa
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray.align.policy import TrainingSpec
+from mmedpo_ray.config import LoraConfig
 
 # Several chunks in every forward: the vocabulary has 512 entries.
 _FEW_LOGITS = 3_000
@@ -64,6 +65,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ways = {"learning_rate": 0.1, "validation_share": 0.34, "validate_every": 1, "keep": "best"}
         return with_settings(plain, folder / name, **(ways | {"keep_checkpoints": 1} | changes))
 
+    def dropout(name: str) -> TrainingSpec:
+        return with_settings(plain, folder / name, lora=LoraConfig(rank=4, alpha=8, dropout=0.3))
+
+    def bf16(name: str, **changes: object) -> TrainingSpec:
+        return with_settings(plain, folder / name, precision="bf16", **changes)
+
+    dropout_resumed, bf16_resumed = dropout("dropout_resumed"), bf16("bf16_resumed")
     full_resumed, full_moved, best_resumed = full("full_resumed"), full("full_moved"), best("best_resumed")
     train(
         [
@@ -82,6 +90,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(best("best")),
             Launch(best_resumed, crash_after=3),
             Launch(best_resumed),
+            Launch(dropout("dropout")),
+            Launch(dropout_resumed, crash_after=3),
+            Launch(dropout_resumed),
+            Launch(bf16("bf16")),
+            Launch(bf16_resumed, crash_after=3),
+            Launch(bf16_resumed),
+            Launch(bf16("bf16_ddp", strategy="ddp"), crash_after=3),
+            Launch(bf16("bf16_ddp", strategy="ddp")),
         ]
     )
     train(
@@ -94,6 +110,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             Launch(ddp := with_settings(plain, folder / "ddp_two_ranks", strategy="ddp"), crash_after=3),
             Launch(ddp),
             Launch(all_terms("all_terms_two_ranks", pairs_per_forward=5), most_logits=_FEW_LOGITS),
+            Launch(all_terms("all_terms_released"), releases_weights=True, most_logits=_FEW_LOGITS),
+            Launch(
+                with_settings(plain, folder / "released", gradient_checkpointing=True), releases_weights=True
+            ),
             Launch(moved),
             Launch(
                 full("full_two_ranks", gradient_checkpointing=True, pairs_per_forward=5),

@@ -8,6 +8,7 @@ import pytest
 from align_compare import assert_same_training
 
 from mmedpo_ray.align.checkpoint import checkpoint_folders
+from mmedpo_ray.align.metrics import read_metrics
 
 if TYPE_CHECKING:
     from conftest import Runs
@@ -17,6 +18,18 @@ pytestmark = pytest.mark.engine
 
 def test_resumed_equals_uninterrupted(runs: Runs) -> None:
     assert_same_training(runs.folder / "resumed", runs.folder / "plain", tolerance=1e-6)
+
+
+def test_dropout_resumes_where_it_was(runs: Runs) -> None:
+    assert_same_training(runs.folder / "dropout_resumed", runs.folder / "dropout", tolerance=1e-6)
+    first, second = (
+        [row["loss"] for row in read_metrics(runs.folder / name)] for name in ("dropout", "plain")
+    )
+    assert first != second, "dropout must be at work"
+
+
+def test_bf16_resumes_with_exact_weights(runs: Runs) -> None:
+    assert_same_training(runs.folder / "bf16_resumed", runs.folder / "bf16", tolerance=1e-6)
 
 
 def test_resumed_full_training_equals_uninterrupted(runs: Runs) -> None:

@@ -214,6 +214,23 @@ def test_the_driver_killed_in_the_middle(nodes: Any, model: Path, quiet: Path, t
     assert "resuming from step-0000" in run.log.read_text()
 
 
+def test_the_driver_told_to_stop(nodes: Any, model: Path, quiet: Path, tmp_path: Path) -> None:
+    """Its ranks save after the step under way, and nothing is repeated: no other checkpoint is due here."""
+    run = Run.of(nodes, model, tmp_path, num_workers=1, checkpoint_every=1000)
+    run.start()
+    run.wait_for(lambda: len(run.rows()) >= 12, "step")
+    assert run.driver is not None
+    run.driver.terminate()
+    assert run.driver.wait(120) != 0
+    assert "told to stop" in run.log.read_text() and "KeyboardInterrupt" in run.log.read_text()
+    (saved,) = checkpoint_folders(run.align)
+    assert not (run.align / "adapter").exists(), "it was told too late"
+    assert int(saved.name.removeprefix("step-")) == len(run.rows())
+    run.start()
+    assert_same_training(run.finish(), quiet, tolerance=1e-6)
+    assert [row["step"] for row in run.rows()] == list(range(1, 101))
+
+
 def test_the_driver_killed_while_the_reference_is_computed(
     nodes: Any, model: Path, quiet: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,10 @@ import pytest
 import torch
 from align_world import training_spec
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_llava import build_tiny_llava
+from transformers import LlavaForConditionalGeneration
 
 from mmedpo_ray.align.checkpoint import Checkpoint, CheckpointWriter, State
 from mmedpo_ray.align.policy import build_policy
@@ -61,7 +64,6 @@ if __name__ == "__main__":
 def train_nothing(config: Config, base: Path, role: str = "aligned", rank: int = 4) -> None:
     """What the align station leaves behind, with random instead of trained LoRA weights."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(7)
@@ -151,7 +153,6 @@ def image() -> Image.Image:
 
 def transformers_tokens(folder: Path, adapter: Path | None = None) -> list[list[int]]:
     from peft import PeftModel
-    from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     if adapter is not None:
@@ -180,6 +181,34 @@ def test_merged_equals_base_with_adapter(exported):
     merged = transformers_tokens(model / "merged")
     assert merged == transformers_tokens(base, model / "adapter")
     assert merged != transformers_tokens(base)
+
+
+@pytest.mark.parametrize(("size", "rounding"), [(1.0, 0.01), (1e-3, 1.0)])
+def test_an_update_that_rounding_takes_is_reported(tmp_path, caplog, size, rounding):
+    """The base's bfloat16 keeps eight bits of a weight: an update below that is not in the merged model."""
+    base = build_tiny_llava(tmp_path / "base", 0)
+    LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    config = make_config(tmp_path, base)
+    train_nothing(config, base)
+    weights = RunFolder(config.run.folder).align() / "adapter/adapter_model.safetensors"
+    save_file({name: size * value for name, value in load_file(weights).items()}, weights)
+    manifest = export(config)
+    before, after = (
+        LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        for folder in (base, RunFolder(config.run.folder).model() / "merged")
+    )
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    stored = after.get_parameter(name) - before.get_parameter(name)
+    with safe_open(weights, "pt") as file:
+        a, b = (
+            file.get_tensor(f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight")
+            for side in "AB"
+        )
+    update = 2.0 * b @ a
+    found = float((stored - update).detach().norm() / update.norm())
+    assert found == pytest.approx(rounding, abs=0.3 if rounding == 1.0 else 0.05)
+    assert manifest.extra["merge_rounding"] == pytest.approx(found, abs=0.1)
+    assert ("is exact, and `mmedpo serve` uses it" in caplog.text) == (rounding == 1.0)
 
 
 def test_what_lies_beside_the_weights(exported):

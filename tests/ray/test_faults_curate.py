@@ -95,9 +95,10 @@ def files_of(run: Path) -> dict[str, bytes]:
     assert not [
         path for path in run.rglob("*") if path.name.endswith(".tmp") or path.name in (".parts", ".merged")
     ]
-    for manifest in map(read_manifest, map(str, (run / "pairs", run / "rewrites"))):
+    for manifest in map(read_manifest, map(str, (run / "pairs", run / "visual", run / "rewrites"))):
         assert manifest is None or manifest.rows_in == manifest.rows_out + sum(manifest.dropped.values())
-    kept = [path for name in ("pairs", "rewrites", "noised") for path in sorted((run / name).rglob("*.p*"))]
+    names = ("pairs", "visual", "rewrites", "noised")
+    kept = [path for name in names for path in sorted((run / name).rglob("*.p*"))]
     return {str(path.relative_to(run)): path.read_bytes() for path in kept}
 
 
@@ -113,16 +114,14 @@ def test_killed_while_images_are_noised(tmp_path: Path) -> None:
     planned = curate(config).extra["kinds"]["visual"] * 2
     quiet = files_of(run)
     assert len([name for name in quiet if name.startswith("noised")]) == planned
-    shutil.rmtree(run / "pairs")
+    for name in ("pairs", "visual", "noised"):
+        shutil.rmtree(run / name)
 
     def noised() -> int:
-        # The station begins by deleting what is there.
-        begun = (run / "pairs" / ".parts").exists()
-        return sum(1 for path in (run / "noised").glob("*.png")) if begun and (run / "noised").exists() else 0
+        return sum(1 for path in (run / "noised").glob("*.png")) if (run / "noised").exists() else 0
 
-    shutil.rmtree(run / "noised")
     disturbed(overrides, log, "VisualPairs", noised, planned)
-    assert not (run / "pairs" / "manifest.json").exists()
+    assert not (run / "visual" / "manifest.json").exists()
     curate(config)
     assert files_of(run) == quiet
 

@@ -17,7 +17,9 @@ from tiny_llava import build_tiny_llava
 
 from mmedpo_ray import stage, storage, tables
 from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.curate import curate, draw_visual_samples, key_settings, train_samples
+from mmedpo_ray.curate.curate import curate, key_settings, train_samples
+from mmedpo_ray.curate.filters import problem
+from mmedpo_ray.curate.visual_station import draw_visual_samples
 from mmedpo_ray.data.ingest import ingest
 from mmedpo_ray.errors import DroppedShareError, UserError
 from mmedpo_ray.run_folder import RunFolder
@@ -90,13 +92,33 @@ def test_a_resumed_station_writes_the_same_table(ingested: Path, tmp_path: Path)
         RunFolder(str(ingested)).pairs,
         config,
         settings=key_settings(config),
-        inputs=[RunFolder(str(ingested)).samples],
+        inputs=[RunFolder(str(ingested)).samples, RunFolder(str(ingested)).visual],
     )
     station.done_ids("pair_id")
     station.write_part(whole[::3], tables.PAIRS, "pair_id")
     curate(config)
     assert pairs_of(ingested) == whole
     assert {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole} == pictures
+
+
+def test_other_text_pairs_leave_the_noised_images_alone(ingested: Path) -> None:
+    config = phantom_config(ingested)
+    curate(config)
+    whole = pairs_of(ingested)
+    run = RunFolder(str(ingested))
+    made = {path: path.stat().st_mtime_ns for path in Path(run.noised).iterdir()}
+    visual = stage.read_manifest(run.visual)
+    assert visual is not None
+    assert visual.rows_in == IMAGES
+    manifest = curate(phantom_config(ingested, "curate.text.method=none"))
+    assert manifest.rows_in == IMAGES == manifest.rows_out + sum(manifest.dropped.values())
+    assert pairs_of(ingested) == [pair for pair in whole if pair["kind"] == "visual"]
+    curate(phantom_config(ingested, "curate.visual.tool=none"))
+    assert pairs_of(ingested) == [pair for pair in whole if pair["kind"] == "text"]
+    curate(config)
+    assert pairs_of(ingested) == whole
+    assert stage.read_manifest(run.visual) == visual
+    assert {path: path.stat().st_mtime_ns for path in Path(run.noised).iterdir()} == made
 
 
 def test_going_back_after_an_attempt_with_other_settings_makes_the_images_again(ingested: Path) -> None:
@@ -115,6 +137,24 @@ def test_going_back_after_an_attempt_with_other_settings_makes_the_images_again(
     curate(config)
     assert pairs_of(ingested) == whole
     assert {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole} == pictures
+
+
+def test_images_of_a_killed_attempt_are_not_deleted(ingested: Path) -> None:
+    """A task that outlives its driver may still write there; what it writes is what comes anyway."""
+    config = phantom_config(ingested)
+    curate(config)
+    whole = pairs_of(ingested)
+    run = RunFolder(str(ingested))
+    for path in [*storage.list_files(run.visual, ".parquet"), storage.join(run.visual, stage.MANIFEST)]:
+        storage.remove(path)
+    late = Path(run.noised, "late.png.tmp")
+    late.write_bytes(b"half")
+    curate(config)
+    assert late.exists()
+    assert pairs_of(ingested) == whole
+    curate(phantom_config(ingested, "curate.visual.noise.steps=400"))
+    assert not late.exists()
+    assert pairs_of(ingested) != whole
 
 
 def test_visual_questions_are_drawn_by_seed(ingested: Path) -> None:
@@ -143,6 +183,7 @@ def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
     sampling = (
         "curate.text.method=on_policy",
         "curate.text.num_candidates=2",
+        "curate.text.temperature=[0.7, 1.2]",
         "curate.text.max_tokens=12",
         f"model.path={model}",
         "model.engine.max_model_len=256",
@@ -159,11 +200,21 @@ def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
     candidates = stage.read_table(
         RunFolder(str(folder)).candidates, tables.CANDIDATES, "candidates"
     ).to_pylist()
+    train = {row["sample_id"]: row for row in samples if row["split"] == "train"}
     assert len({row["seed"] for row in candidates}) == len(candidates)
     assert all(0 < row["num_tokens"] <= 12 for row in candidates)
     assert manifest.rows_in == questions + IMAGES
     assert manifest.dropped["image_missing"] == 1
     assert manifest.extra["kinds"]["visual"] == IMAGES - 1
+    filtered = manifest.extra["turned_down"].get("candidates", {})
+    assert sum(filtered.values()) == sum(
+        problem(train[row["sample_id"]]["answer"], row["candidate"], 4.0, train[row["sample_id"]]["question"])
+        is not None
+        for row in candidates
+    )
+    assert not Path(RunFolder(str(folder)).pairs, ".turned_down").exists()
+    assert {row["temperature"] for row in candidates if row["candidate_id"].endswith("#0")} == {0.7}
+    assert {row["temperature"] for row in candidates if row["candidate_id"].endswith("#1")} == {1.2}
     said = {(row["sample_id"], row["candidate"]) for row in candidates}
     for pair in pairs_of(folder):
         if pair["kind"] == "text" and pair["generator"] != "rule_edit":

@@ -16,7 +16,7 @@ from PIL import Image
 from mmedpo_ray import stage, storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.data.ingest import FORMATS, ingest
-from mmedpo_ray.errors import UserError, user_message
+from mmedpo_ray.errors import DroppedShareError, UserError, user_message
 from mmedpo_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.engine
@@ -88,12 +88,18 @@ def test_slake_is_counted_and_resumed(tmp_path: Path) -> None:
     assert samples_of(tmp_path) == resumed
 
 
-def test_parquet_images_become_files(tmp_path: Path) -> None:
-    def png(value: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.new("L", (8, 8), value).save(buffer, format="PNG")
-        return buffer.getvalue()
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), value).save(buffer, format="PNG")
+    return buffer.getvalue()
 
+
+def files_of(root: Path) -> dict[str, bytes]:
+    folder = Path(RunFolder(f"{root}/run").samples)
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_parquet_images_become_files(tmp_path: Path) -> None:
     rows = [
         {"image": {"bytes": png(number % 5), "path": None}, "question": "Is it?", "answer": "Yes"}
         for number in range(600)
@@ -107,6 +113,94 @@ def test_parquet_images_become_files(tmp_path: Path) -> None:
     written = [path for path in (tmp_path / "run" / "raw").rglob("*") if path.is_file()]
     assert sorted(path.read_bytes() for path in written) == sorted(png(number) for number in range(5))
     assert {row["image_uri"] for row in samples_of(tmp_path)} == {str(path) for path in written}
+
+
+def later_key(root: Path, config: Config) -> str:
+    """Of a station that reads the samples."""
+    return stage.Station("later", f"{root}/later", config, inputs=[RunFolder(config.run.folder).samples]).key
+
+
+def test_rows_whose_image_was_mended_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slake(tmp_path, 60)
+    (tmp_path / "imgs" / "xmlab0" / "source.jpg").write_text("no image")
+    config = config_of(tmp_path, "slake")
+    first = ingest(config)
+    assert first.dropped["image_missing"] and first.dropped["image_undecodable"]
+    key, files = later_key(tmp_path, config), files_of(tmp_path)
+
+    monkeypatch.setattr(FORMATS["slake"], "units", None)
+    assert ingest(config) == first, "nothing was mended: no annotation is read, no table written"
+    (tmp_path / "imgs" / "xmlab0" / "source.jpg").write_text("still no image")
+    assert ingest(config) == first
+    assert (later_key(tmp_path, config), files_of(tmp_path)) == (key, files)
+    monkeypatch.undo()
+
+    (tmp_path / "imgs" / "xmlab3").mkdir()
+    Image.new("L", (8, 8), 3).save(tmp_path / "imgs" / "xmlab3" / "source.jpg")
+    second = ingest(config)
+    assert "image_missing" not in second.dropped
+    assert second.rows_in == first.rows_in
+    assert second.rows_out == first.rows_out + first.dropped["image_missing"]
+    mended = later_key(tmp_path, config)
+    assert mended != key
+    assert ingest(config) == second and later_key(tmp_path, config) == mended
+
+    Image.new("L", (8, 8), 0).save(tmp_path / "imgs" / "xmlab0" / "source.jpg")
+    whole = ingest(config)
+    assert set(whole.dropped) == {"duplicate_id", "other_language"}
+    found = samples_of(tmp_path)
+    storage.remove(RunFolder(config.run.folder).samples)
+    ingest(config)
+    assert samples_of(tmp_path) == found
+
+
+def test_after_too_many_missing_images_a_rerun_looks_for_them_again(tmp_path: Path) -> None:
+    slake(tmp_path, 60)
+    config = config_of(tmp_path, "slake", "run.max_dropped_share=0.15")
+    for _ in range(2):
+        with pytest.raises(DroppedShareError, match="image_missing"):
+            ingest(config)
+    (tmp_path / "imgs" / "xmlab3").mkdir()
+    Image.new("L", (8, 8), 3).save(tmp_path / "imgs" / "xmlab3" / "source.jpg")
+    manifest = ingest(config)
+    assert set(manifest.dropped) == {"duplicate_id", "other_language"}
+
+
+def test_the_other_language_is_no_fault_of_the_data(tmp_path: Path) -> None:
+    slake(tmp_path, 60)
+    (tmp_path / "imgs" / "xmlab3").mkdir()
+    Image.new("L", (8, 8), 3).save(tmp_path / "imgs" / "xmlab3" / "source.jpg")
+    manifest = ingest(config_of(tmp_path, "slake", "run.max_dropped_share=0.05"))
+    assert manifest.dropped == {"duplicate_id": 2, "other_language": 12}
+
+
+def test_a_crash_within_a_large_row_group_costs_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row group, as pandas writes it, is one task; what it has done before it dies is not done again."""
+    rows = [
+        {"image": {"bytes": png(number), "path": None}, "question": "Is it?", "answer": "Yes"}
+        for number in range(200)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-0.parquet")
+    config = config_of(tmp_path, "hf_parquet", "ray.rows_per_part=20", "data.test_share=0")
+
+    class Dying(FORMATS["hf_parquet"]):  # type: ignore[misc]  # a class of the test's own is known to its workers
+        def samples(self, unit: Any, done: Any = ()) -> Any:
+            for number, sample in enumerate(super().samples(unit, done)):
+                if number == 150:
+                    raise RuntimeError("killed")
+                yield sample
+
+    monkeypatch.setitem(FORMATS, "hf_parquet", Dying)
+    with pytest.raises(Exception, match="killed"):
+        ingest(config)
+    monkeypatch.undo()
+    parts = storage.list_files(storage.join(RunFolder(config.run.folder).samples, ".parts"), ".parquet")
+    assert len(parts) == 7
+    assert all(pq.read_metadata(part).num_rows == 20 for part in parts)
+    manifest = ingest(config)
+    assert (manifest.rows_in, manifest.rows_out) == (200, 200)
 
 
 def test_a_source_that_breaks_meanwhile_is_the_users_error(

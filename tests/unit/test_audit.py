@@ -23,9 +23,10 @@ from scipy import stats
 from mmedpo_ray import cli, tables
 from mmedpo_ray.config import load
 from mmedpo_ray.curate import lexicon
+from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.data.audit import audit, audit_command
 from mmedpo_ray.data.audit.examine import NAMES, examine
-from mmedpo_ray.data.audit.features import COMMENTARY, LEAKED_PROMPT, extract
+from mmedpo_ray.data.audit.features import extract
 from mmedpo_ray.data.audit.fix import removals, write_fixed
 from mmedpo_ray.data.audit.statistics import explained, separation
 from mmedpo_ray.data.audit.table import open_pairs
@@ -155,21 +156,20 @@ def test_released_data_fixed_is_free_of_what_was_fixed(shared_data: Path, tmp_pa
     assert not any(item["fixable"] for item in again["findings"])
 
 
-def test_what_ingest_drops_as_leaked_the_audit_finds(shared_data: Path) -> None:
-    """The patterns of the audit run in Arrow; they see at least what the lexicon calls meta text here."""
+def test_ingest_filter_and_audit_agree_on_meta_text(shared_data: Path) -> None:
+    """One definition in two engines: Python's for a text, RE2 for a column."""
     texts = [
         conversation[1]["value"]
         for name in ("slake", "vqa-rad")
         for row in json.loads((shared_data / "released" / f"{name}_dpo_weighted.json").read_text())
         for conversation in (row["conversations"], row["rejected_conversations"])
     ]
-    values = pa.array(texts)
-    flagged = pa.compute.or_(
-        pa.compute.match_substring_regex(values, LEAKED_PROMPT),
-        pa.compute.match_substring_regex(values, COMMENTARY),
+    flagged = pa.compute.match_substring_regex(
+        pa.array(texts), f"(?im){LEAKED_PROMPT}|{COMMENTARY}"
     ).to_pylist()
-    missed = [index for index, text in enumerate(texts) if lexicon.is_meta_text(text) and not flagged[index]]
-    assert not missed
+    assert flagged == [lexicon.is_meta_text(text) for text in texts]
+    # As many as a reading of all of them finds; an ordinary answer is none.
+    assert sum(flagged) == 203
 
 
 # ---------------------------------------------------------------------- planted faults
@@ -360,6 +360,74 @@ def test_noise_is_looked_at(tmp_path: Path) -> None:
     assert result["noise_beside_lesion"]["details"]["regions"] == {"mask": 3, "heat map": 0}
 
 
+def test_what_the_pairs_record_counts_for_all_of_them(tmp_path: Path) -> None:
+    """Far more pairs than are looked at, and no image there."""
+    rows = [
+        visual(i, noise=json.dumps({"mask_share": 0.1, "lesion_covered": 0.04 if i % 4 == 0 else 0.6}))
+        for i in range(400)
+    ]
+    result = found(run(tmp_path, write(tmp_path / "t", rows)))
+    item = result["noise_beside_lesion"]
+    assert (item["count"], item["of"], item["severity"], item["figure"]) == (100, 400, "high", 0.25)
+    assert item["details"] == {
+        "recorded": 400,
+        "median_recorded": 0.6,
+        "median_cover": None,
+        "regions": {"mask": 0, "heat map": 0},
+    }
+    assert result["unreadable_image"]["count"] == 64
+    # Without addresses of images it is still known.
+    for row in rows:
+        del row["image_uri"], row["rejected_image_uri"]
+    (tmp_path / "u").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "u" / "part-0.parquet")
+    result = run(tmp_path, str(tmp_path / "u"))
+    assert found(result)["noise_beside_lesion"]["count"] == 100
+    assert {item["check"] for item in result["not_checked"]} >= {"unreadable_image", "unchanged_image"}
+    assert "noise_beside_lesion" not in {item["check"] for item in result["not_checked"]}
+
+
+def test_images_contradict_what_the_pairs_record(tmp_path: Path) -> None:
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:10, :10] = 255
+    Image.fromarray(mask).save(tmp_path / "lesion.png")
+    original, noised = _images(tmp_path / "images", "a", (slice(20, 40), slice(20, 40)))
+    row = visual(0, image_uri=original, rejected_image_uri=noised, noise='{"lesion_covered": 1.0}')
+    others = [visual(i, noise='{"lesion_covered": 1.0}') for i in range(1, 30)]
+    known = [{"sample_id": "s0", "answer": "Small nodule 0", "mask_uri": str(tmp_path / "lesion.png")}]
+    item = found(run(tmp_path, write(tmp_path / "t", [row, *others]), samples(tmp_path / "known", known)))
+    assert (item["noise_beside_lesion"]["count"], item["noise_beside_lesion"]["of"]) == (1, 30)
+    assert item["noise_beside_lesion"]["severity"] == "high", "all that could be looked at"
+
+
+def test_addresses_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    original, noised = _images(tmp_path / "images", "a", (slice(0, 10), slice(0, 10)))
+    good = {"image_uri": original, "rejected_image_uri": noised}
+    rows = [
+        visual(0, image_uri="https://example.org/a.png"),
+        visual(1, **good, heat_map_uri="https://example.org/heat.png"),
+        visual(2, rejected_image_uri="nowhere://b.png", image_uri=original),
+    ]
+    known = [{"sample_id": "s1", "answer": "Small nodule 1", "mask_uri": "https://example.org/mask.png"}]
+    result = run(tmp_path, write(tmp_path / "t", rows), samples(tmp_path / "known", known))
+    item = found(result)["unreadable_image"]
+    assert (item["count"], item["of"], item["details"]["reasons"]) == (2, 3, {"image_unreachable": 2})
+
+
+def test_of_a_slake_mask_the_part_counts_that_was_asked_about(tmp_path: Path) -> None:
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:, :30], mask[30:, 35:] = 60, 120
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (tmp_path / "detection.json").write_text('[{"Liver": [0, 0, 30, 40]}, {"Spleen": [35, 30, 5, 10]}]')
+    original, noised = _images(tmp_path / "images", "a", (slice(30, 40), slice(35, 40)))
+    spleen = {"chosen": "Spleen", "rejected": "Spleen"}
+    rows = [visual(0, image_uri=original, rejected_image_uri=noised, **spleen)]
+    known = [{"sample_id": "s0", "answer": "Spleen", "mask_uri": str(tmp_path / "mask.png")}]
+    result = run(tmp_path, write(tmp_path / "t", rows), samples(tmp_path / "known", known))
+    assert "noise_beside_lesion" not in found(result)
+    assert "noise_beside_lesion" in {item["check"] for item in result["passed"]}
+
+
 def test_the_heat_map_stands_for_a_missing_mask(tmp_path: Path) -> None:
     original, noised = _images(tmp_path / "images", "a", (slice(20, 40), slice(20, 40)))
     heat = np.zeros((40, 40), np.uint8)
@@ -369,6 +437,72 @@ def test_the_heat_map_stands_for_a_missing_mask(tmp_path: Path) -> None:
     row = visual(0, image_uri=original, rejected_image_uri=noised, heat_map_uri=str(tmp_path / "heat.png"))
     item = found(run(tmp_path, write(tmp_path / "t", [row])))["noise_beside_lesion"]
     assert item["details"]["regions"] == {"mask": 0, "heat map": 1}
+
+
+# ---------------------------------------------------------------------- the released layout
+
+
+def released(number: int, image: str, question: str, chosen: str, rejected: str) -> dict[str, Any]:
+    def turns(answer: str) -> list[dict[str, str]]:
+        return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+
+    row = {"id": number, "image": image, "conversations": turns(chosen)}
+    return row | {"rejected_conversations": turns(rejected), "weighted_score": 0.5}
+
+
+def test_json_lines_are_audited_and_fixed_as_lines(tmp_path: Path) -> None:
+    rows = [released(i, f"{i}.jpg", "Where is it?", f"Left {i}", f" Right {i}") for i in range(5)]
+    rows[3]["conversations"][1]["value"] = "\ud800 Left"
+    rows[4]["rejected_conversations"][1]["value"] = rows[4]["conversations"][1]["value"]
+    source = tmp_path / "pairs.JSONL"
+    lines = [json.dumps(row) for row in rows]
+    source.write_text("\n".join([*lines[:2], "{broken", *lines[2:]]) + "\n")
+    config = load(None, [f"run.folder={tmp_path}"])
+    audit_command(config, str(source), None, None, str(tmp_path / "fixed"))
+    result = json.loads((tmp_path / "pairs.JSONL.audit.json").read_text())
+    assert result["rows"] == 5
+    assert {item["check"]: item["count"] for item in result["findings"]}["malformed_row"] == 1
+    fixed = [json.loads(line) for line in (tmp_path / "fixed" / source.name).read_text().splitlines()]
+    assert [row["id"] for row in fixed] == [0, 1, 2, 3]
+    assert fixed[0]["rejected_conversations"][1]["value"] == "Right 0"
+    again = run(tmp_path, str(tmp_path / "fixed" / source.name))
+    assert not any(item["fixable"] for item in again["findings"])
+
+
+def test_pairs_without_ids_find_their_sample_by_image_and_question(tmp_path: Path) -> None:
+    rows = [
+        # Images of one name in folders of their own, as SLAKE has them.
+        released(0, "xmlab1/source.jpg", "Where is it?", "Left lung", "Right lung"),
+        released(1, "xmlab2/source.jpg", "Where is it?", "Left lung", "Right lung"),
+        released(2, "xmlab3/source.jpg", "Where is it?", "Left lung", "Right lung"),
+        # Images of names of their own.
+        released(3, "synpic1.jpg", "Is it there?", "Yes", "No"),
+        released(4, "synpic1.jpg", "What is it?", "A mass", "A cyst"),
+        # Asked twice with different answers: which of them is meant?
+        released(5, "synpic2.jpg", "What is it?", "A mass", "A cyst"),
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+
+    def known(name: str, image: str, question: str, answer: str, **more: str) -> dict[str, str]:
+        return {"sample_id": name, "image_uri": image, "question": question, "answer": answer} | more
+
+    table = samples(
+        tmp_path / "known",
+        [
+            known("a", "/data/imgs/xmlab1/source.jpg", "where is it", "Left Lung."),
+            known("b", "/data/imgs/xmlab2/source.jpg", "Where is it?", "Right lung", split="test"),
+            known("c", "/data/images/synpic1.jpg", "Is it there?", "No"),
+            known("d", "s3://bucket/images/synpic1.jpg", "What is it?", "a mass"),
+            known("e", "/data/images/synpic2.jpg", "What is it?", "A mass"),
+            known("f", "/data/images/synpic2.jpg", "What is it?", "A cyst"),
+        ],
+    )
+    result = found(run(tmp_path, str(tmp_path / "pairs.json"), table))
+    assert result["chosen_against_truth"]["examples"] == ["3", "1"]
+    assert (result["chosen_against_truth"]["count"], result["chosen_against_truth"]["of"]) == (2, 4)
+    assert result["chosen_against_truth"]["details"] == {"opposite_polarity": 1}
+    assert result["unknown_sample"]["examples"] == ["2", "5"]
+    assert result["pairs_of_test_samples"]["examples"] == ["1"]
 
 
 # ---------------------------------------------------------------------- figures against brute force

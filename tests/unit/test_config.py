@@ -43,6 +43,24 @@ def test_show_is_a_fixed_point(tmp_path: Path) -> None:
     assert load(path) == config
 
 
+def test_a_temperature_or_one_for_each_candidate() -> None:
+    one = load(None, ["curate.text.temperature=0.7"]).curate.text
+    assert [one.temperature_of(number) for number in range(3)] == [0.7, 0.7, 0.7]
+    more = load(None, ["curate.text.temperature=[0.7, 1]", "curate.text.num_candidates=3"]).curate.text
+    assert [more.temperature_of(number) for number in range(3)] == [0.7, 1.0, 0.7]
+
+
+@pytest.mark.parametrize(
+    "given", ["0", "-1", "[]", "[0.7, 0]", "[0.7, hot]", "true", "[[1.0]]", ".inf", "{a: 1}", "null"]
+)
+def test_a_wrong_temperature_is_told_in_one_line(given: str) -> None:
+    with pytest.raises(
+        UserError, match=r"curate\.text\.temperature: .*a number above 0, or a list"
+    ) as caught:
+        load(None, [f"curate.text.temperature={given}"])
+    assert str(caught.value).count("temperature") == 1
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -105,6 +105,17 @@ def test_sixteen_bits_without_a_window_keep_their_depth() -> None:
     assert np.asarray(images.to_rgb(image)).min() == 0
 
 
+@pytest.mark.parametrize(
+    "tags", [{"RescaleSlope": 0.31, "RescaleIntercept": 3}, {"RescaleSlope": 0, "RescaleIntercept": 0.5}, {}]
+)
+def test_a_constant_image_is_black(tags: dict[str, Any]) -> None:
+    for dtype in (np.int16, np.uint8, np.int32):
+        image = images.decode(dicom(np.full((4, 5), 7, dtype), **tags), "x.dcm")
+        assert image.size == (5, 4)
+        assert not np.asarray(images.to_rgb(image)).any() or image.mode == "L"
+        assert len(np.unique(image)) == 1
+
+
 def test_padding_does_not_stretch_the_range() -> None:
     padded = RAMP.copy()
     padded[0] = -30000

@@ -28,6 +28,11 @@ from mmedpo_ray.curate.filters import contains_truth, language, most_frequent, p
         ("β-blocker, left", "α-blocker, right", None),
         ("µ 3", "µ 4", None),
         ("左侧胸腔积液", "右侧胸腔积液", None),
+        ("肺部", "左肺部有病变", "contains_truth"),
+        ("肺炎", "没有肺炎", None),
+        ("是", "不是", None),
+        ("легкое", "левое легкое", "contains_truth"),
+        ("肺炎", "右肺上叶可见大片高密度影", "rejected_too_long"),
         ("12", "Тринадцать", "wrong_script"),
         (
             "There is a small effusion in the left lung.",

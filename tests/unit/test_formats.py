@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmedpo_ray import tables
+from mmedpo_ray import storage, tables
 from mmedpo_ray.config import load
 from mmedpo_ray.data.ingest import FORMATS
 from mmedpo_ray.data.r2gen import side_by_side
@@ -120,6 +121,23 @@ def test_slake_without_some_files(slake: Path) -> None:
     (slake / "train.json").unlink()
     with pytest.raises(UserError, match=r"no annotation file .*train\.json"):
         reader_of(slake, "slake").fingerprint()
+
+
+def test_a_mask_that_cannot_be_asked_for_is_no_missing_mask(
+    slake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exists = storage.exists
+
+    def refuses(uri: str) -> bool:
+        if str(uri).endswith("mask.png"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return exists(uri)
+
+    monkeypatch.setattr(storage, "exists", refuses)
+    first = read(slake, "slake")[0]
+    assert first["drop_reason"] == "image_unreadable"
+    assert first["image_uri"] == str(slake / "imgs/xmlab1/mask.png")
+    assert first["drop_detail"] == f"train.json, row 0: {first['image_uri']}: PermissionError"
 
 
 # ---------------------------------------------------------------------- VQA-RAD
@@ -269,7 +287,7 @@ def test_side_by_side_keeps_every_view(views: list[tuple[int, int, str]]) -> Non
 # ---------------------------------------------------------------------- any row of any format
 
 _TEXT = st.text(st.characters(), max_size=8) | st.sampled_from(
-    ["\ud800", "\0", "\u202eabc", "train", "é" * 90]
+    ["\ud800", "\0", "\u202eabc", "train", "é" * 90, "~", "~$x"]
 )
 _ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | _TEXT,
@@ -278,7 +296,21 @@ _ANY = st.recursive(
 )
 _IDS = st.sampled_from([0, "0", "a~b", "a%7Eb", "~r1", " ", "\ud800", True]) | _ANY
 _NAME = (
-    st.sampled_from(["good.png", "text.png", "absent.png", ".", "../..", "x" * 300, "a\0b", "s3x://b/c"])
+    st.sampled_from(
+        [
+            "good.png",
+            "text.png",
+            "absent.png",
+            ".",
+            "../..",
+            "x" * 300,
+            "a\0b",
+            "s3x://b/c",
+            "~",
+            "~abc.png",
+            "~/a",
+        ]
+    )
     | _ANY
 )
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +104,7 @@ def test_an_image_column_of_bytes(tmp_path: Path, kind: pa.DataType) -> None:
     assert [item.get("drop_reason") for item in rows] == [None, "image_undecodable", "no_image_name"]
     assert rows[0]["split"] == "train"
     assert read(tmp_path, "data.max_pixels=23")[0]["drop_reason"] == "image_too_large"
+    assert read(tmp_path, "data.max_image_bytes=20")[0]["drop_reason"] == "image_too_large"
 
 
 def test_an_image_column_of_paths(tmp_path: Path) -> None:
@@ -166,6 +171,33 @@ def test_units_are_row_groups_and_nothing_done_is_decoded(
     assert list(reader.samples(units[1], done=ids)) == []
 
 
+def test_a_large_row_group_is_shared_and_read_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the sizes, every row is in one unit, and the units hold the same samples as the whole would."""
+    source = [row(number % 7, question=f"Is it {number}?", key=number % 90) for number in range(100)]
+    write(tmp_path / "train.parquet", source, row_group_size=60)
+    keyed = "data.columns.sample_id=key"
+    monkeypatch.setattr(hf_parquet, "ROWS_PER_UNIT", 10)
+    whole = read(tmp_path, keyed)
+    assert len(list(reader_of(tmp_path, keyed).units())) == 2
+    assert sum(item.get("drop_reason") == "duplicate_id" for item in whole) == 10
+    for least, most, units in ((20, 8, [20, 20, 20, 20, 20]), (1, 3, [20, 20, 20, 13, 13, 14])):
+        monkeypatch.setattr(hf_parquet, "_ROWS_OF_A_SHARE", least)
+        monkeypatch.setattr(hf_parquet, "_MOST_SHARES", most)
+        reader = reader_of(tmp_path, keyed)
+        found = list(reader.units())
+        assert [unit.rows for unit in found] == units
+        assert [item for unit in found for item in reader.samples(unit)] == whole
+
+
+def test_many_repeated_ids_are_looked_up_at_once() -> None:
+    many = Unit("a.parquet", None, "train", 0, 1, 0, 200_000, list(range(1, 200_000)))
+    started = time.process_time()
+    assert sum(position in many.again for position in range(200_000)) == 199_999
+    assert time.process_time() - started < 2
+
+
 def test_a_damaged_row_group_drops_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     write(path, [row(number, question=f"Is it {number}?") for number in range(6)])
@@ -180,6 +212,30 @@ def test_a_damaged_row_group_drops_its_rows(tmp_path: Path) -> None:
     assert len(found) == 6
     assert found[-1] == "unreadable_row_group"
     assert read(tmp_path)[-1]["drop_detail"].startswith("train.parquet, row 5: row groups 0 to 2")
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: bool) -> None:
+    write(tmp_path / "train.parquet", [row(number, key=number) for number in range(40)], row_group_size=40)
+    reader = reader_of(tmp_path, *(["data.columns.sample_id=key"] if ids else []))
+    units = None if ids else list(reader.units())
+    total = (tmp_path / "train.parquet").stat().st_size
+
+    class Failing(io.BytesIO):
+        """Its footer can be read, then the connection is lost."""
+
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() + (size or 0) < total:
+                raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
+            return super().read(size)
+
+    @contextmanager
+    def opened(uri: str) -> Iterator[Any]:
+        yield pa.PythonFile(Failing(Path(uri).read_bytes()), mode="r")
+
+    monkeypatch.setattr(hf_parquet, "open_file", opened)
+    with pytest.raises(UserError, match=r"storage failed\. Run again"):
+        [list(reader.samples(unit)) for unit in units or reader.units()]
 
 
 def test_no_parquet_and_changed_parquet(tmp_path: Path) -> None:
@@ -222,6 +278,33 @@ _ROW = st.fixed_dictionaries(
         "kind": st.just("closed") | _TEXTS,
     }
 )
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        (pa.array([17.0, None, 18.0, 17.0]), ["17", "~train/1", "18", "17~r3"]),
+        (pa.array([b"a", b"\xff", b"b", b"a"]), ["a", "ff", "b", "a~r3"]),
+        (pa.array([Decimal("1.50"), Decimal("2.00"), None, Decimal("1.50")]), ["1.5", "2", "~train/2", "1.5~r3"]),
+        (pa.array([1, 2, 3, 1], pa.uint64()), ["1", "2", "3", "1~r3"]),
+        (pa.array(["x", "y", "z", "x"]).dictionary_encode(), ["x", "y", "z", "x~r3"]),
+        (pa.array([0, 1, 2, 3], pa.date32()), ["~train/0", "~train/1", "~train/2", "~train/3"]),
+        (pa.array([0, 1, 2**62, 3], pa.timestamp("ms")), ["~train/0", "~train/1", "~train/2", "~train/3"]),
+    ],
+)  # fmt: skip
+def test_ids_of_any_column_type(tmp_path: Path, column: pa.Array, names: list[str]) -> None:
+    table = pa.Table.from_pylist([row(number) for number in range(4)])
+    pq.write_table(table.append_column("key", column), tmp_path / "train.parquet")
+    rows = read(tmp_path, "data.test_share=0", "data.columns.sample_id=key")
+    assert [item["sample_id"].removeprefix("hf_parquet/train/") for item in rows] == names
+    assert {item.get("drop_reason") for item in rows} <= {None, "duplicate_id"}
+
+
+def test_a_text_that_is_no_text_is_empty(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([row(number) for number in range(3)])
+    broken = pa.array([b"Is it?", b"\xff\xfe", b"Is it?"]).view(pa.string())
+    pq.write_table(table.set_column(1, "question", broken), tmp_path / "train.parquet")
+    assert [item.get("drop_reason") for item in read(tmp_path)] == [None, "empty_question", None]
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import errno
+import gzip
 import json
+import struct
+import zlib
+from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -12,15 +20,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmedpo_ray import tables
+from mmedpo_ray import images, storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.data import phantom
 from mmedpo_ray.data.ingest import FORMATS
 from mmedpo_ray.data.mmedpo_json import SortedSamples
-from mmedpo_ray.data.reader import Reader, draw_split
+from mmedpo_ray.data.reader import Reader, draw_split, given_name
 from mmedpo_ray.data.texts import infer_answer_type
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.images import load_image
+from mmedpo_ray.images import load_image, load_rgb
 
 SCHEMA = tables.with_drop_columns(tables.SAMPLES)
 
@@ -143,6 +151,9 @@ def test_every_turn_is_a_sample(root: Path) -> None:
         (row(image="cut.png"), "image_undecodable"),
         (row(image="text.png"), "image_undecodable"),
         (row(image="../images"), "image_missing"),
+        (row(image="~abc.png"), "image_missing"),
+        (row(image="~$scan.png"), "image_missing"),
+        (row(image="~/0.png"), "image_missing"),
         (row(question="<image>\n "), "empty_question"),
         (row(answer="  "), "empty_answer"),
         (row(answer=None), "empty_answer"),
@@ -168,12 +179,148 @@ def test_a_bad_row_beside_a_good_one(root: Path, bad: Any, reason: str) -> None:
 def test_a_large_image_is_dropped_undecoded(root: Path) -> None:
     [sample] = read(root, [row()], "llava_json", "data.max_pixels=47")
     assert sample["drop_reason"] == "image_too_large"
+    [sample] = read(root, [row()], "llava_json", "data.max_image_bytes=20")
+    assert sample["drop_reason"] == "image_too_large"
+    assert sample["drop_detail"].endswith("bytes, limit 20")
+    assert sample["image_uri"] == str(root / "images" / "0.png"), "what to mend"
+
+
+def test_storage_that_fails_is_no_missing_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three files are waited for, then those that fail get one try each; what can be read is kept."""
+    for number in range(8):
+        Image.new("L", (8, 6), number).save(root / "images" / f"n{number}.png")
+    asked: Counter[str] = Counter()
+    whole = storage.read_bytes
+
+    def failing(uri: str, max_bytes: int | None = None) -> bytes:
+        asked[Path(uri).name] += 1
+        if Path(uri).name in ("n1.png", "n7.png"):
+            return whole(uri, max_bytes)
+        if Path(uri).name == "n0.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        raise OSError("AWS Error SLOW_DOWN during GetObject operation: Please reduce your request rate.")
+
+    monkeypatch.setattr(storage, "read_bytes", failing)
+    monkeypatch.setattr(images, "WAITS", (0.0, 0.0))
+    samples = read(root, [{**row(image=f"n{number}.png"), "id": number} for number in range(8)])
+    dropped = {int(s["sample_id"][-1]): s for s in samples if s["drop_reason"] is not None}
+    assert sorted(dropped) == [0, 2, 3, 4, 5, 6]
+    assert {s["drop_reason"] for s in dropped.values()} == {"image_unreadable"}
+    assert dropped[0]["drop_detail"] == f"rows.json, row 0: {root}/images/n0.png: PermissionError"
+    assert dropped[2]["drop_detail"] == f"rows.json, row 2: {root}/images/n2.png: OSError", (
+        "no words of the store"
+    )
+    assert dict(asked) == {"n0.png": 1, "n1.png": 1, "n2.png": 3, "n3.png": 3, "n4.png": 1, "n5.png": 1, "n6.png": 1, "n7.png": 1}  # fmt: skip
+
+
+def test_names_of_images_are_not_expanded_but_typed_paths_are(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "images" / "0.png").rename(root / "images" / "~0.png")
+    [sample] = read(root, [row(image="~0.png")])
+    assert sample["image_uri"] == str(root / "images" / "~0.png")
+    monkeypatch.setenv("HOME", str(root))
+    [sample] = read(root, [row(image="~0.png")], "llava_json", "data.image_folder=~/images", "data.root=~/.")
+    assert sample["image_uri"] == str(root / "images" / "~0.png")
+
+
+def deep_rgb_png() -> bytes:
+    """A PNG of 16 bits a colour, which Pillow reads but does not write."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header, rows = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0), (b"\0" + bytes(12)) * 2
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "options", "reason"),
+    [
+        (Image.new("CMYK", (4, 4)), "jpg", {}, None),
+        (Image.fromarray(np.arange(16, dtype=np.int32).reshape(4, 4)), "tif", {}, None),
+        (Image.fromarray(np.arange(16, dtype=np.float32).reshape(4, 4)), "tif", {}, None),
+        (deep_rgb_png(), "png", {}, None),
+        (Image.new("LAB", (4, 4)), "tif", {}, "image_undecodable"),
+        (Image.new("L", (4, 4)), "tif", {"save_all": True, "append_images": [Image.new("L", (4, 4))]}, "image_multi_frame"),
+        (Image.new("L", (4, 4)), "gif", {"save_all": True, "append_images": [Image.new("L", (4, 4), 9)]}, "image_multi_frame"),
+        (gzip.compress(deep_rgb_png()), "png.gz", {}, "image_undecodable"),
+    ],
+)  # fmt: skip
+def test_kinds_of_images(
+    root: Path, image: Any, suffix: str, options: dict[str, Any], reason: str | None
+) -> None:
+    path = root / "images" / f"a.{suffix}"
+    if isinstance(image, bytes):
+        path.write_bytes(image)
+    else:
+        image.save(path, **options)
+    [sample] = read(root, [row(image=path.name)])
+    assert sample["drop_reason"] == reason
+    if reason is None:
+        assert load_rgb(sample["image_uri"]).mode == "RGB"
+
+
+def test_llava_meds_own_key_and_system_prompts(root: Path) -> None:
+    """The published LLaVA-Med files spell the key so."""
+    turns = [{"from": "system", "value": "You are a radiologist."}, *row()["conversations"]]
+    misspelt = {"id": "a", "image": "0.png", "domain": {"mri": True}, "conversatons": turns}
+    rows = [misspelt, {"id": "b", "image": "0.png", "conversations": turns}]
+    assert [sample["answer"] for sample in read(root, rows)] == ["Left", "Left"]
+    for bad in ([turns[0]], [*turns, turns[0]], [turns[1], turns[0], turns[2]], [turns[0], *turns]):
+        [sample] = read(root, [{**misspelt, "conversatons": bad}])
+        assert sample["drop_reason"] == "malformed_conversation"
 
 
 def test_a_repeated_id_is_dropped_and_ids_may_be_text_or_number(root: Path) -> None:
-    rows = [{**row(), "id": name} for name in (5, "5", "x~1", None, "", True, 2.5, "5~r1")]
-    reasons = [sample["drop_reason"] for sample in read(root, rows)]
-    assert reasons == [None, "duplicate_id", None, None, None, None, None, None]
+    rows = [{**row(), "id": name} for name in (5, "5", "x~1", None, "", True, 2.5, "5~r1", 5.0, 17.0)]
+    samples = read(root, rows, "llava_json", "data.test_share=0")
+    reasons = [sample["drop_reason"] for sample in samples]
+    assert reasons == [None, "duplicate_id", None, None, None, None, None, None, "duplicate_id", None]
+    assert samples[-1]["sample_id"] == "llava_json/train/17"
+
+
+@pytest.mark.parametrize(
+    ("given_", "name"),
+    [
+        (17, "17"),
+        (17.0, "17"),
+        (-3.0, "-3"),
+        (2.5, "2.5"),
+        (1e300, "1e+300"),
+        (Decimal("17.00"), "17"),
+        (Decimal("1.70"), "1.7"),
+        (Decimal(10**30), "1" + "0" * 30),
+        (b"ab/c", "ab/c"),
+        (b"a~b", "a%7Eb"),
+        (b"\xff\x00", "ff00"),
+        (UUID(int=5), "00000000-0000-0000-0000-000000000005"),
+        (" x ", "x"),
+    ],
+)
+def test_ids_of_any_type(given_: Any, name: str) -> None:
+    assert given_name(given_) == name
+
+
+@pytest.mark.parametrize(
+    "given_",
+    [
+        None,
+        True,
+        "",
+        " ",
+        b"",
+        float("nan"),
+        float("inf"),
+        Decimal("NaN"),
+        [1],
+        {"a": 1},
+        datetime.date(2020, 1, 1),
+    ],
+)
+def test_what_is_no_id(given_: Any) -> None:
+    assert given_name(given_) is None
 
 
 def test_one_image_is_in_one_split_only(root: Path) -> None:
@@ -297,7 +444,8 @@ _TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]) | _JSON
 _ROW = st.fixed_dictionaries(
     {
         "id": _JSON,
-        "image": st.sampled_from(["0.png", "cut.png", "a\0b", "x" * 300, "\ud800"]) | _JSON,
+        "image": st.sampled_from(["0.png", "cut.png", "a\0b", "x" * 300, "\ud800", "~", "~a.png", "~/a"])
+        | _JSON,
         "conversations": st.lists(_TURN, max_size=4) | _JSON,
         "rejected_conversations": st.lists(_TURN, max_size=2) | _JSON,
         "weighted_score": _JSON,

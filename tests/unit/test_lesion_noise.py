@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -21,6 +22,8 @@ from mmedpo_ray.curate.lesion_noise import (
     released_places,
     signal_share,
 )
+from mmedpo_ray.images import decode, to_rgb
+from mmedpo_ray.png import encode_pixels
 
 KEPT_MODES = ["L", "RGB", "RGBA", "LA", "I;16"]
 MODES = [*KEPT_MODES, "1", "P", "I", "F", "CMYK"]
@@ -113,6 +116,11 @@ def written_out(image: Image.Image, heat_map: np.ndarray, config: NoiseConfig, s
     result = colours.copy()
     after = np.rint(np.clip(changed, low, high)).astype(pixels.dtype)
     result[..., :num_bands] = np.where(mask[..., None], after, colours[..., :num_bands])
+    if pixels.dtype == np.uint16:
+        # The range must stay: where its end is gone, the first pixel that had it keeps it.
+        for end in (colours.min(), colours.max()):
+            if not (result == end).any():
+                result.ravel()[np.argmax(colours == end)] = end
     return result.reshape(pixels.shape)
 
 
@@ -342,6 +350,50 @@ def test_the_signal_fades_with_the_steps(schedule: str) -> None:
 def test_a_wrong_heat_map_is_refused(heat_map: np.ndarray) -> None:
     with pytest.raises(ValueError, match="heat map"):
         noised(picture("L"), heat_map)
+
+
+MARKED = ["L", "RGB", "P", "1"]
+
+
+def marked_transparent(mode: str, height: int, width: int, seed: int) -> Image.Image:
+    """A PNG that declares one of its colours transparent (tRNS), as read back."""
+    image = picture(mode, height, width, seed)
+    first = image.getpixel((0, 0))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=bool(first) if mode == "1" else first)
+    found = decode(buffer.getvalue(), "x.png")
+    assert "transparency" in found.info
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    mode=st.sampled_from([*MODES, *(f"{mode} tRNS" for mode in MARKED), "I;16 spot", "F spot"]),
+    height=st.integers(1, 24),
+    width=st.integers(1, 24),
+    seed=st.integers(0, 1000),
+    kind=st.sampled_from(KINDS),
+    config=CONFIGS,
+)
+def test_a_model_sees_the_same_outside_the_mask(
+    mode: str, height: int, width: int, seed: int, kind: str, config: NoiseConfig
+) -> None:
+    heat_map = heat(height, width, seed, kind)
+    plain, _, more = mode.partition(" ")
+    image = (
+        marked_transparent(plain, height, width, seed)
+        if more == "tRNS"
+        else picture(plain, height, width, seed)
+    )
+    if more == "spot":
+        # The brightest pixel of all is in the lesion.
+        values = np.asarray(image).copy()
+        values.ravel()[np.argmax(heat_map)] = 60_000
+        image = Image.fromarray(values)
+    result = add_lesion_noise(image, heat_map, config, np.random.default_rng(seed))
+    as_file = decode(encode_pixels(result.pixels), "x.png")
+    before, after = (np.asarray(to_rgb(item)) for item in (image, as_file))
+    assert np.array_equal(before[~result.mask], after[~result.mask])
 
 
 @pytest.mark.parametrize(("steps", "schedule"), [(0, "linear"), (1001, "linear"), (5, "square")])

@@ -148,11 +148,88 @@ def test_equivalent_answers() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Question: What is it?\n cecum", "-Candidate Answer1: left", "<image> yes", "As an AI, I see a nodule"],
+    [
+        # Leaked prompts and roles.
+        "Question: What is it?\n cecum",
+        "-Candidate Answer1: left",
+        "<image> yes",
+        "[INST] left",
+        "USER: where? ASSISTANT: left",
+        "<|im_end|> left",
+        # Refusals, with either apostrophe.
+        "As an AI, I see a nodule",
+        "As a large language model I have no eyes",
+        "I'm just an AI assistant.",
+        "I can't see the image.",
+        "I’m sorry, I can’t help with that.",
+        "Sorry, but the image is not visible.",
+        "I apologize, the scan is unclear.",
+        "I cannot see a side",
+        "I am unable to view attachments",
+        "I don't have access to images.",
+        "It is hard to tell, as the picture was not provided",
+        "No image was provided.",
+        "The image isn't available",
+        "Please upload the image again.",
+        "Unable to view the image",
+        # Talk about the answers and their making.
+        "The provided answer is wrong.",
+        "The original answer says left",
+        "The dispreferred answer: right",
+        "This answer is incorrect because the lung is clear",
+        "Note: I changed left to right.",
+        "Right lung (I swapped the side)",
+        "Right lung\n\nExplanation: the answer now names the other side",
+        "Here is the rewritten answer: right",
+        "Here's a modified version: right",
+    ],
 )
 def test_meta_text_is_recognised(text: str) -> None:
     assert lexicon.is_meta_text(text)
-    assert not lexicon.is_meta_text("The question is whether the nodule is calcified.")
+    assert lexicon.is_meta_text(text.upper())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The question is whether the nodule is calcified.",
+        "The lesion in the image is not visible on T1.",
+        "The appendix is not visible.",
+        "The kidney cannot be seen in this image.",
+        "A small pneumothorax cannot be excluded.",
+        "We cannot exclude pneumonia.",
+        "Type I diabetes. Grade I changes of the endplates.",
+        "Note is made of a calcified granuloma.",
+        "Interval change: the effusion has decreased.",
+        "The catheter has been replaced and changed in position.",
+        "Please correlate clinically.",
+        "The answer is no.",
+        "The answer is right",
+        "Here is a nodule.",
+        "No images of the pelvis were obtained.",
+        "The user of the device",
+        "左肺",
+    ],
+)
+def test_ordinary_answers_are_no_meta_text(text: str) -> None:
+    assert not lexicon.is_meta_text(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A T2-weighted MRI, 1.5 T", ("a", "t2-weighted", "mri", "1.5", "t")),
+        ("左肺有病变", ("左", "肺", "有", "病", "变")),
+        ("MRI显示左肺", ("mri", "显", "示", "左", "肺")),
+        ("Слева выпот, β-блокатор", ("слева", "выпот", "β-блокатор")),
+        ("naïve cœur Größe", ("naïve", "cœur", "größe")),
+        ("हड्डी टूटी", ("हड्डी", "टूटी")),
+        ("ปอด", ("ป", "อ", "ด")),
+        ("snake_case …", ("snake", "case")),
+    ],
+)
+def test_words_of_any_script(text: str, expected: tuple[str, ...]) -> None:
+    assert lexicon.words(text) == expected
 
 
 def test_spellings_are_unique_and_found() -> None:

@@ -99,6 +99,69 @@ def test_overflow_of_a_pair_that_counts_is_reported() -> None:
     assert sums[SUMS.index("non_finite")] == 1
 
 
+def _minus_log_sigmoid(value: float) -> float:
+    return math.log(1.0 + math.exp(-value))
+
+
+def test_the_anchor_holds_each_right_answer_once_as_in_mdpo() -> None:
+    """A text and a visual pair share (x, y); a reversed pair's better side is the wrong answer, which nothing may hold up."""
+    beta, margin, weight = 0.5, 0.2, 0.8
+    chosen, rejected = torch.tensor([-4.0, -4.0, -7.0]), torch.tensor([-8.0, -6.5, -4.5])
+    tokens = torch.tensor([2, 2, 3])
+    pairs = pair_batch(
+        [weight, weight, 0.5 * weight], is_visual=[False, True, True], counts_nll=[True, False, False]
+    )
+    settings = {"beta": beta, "anchor_coefficient": 2.0, "anchor_margin": margin}
+    loss, _ = dpo_objective(chosen, rejected, tokens, pairs, Normaliser(2.5 * weight, 2, 3), **settings)
+    ratios = [(-4 + 5, -8 + 6), (-4 + 5, -6.5 + 6), (-7 + 5, -4.5 + 6)]
+    single = [_minus_log_sigmoid(beta * (better - worse)) for better, worse in ratios]
+    anchor = _minus_log_sigmoid(beta * ratios[0][0] - margin)
+    expected = (single[0] + single[1] + 0.5 * single[2] + 2.0 * anchor) / 2.5
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    # mDPO without reversed pairs: three losses of one preference, halved since two pairs share it.
+    two = pair_batch([1.0, 1.0], is_visual=[False, True], counts_nll=[True, False])
+    settings |= {"anchor_coefficient": 1.0}
+    loss, _ = dpo_objective(chosen[:2], rejected[:2], tokens[:2], two, Normaliser(2.0, 2, 2), **settings)
+    assert loss.item() == pytest.approx((single[0] + single[1] + anchor) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # Log-ratios 1 and -2 of 2 and 4 tokens, β = 0.5.
+        ("sigmoid", _minus_log_sigmoid(1.5)),
+        ("hinge", 0.0),
+        ("ipo", (0.5 + 0.5 - 1.0) ** 2),
+        ("cdpo", 0.8 * _minus_log_sigmoid(1.5) + 0.2 * _minus_log_sigmoid(-1.5)),
+        ("robust", (0.8 * _minus_log_sigmoid(1.5) - 0.2 * _minus_log_sigmoid(-1.5)) / 0.6),
+        # Log-probabilities -4 / 2 and -8 / 4: a margin of 0 falls short of γ.
+        ("simpo", _minus_log_sigmoid(-0.7)),
+    ],
+)
+def test_each_loss_is_its_formula(loss: str, expected: float) -> None:
+    settings = {"beta": 0.5, "loss": loss, "simpo_margin": 0.7}
+    settings |= {"label_smoothing": 0.2} if loss in ("cdpo", "robust") else {}
+    value, _ = preference_objective(
+        Side.plain(torch.tensor([-4.0]), torch.tensor([2])),
+        Side.plain(torch.tensor([-8.0]), torch.tensor([4])),
+        pair_batch([1.0]),
+        Normaliser(1.0, 2, 1),
+        Objective(**settings),
+    )
+    assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+def test_the_mean_is_over_pairs_not_weights() -> None:
+    """What the authors' code computes: mean(w · loss), a pair without weight included."""
+    chosen, rejected = torch.tensor([-4.0, -9.0, -5.0]), torch.tensor([-8.0, -3.0, -6.0])
+    pairs = pair_batch([0.3, 0.9, 0.0])
+    loss, _ = dpo_objective(
+        chosen, rejected, torch.tensor([2, 2, 2]), pairs, Normaliser(1.2, 6, 3), beta=0.5, reduction="mean"
+    )
+    single = [_minus_log_sigmoid(0.5 * margin) for margin in (1 - (-2), -4 - 3)]
+    assert loss.item() == pytest.approx((0.3 * single[0] + 0.9 * single[1]) / 3, rel=1e-6)
+
+
 def test_figures_are_told_apart_by_kind() -> None:
     chosen, rejected = torch.tensor([-4.0, -9.0, -4.0]), torch.tensor([-8.0, -3.0, -8.0])
     pairs = pair_batch([1.0, 1.0, 1.0], is_visual=[False, True, True])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedpo_ray.config import TextCurationConfig
-from mmedpo_ray.curate import lexicon
+from mmedpo_ray.curate import lexicon, turned_down
+from mmedpo_ray.curate.filters import problem
 from mmedpo_ray.curate.hallucinate import Candidate, Material, choose, is_wrong, pick, text_pair
 from mmedpo_ray.curate.rule_edit import rule_edit, vocabulary_of
+from mmedpo_ray.curate.turned_down import TurnedDown
 from mmedpo_ray.data.phantom import generate
+from mmedpo_ray.data.texts import clean, infer_answer_type, text_problem
 
 PHANTOMS = list(generate("align", 40, seed=5))
 ANSWERS = [question.answer for phantom in PHANTOMS for question in phantom.questions]
@@ -138,6 +144,80 @@ def test_what_counts_as_wrong(kind: str, question: str, reference: str, answer: 
     assert is_wrong(reference, answer, question, kind) is wrong
 
 
+@pytest.mark.parametrize(
+    ("question", "reference", "answer", "wrong"),
+    [
+        # Less than the reference, or the same in a wider word.
+        ("Where is the lesion?", "Right lung", "Lung", False),
+        ("Where is the lesion?", "Right lung", "The lesion is somewhere in the chest.", False),
+        ("Where is the lesion?", "Right lung", "It is on the right.", False),
+        ("Where is the lesion?", "Left lung, right upper lobe", "Left lung", False),
+        ("What is seen?", "Pneumonia", "An opacity", False),
+        ("What is seen?", "Metastasis", "A lesion of the liver", False),
+        ("What is seen?", "Large left pleural effusion", "Pleural effusion", False),
+        ("What is seen?", "Nodule and cardiomegaly", "Nodule", False),
+        ("Which muscle?", "Psoas major muscle", "The psoas muscle", False),
+        ("Which muscle?", "Psoas major muscle", "It is not possible to say which muscle it is.", False),
+        ("What is it?", "Sternal wires", "Wires", False),
+        ("How large is it?", "5 cm", "About 45 mm", False),
+        ("哪里有病变?", "右肺", "肺", False),
+        # Something else.
+        ("Where is the lesion?", "Right lung", "Left lung", True),
+        ("Where is the lesion?", "Lung", "The lesion is in the liver.", True),
+        ("Which part of the body is it?", "Chest", "This is the abdominal area.", True),
+        ("What is seen?", "Pneumonia", "A pneumothorax", True),
+        ("What is seen?", "Pneumonia", "The image is normal.", True),
+        ("What is seen?", "Pneumonia", "Normal", True),
+        ("Which side is it on?", "Right sided pleural effusion", "It is on the left side.", True),
+        ("Where is the liver?", "Right", "The liver is not visible.", True),
+        ("Which muscle?", "Psoas major muscle", "Psoas minor muscle", True),
+        ("Which vessel?", "Basilar artery", "This is the carotid.", True),
+        ("What is the weighting?", "T2", "This is a CT scan.", True),
+        ("How large is it?", "5 cm", "Less than 10 mm", True),
+        ("Would you suspect abscess or cancer?", "Abscess", "Cancer", True),
+        ("哪里有病变?", "右肺", "左肺", True),
+    ],
+)
+def test_an_answer_that_only_says_less_is_not_wrong(
+    question: str, reference: str, answer: str, wrong: bool
+) -> None:
+    assert is_wrong(reference, answer, question, "open") is wrong
+
+
+def test_a_report_that_leaves_a_finding_out_denies_it() -> None:
+    report = "There is a large left effusion. There is a nodule."
+    assert is_wrong(report, "There is a large left effusion.", "Describe.", "report")
+    assert not is_wrong(report, "There is a left effusion. There is a lesion.", "Describe.", "report")
+
+
+def test_what_is_wrong_on_real_answers(shared_data: Path) -> None:
+    """Answers that GPT-4o wrote to be wrong are found; references that lose a word never are, beyond a handful."""
+    found, less = [], []
+    for name in ("slake", "vqa-rad"):
+        for row in json.loads((shared_data / "released" / f"{name}_dpo_weighted.json").read_text()):
+            question, chosen = (clean(turn["value"]) for turn in row["conversations"])
+            rejected = clean(row["rejected_conversations"][1]["value"])
+            if text_problem(question, chosen) or infer_answer_type(question, chosen) != "open":
+                continue
+            if problem(chosen, rejected, 40, question) is None:
+                found.append(is_wrong(chosen, rejected, question, "open"))
+            words = chosen.split()
+            less += [
+                is_wrong(chosen, " ".join(words[:place] + words[place + 1 :]), question, "open")
+                for place in range(len(words))
+                if 2 <= len(words) <= 12 and not _SAYS_NO.match(words[place])
+            ]
+    assert np.mean(found) > 0.95
+    assert len(less) > 3000
+    assert np.mean(less) < 0.002
+
+
+# A word whose loss turns the statement round.
+_SAYS_NO = re.compile(
+    r"(?:no|not|non|without|absent|never|none|nothing|negative|normal|yes)\b", re.IGNORECASE
+)
+
+
 def candidate(text: str) -> Candidate:
     return Candidate(text, "model", "hash", 1, candidate_id=f"id of {text}")
 
@@ -161,10 +241,10 @@ def test_the_most_conflicting_wrong_candidate_is_chosen() -> None:
 
 def test_a_right_answer_is_filled_in_or_dropped() -> None:
     fill = TextCurationConfig()
-    row = text_pair(sample("Left"), material("Left"), fill, frozenset(), 0)
+    row = text_pair(sample("Left"), material("Left"), fill, frozenset(), 0).row
     assert row["generator"] == "rule_edit"
     assert row["rejected"] in ("Right", "Bilateral")
-    row = text_pair(sample("Left"), material("Right"), fill, frozenset(), 0)
+    row = text_pair(sample("Left"), material("Right"), fill, frozenset(), 0).row
     assert (row["rejected"], row["generator"], row["seed"]) == ("Right", "model", 1)
 
 
@@ -184,9 +264,59 @@ def test_the_reason_says_which_filter_took_the_candidates(
 ) -> None:
     row = text_pair(
         sample(answer), material(*candidates), TextCurationConfig(fallback="none"), frozenset(), 0
-    )
+    ).row
     assert row["drop_reason"] == reason
     assert answer not in str(row["drop_detail"])
+
+
+def test_every_answer_turned_down_is_told_with_its_reason() -> None:
+    """Also where a pair comes of it in the end."""
+    row, found = text_pair(
+        sample("Left"),
+        material("left.", "<image> Right", "Right", "I'm sorry"),
+        TextCurationConfig(),
+        frozenset(),
+        0,
+    )
+    assert row["rejected"] == "Right"
+    assert found == (
+        ("candidates", "same_answer"),
+        ("candidates", "meta_text"),
+        ("candidates", "meta_text"),
+    )
+    settings = TextCurationConfig(method="on_policy", fallback="rewrite")
+    given = material("Left", rewrite={"drop_reason": "rewrite_inexact"})
+    row, found = text_pair(sample("Left"), given, settings, frozenset(), 0)
+    assert row["drop_reason"] == "rewrite_inexact"
+    assert found == (("candidates", "same_answer"), ("rewrites", "rewrite_inexact"))
+    given = material(rewrite={"drop_reason": "endpoint_failed"})
+    assert text_pair(sample("Left"), given, settings, frozenset(), 0).turned_down == (), "no answer came"
+
+
+def test_answers_turned_down_are_counted_once(tmp_path: Path) -> None:
+    folder = str(tmp_path / "counts")
+    assert turned_down.count(folder) == {}
+    first = {
+        "a:text": (TurnedDown("candidates", "meta_text"), TurnedDown("candidates", "meta_text")),
+        "b:text": (TurnedDown("rewrites", "rewrite_inexact"),),
+        "c:text": (),
+    }
+    turned_down.write(folder, first)
+    turned_down.write(folder, first)
+    # A stopped attempt, whose rows the next one cuts into other slices.
+    turned_down.write(
+        folder, {"b:text": first["b:text"], "d:text": (TurnedDown("candidates", "same_answer"),)}
+    )
+    turned_down.write(folder, {"e:text": ()})
+    counted = turned_down.count(folder)
+    assert counted == {
+        "candidates": {"meta_text": 2, "same_answer": 1},
+        "rewrites": {"rewrite_inexact": 1},
+    }
+    assert turned_down.in_words(counted) == (
+        "3 sampled answers turned down (meta_text 2, same_answer 1), 1 rewrite turned down (rewrite_inexact 1)"
+    )
+    assert turned_down.in_words({}) == ""
 
 
 def test_a_judge_chooses_only_among_what_the_filters_left() -> None:
@@ -195,7 +325,7 @@ def test_a_judge_chooses_only_among_what_the_filters_left() -> None:
 
     def chosen(name: str | None, **dropped: str) -> tuple[str | None, str]:
         given = material(*texts, choice={"candidate_id": name} | dropped)
-        found, reason = pick(sample("Left"), given, settings)
+        found, reason, _ = pick(sample("Left"), given, settings)
         return found and found.text, reason
 
     assert chosen("id of Bilateral")[0] == "Bilateral"
@@ -208,7 +338,7 @@ def test_a_rewrite_is_taken_filled_in_or_awaited() -> None:
     settings = TextCurationConfig(method="rewrite")
 
     def pair(**rewrite: str | None) -> dict:
-        return text_pair(sample("Left"), material(rewrite=rewrite), settings, frozenset({"right"}), 0)
+        return text_pair(sample("Left"), material(rewrite=rewrite), settings, frozenset({"right"}), 0).row
 
     taken = pair(rewritten="Both", prompt_sha256="hash", drop_reason=None)
     assert (taken["rejected"], taken["generator"], taken["prompt_sha256"]) == ("Both", "rewrite", "hash")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from pathlib import Path
 
@@ -32,6 +33,26 @@ def test_uri_and_path_are_the_same_file(tmp_path: Path) -> None:
     assert not storage.exists(tmp_path / "y")
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(tmp_path / "y")
+
+
+def test_a_file_is_read_as_it_is_and_no_larger_than_asked(tmp_path: Path) -> None:
+    packed = gzip.compress(bytes(10**6))
+    (tmp_path / "x.dcm.gz").write_bytes(packed)
+    assert storage.read_bytes(tmp_path / "x.dcm.gz") == packed
+    assert storage.read_bytes(tmp_path / "x.dcm.gz", max_bytes=len(packed)) == packed
+    with pytest.raises(storage.FileTooLargeError, match=r"x\.dcm\.gz: .* bytes, limit 999"):
+        storage.read_bytes(tmp_path / "x.dcm.gz", max_bytes=999)
+
+
+def test_only_what_a_user_typed_has_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert storage.absolute("~/runs") == "/home/me/runs"
+    assert storage.resolve("~/runs")[1] == "/home/me/runs"
+    assert storage.absolute("~/a.png", "/data") == "/data/~/a.png"
+    assert storage.absolute("~$scan.png", "/data") == "/data/~$scan.png"
+    assert storage.absolute("~nobody-of-that-name/x").endswith("/~nobody-of-that-name/x")
+    assert storage.absolute("/a.png", "/data") == "/a.png"
+    assert storage.absolute("s3://a/~b", "/data") == "s3://a/~b"
 
 
 def test_list_move_remove(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ edit of it, a pair by each filter and each judge.
 
 from mmedpo_ray.curate.lexicon.answers import choices, equivalent, implied_polarity, stated_polarity
 from mmedpo_ray.curate.lexicon.conflicts import Conflict, conflicts, severity
+from mmedpo_ray.curate.lexicon.contraries import are_kin, contradictions, names_another
 from mmedpo_ray.curate.lexicon.facts import (
     LUNG_FINDINGS,
     Fact,
@@ -21,33 +22,31 @@ from mmedpo_ray.curate.lexicon.facts import (
     negated_spans,
     sentence_spans,
 )
-from mmedpo_ray.curate.lexicon.words import (
-    content_words,
-    is_meta_text,
-    numbers,
-    placed_content_words,
-    polarity,
-    words,
-)
+from mmedpo_ray.curate.lexicon.meta import is_meta_text
+from mmedpo_ray.curate.lexicon.words import Term, content_words, numbers, polarity, terms, words
 
 __all__ = [
     "LUNG_FINDINGS",
     "Conflict",
     "Fact",
+    "Term",
+    "are_kin",
     "choices",
     "conflicts",
     "content_words",
+    "contradictions",
     "equivalent",
     "facts",
     "implied_polarity",
     "is_meta_text",
     "is_negated",
+    "names_another",
     "negated_spans",
     "numbers",
-    "placed_content_words",
     "polarity",
     "sentence_spans",
     "severity",
     "stated_polarity",
+    "terms",
     "words",
 ]

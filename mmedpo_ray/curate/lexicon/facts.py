@@ -161,6 +161,16 @@ def negated_spans(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(spans)
 
 
+def absent_subjects(text: str) -> list[str]:
+    """What a text says to be absent or not seen: the words of a sentence before it says so."""
+    found = []
+    for start, end in sentence_spans(text):
+        after = _AFTER_NEGATION.search(text, start, end)
+        if after:
+            found.append(text[start : after.start()])
+    return found
+
+
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """The sentences of a text as ``text[start:end]``, without what ends them; "but" and the like begin another."""
     spans, start = [], 0

@@ -1,12 +1,16 @@
-"""The words of an answer: which carry meaning, its first one as yes or no, its numbers, its marks of a leaked prompt."""
+"""The words of an answer: which carry meaning, its first one as yes or no, its numbers.
+
+A word is what stands between spaces and punctuation, in any script; in scripts that write without spaces (Chinese, Japanese,
+Thai and their neighbours) every character is one.
+"""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from mmedpo_ray.curate.terms import lowered, mentions
+from mmedpo_ray.curate.terms import mentions
 
 Polarity = Literal["yes", "no"]
 
@@ -15,7 +19,16 @@ _KEPT = 2048
 
 _YES = re.compile(r"^\W*(yes|yeah|yep|true|correct)\b", re.IGNORECASE)
 _NO = re.compile(r"^\W*(no|nope|none|false|incorrect)\b", re.IGNORECASE)
-_WORD = re.compile(r"[a-z0-9]+(?:[./-][a-z0-9]+)*", re.IGNORECASE)
+_ASCII_WORD = re.compile(r"[a-z0-9]+(?:[./-][a-z0-9]+)*", re.IGNORECASE)
+# Thai, Lao, Myanmar, Khmer, kana, Han.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff"
+)
+# Accents of their own, vowel points, signs of the scripts of India: they belong to the letter before them.
+_MARKS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"
+_LETTER = rf"(?:[^\W_{_UNSPACED}]|[{_MARKS}])"
+_ANY_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:[./-]{_LETTER}+)*")
 _NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
@@ -35,12 +48,20 @@ _FILLER = frozenset(
         "image images picture scan shows show showing seen see shown present visible located side answer patient",
     )
 )
-# Looked for in small letters.
-_META = re.compile(
-    r"<\s*image\s*>|\[/?inst\]|</?s>|^\s*-?\s*question\s*:|\b(?:user|assistant|human|gpt)\s*:"
-    r"|\b(?:original answer|candidate ?answer ?\d*|as an? (?:ai|language model)|i(?:'m| am) (?:sorry|unable)|i cannot)\b",
-    re.MULTILINE,
-)
+
+
+class Term(NamedTuple):
+    """A word that carries meaning, or a concept, at a place of a text.
+
+    Attributes:
+        name: the word in small letters and singular, or the concept's name.
+        start: where it begins.
+        is_concept: whether the lexicon knows it.
+    """
+
+    name: str
+    start: int
+    is_concept: bool
 
 
 @lru_cache(maxsize=_KEPT)
@@ -57,34 +78,48 @@ def content_words(text: str) -> frozenset[str]:
         pieces += [text[position : mention.start], " ", mention.concept.name, " "]
         position = mention.end
     pieces.append(text[position:])
-    return frozenset(folded for word in _spelled("".join(pieces)) if (folded := _folded(word)))
+    return frozenset(name for word in _spelled("".join(pieces)) if (name := folded(word)))
+
+
+@lru_cache(maxsize=_KEPT)
+def terms(text: str) -> tuple[Term, ...]:
+    """The words that carry meaning, in order; a concept in any of its spellings is one."""
+    found: list[Term] = []
+    position = 0
+    for mention in mentions(text):
+        found += _terms_between(text, position, mention.start)
+        found.append(Term(mention.concept.name, mention.start, is_concept=True))
+        position = mention.end
+    found += _terms_between(text, position, len(text))
+    return tuple(found)
+
+
+def _terms_between(text: str, start: int, end: int) -> list[Term]:
+    placed = (
+        (folded(match.group().lower()), match.start()) for match in _word(text).finditer(text, start, end)
+    )
+    return [Term(name, place, is_concept=False) for name, place in placed if name]
 
 
 def _spelled(text: str) -> list[str]:
     if text.isascii():
-        return _WORD.findall(text.lower())
-    return [word.lower() for word in _WORD.findall(text)]
+        return _ASCII_WORD.findall(text.lower())
+    return [word.lower() for word in _ANY_WORD.findall(text)]
 
 
-def placed_content_words(text: str, start: int, end: int) -> list[tuple[str, int]]:
-    """The words of ``text[start:end]`` that carry meaning, folded as in :func:`content_words`, each with its place."""
-    found = ((_folded(match.group().lower()), match.start()) for match in _WORD.finditer(text, start, end))
-    return [(word, place) for word, place in found if word]
+def _word(text: str) -> re.Pattern[str]:
+    # The one for ASCII is twice as fast.
+    return _ASCII_WORD if text.isascii() else _ANY_WORD
 
 
 @lru_cache(maxsize=16_384)
-def _folded(word: str) -> str:
-    """A word in its singular, a number word in digits; nothing for a filler."""
+def folded(word: str) -> str:
+    """A word in small letters in its singular, a number word in digits; nothing for a filler."""
     if word in _FILLER:
         return ""
     is_plural = len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is"))
     singular = word[:-1] if is_plural else word
     return str(_NUMBER_WORDS.get(singular, singular))
-
-
-def is_meta_text(text: str) -> bool:
-    """Whether the text talks about the task instead of the image: leaked prompts, role tags, refusals."""
-    return _META.search(lowered(text)) is not None
 
 
 def polarity(answer: str) -> Polarity | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -22,12 +22,14 @@ class Localisation:
         confidence: 0 to 1, that a lesion was found.
         problem: drop reason where the tool could not work.
         detail: what is wrong, without patient text.
+        choice: what the tool chose about this sample, JSON-able, without patient text; stands in the pair's column ``noise``.
     """
 
     heat_map: np.ndarray | None
     confidence: float
     problem: str | None = None
     detail: str | None = None
+    choice: dict[str, Any] = field(default_factory=dict)
 
 
 class VisualTool(ABC):

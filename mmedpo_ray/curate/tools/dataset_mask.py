@@ -9,16 +9,18 @@ from PIL import Image
 
 from mmedpo_ray import images as image_files
 from mmedpo_ray.curate.tools.base import Localisation, VisualTool
+from mmedpo_ray.curate.tools.labelled_boxes import asked_region
 
 
 class DatasetMask(VisualTool):
-    """Reads ``mask_uri``; the confidence is 1 where the mask marks anything."""
+    """Reads ``mask_uri``, of a SLAKE mask the part that was asked about; the confidence is 1 where it marks anything."""
 
     def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
-        return [_read(image, row["mask_uri"]) for image, row in zip(images, rows, strict=True)]
+        return [_read(image, row) for image, row in zip(images, rows, strict=True)]
 
 
-def _read(image: Image.Image, uri: str | None) -> Localisation:
+def _read(image: Image.Image, row: dict[str, Any]) -> Localisation:
+    uri: str | None = row["mask_uri"]
     if uri is None:
         return Localisation(None, 0.0, "no_mask", "the sample has no lesion mask")
     try:
@@ -31,5 +33,6 @@ def _read(image: Image.Image, uri: str | None) -> Localisation:
         # Opaque black is no lesion: an alpha channel only says that there is a picture.
         mask = image_files.to_rgb(mask)
     values = np.asarray(mask)
-    lesion = values.any(axis=2) if values.ndim == 3 else values > 0
-    return Localisation(np.asarray(lesion, dtype=np.float32), float(lesion.any()))
+    marked = np.asarray(values.any(axis=2) if values.ndim == 3 else values > 0)
+    lesion, choice = asked_region(marked, uri, row["question"], row["answer"])
+    return Localisation(np.asarray(lesion, dtype=np.float32), float(lesion.any()), choice=choice)

@@ -13,8 +13,9 @@ from mmedpo_ray.config import Config
 from mmedpo_ray.data.audit.features import Features
 from mmedpo_ray.data.audit.finding import SEVERITIES, Check, Finding, NotCheckedError, noun, share_severity
 from mmedpo_ray.data.audit.rows import ROW_CHECKS
+from mmedpo_ray.data.audit.samples import Samples
 from mmedpo_ray.data.audit.shortcuts import SHORTCUT_CHECKS
-from mmedpo_ray.data.audit.table import PairTable, Samples
+from mmedpo_ray.data.audit.table import PairTable
 from mmedpo_ray.data.audit.texts import TEXT_CHECKS
 from mmedpo_ray.data.audit.visual import IMAGE_CHECKS, VISUAL_CHECKS, image_findings
 from mmedpo_ray.data.audit.weights import WEIGHT_CHECKS
@@ -59,12 +60,11 @@ def examine(config: Config, pairs: PairTable, features: Features, samples: Sampl
             findings.append(check(features, config.audit))
         except NotCheckedError as reason:
             unchecked.append({"check": name, "reason": str(reason)})
-    try:
-        findings += image_findings(
-            pairs, features, samples, seed=config.run.seed, max_pixels=config.data.max_pixels
-        )
-    except NotCheckedError as reason:
-        unchecked += [{"check": name, "reason": str(reason)} for name in IMAGE_CHECKS]
+    of_images, impossible = image_findings(
+        pairs, features, samples, seed=config.run.seed, max_pixels=config.data.max_pixels
+    )
+    findings += of_images
+    unchecked += [{"check": name, "reason": reason} for name, reason in impossible.items()]
     findings.append(_malformed(pairs))
     found = sorted((item for item in findings if item.severity), key=_rank)
     ids = _ids(pairs, {item.check: item.rows[: config.audit.examples] for item in found})

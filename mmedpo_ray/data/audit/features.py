@@ -11,7 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmedpo_ray.data.audit.table import PairTable, Samples, hashes
+from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
+from mmedpo_ray.data.audit.hashing import hashes, normalised
+from mmedpo_ray.data.audit.samples import Samples
+from mmedpo_ray.data.audit.table import PairTable
 
 # One bit each of `format_chosen` and `format_rejected`: what a model could tell the sides apart by without the image.
 FORMATS: dict[str, str] = {
@@ -26,23 +29,9 @@ FORMATS: dict[str, str] = {
 }
 _BIT = {name: 1 << index for index, name in enumerate(FORMATS)}
 
-# Lines of the prompt that made the pair, or of a chat template, repeated in an answer.
-LEAKED_PROMPT = (
-    r"(?im)^\W*(question|original answer|candidate ?answer ?\d*)\W*:|<\s*image\s*>|\[/?INST\]|</?s>"
-    r"|\b(user|assistant|human|gpt)\s*:|<\|[a-z_]+\|>"
-)
-# Talk about making the pair, and refusals, instead of an answer.
-COMMENTARY = (
-    r"(?i)\b(original answer|candidate ?answer ?\d*|(dis)?preferred\W* answer|provided answers?)\b"
-    r"|\bas an? (ai|language model)\b|\bi('m| am) sorry\b"
-    r"|\bi (cannot|can't|am unable to) (actually )?(see|view|open|answer|provide|assist|help)\b"
-)
-_NUMBER_POINT = r"(\d)[.,:](\d)"
-_QUOTES = "‘’“”„"
-# Byte → the same byte, or a space. Bytes of other than ASCII characters are never among them.
-_PUNCTUATION = np.arange(256, dtype=np.uint8)
-_PUNCTUATION[list(b".,;:!?\"'`()[]{}*")] = ord(" ")
-
+# The patterns are in small letters.
+_LEAKED_PROMPT = f"(?im){LEAKED_PROMPT}"
+_COMMENTARY = f"(?im){COMMENTARY}"
 # What a question asks for, by its first words; the first pattern that matches counts.
 QUESTION_FORMS: dict[str, str] = {
     "report": r"(?i)\b(write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(report|findings|impression)\b",
@@ -88,6 +77,7 @@ class Features:
         first_word: (N,) int32, index in ``first_words``.
         answer_type: (N,) int32, index in ``answer_types``.
         noise_share: (N,) float32, share of the image that the noise covers, NaN where unknown.
+        lesion_covered: (N,) float32, share of the lesion that lies under the noise, as recorded with the pair; NaN where unknown.
         sample_row: (N,) int64, row of the samples table, -1 where unknown.
         truth: (N,) int8, `UNKNOWN`, `AGREES`, `DIFFERS` or `OPPOSITE` (yes for no).
         of_test: (N,) bool, the pair's sample is of split test.
@@ -119,6 +109,7 @@ class Features:
     first_word: np.ndarray
     answer_type: np.ndarray
     noise_share: np.ndarray
+    lesion_covered: np.ndarray
     sample_row: np.ndarray
     truth: np.ndarray
     of_test: np.ndarray
@@ -220,28 +211,10 @@ def _batch_features(
         "question_form": _question_forms(question),
         "first_word": _codes(first, words),
         "answer_type": _codes(_text(batch, "answer_type"), types),
-        "noise_share": _noise_shares(batch),
+        "noise_share": _noise_share(batch),
+        "lesion_covered": _noise_parameter(batch, "lesion_covered").astype(np.float32),
     }
     return found | _against_samples(batch, samples, norm_chosen, found["polarity"])
-
-
-def normalised(texts: pa.Array) -> pa.Array:
-    """Texts in lower case, with spaces and punctuation folded; signs that carry meaning (+ - < > / %, 1.5) stay."""
-    lower = pc.utf8_lower(pc.utf8_normalize(texts, "NFKC"))
-    if not pc.all(pc.string_is_ascii(lower)).as_py():
-        for sign in _QUOTES:
-            lower = pc.replace_substring(lower, sign, " ")
-    kept = pc.replace_substring_regex(lower, _NUMBER_POINT, r"\1_\2")
-    return pc.binary_join(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(_without_punctuation(kept))), " ")
-
-
-def _without_punctuation(texts: pa.Array) -> pa.Array:
-    """Punctuation replaced by spaces, byte by byte: a regular expression takes ten times as long."""
-    if len(texts) == 0 or texts.buffers()[2] is None:
-        return texts
-    _, offsets, data = texts.buffers()
-    folded = _PUNCTUATION[np.frombuffer(data, np.uint8)]
-    return pa.StringArray.from_buffers(len(texts), offsets, pa.py_buffer(folded), offset=texts.offset)
 
 
 def _words(texts: pa.Array) -> np.ndarray:
@@ -295,8 +268,8 @@ def _leaks(chosen: pa.Array, rejected: pa.Array) -> np.ndarray:
         (chosen, LEAK_CHOSEN, COMMENT_CHOSEN),
         (rejected, LEAK_REJECTED, COMMENT_REJECTED),
     ):
-        leaked = _numpy(pc.match_substring_regex(texts, LEAKED_PROMPT))
-        talks = _numpy(pc.match_substring_regex(texts, COMMENTARY))
+        leaked = _numpy(pc.match_substring_regex(texts, _LEAKED_PROMPT))
+        talks = _numpy(pc.match_substring_regex(texts, _COMMENTARY))
         bits |= np.where(leaked, leak, np.where(talks, comment, 0)).astype(np.uint8)
     return bits
 
@@ -319,14 +292,16 @@ def _codes(texts: pa.Array, known: dict[str, int]) -> np.ndarray:
     return codes[_numpy(encoded.indices)] if len(texts) else np.zeros(0, np.int32)
 
 
-def _noise_shares(batch: pa.Table) -> np.ndarray:
+def _noise_share(batch: pa.Table) -> np.ndarray:
     """Changed share where the noise parameters give it, else the mask's."""
-    noise = _text(batch, "noise")
-    shares = []
-    for key in ("changed_share", "mask_share"):
-        value = pc.struct_field(pc.extract_regex(noise, rf'"{key}":\s*(?P<share>[0-9][0-9.eE+-]*)'), [0])
-        shares.append(_numbers(value))
-    return np.where(np.isnan(shares[0]), shares[1], shares[0]).astype(np.float32)
+    changed, masked = (_noise_parameter(batch, key) for key in ("changed_share", "mask_share"))
+    return np.where(np.isnan(changed), masked, changed).astype(np.float32)
+
+
+def _noise_parameter(batch: pa.Table, key: str) -> np.ndarray:
+    """A number of the column ``noise``, float64; NaN where it has none."""
+    found = pc.extract_regex(_text(batch, "noise"), rf'"{key}":\s*(?P<value>[0-9][0-9.eE+-]*)')
+    return _numbers(pc.struct_field(found, [0]))
 
 
 def _numbers(texts: pa.Array) -> np.ndarray:
@@ -351,8 +326,11 @@ def _against_samples(
     rows = np.full(size, -1, np.int64)
     truth = np.full(size, UNKNOWN, np.int8)
     of_test, image_in_test = np.zeros(size, bool), np.zeros(size, bool)
-    if samples is not None and _has(batch, "sample_id") and size:
-        rows = samples.rows_of(_text(batch, "sample_id"))
+    if samples is not None and size:
+        if _has(batch, "sample_id"):
+            rows = samples.rows_of(_text(batch, "sample_id"))
+        else:
+            rows = samples.rows_asking(_text(batch, "image_uri"), normalised(_text(batch, "question")))
         known = rows >= 0
         answers = pc.fill_null(samples.table["answer"].take(pa.array(rows[known])), "").combine_chunks()
         expected = _polarity(_formats(answers))

@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from mmedpo_ray import storage
 from mmedpo_ray.data.audit.features import Features
 from mmedpo_ray.data.audit.rows import contradictions, later_of_equal
-from mmedpo_ray.data.audit.table import PairTable, Samples
+from mmedpo_ray.data.audit.samples import Samples
+from mmedpo_ray.data.audit.table import PairTable
 from mmedpo_ray.data.audit.weights import bad_weight
 from mmedpo_ray.errors import UserError
 
@@ -260,11 +261,18 @@ def _write_json(pairs: PairTable, rule_of: np.ndarray, folder: str, log: IO[byte
             _log(log, place, pair_id, "trimmed", "untrimmed_text", sides)
             trimmed += 1
         kept.append(clean)
-    text = json.dumps(kept, indent=2, ensure_ascii=False)
     # Lone surrogates cannot be written as UTF-8; as escapes they can.
-    data = text.encode() if text.isascii() or _encodable(text) else json.dumps(kept, indent=2).encode()
+    text = _as_text(kept, is_lines=pairs.is_lines, is_ascii=False)
+    data = (text if _encodable(text) else _as_text(kept, is_lines=pairs.is_lines, is_ascii=True)).encode()
     storage.write_bytes(storage.join(folder, posixpath.basename(pairs.path)), data)
     return trimmed
+
+
+def _as_text(rows: list[dict[str, Any]], *, is_lines: bool, is_ascii: bool) -> str:
+    """The rows in the layout that they came in."""
+    if is_lines:
+        return "".join(json.dumps(row, ensure_ascii=is_ascii) + "\n" for row in rows)
+    return json.dumps(rows, indent=2, ensure_ascii=is_ascii)
 
 
 def _encodable(text: str) -> bool:

@@ -146,7 +146,9 @@ def _matched(features: Features) -> np.ndarray:
         raise NotCheckedError("no samples table (give one with --samples)")
     known = features.sample_row >= 0
     if not known.any():
-        raise NotCheckedError("no pair's sample_id is in the samples table")
+        raise NotCheckedError(
+            "no pair is in the samples table, neither by sample_id nor, without one, by image file and question"
+        )
     return known
 
 

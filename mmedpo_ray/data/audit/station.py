@@ -17,7 +17,8 @@ from mmedpo_ray.data.audit.examine import audit_key, examine
 from mmedpo_ray.data.audit.features import extract
 from mmedpo_ray.data.audit.finding import SEVERITIES, noun
 from mmedpo_ray.data.audit.fix import CHANGES, Fixed, check_folder, write_fixed
-from mmedpo_ray.data.audit.table import open_pairs, open_samples
+from mmedpo_ray.data.audit.samples import open_samples
+from mmedpo_ray.data.audit.table import is_json, open_pairs
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.run_folder import RunFolder
 
@@ -77,7 +78,7 @@ def audit_command(
     beside = storage.join(posixpath.dirname(storage.absolute(path)), "samples")
     if samples is None and storage.list_files(beside, ".parquet"):
         samples = beside
-    known = open_samples(samples) if samples else None
+    known = open_samples(samples, with_questions="sample_id" not in pairs.columns) if samples else None
     features = extract(pairs, known)
     result = examine(config, pairs, features, known)
     place = out or _beside(path)
@@ -96,9 +97,8 @@ def reached(result: dict[str, Any], fail_on: str) -> bool:
 
 def _beside(path: str) -> str:
     folder, name = posixpath.split(storage.absolute(path))
-    return storage.join(
-        folder, f"{name}.audit.json" if name.endswith((".json", ".parquet")) else "audit.json"
-    )
+    is_file = is_json(name) or name.endswith(".parquet")
+    return storage.join(folder, f"{name}.audit.json" if is_file else "audit.json")
 
 
 def _read(uri: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What the audit reads: pairs as Parquet or as released MMedPO JSON, in batches and unchanged; and the samples table.
+"""What the audit reads: pairs as Parquet or as released MMedPO JSON, in batches and unchanged.
 
 Ingest strips texts and drops odd rows; the audit must see them as they are, so it reads the sources itself.
 """
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from mmedpo_ray import storage
-from mmedpo_ray.data.reader import read_json_list, storable
+from mmedpo_ray.data.json_rows import layout_of, read_json_list
+from mmedpo_ray.data.reader import storable
 from mmedpo_ray.errors import UserError
 
 _BATCH_ROWS = 65_536
@@ -63,6 +63,7 @@ class PairTable:
         malformed: positions (0-based, in the JSON list) of rows that are no preference pair; they are no rows here.
         source: the open Parquet data set, or the JSON as a table.
         json_rows: the JSON rows behind ``source``, in order; null for Parquet.
+        is_lines: the JSON is one of lines, a row each.
     """
 
     path: str
@@ -72,6 +73,7 @@ class PairTable:
     malformed: tuple[int, ...]
     source: pads.Dataset | pa.Table
     json_rows: list[dict[str, Any]] | None = None
+    is_lines: bool = False
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The rows in order, in tables of 65,536 rows whose columns have one chunk.
@@ -125,12 +127,12 @@ class PairTable:
 
 
 def open_pairs(path: str) -> PairTable:
-    """Opens a folder of Parquet files, a Parquet file, or a released MMedPO JSON.
+    """Opens a folder of Parquet files, a Parquet file, or a released MMedPO JSON (a list, or JSON Lines).
 
     Raises:
         UserError: nothing is there, it is none of these, or a required column is missing.
     """
-    if path.endswith(".json"):
+    if is_json(path):
         return _open_json(path)
     try:
         source = open_parquet(path)
@@ -149,6 +151,11 @@ def open_pairs(path: str) -> PairTable:
     return PairTable(path, num_rows, used, parquet_fingerprint(path), (), source)
 
 
+def is_json(path: str) -> bool:
+    """Whether the name is that of a JSON list (.json) or of JSON Lines (.jsonl, .ndjson)."""
+    return path.lower().endswith(".json") or layout_of(path, "list") == "lines"
+
+
 def open_parquet(path: str) -> pads.Dataset:
     """Opens a Parquet file or the Parquet files directly in a folder.
 
@@ -159,7 +166,7 @@ def open_parquet(path: str) -> pads.Dataset:
         return storage.dataset(path)
     if not storage.exists(path):
         raise UserError(
-            f"no file {path}. Give a folder of Parquet files, a Parquet file or a released MMedPO JSON."
+            f"no file {path}. Give a folder of Parquet files, a Parquet file or a released MMedPO JSON (.json, .jsonl)."
         )
     filesystem, inside = storage.resolve(path)
     if filesystem.get_file_info(inside).is_file:
@@ -212,7 +219,10 @@ def _open_json(path: str) -> PairTable:
     if table["weight"].null_count == table.num_rows:
         columns -= {"weight"}
     content = hashlib.sha256(storage.read_bytes(storage.absolute(path))).hexdigest()[:16]
-    return PairTable(path, table.num_rows, frozenset(columns), content, tuple(malformed), table, kept)
+    is_lines = layout_of(path, "list") == "lines"
+    return PairTable(
+        path, table.num_rows, frozenset(columns), content, tuple(malformed), table, kept, is_lines
+    )
 
 
 def _json_pair(row: Any, position: int) -> dict[str, Any] | None:
@@ -248,80 +258,3 @@ def _turn(value: Any) -> tuple[str, str] | None:
     if not isinstance(question, str) or not isinstance(answer, str):
         return None
     return storable(question), storable(answer)
-
-
-# ---------------------------------------------------------------------- samples
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What the audit needs of the samples table.
-
-    Attributes:
-        path: where it is.
-        fingerprint: changes with the content.
-        table: columns sample_id, split, answer, image_sha256, image_id, image_uri and mask_uri, as far as they are there.
-        in_test: (rows,) bool, the sample is of split test.
-        image_in_test: (rows,) bool, the sample is not, but its image (by content, id or address) is also one of split test.
-        id_hashes: (rows,) int64, sorted hashes of the ids.
-        id_order: (rows,) int64, the row of each hash.
-    """
-
-    path: str
-    fingerprint: str
-    table: pa.Table
-    in_test: np.ndarray
-    image_in_test: np.ndarray
-    id_hashes: np.ndarray
-    id_order: np.ndarray
-
-    def rows_of(self, sample_ids: pa.Array) -> np.ndarray:
-        """Row of each sample id, -1 where the table has no such sample."""
-        if len(self.id_order) == 0:
-            return np.full(len(sample_ids), -1, np.int64)
-        wanted = hashes(sample_ids)
-        place = np.minimum(np.searchsorted(self.id_hashes, wanted), len(self.id_order) - 1)
-        return np.where(self.id_hashes[place] == wanted, self.id_order[place], -1)
-
-
-def open_samples(path: str) -> Samples:
-    """Reads a samples table.
-
-    Raises:
-        UserError: it is missing, or lacks sample_id or answer.
-    """
-    try:
-        source = open_parquet(path)
-        wanted = ("sample_id", "split", "answer", "image_sha256", "image_id", "image_uri", "mask_uri")
-        table = source.to_table(columns=[name for name in wanted if name in source.schema.names])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"cannot read {path} as Parquet: {type(error).__name__}. Run `mmedpo ingest` again."
-        ) from error
-    for name in ("sample_id", "answer"):
-        if name not in table.column_names:
-            raise UserError(
-                f"{path} has no column {name!r}, so it is no samples table. Give the folder that ingest wrote."
-            )
-    table = pa.table({name: table[name].cast(pa.string()) for name in table.column_names}).combine_chunks()
-    in_test = np.zeros(table.num_rows, bool)
-    shared = np.zeros(table.num_rows, bool)
-    if "split" in table.column_names:
-        in_test = pc.fill_null(pc.equal(table["split"], "test"), False).to_numpy()
-        for name in ("image_sha256", "image_id", "image_uri"):
-            if name in table.column_names:
-                of_test = table[name].filter(pa.array(in_test)).drop_null()
-                shared |= pc.is_in(table[name], value_set=of_test.combine_chunks()).to_numpy()
-    ids = hashes(pc.fill_null(table["sample_id"], "").combine_chunks())
-    order = np.argsort(ids, kind="stable")
-    return Samples(path, parquet_fingerprint(path), table, in_test, shared & ~in_test, ids[order], order)
-
-
-def hashes(*columns: pa.Array) -> np.ndarray:
-    """A 64-bit hash of each row's texts, never 0. Equal texts have equal hashes within this process only.
-
-    Two of a million different rows share a hash with probability 3e-8.
-    """
-    joined = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "\x1f")
-    values = np.fromiter(map(hash, joined.to_pylist()), np.int64, len(joined))
-    return np.where(values == 0, 1, values)

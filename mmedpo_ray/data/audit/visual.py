@@ -1,7 +1,7 @@
 """Checks of visual pairs. The table tells of all of them; their images are looked at for a seeded sample.
 
 Decoding every image of a large table would take hours, so the findings say how many images stand for them. One pair's
-images are in memory at a time.
+images are in memory at a time. Whether the noise hits the lesion `curate` records with every pair; the sample checks that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mmedpo_ray import images
+from mmedpo_ray.curate.tools.labelled_boxes import asked_region
 from mmedpo_ray.data.audit.features import Features
 from mmedpo_ray.data.audit.finding import (
     Check,
@@ -23,7 +24,9 @@ from mmedpo_ray.data.audit.finding import (
     percent,
     share_severity,
 )
-from mmedpo_ray.data.audit.table import PairTable, Samples
+from mmedpo_ray.data.audit.samples import Samples
+from mmedpo_ray.data.audit.table import PairTable
+from mmedpo_ray.errors import UserError
 from mmedpo_ray.settings.judge import AuditConfig
 
 SAMPLE = 64
@@ -92,7 +95,8 @@ class Measured:
     """What one visual pair's images show.
 
     Attributes:
-        problem: why they could not be compared ("image_missing", "image_undecodable", "image_too_large", "size_differs"), or None.
+        problem: why they could not be compared ("image_missing", "image_undecodable", "image_too_large", "image_unreachable",
+            "size_differs"), or None.
         changed: share of the image that differs by more than 4 levels of 255, 0 to 1.
         identical: every pixel is the same.
         cover: share of the lesion that differs; NaN where no lesion is known.
@@ -108,7 +112,7 @@ class Measured:
 
 def image_findings(
     pairs: PairTable, features: Features, samples: Samples | None, *, seed: int, max_pixels: int
-) -> list[Finding]:
+) -> tuple[list[Finding], dict[str, str]]:
     """Measures a sample of the visual pairs.
 
     Args:
@@ -118,65 +122,94 @@ def image_findings(
         seed: of the draw.
         max_pixels: larger images are not decoded.
 
-    Raises:
-        NotCheckedError: there is no visual pair with two images.
+    Returns:
+        The findings, and for the checks of `IMAGE_CHECKS` that could not be made why.
     """
-    if not {"image_uri", "rejected_image_uri"} <= pairs.columns:
-        raise NotCheckedError("the table has no columns image_uri and rejected_image_uri")
+    reason = None
     candidates = np.flatnonzero(features.visual & ~features.same_image)
-    if len(candidates) == 0:
-        raise NotCheckedError("the table has no visual pair with a second image")
+    if not {"image_uri", "rejected_image_uri"} <= pairs.columns:
+        reason = "the table has no columns image_uri and rejected_image_uri"
+    elif len(candidates) == 0:
+        reason = "the table has no visual pair with a second image"
+    if reason is not None:
+        unchecked = dict.fromkeys(IMAGE_CHECKS, reason)
+        nothing = np.zeros(0, np.int64)
+        if not _recorded(features).any():
+            return [], unchecked
+        del unchecked["noise_beside_lesion"]
+        return [_beside_lesion(features, nothing, [])], unchecked
     size = min(SAMPLE, len(candidates))
     drawn = np.sort(np.random.default_rng(seed).choice(candidates, size, replace=False))
-    measured = [_measure(*uris, max_pixels) for uris in _uris(pairs, features, samples, drawn)]
-    return [
+    measured = [_measure(place, max_pixels) for place in _places(pairs, features, samples, drawn)]
+    findings = [
         _unreadable(drawn, measured),
         _unchanged(drawn, measured),
-        _beside_lesion(drawn, measured),
+        _beside_lesion(features, drawn, measured),
     ]
+    return findings, {}
 
 
-def _uris(
-    pairs: PairTable, features: Features, samples: Samples | None, drawn: np.ndarray
-) -> list[tuple[str, str, str | None, str | None]]:
-    """Original, noised image, lesion mask and heat map of each drawn pair."""
-    original, noised = (pairs.values(name, drawn) for name in ("image_uri", "rejected_image_uri"))
+@dataclass(frozen=True)
+class _Place:
+    """Where a visual pair's files are, and what was asked about them."""
+
+    original: str
+    noised: str
+    mask: str | None
+    heat: str | None
+    question: str
+    answer: str
+
+
+def _places(pairs: PairTable, features: Features, samples: Samples | None, drawn: np.ndarray) -> list[_Place]:
+    names = ("image_uri", "rejected_image_uri", "question", "chosen")
+    original, noised, question, answer = (pairs.values(name, drawn) for name in names)
     heat = pairs.values("heat_map_uri", drawn) if "heat_map_uri" in pairs.columns else [None] * len(drawn)
     masks: list[str | None] = [None] * len(drawn)
     if samples is not None and "mask_uri" in samples.table.column_names:
         column = samples.table["mask_uri"]
         masks = [column[int(row)].as_py() if row >= 0 else None for row in features.sample_row[drawn]]
-    return list(zip(original, noised, masks, heat, strict=True))
+    found = zip(original, noised, masks, heat, question, answer, strict=True)
+    return [
+        _Place(before, after, mask, map_uri, asked or "", answered or "")
+        for before, after, mask, map_uri, asked, answered in found
+    ]
 
 
-def _measure(original: str, noised: str, mask: str | None, heat: str | None, max_pixels: int) -> Measured:
+def _measure(place: _Place, max_pixels: int) -> Measured:
     try:
-        before, after = (images.load_image(uri, max_pixels) for uri in (original, noised))
+        before, after = (images.load_image(uri, max_pixels) for uri in (place.original, place.noised))
     except images.ImageError as error:
         return Measured(error.reason)
     except OSError:
         return Measured("image_missing")
+    except (UserError, ValueError):
+        # An address of a scheme that we cannot read, such as https.
+        return Measured("image_unreachable")
     if before.size != after.size:
         return Measured("size_differs")
     pixels = [np.asarray(images.to_rgb(image), np.int16) for image in (before, after)]
     changed = np.abs(pixels[0] - pixels[1]).max(axis=2) > _LEVELS
     identical = before.mode == after.mode and np.array_equal(np.asarray(before), np.asarray(after))
-    region, kind = _lesion(mask, heat, before.size, max_pixels)
+    region, kind = _lesion(place, before.size, max_pixels)
     cover = float(changed[region].mean()) if region is not None else float("nan")
     return Measured(None, float(changed.mean()), identical, cover, kind)
 
 
 def _lesion(
-    mask: str | None, heat: str | None, size: tuple[int, int], max_pixels: int
+    place: _Place, size: tuple[int, int], max_pixels: int
 ) -> tuple[np.ndarray | None, Literal["mask", "heat map"] | None]:
     """(H, W) bool of the lesion and what it comes from; None where nothing readable marks one."""
-    sources: tuple[tuple[str | None, Literal["mask", "heat map"]], ...] = ((mask, "mask"), (heat, "heat map"))
+    sources: tuple[tuple[str | None, Literal["mask", "heat map"]], ...] = (
+        (place.mask, "mask"),
+        (place.heat, "heat map"),
+    )
     for uri, kind in sources:
         if not uri:
             continue
         try:
             marked = images.load_image(uri, max_pixels)
-        except (images.ImageError, OSError):
+        except (images.ImageError, OSError, UserError, ValueError):
             continue
         if marked.size != size:
             marked = marked.resize(size, Image.Resampling.NEAREST)
@@ -184,7 +217,10 @@ def _lesion(
             marked if marked.mode in ("L", "1", "I;16", "I", "F") else images.to_rgb(marked).convert("L")
         )
         values = values.astype(np.float64)
-        region = values > 0 if kind == "mask" else values >= max(_HOT * values.max(), 1e-9)
+        if kind == "mask":
+            region, _ = asked_region(values > 0, uri, place.question, place.answer)
+        else:
+            region = values >= max(_HOT * values.max(), 1e-9)
         if region.any():
             return region, kind
     return None, None
@@ -227,25 +263,53 @@ def _unchanged(drawn: np.ndarray, measured: list[Measured]) -> Finding:
     )
 
 
-def _beside_lesion(drawn: np.ndarray, measured: list[Measured]) -> Finding:
-    known = np.array([item.region is not None for item in measured])
-    if not known.any():
+def _recorded(features: Features) -> np.ndarray:
+    """(N,) bool, visual pairs that record how much of the lesion lies under the noise."""
+    return features.visual & ~np.isnan(features.lesion_covered)
+
+
+def _beside_lesion(features: Features, drawn: np.ndarray, measured: list[Measured]) -> Finding:
+    """All pairs by what they record, the drawn ones by their images; the worse of the two shares counts."""
+    recorded = _recorded(features)
+    known = np.array([item.region is not None for item in measured], bool)
+    if not known.any() and not recorded.any():
         return _not_seen("noise_beside_lesion")
-    cover = np.array([item.cover for item in measured])
-    missed = known & (np.nan_to_num(cover) < _LEAST_COVER)
+    cover = np.array([item.cover for item in measured], np.float64)
+    of_recorded = recorded & (np.nan_to_num(features.lesion_covered) < _LEAST_COVER)
+    of_measured = known & (np.nan_to_num(cover) < _LEAST_COVER)
+    missed, checked = of_recorded.copy(), recorded.copy()
+    missed[drawn[of_measured]] = True
+    checked[drawn[known]] = True
+    shares = [(int(of_recorded.sum()), int(recorded.sum())), (int(of_measured.sum()), int(known.sum()))]
+    count, of = max((share for share in shares if share[1]), key=lambda share: share[0] / share[1])
     sources = {kind: sum(item.region == kind for item in measured) for kind in ("mask", "heat map")}
-    median = float(np.median(cover[known]))
+    medians = {
+        "median_recorded": round(float(np.median(features.lesion_covered[recorded])), 6)
+        if recorded.any()
+        else None,
+        "median_cover": round(float(np.median(cover[known])), 6) if known.any() else None,
+    }
+    said = []
+    if medians["median_recorded"] is not None:
+        said.append(
+            f"{noun(shares[0][1], 'pair')} by their noise parameters, median {percent(medians['median_recorded'])} covered"
+        )
+    if medians["median_cover"] is not None:
+        named = ", ".join(f"{kind} {number}" for kind, number in sources.items() if number)
+        said.append(
+            f"{shares[1][1]} by their images ({named}), median {percent(medians['median_cover'])} changed"
+        )
     return Finding(
         check="noise_beside_lesion",
-        severity=share_severity(int(missed.sum()), int(known.sum()), high=0.25, medium=0.05),
-        figure=float(missed.sum() / known.sum()),
-        says=f"the noise of {int(missed.sum())} of {noun(int(known.sum()), 'visual pair')} looked at leaves the lesion as it is (by "
-        f"{', '.join(f'{kind} {count}' for kind, count in sources.items() if count)}; median changed {percent(median)} of the lesion)",
+        severity=share_severity(count, of, high=0.25, medium=0.05),
+        figure=count / of,
+        says=f"the noise of {int(missed.sum())} of {noun(int(checked.sum()), 'visual pair')} leaves the lesion as it is: "
+        + "; ".join(said),
         count=int(missed.sum()),
-        of=int(known.sum()),
-        rows=drawn[missed],
+        of=int(checked.sum()),
+        rows=np.flatnonzero(missed),
         remedy="another visual tool (curate.visual.tool), or a larger curate.visual.noise.area_share",
-        details={"median_cover": round(median, 6), "regions": sources},
+        details={"recorded": shares[0][1], **medians, "regions": sources},
     )
 
 

@@ -1,0 +1,148 @@
+"""The samples table behind the pairs that are audited: their truth, their split, their images.
+
+Pairs find their sample by its id; those of a JSON, which has none, by the image's file name and the question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmedpo_ray.data.audit.hashing import hashes, normalised
+from mmedpo_ray.data.audit.table import open_parquet, parquet_fingerprint
+from mmedpo_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class Index:
+    """Rows by the hash of a key; keys that several different rows share are left out."""
+
+    hashes: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, keys: np.ndarray, values: np.ndarray | None = None) -> Index:
+        """Indexes rows by their keys, int64, 0 for none.
+
+        Args:
+            keys: (rows,) int64.
+            values: (rows,) int64, what rows of one key must share for the first to stand for them; None: the first does.
+        """
+        order = np.argsort(keys, kind="stable")
+        order = order[keys[order] != 0]
+        found, first, group = np.unique(keys[order], return_index=True, return_inverse=True)
+        rows = order[first]
+        if values is not None and len(order):
+            mixed = np.zeros(len(found), bool)
+            mixed[group[values[order] != values[rows][group]]] = True
+            found, rows = found[~mixed], rows[~mixed]
+        return cls(found, rows)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Row of each key, -1 where there is none."""
+        if not len(self.hashes):
+            return np.full(len(keys), -1, np.int64)
+        place = np.minimum(np.searchsorted(self.hashes, keys), len(self.hashes) - 1)
+        return np.where(self.hashes[place] == keys, self.rows[place], -1)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the audit needs of the samples table.
+
+    Attributes:
+        path: where it is.
+        fingerprint: changes with the content.
+        table: columns sample_id, split, answer, image_sha256, image_id, image_uri, mask_uri and, where asked for, question, as far
+            as they are there.
+        in_test: (rows,) bool, the sample is of split test.
+        image_in_test: (rows,) bool, the sample is not, but its image (by content, id or address) is also one of split test.
+        by_id: rows by their id.
+    """
+
+    path: str
+    fingerprint: str
+    table: pa.Table
+    in_test: np.ndarray
+    image_in_test: np.ndarray
+    by_id: Index
+
+    def rows_of(self, sample_ids: pa.Array) -> np.ndarray:
+        """Row of each sample id, -1 where the table has no such sample."""
+        return self.by_id.find(hashes(sample_ids))
+
+    def rows_asking(self, image_uris: pa.Array, questions: pa.Array) -> np.ndarray:
+        """Row with the image and the question, -1 where there is none or several with different answers.
+
+        An image with a folder ("xmlab1/source.jpg") needs that folder in the sample's address too, one without its name only.
+
+        Args:
+            image_uris: addresses, or paths inside the data set.
+            questions: normalised.
+        """
+        alone, in_folder = (_question_keys(image_uris, questions, parts) for parts in (1, 2))
+        by_name, by_folder = self._by_question
+        return np.where(in_folder != 0, by_folder.find(in_folder), by_name.find(alone))
+
+    @cached_property
+    def _by_question(self) -> tuple[Index, Index]:
+        """Rows by the question and the last part, and the last two parts, of the image's address."""
+        uris, questions = _filled(self.table, "image_uri"), normalised(_filled(self.table, "question"))
+        answers = hashes(normalised(_filled(self.table, "answer")))
+        one, two = (Index.of(_question_keys(uris, questions, parts), answers) for parts in (1, 2))
+        return one, two
+
+
+def _question_keys(image_uris: pa.Array, questions: pa.Array, parts: int) -> np.ndarray:
+    """Hash of the last parts of an image's address and the question; 0 where the address has fewer, or there is none."""
+    pattern = r"(?P<name>[^/]+)$" if parts == 1 else r"(?P<name>[^/]+/[^/]+)$"
+    names = pc.fill_null(pc.struct_field(pc.extract_regex(image_uris, pattern), [0]), "")
+    return np.where(pc.equal(names, "").to_numpy(zero_copy_only=False), 0, hashes(names, questions))
+
+
+def open_samples(path: str, *, with_questions: bool = False) -> Samples:
+    """Reads a samples table.
+
+    Args:
+        path: a folder of Parquet files, or one.
+        with_questions: whether the questions are read too, for pairs that name no sample.
+
+    Raises:
+        UserError: it is missing, or lacks sample_id or answer.
+    """
+    try:
+        source = open_parquet(path)
+        wanted = ["sample_id", "split", "answer", "image_sha256", "image_id", "image_uri", "mask_uri"]
+        wanted += ["question"] if with_questions else []
+        table = source.to_table(columns=[name for name in wanted if name in source.schema.names])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"cannot read {path} as Parquet: {type(error).__name__}. Run `mmedpo ingest` again."
+        ) from error
+    for name in ("sample_id", "answer"):
+        if name not in table.column_names:
+            raise UserError(
+                f"{path} has no column {name!r}, so it is no samples table. Give the folder that ingest wrote."
+            )
+    table = pa.table({name: table[name].cast(pa.string()) for name in table.column_names}).combine_chunks()
+    in_test = np.zeros(table.num_rows, bool)
+    shared = np.zeros(table.num_rows, bool)
+    if "split" in table.column_names:
+        in_test = pc.fill_null(pc.equal(table["split"], "test"), False).to_numpy()
+        for name in ("image_sha256", "image_id", "image_uri"):
+            if name in table.column_names:
+                of_test = table[name].filter(pa.array(in_test)).drop_null()
+                shared |= pc.is_in(table[name], value_set=of_test.combine_chunks()).to_numpy()
+    by_id = Index.of(hashes(_filled(table, "sample_id")))
+    return Samples(path, parquet_fingerprint(path), table, in_test, shared & ~in_test, by_id)
+
+
+def _filled(table: pa.Table, name: str) -> pa.Array:
+    """A text column as one array, null read as empty; empty texts where there is no such column."""
+    if name not in table.column_names or not table.num_rows:
+        return pa.array([""] * table.num_rows, pa.string())
+    return pc.fill_null(table[name], "").combine_chunks()

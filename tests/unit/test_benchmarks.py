@@ -1,0 +1,55 @@
+"""What the benchmarks measure is what their pages say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_a_slake_shaped_tree_has_eleven_questions_of_the_stated_length() -> None:
+    from align_vs_trl import SHAPES, draw_rows
+
+    shape = SHAPES["slake"]
+    rows = draw_rows(shape, visual=False)
+    assert len(rows) == 11 * shape.images
+    # Every word is a token; the end token makes 3 and 17.
+    assert {len(row["chosen"].split()) for row in rows} == {2}
+    assert {len(row["rejected"].split()) for row in rows} == {16}
+    both = draw_rows(shape, visual=True)
+    assert sum(row["visual"] for row in both) == len(rows)
+
+
+def test_the_step_on_a_gpu_has_eleven_questions_on_every_image() -> None:
+    from gpu_step import IMAGE_TOKENS, draw_forest
+
+    forest, pairs, chosen_tokens = draw_forest(3, torch.device("cpu"))
+    assert pairs == 3 * 11
+    assert chosen_tokens == 3 * 11 * 3
+    assert forest.pixel_values.shape[0] == 3
+    own = 11 * (9 + 4 + 2 + 16)
+    assert forest.input_ids.numel() == pytest.approx(3 * (4 + IMAGE_TOKENS + own), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_step_of_a_gpu_runs_on_a_tiny_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import gpu_step
+
+    monkeypatch.setattr(sys, "argv", ["gpu_step.py", "--tiny", "--images", "1", "--repetitions", "1"])
+    assert gpu_step.main() == 0
+    tree, sdpa = capsys.readouterr().out.strip().splitlines()
+    assert tree.startswith("tree:") and sdpa.startswith("sdpa:")
+    assert "pairs/s" in tree

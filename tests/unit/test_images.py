@@ -1,0 +1,258 @@
+"""Image files: what is read and how often, what is decoded, and what a model sees of it."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pyarrow import fs
+
+from mmedpo_ray import images, storage
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.images import ImageError
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def reason_of(data: bytes, **limits: Any) -> tuple[str, str]:
+    with pytest.raises(ImageError) as caught:
+        images.decode(data, "x", **limits)
+    return caught.value.reason, caught.value.detail
+
+
+# ---------------------------------------------------------------------- size
+
+
+def headers_only(width: int, height: int) -> dict[str, bytes]:
+    small = {kind: saved(Image.new("L", (3, 2)), kind) for kind in ("BMP", "GIF", "TIFF")}
+    ifd = small["TIFF"]
+    for tag, value in ((256, width), (257, height)):
+        short = struct.pack("<HHI", tag, 3, 1)
+        at = ifd.find(short) if short in ifd else ifd.index(struct.pack("<HHI", tag, 4, 1))
+        ifd = ifd[:at] + struct.pack("<HHII", tag, 4, 1, value) + ifd[at + 12 :]
+    return {
+        "PNG": png(width, height, 8, 2, b""),
+        "BMP": small["BMP"][:18] + struct.pack("<ii", width, height) + small["BMP"][26:],
+        "GIF": small["GIF"][:6] + struct.pack("<HH", width, height) + small["GIF"][10:],
+        "TIFF": ifd,
+    }
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF"])
+def test_the_limit_on_pixels_is_ours_alone(kind: str) -> None:
+    data = headers_only(20_000, 20_000)[kind]
+    assert reason_of(data) == ("image_too_large", "x: 20000×20000 pixels, limit 100000000")
+    if kind in ("PNG", "BMP"):
+        # Pillow's limit would end it here; ours lets the decoder find that there are no pixels.
+        assert reason_of(data, max_pixels=400_000_000)[0] == "image_undecodable"
+    if kind == "TIFF":
+        found = ("image_too_large", "x: more pixels than Pillow decodes of this format")
+        assert reason_of(data, max_pixels=400_000_000) == found
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "PPM"])
+def test_pillows_own_limit_has_no_say_and_stays_for_others(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = saved(Image.new("L", (40, 30), 7), kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert images.decode(data, "x").size == (40, 30)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(data))
+
+
+def test_an_image_of_a_table_has_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 4)
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    assert images.load_rgb(str(tmp_path / "a.png")).size == (8, 8)
+
+
+# ---------------------------------------------------------------------- kinds of files
+
+
+def test_sixteen_bit_rgb_is_read_as_rgb() -> None:
+    rows = b"\0" + struct.pack(">6H", 0, 256, 65535, 40_000, 128, 32_768)
+    image = images.decode(png(2, 1, 16, 2, rows), "x")
+    assert (image.mode, np.asarray(image).tolist()) == ("RGB", [[[0, 1, 255], [156, 0, 128]]])
+
+
+def several(kind: str, **options: Any) -> bytes:
+    first, second = Image.new("L", (8, 8), 10), Image.new("L", (8, 8), 200)
+    return saved(first, kind, save_all=True, append_images=[second], **options)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
+def test_several_pages_or_an_animation_are_not_one_image(kind: str) -> None:
+    found = reason_of(several(kind))
+    assert found == ("image_multi_frame", "x: 2 frames; export the one that is meant")
+    assert images.decode(saved(Image.new("L", (8, 8), 10), kind), "x").size == (8, 8)
+
+
+def test_a_photo_with_a_preview_is_one_image() -> None:
+    image = images.decode(several("MPO"), "x.jpg")
+    assert (image.format, image.size) == ("MPO", (8, 8))
+
+
+def test_what_cannot_be_shown_is_not_decoded() -> None:
+    lab = saved(Image.new("LAB", (4, 4)), "TIFF")
+    assert reason_of(lab) == ("image_undecodable", "x: colours as LAB; convert it to RGB")
+    packed = gzip.compress(saved(Image.new("L", (4, 4)), "PNG"))
+    assert reason_of(packed) == ("image_undecodable", "x: compressed with gzip; unpack it first")
+    assert reason_of(b"") == ("image_undecodable", "x: ValueError")
+
+
+@pytest.mark.parametrize(
+    ("image", "kind"),
+    [
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG"),
+        (Image.fromarray(np.arange(16, dtype=np.int32).reshape(4, 4) * 10**6), "TIFF"),
+        (Image.fromarray(np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)), "TIFF"),
+        (Image.fromarray(np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000), "PNG"),
+        (Image.new("1", (4, 4), 1), "PNG"),
+        (Image.new("P", (4, 4), 1), "PNG"),
+        (Image.new("YCbCr", (4, 4)), "TIFF"),
+    ],
+)
+def test_modes_become_rgb(image: Image.Image, kind: str) -> None:
+    rgb = images.to_rgb(images.decode(saved(image, kind), "x"))
+    assert (rgb.mode, rgb.size) == ("RGB", (4, 4))
+    if image.mode in ("I", "F", "I;16"):
+        pixels = np.asarray(rgb)[..., 0].ravel()
+        assert (pixels[0], pixels[-1]) == (0, 255)
+        assert (np.diff(pixels.astype(int)) >= 0).all()
+
+
+def test_values_that_are_no_numbers_are_the_ends_of_the_range() -> None:
+    values = np.array([[np.nan, np.inf], [-np.inf, 5.0], [1.0, 3.0]], np.float32)
+    assert np.asarray(images.to_rgb(Image.fromarray(values)))[..., 0].tolist() == [
+        [0, 255],
+        [0, 255],
+        [0, 128],
+    ]
+    nothing = Image.fromarray(np.full((2, 2), np.nan, np.float32))
+    assert not np.asarray(images.to_rgb(nothing)).any()
+
+
+# ---------------------------------------------------------------------- storage that fails
+
+
+class Store:
+    """Stands in for a file system: fails so many times with an error, then opens the file."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        self.error = error
+        self.left = times
+        self.asked = 0
+
+    type_name = "store"
+
+    def _look(self) -> None:
+        self.asked += 1
+        self.left -= 1
+        if self.left >= 0:
+            raise self.error
+
+    def open_input_file(self, path: str) -> Any:
+        self._look()
+        return fs.LocalFileSystem().open_input_file(path)
+
+    def get_file_info(self, path: str) -> Any:
+        self._look()
+        return fs.LocalFileSystem().get_file_info(path)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], Store]:
+    def make(error: Exception, times: int) -> Store:
+        made = Store(error, times)
+        monkeypatch.setattr(storage, "resolve", lambda uri: (made, str(uri)))
+        monkeypatch.setattr(images, "WAITS", (0.0, 0.0))
+        return made
+
+    return make
+
+
+_SLOW_DOWN = "AWS Error SLOW_DOWN during GetObject operation: Please reduce your request rate."
+
+
+def test_errors_that_pass_are_waited_out(tmp_path: Path, store: Callable[..., Store]) -> None:
+    (tmp_path / "a").write_bytes(b"data")
+    uri = str(tmp_path / "a")
+    for error in (
+        OSError(_SLOW_DOWN),
+        OSError(errno.EIO, "Input/output error"),
+        TimeoutError(errno.ETIMEDOUT, "timed out"),
+    ):
+        failing = store(error, 2)
+        assert images.read_file(uri, waits=(0, 0)) == b"data"
+        assert failing.asked == 3
+        failing = store(error, 2)
+        assert images.exists(uri, waits=(0, 0))
+        failing = store(error, 9)
+        with pytest.raises(type(error)):
+            images.read_file(uri, waits=(0, 0))
+        assert failing.asked == 3
+        with pytest.raises(type(error)):
+            images.exists(uri, waits=(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), PermissionError),
+        (FileNotFoundError(errno.ENOENT, "No such file"), ImageError),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), ImageError),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), ImageError),
+    ],
+)
+def test_errors_that_last_are_not(store: Callable[..., Store], error: Exception, found: type) -> None:
+    failing = store(error, 9)
+    with pytest.raises(found):
+        images.read_file("/a", waits=(0, 0))
+    assert failing.asked == 1
+
+
+def test_a_store_that_cannot_be_reached_is_not_a_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(uri: str) -> Any:
+        raise UserError("cannot open") from OSError("no route to host")
+
+    monkeypatch.setattr(storage, "resolve", resolve)
+    with pytest.raises(OSError, match="no route"):
+        images.read_file("s3://a/b", waits=())
+    monkeypatch.undo()
+    with pytest.raises(ImageError, match="image_missing"):
+        images.read_file("pigeon://a/b", waits=())
+
+
+def test_large_files_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert images.read_file(str(tmp_path / "a"), max_bytes=5) == b"12345"
+    with pytest.raises(ImageError, match="5 bytes, limit 4"):
+        images.read_file(str(tmp_path / "a"), max_bytes=4)
