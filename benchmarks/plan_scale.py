@@ -69,6 +69,7 @@ def write_table(folder: Path, num_pairs: int, image_token: int, image_tokens: in
             "prompt": lists(prompts.ravel(), np.full(len(rows), 41)),
             "chosen": lists(rng.integers(1000, 30000, chosen.sum(), dtype=np.int32), chosen),
             "rejected": lists(rng.integers(1000, 30000, rejected.sum(), dtype=np.int32), rejected),
+            "image_position": np.zeros(len(rows), np.int32),
             "prompt_tokens": np.full(len(rows), 40 + image_tokens, np.int32),
             "chosen_tokens": chosen.astype(np.int32),
             "rejected_tokens": rejected.astype(np.int32),

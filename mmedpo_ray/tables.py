@@ -167,6 +167,7 @@ PREPARED = pa.schema(
         _field("image_uri", pa.string(), "image of the chosen response"),
         _field("rejected_image_uri", pa.string(), "image of the rejected response"),
         _field("prompt", _TOKENS, "token ids up to the answer; the image stands as a single image token"),
+        _field("image_position", pa.int32(), "tokens of prompt before the image"),
         _field("chosen", _TOKENS, "token ids of the preferred answer with its end, cut at align.max_length"),
         _field("rejected", _TOKENS, "token ids of the dispreferred answer with its end, cut likewise"),
         _field(

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from mmedpo_ray import storage, tables
-from mmedpo_ray.align import deepspeed_engine
+from mmedpo_ray.align import deepspeed_engine, head
 from mmedpo_ray.align.pair_index import ensure_index
 from mmedpo_ray.align.policy import TrainingSpec
 from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
@@ -160,12 +160,14 @@ class Launch:
         spec: the run.
         crash_after: ends it, as a crash would, once that many updates are done.
         is_refused: run it as a Ray Train worker does; it must end with a user error.
+        most_logits: computed at once; fewer than there are make chunks.
         releases_weights: ZeRO-3 shards the smallest weights too, and releases them after every use, as it does large ones.
     """
 
     spec: TrainingSpec
     crash_after: int | None = None
     is_refused: bool = False
+    most_logits: int = head.MOST_LOGITS
     releases_weights: bool = False
 
 
@@ -193,7 +195,10 @@ def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None
     from mmedpo_ray.align.loop import TrainingLoop
 
     for launch in launches:
+        head.MOST_LOGITS = launch.most_logits
         if launch.is_refused:
+            # A rank that begins after another was refused would end at once, as it should.
+            torch.distributed.barrier()
             _expect_refusal(launch.spec)
             continue
         with _releasing() if launch.releases_weights else contextlib.nullcontext():

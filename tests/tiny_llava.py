@@ -86,6 +86,15 @@ def build_tiny_llava(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     return folder
 
 
+def put_the_image_last(folder: Path) -> None:
+    """Gives a saved model a chat template that writes the question before the image."""
+    (folder / "chat_template.jinja").write_text(
+        "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {% for c in m.content %}{% if c.type == 'text' %}"
+        "{{ c.text }}\n{% endif %}{% endfor %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% endif %}{% endfor %}"
+        " [/INST]{% else %} {{ m.content[0].text }}</s>{% endif %}{% endfor %}"
+    )
+
+
 def _hub_name(name: str) -> str:
     """transformers 5 leaves out ``vision_model`` when it saves; checkpoints on the hub have it."""
     tower = "vision_tower."

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from mmedpo_ray.align.forest import num_slots
+from mmedpo_ray.align.token_counts import TokenCounts
+from mmedpo_ray.config import AlignConfig
 
 
 @dataclass(frozen=True)
@@ -19,62 +23,38 @@ class Limits:
 
     Attributes:
         pairs: most pairs in a micro-batch.
-        tokens: most tokens in a micro-batch after packing; a single pair may exceed it.
+        tokens: most tokens in a micro-batch after packing, rows filled up; a single pair may exceed it.
     """
 
     pairs: int
     tokens: float = math.inf
 
-
-class TokenCounts:
-    """Token counts of S pairs of one step.
-
-    A packed forward computes each image's longest prompt and all responses: a good estimate of what prefix trees hold.
-
-    Args:
-        pairs: (S,) records of :data:`~mmedpo_ray.align.pair_index.PAIR`.
-        tree: (S,) number of each pair's tree; the records number images within trees.
-        both_sides: whether rejected sides are computed too.
-    """
-
-    def __init__(self, pairs: np.ndarray, tree: Sequence[int], *, both_sides: bool) -> None:
-        self._prompt: list[int] = pairs["prompt"].tolist()
-        chosen, rejected = pairs["chosen"], pairs["rejected"]
-        self.responses: list[int] = (chosen + rejected if both_sides else chosen).tolist()
-        first = list(zip(tree, pairs["image"].tolist(), strict=True))
-        second = list(zip(tree, pairs["rejected_image"].tolist(), strict=True))
-        self._images = [
-            {one, other} if both_sides else {one} for one, other in zip(first, second, strict=True)
-        ]
-
-    def of(self, members: Iterable[int]) -> int:
-        """Tokens of a forward pass of these pairs."""
-        prompts: dict[tuple[int, int], int] = {}
-        return sum(self.add(prompts, member) for member in members)
-
-    def cheapest(self) -> int:
-        """The pair with the fewest tokens, the first of equals."""
-        return min(range(len(self.responses)), key=lambda member: self.growth({}, member))
-
-    def growth(self, prompts: dict[tuple[int, int], int], member: int) -> int:
-        """Tokens that a pair adds to a forward pass with these longest prompts of its images."""
-        prompt = self._prompt[member]
-        longer = (max(0, prompt - prompts.get(image, 0)) for image in self._images[member])
-        return self.responses[member] + sum(longer)
-
-    def add(self, prompts: dict[tuple[int, int], int], member: int) -> int:
-        """The same, and notes the pair's prompts."""
-        tokens = self.growth(prompts, member)
-        for image in self._images[member]:
-            prompts[image] = max(prompts.get(image, 0), self._prompt[member])
-        return tokens
+    @classmethod
+    def of(cls, align: AlignConfig) -> Limits:
+        """What the settings allow."""
+        return cls(align.pairs_per_forward, align.tokens_per_forward or math.inf)
 
 
 @dataclass
 class _Piece:
+    """Pairs of tree number ``tree`` that stay together, with the tokens of each image's tree."""
+
+    tree: int
     members: list[int]
-    tokens: int
-    prompts: dict[tuple[int, int], int]
+    sizes: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.sizes)
+
+
+@dataclass
+class _Bin:
+    """A micro-batch as it fills: its pairs, the tokens of each image's tree, and which trees its pieces are of."""
+
+    members: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    trees: set[int] = field(default_factory=set)
 
 
 def balance(
@@ -91,44 +71,73 @@ def balance(
     Returns:
         Bins of pairs; some may be empty.
     """
-    pieces = [piece for tree in trees for piece in _cut(tree, counts, limits)]
+    pieces = _pieces([list(tree) for tree in trees], counts, limits)
     pieces.sort(key=lambda piece: (-piece.tokens, piece.members[0]))
     total = sum(len(piece.members) for piece in pieces)
     rounds = max(1, math.ceil(total / (num_ranks * limits.pairs)))
-    while (bins := _fill(pieces, num_ranks * rounds, limits)) is None:
+    while (bins := _fill(pieces, num_ranks * rounds, counts, limits)) is None:
         rounds += 1
     return bins
 
 
-def _cut(tree: Sequence[int], counts: TokenCounts, limits: Limits) -> list[_Piece]:
-    """Pieces of a tree that fit into a micro-batch; each repeats the image's tokens."""
-    pieces: list[_Piece] = []
+def _pieces(trees: Sequence[list[int]], counts: TokenCounts, limits: Limits) -> list[_Piece]:
+    """The trees, cut where they do not fit into a micro-batch; each piece of a tree repeats the image's tokens."""
+    found = []
+    for number, (tree, sizes) in enumerate(zip(trees, counts.sizes(trees), strict=True)):
+        if len(tree) <= limits.pairs and num_slots(sizes) <= limits.tokens:
+            found += [_Piece(number, tree, sizes)] if tree else []
+        else:
+            parts = _cut(tree, counts, limits)
+            found += [_Piece(number, part, of) for part, of in zip(parts, counts.sizes(parts), strict=True)]
+    return found
+
+
+def _cut(tree: Sequence[int], counts: TokenCounts, limits: Limits) -> list[list[int]]:
+    """Parts of a tree that fit into a micro-batch."""
+    parts: list[list[int]] = []
     for member in tree:
-        last = pieces[-1] if pieces else None
+        last = parts[-1] if parts else None
         if (
             last is None
-            or len(last.members) == limits.pairs
-            or last.tokens + counts.growth(last.prompts, member) > limits.tokens
+            or len(last) == limits.pairs
+            or (limits.tokens < math.inf and num_slots(counts.sizes([[*last, member]])[0]) > limits.tokens)
         ):
-            last = _Piece([], 0, {})
-            pieces.append(last)
-        last.members.append(member)
-        last.tokens += counts.add(last.prompts, member)
-    return pieces
+            parts.append([member])
+        else:
+            last.append(member)
+    return parts
 
 
-def _fill(pieces: Sequence[_Piece], num_bins: int, limits: Limits) -> list[list[int]] | None:
+def _fill(
+    pieces: Sequence[_Piece], num_bins: int, counts: TokenCounts, limits: Limits
+) -> list[list[int]] | None:
     """Puts each piece into the emptiest bin that has room; ``None`` if one fits nowhere."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    bins = [_Bin() for _ in range(num_bins)]
     tokens, pairs = np.zeros(num_bins), np.zeros(num_bins, np.int64)
     for piece in pieces:
-        is_full = (pairs > 0) & (
-            (pairs + len(piece.members) > limits.pairs) | (tokens + piece.tokens > limits.tokens)
-        )
+        is_full = (pairs > 0) & (pairs + len(piece.members) > limits.pairs)
         target = int(np.where(is_full, math.inf, tokens).argmin())
+        while not is_full[target] and (sizes := _together(bins[target], piece, counts, limits)) is None:
+            is_full[target] = True
+            target = int(np.where(is_full, math.inf, tokens).argmin())
         if is_full[target]:
             return None
-        bins[target] += piece.members
-        tokens[target] += piece.tokens
+        assert sizes is not None
+        chosen = bins[target]
+        chosen.members += piece.members
+        chosen.sizes = sizes
+        chosen.trees.add(piece.tree)
+        tokens[target] = sum(sizes)
         pairs[target] += len(piece.members)
-    return bins
+    return [item.members for item in bins]
+
+
+def _together(into: _Bin, piece: _Piece, counts: TokenCounts, limits: Limits) -> list[int] | None:
+    """Tokens of the images' trees of a bin with one more piece; ``None`` if that is more than a micro-batch may have."""
+    if piece.tree in into.trees:
+        # They share tokens.
+        sizes = counts.sizes([into.members + piece.members])[0]
+    else:
+        sizes = into.sizes + piece.sizes
+    is_too_much = into.members and limits.tokens < math.inf and num_slots(sizes) > limits.tokens
+    return None if is_too_much else sizes

@@ -26,7 +26,7 @@ class Pair:
         is_visual: the rejected side is an image.
         image_uri, rejected_image_uri: images of the two sides.
         prompt, chosen, rejected: token ids; prompt + response is at most ``align.max_length`` long.
-        weight: effective weight in the loss, > 0.
+        weight: effective weight in the loss, not negative; of 0: the pair is counted and not computed.
         ref_chosen, ref_rejected: reference log-probabilities, nats; 0 where the objective needs none.
         counts_nll: the chosen answer enters the terms about likelihood, divergence and anchor.
         chosen_weights, rejected_weights: of the response tokens, 0 to 1; ``None``: all 1.

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from mmedpo_ray.align.tree_attention import TreeLayout, lay_out
 
+# Steps between the longest tree's length and twice that, in which the length of rows is tried.
+_PARTS = 8
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -51,7 +54,8 @@ class Forest:
         position_ids: (R, T) int64, depth in the tree.
         subtree_end: (R, T) int64, the position after the last descendant.
         pixel_values: (I, 3, H, W) float32, the distinct images.
-        tree_image: (G,) int64, the image of each tree, row by row in the order of its tokens.
+        token_image: (R, T) int64, the image of the tree that a token stands in, by its place in ``pixel_values``; of filling
+            any. Where the question comes before the image a tree has the image's tokens once a question.
         edge_row, edge_parent, edge_token: (E,) int64: in row ``edge_row`` the token at position ``edge_parent`` predicts
             the response token ``edge_token``.
         term_edge, term_sequence: (S,) int64: the edge belongs to the response of the sequence.
@@ -66,7 +70,7 @@ class Forest:
     position_ids: Tensor
     subtree_end: Tensor
     pixel_values: Tensor
-    tree_image: Tensor
+    token_image: Tensor
     edge_row: Tensor
     edge_parent: Tensor
     edge_token: Tensor
@@ -127,7 +131,7 @@ class _Tree:
     def add(self, tokens: list[int]) -> list[int]:
         """Adds a sequence; returns its nodes."""
         known, path = self._last
-        start = _common_prefix(known, tokens)
+        start = common_prefix(known, tokens)
         path = path[:start]
         node = path[-1] if path else -1
         for depth in range(start, len(tokens)):
@@ -178,12 +182,14 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
         tree = trees.setdefault(sequence.image, _Tree(sequence.image))
         # The last token is predicted and predicts nothing: it is no input.
         paths.append(tree.add(sequence.prompt + sequence.response[:-1]))
-    rows = _lay_out(list(trees.values()))
+    found = sorted(trees.values(), key=lambda tree: tree.image)
+    rows = [[found[number] for number in row] for row in lay_out_rows([len(tree.tokens) for tree in found])]
     length = max(sum(len(tree.tokens) for tree in row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     position_ids = torch.zeros((len(rows), length), dtype=torch.int64)
     # Filling sees itself: a query that sees nothing would be NaN.
     subtree_end = torch.arange(1, length + 1).repeat(len(rows), 1)
+    token_image = torch.zeros((len(rows), length), dtype=torch.int64)
     positions: dict[int, tuple[int, list[int]]] = {}
     for number, row in enumerate(rows):
         start = 0
@@ -193,6 +199,7 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
             input_ids[number, place] = torch.tensor(tree.tokens)
             position_ids[number, place] = torch.tensor(tree.depths)
             subtree_end[number, place] = place + torch.tensor(size)
+            token_image[number, start : start + len(tree.tokens)] = tree.image
             positions[tree.image] = (number, place.tolist())
             start += len(tree.tokens)
     edges: dict[tuple[int, int, int], int] = {}
@@ -216,7 +223,7 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
         position_ids=position_ids,
         subtree_end=subtree_end,
         pixel_values=pixel_values,
-        tree_image=torch.tensor([tree.image for row in rows for tree in row]),
+        token_image=token_image,
         edge_row=torch.tensor(rows_of),
         edge_parent=torch.tensor(parents),
         edge_token=torch.tensor(tokens),
@@ -245,27 +252,61 @@ def _outputs(edge_rows: list[int], edge_parents: list[int], num_rows: int) -> tu
     return outputs, torch.tensor(edge_output)
 
 
-def _lay_out(trees: list[_Tree]) -> list[list[_Tree]]:
-    """Trees into rows no longer than the longest tree: each into the first row with room, longest first."""
-    ordered = sorted(trees, key=lambda tree: (-len(tree.tokens), tree.image))
-    capacity = len(ordered[0].tokens)
-    rows: list[list[_Tree]] = []
+def lay_out_rows(sizes: Sequence[int]) -> list[list[int]]:
+    """Trees into rows with little filling, none longer than twice the longest tree.
+
+    Beside the tree of an image those of its noised images are short: rows of the longest tree's length would be half empty.
+
+    Args:
+        sizes: tokens of every tree.
+
+    Returns:
+        Of each row the numbers of its trees.
+    """
+    ordered = sorted(range(len(sizes)), key=lambda number: -sizes[number])
+    longest = sizes[ordered[0]] if ordered else 0
+    ways = (
+        _first_fit(ordered, sizes, longest + longest * part // _PARTS)
+        for part in range(_PARTS + 1 if longest else 0)
+    )
+
+    def cost(rows: list[list[int]]) -> int:
+        # Longer rows have more products of queries and keys: filling of a few per cent is no reason for them.
+        length = _row_length(rows, sizes)
+        return len(rows) * length * (16 * longest + length)
+
+    return min(ways, key=cost, default=[])
+
+
+def _first_fit(ordered: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Each tree in the first row with room."""
+    rows: list[list[int]] = []
     room: list[int] = []
-    for tree in ordered:
-        size = len(tree.tokens)
-        for number, free in enumerate(room):
+    for number in ordered:
+        size = sizes[number]
+        for row, free in enumerate(room):
             if size <= free:
-                rows[number].append(tree)
-                room[number] -= size
+                rows[row].append(number)
+                room[row] -= size
                 break
         else:
-            rows.append([tree])
+            rows.append([number])
             room.append(capacity - size)
     return rows
 
 
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    """How many tokens two sequences share at the start, by comparing halves: image prefixes are long."""
+def _row_length(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> int:
+    return max(sum(sizes[number] for number in row) for row in rows)
+
+
+def num_slots(sizes: Sequence[int]) -> int:
+    """Tokens of a forward pass over trees of these sizes: rows × their length, with what fills them up."""
+    rows = lay_out_rows(sizes)
+    return len(rows) * _row_length(rows, sizes) if rows else 0
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many items two lists (or bytes of two strings) share at the start, by comparing halves: image prefixes are long."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

@@ -6,14 +6,15 @@ packed trees of :mod:`mmedpo_ray.align.forest`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mmedpo_ray.align import fast_layers, lora, tree_attention
+from mmedpo_ray.align import fast_layers, head, lora, tree_attention
 from mmedpo_ray.align.forest import Forest
-from mmedpo_ray.align.losses import Side, kl_divergence
+from mmedpo_ray.align.losses import Side
 
 
 class LogpOutput(NamedTuple):
@@ -50,7 +51,8 @@ def response_logps(
     """Evaluates every response of a batch.
 
     Each distinct image passes the vision tower once, each shared token the language model once, and only the hidden
-    states that predict a response token meet ``lm_head``: (E, V) logits for E response tokens instead of (R, T, V).
+    states that predict a response token meet ``lm_head``: (E, V) logits for E response tokens instead of (R, T, V), in chunks
+    where these are many (:mod:`~mmedpo_ray.align.head`).
 
     Args:
         model: a ``LlavaForConditionalGeneration`` or a peft model of one; its tower is frozen.
@@ -61,42 +63,44 @@ def response_logps(
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
     embeddings = _embeddings(llava, batch)
     attention = _attention(llava, batch)
-    reference_logits = None
+    reference = None
     if with_reference:
         with torch.no_grad(), model.disable_adapter():
             # A trained projector sees the image otherwise than the reference does.
             original = _embeddings(llava, batch) if _trains_projector(llava) else embeddings
-            reference_logits = _edge_logits(llava, batch, original, attention)
+            reference = _edge_states(llava, batch, original, attention)
     if torch.is_grad_enabled() and getattr(llava.model.language_model, "gradient_checkpointing", False):
         # Reentrant checkpointing only recomputes a block whose input wants a gradient.
         embeddings.requires_grad_(True)
-    logits = _edge_logits(llava, batch, embeddings, attention)
-    edges = _token_logps(logits, batch)
+    states = _edge_states(llava, batch, embeddings, attention)
+    to_values = (
+        llava.lm_head if head.is_installed(llava.lm_head) else partial(head.token_values, llava.lm_head)
+    )
+    edges, *further = to_values(states, batch.edge_token, reference, kl_forward_share)
     weights = batch.term_weight
-    ref_logps = kl = None
-    if reference_logits is not None:
-        ref_logps = _sum(_token_logps(reference_logits, batch), batch, weights)
-        if kl_forward_share is not None:
-            kl = _sum(kl_divergence(logits, reference_logits, kl_forward_share), batch)
     return LogpOutput(
         logps=_sum(edges, batch, weights),
         tokens=_sum(torch.ones_like(edges), batch, weights).detach(),
         likelihood=_sum(edges, batch),
         num_tokens=batch.num_tokens,
-        ref_logps=ref_logps,
-        kl=kl,
+        ref_logps=_sum(further[0], batch, weights) if further else None,
+        kl=_sum(further[1], batch) if len(further) > 1 else None,
     )
 
 
 def _embeddings(llava: Any, batch: Forest) -> Tensor:
     """(R, T, D) token embeddings, image features in the places of image tokens.
 
+    An image's tokens stand side by side and all of them, so the k-th image token of the batch is number k mod P of its image.
     Without a trained projector or embedding no graph is recorded: the tower has no weights that want a gradient.
     """
     features = image_features(llava, batch.pixel_values)
     embeddings = llava.get_input_embeddings()(batch.input_ids)
-    is_image = (batch.input_ids == llava.config.image_token_id).unsqueeze(-1)
-    return embeddings.masked_scatter(is_image, features[batch.tree_image].to(embeddings.dtype))
+    is_image = batch.input_ids == llava.config.image_token_id
+    count = features.shape[1]
+    within = (is_image.flatten().cumsum(0).view_as(is_image) - 1) % count
+    shown = nn.functional.embedding(batch.token_image * count + within, features.flatten(0, 1))
+    return torch.where(is_image.unsqueeze(-1), shown.to(embeddings.dtype), embeddings)
 
 
 def _attention(llava: Any, batch: Forest) -> dict[str, Any]:
@@ -114,19 +118,14 @@ def _attention(llava: Any, batch: Forest) -> dict[str, Any]:
     return known
 
 
-def _edge_logits(llava: Any, batch: Forest, embeddings: Tensor, attention: dict[str, Any]) -> Tensor:
-    """(E, V) float32 logits of the positions that predict a response token."""
+def _edge_states(llava: Any, batch: Forest, embeddings: Tensor, attention: dict[str, Any]) -> Tensor:
+    """(E, D) hidden states of the positions that predict a response token."""
     hidden = llava.model.language_model(
         inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False, **attention
     ).last_hidden_state
     if "outputs" in attention:
-        return llava.lm_head(hidden.flatten(0, 1)[batch.edge_output]).float()
-    return llava.lm_head(hidden[batch.edge_row, batch.edge_parent]).float()
-
-
-def _token_logps(logits: Tensor, batch: Forest) -> Tensor:
-    """(E,) log-probability of each response token, nats."""
-    return -nn.functional.cross_entropy(logits, batch.edge_token, reduction="none")
+        return hidden.flatten(0, 1)[batch.edge_output]
+    return hidden[batch.edge_row, batch.edge_parent]
 
 
 def _sum(edges: Tensor, batch: Forest, weights: Tensor | None = None) -> Tensor:
@@ -165,3 +164,4 @@ def make_fast(model: Any, *, attention: str = "tree", sharded: bool = False) -> 
         language_model.set_attn_implementation("flex_attention" if attention == "flex" else "sdpa")
     fast_layers.install(language_model, along_tree=attention == "tree")
     lora.install(model, sharded=sharded)
+    head.install(llava.lm_head)

@@ -36,12 +36,13 @@ from mmedpo_ray.align.losses import (
     sft_objective,
     summarise,
 )
+from mmedpo_ray.align.made_with import check_prepared
 from mmedpo_ray.align.metrics import MetricsWriter
 from mmedpo_ray.align.pair_source import StoredPairs, hold_out
 from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size
 from mmedpo_ray.align.policy import TrainingSpec, build_policy, learning_rate_factor
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import Manifest, read_manifest
+from mmedpo_ray.manifest import Manifest
 from mmedpo_ray.models.loading import PromptWriter, load_processor
 
 log = logging.getLogger(__name__)
@@ -344,19 +345,7 @@ class TrainingLoop:
 
     def _prepared(self) -> Manifest:
         """The manifest of the pairs, which must be those that the driver prepared."""
-        manifest = read_manifest(self.spec.prepared)
-        if manifest is None:
-            raise UserError(
-                f"align: {self.spec.prepared} is missing or unfinished on this node. All nodes must share the run's folder."
-            )
-        expected = self.spec.prepared_key
-        if expected is not None and manifest.key != expected:
-            raise UserError(
-                f"align: the table {self.spec.prepared} was made under other settings (key {manifest.key}, now {expected}): "
-                "the model's files, `scored`, align.precision, align.max_length or the kinds of pairs changed. "
-                "Delete that folder and run align again."
-            )
-        return manifest
+        return check_prepared(self.spec.prepared, self.spec.prepared_key, self.spec.prepared_with)
 
     def _make_engine(self) -> tuple[Engine, int]:
         """The engine, as the last checkpoint left it if there is one, and the next step."""

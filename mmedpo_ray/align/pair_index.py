@@ -1,8 +1,8 @@
-"""What the order of a training run needs to know of every pair: thirty bytes, in a file that ranks map into memory.
+"""What the order of a training run needs to know of every pair: 46 bytes, in a file that ranks map into memory.
 
-The table `prepared` holds the pairs; its index holds their token counts, their weights and where each image's pairs begin. It is
-built in one pass over the table's small columns, file by file (:func:`ensure_index`), and never read whole: a rank maps it,
-the ranks of a node share the pages, and a step touches those of its own images.
+The table `prepared` holds the pairs; its index holds their token counts, what they share (:mod:`~mmedpo_ray.align.token_counts`),
+their weights and where each image's pairs begin. It is built in one pass over the table, file by file (:func:`ensure_index`), and
+never read whole: a rank maps it, the ranks of a node share the pages, and a step touches those of its own images.
 
 Files in ``prepared/index/``: ``pairs.npy`` (N records of :data:`PAIR`), ``trees.npy`` (first row of every image, and N),
 ``images.npy`` (a hash of every image's id), and ``index.json`` (sums for the plan's summary, the table's files and their rows), which is written last.
@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmedpo_ray import storage
+from mmedpo_ray.align.token_counts import TOKEN_BYTES, TokenCounts, order_sequences
 from mmedpo_ray.manifest import Manifest
 from mmedpo_ray.slices import footer_of
 
@@ -37,6 +39,10 @@ PAIR = np.dtype(
         ("rejected", "<u4"),
         ("image", "<u4"),  # images are numbered such that equal numbers in a tree are equal images
         ("rejected_image", "<u4"),
+        ("chosen_order", "<u4"),  # place of prompt and answer among the sorted sequences of the tree
+        ("rejected_order", "<u4"),
+        ("chosen_shared", "<u4"),  # tokens in common with the sequence at the place before
+        ("rejected_shared", "<u4"),
         ("kind", "u1"),  # place in KINDS
         ("counts_nll", "?"),  # its chosen answer enters the likelihood term
     ]
@@ -47,6 +53,10 @@ _COLUMNS = [
     "kind",
     "image_uri",
     "rejected_image_uri",
+    "prompt",
+    "chosen",
+    "rejected",
+    "image_position",
     "prompt_tokens",
     "chosen_tokens",
     "rejected_tokens",
@@ -54,7 +64,7 @@ _COLUMNS = [
     "weight",
 ]
 # Of the files; raised when what is in them changes.
-_VERSION = 1
+_VERSION = 2
 # Trees whose records are gathered at once when sums are taken.
 _TREES_AT_ONCE = 1 << 18
 _FOLDER = "index"
@@ -69,6 +79,8 @@ class Totals:
         pairs, weight, weight_squared: by kind, in the order of :data:`KINDS`; of the weights in `scored`.
         packed, packed_chosen: tokens of all trees; of both sides, and of the chosen sides that enter the likelihood.
         separate, separate_chosen: the same with every sequence on its own.
+
+    Pairs without weight are counted in ``pairs`` alone: they are not computed.
     """
 
     pairs: list[int] = field(default_factory=lambda: [0, 0, 0])
@@ -88,17 +100,11 @@ class Totals:
             self.weight_squared[kind] += float((weights**2).sum())
         tree = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(pairs))))
         prompt, chosen, rejected = (pairs[name].astype(np.int64) for name in ("prompt", "chosen", "rejected"))
-        counted = pairs["counts_nll"]
-        self.separate += int((2 * prompt + chosen + rejected).sum())
-        self.separate_chosen += int((prompt + chosen)[counted].sum())
-        self.packed += int((chosen + rejected).sum()) + _longest_prompts(
-            np.concatenate([tree, tree]),
-            np.concatenate([pairs["image"], pairs["rejected_image"]]),
-            np.concatenate([prompt, prompt]),
-        )
-        self.packed_chosen += int(chosen[counted].sum()) + _longest_prompts(
-            tree[counted], pairs["image"][counted], prompt[counted]
-        )
+        computed, counted = np.flatnonzero(pairs["weight"] > 0), np.flatnonzero(pairs["counts_nll"])
+        self.separate += int((2 * prompt + chosen + rejected - 2)[computed].sum())
+        self.separate_chosen += int((prompt + chosen - 1)[counted].sum())
+        self.packed += TokenCounts(pairs, tree, both_sides=True).total(computed)
+        self.packed_chosen += TokenCounts(pairs, tree, both_sides=False).total(counted)
 
     def without(self, other: Totals) -> Totals:
         """The sums over all pairs but those of ``other``."""
@@ -187,7 +193,7 @@ def index_pairs(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Records of whole trees and the first row of each.
 
     An answer that several pairs of an image share enters the likelihood once: with the first text pair, else with the
-    first visual one. The chosen answer of a reversed pair is wrong, so it never does.
+    first visual one. The chosen answer of a reversed pair is wrong, so it never does, nor does that of a pair without weight.
 
     Args:
         table: rows of `prepared` in its order.
@@ -204,10 +210,48 @@ def index_pairs(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         pairs[name] = np.asarray(_array(table, f"{name}_tokens"))
     pairs["image"], pairs["rejected_image"] = codes[: len(pairs)], codes[len(pairs) :]
     pairs["kind"] = np.asarray(pc.index_in(_array(table, "kind"), value_set=pa.array(KINDS)))
-    pairs["counts_nll"] = _first_answers(
-        np.cumsum(is_first), np.asarray(_array(table, "answer_hash")), pairs["kind"]
-    )
-    return pairs, np.flatnonzero(is_first)
+    pairs["counts_nll"] = _first_answers(np.cumsum(is_first), np.asarray(_array(table, "answer_hash")), pairs)
+    starts = np.flatnonzero(is_first)
+    prompts = _token_bytes(table, "prompt")
+    set_orders(pairs, starts, prompts, _token_bytes(table, "chosen"), _token_bytes(table, "rejected"))
+    # The image stands once in the table's prompts and with all its tokens in the model's.
+    repeated = pairs["prompt"] - np.array([len(prompt) // TOKEN_BYTES for prompt in prompts], np.uint32)
+    for name in ("chosen_shared", "rejected_shared"):
+        has_image = pairs[name] > np.asarray(_array(table, "image_position"))
+        pairs[name] += np.where(has_image, repeated, 0).astype(np.uint32)
+    return pairs, starts
+
+
+def set_orders(
+    pairs: np.ndarray,
+    starts: np.ndarray,
+    prompts: Sequence[bytes],
+    chosen: Sequence[bytes],
+    rejected: Sequence[bytes],
+) -> None:
+    """Fills in the place of every pair's sequences in their tree and what they share there.
+
+    Args:
+        pairs: (N,) records of whole trees, their images set.
+        starts: the first record of every tree.
+        prompts, chosen, rejected: token ids of each, four bytes each.
+    """
+    names = [f"{side}_{field}" for side in ("chosen", "rejected") for field in ("order", "shared")]
+    images = np.concatenate([pairs["image"], pairs["rejected_image"]]).tolist()
+    found: list[list[int]] = [[], [], [], []]
+    for start, stop in pairwise([*starts.tolist(), len(pairs)]):
+        rows = range(start, stop)
+        # The last token is predicted and predicts nothing: it is no input.
+        sequences = [prompts[row] + side[row][:-TOKEN_BYTES] for side in (chosen, rejected) for row in rows]
+        shown = images[start:stop] + images[len(pairs) + start : len(pairs) + stop]
+        orders, shared = order_sequences(shown, sequences)
+        count = stop - start
+        for column, values in zip(
+            found, (orders[:count], shared[:count], orders[count:], shared[count:]), strict=True
+        ):
+            column += values
+    for name, column in zip(names, found, strict=True):
+        pairs[name] = column
 
 
 def hash_images(image_ids: Iterable[str]) -> np.ndarray:
@@ -302,9 +346,18 @@ def _last_tree(table: pa.Table) -> int:
     return pc.index(images, images[-1]).as_py()
 
 
-def _first_answers(tree: np.ndarray, answer: np.ndarray, kind: np.ndarray) -> np.ndarray:
+def _token_bytes(table: pa.Table, name: str) -> list[bytes]:
+    """Every list of a column of token ids as bytes, four an id."""
+    lists = _array(table, name)
+    ends = (TOKEN_BYTES * np.asarray(lists.offsets)).tolist()
+    content = np.asarray(lists.values).tobytes()
+    return [content[start:end] for start, end in pairwise(ends)]
+
+
+def _first_answers(tree: np.ndarray, answer: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Which pairs are the first of their tree with their answer, text pairs before the others."""
-    candidates = np.flatnonzero(kind != KINDS.index(REVERSED))
+    kind = pairs["kind"]
+    candidates = np.flatnonzero((kind != KINDS.index(REVERSED)) & (pairs["weight"] > 0))
     # Stable: within the same answer and kind the table's order remains.
     order = candidates[np.lexsort((kind[candidates] != 0, answer[candidates], tree[candidates]))]
     new = np.ones(len(order), bool)
@@ -312,13 +365,3 @@ def _first_answers(tree: np.ndarray, answer: np.ndarray, kind: np.ndarray) -> np
     found = np.zeros(len(kind), bool)
     found[order[new]] = True
     return found
-
-
-def _longest_prompts(tree: np.ndarray, image: np.ndarray, prompt: np.ndarray) -> int:
-    """Σ over the images of all trees of their longest prompt."""
-    if not len(tree):
-        return 0
-    order = np.lexsort((image, tree))
-    tree, image, prompt = tree[order], image[order], prompt[order]
-    is_first = np.append(True, (tree[1:] != tree[:-1]) | (image[1:] != image[:-1]))
-    return int(np.maximum.reduceat(prompt, np.flatnonzero(is_first)).sum())

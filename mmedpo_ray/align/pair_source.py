@@ -22,7 +22,15 @@ import pyarrow.parquet as pq
 
 from mmedpo_ray import storage
 from mmedpo_ray.align.batch import Pair
-from mmedpo_ray.align.pair_index import KINDS, PAIR, PairIndex, Totals, hash_images, load_index
+from mmedpo_ray.align.pair_index import (
+    KINDS,
+    PAIR,
+    PairIndex,
+    Totals,
+    hash_images,
+    load_index,
+    set_orders,
+)
 from mmedpo_ray.align.prepare import make_pair
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
@@ -175,11 +183,17 @@ class PairsInMemory:
                     len(pair.rejected),
                     numbers.setdefault(pair.image_uri, len(numbers)),
                     numbers.setdefault(pair.rejected_image_uri, len(numbers)),
+                    *(0, 0, 0, 0),
                     int(pair.is_visual),
                     pair.counts_nll,
                 )
             )
         found, first = np.array(records, PAIR), np.array(starts, np.int64)
+        tokens = [
+            [np.array(getattr(pair, name), "<i4").tobytes() for pair in self._pairs]
+            for name in ("prompt", "chosen", "rejected")
+        ]
+        set_orders(found, first, *tokens)
         totals = Totals()
         totals.add(found, first)
         hashes = hash_images(self._pairs[row].image_id for row in starts)

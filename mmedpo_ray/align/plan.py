@@ -20,10 +20,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmedpo_ray.align.balance import Limits, TokenCounts, balance
+from mmedpo_ray.align.balance import Limits, balance
 from mmedpo_ray.align.batch import Pair
+from mmedpo_ray.align.forest import num_slots
 from mmedpo_ray.align.losses import Normaliser
 from mmedpo_ray.align.pair_source import PairSource, weights_of
+from mmedpo_ray.align.token_counts import TokenCounts
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
 
@@ -48,10 +50,17 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ForwardSize:
-    """Size of a micro-batch in tokens, and in response tokens of these."""
+    """Size of a micro-batch.
+
+    Attributes:
+        tokens: of its rows, with what fills them up.
+        response_tokens: predicted ones; an answer that two pairs share counts twice.
+        images: distinct images.
+    """
 
     tokens: int
     response_tokens: int
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,12 +84,13 @@ class Plan:
     """The order of a training run.
 
     Args:
-        source: all pairs, each with a weight above 0.
+        source: all pairs; those of weight 0 are counted and not computed.
         seed: of the order.
         epochs: passes over all images.
         images_per_step: images in one optimizer step, over all ranks; the last step of an epoch may have fewer.
         pairs_per_forward: most pairs in a micro-batch.
-        tokens_per_forward: most tokens in a micro-batch, after packing (a single pair may exceed it).
+        tokens_per_forward: most tokens in a micro-batch, after packing and with what fills its rows up (a single pair may exceed
+            it).
         max_steps: stop after this many optimizer steps, if the epochs have not ended before.
         both_sides: whether rejected sides are computed too; balances the ranks.
 
@@ -164,7 +174,8 @@ class Plan:
         """The denominators of an optimizer step."""
         found = self._step(step)
         return Normaliser(
-            weight=math.fsum(found.weights),
+            # A step whose pairs all have weight 0 has loss 0, whatever it is divided by.
+            weight=math.fsum(found.weights) or 1.0,
             nll_tokens=int(found.pairs["chosen"][found.pairs["counts_nll"]].sum()),
             pairs=len(found.pairs),
         )
@@ -187,23 +198,34 @@ class Plan:
         ]
 
     def largest_micro_batch(self, world_size: int) -> ForwardSize:
-        """The most tokens a rank runs through the model at once, with the most response tokens.
+        """The most tokens a rank runs through the model at once, with their images, and the most response tokens.
 
         Of the first epoch, or of 256 of its steps spread over it.
         """
         steps = min(self.steps_per_epoch, self.total_steps)
-        tokens, responses = 0, 0
+        tokens, responses, images = 0, 0, 0
         for step in np.unique(np.linspace(0, steps - 1, min(steps, _STEPS_LOOKED_AT)).astype(int)).tolist():
             found = self._step(step)
             counts = self._counts(found)
-            for items in balance(self._computed(found), counts, world_size, self._limits):
-                tokens = max(tokens, counts.of(items))
-                responses = max(responses, sum(counts.responses[member] for member in items))
-        return ForwardSize(tokens, responses)
+            bins = balance(self._computed(found), counts, world_size, self._limits)
+            for items, sizes in zip(bins, counts.sizes(bins), strict=True):
+                if num_slots(sizes) > tokens:
+                    tokens, images = num_slots(sizes), len(sizes)
+                responses = max(responses, int(counts.responses[items].sum()))
+        return ForwardSize(tokens, responses, images)
 
     def summary(self) -> dict[str, float | int]:
-        """Figures of the plan for the manifest, from the sums in the index."""
+        """Figures of the plan for the manifest, from the sums in the index.
+
+        Raises:
+            UserError: all weights are 0.
+        """
         totals, factors = self._source.index.totals, self._source.coefficients
+        if not any(totals.weight):
+            raise UserError(
+                f"align: the weights of all {self.num_pairs:,} pairs are 0, so nothing could be learnt. Check the column `weight` "
+                "of the scored table and score.weights."
+            )
         weight = math.fsum(np.multiply(totals.weight, factors))
         squared = math.fsum(np.multiply(totals.weight_squared, factors**2))
         packed, separate = (
@@ -253,10 +275,8 @@ class Plan:
 
     def _computed(self, step: _Step) -> Iterable[Sequence[int]]:
         """The pairs of each tree that take part in the computation."""
-        if self._both_sides:
-            return step.trees
         # Without rejected sides a pair is its chosen answer, and an answer shared by two pairs is computed once.
-        counted = step.pairs["counts_nll"]
+        counted = step.weights > 0 if self._both_sides else step.pairs["counts_nll"]
         return [[member for member in tree if counted[member]] for tree in step.trees]
 
     def _counts(self, step: _Step) -> TokenCounts:
@@ -265,5 +285,6 @@ class Plan:
 
 
 def effective_sample_size(weights: Sequence[float] | np.ndarray) -> float:
-    """(Σw)² / (n·Σw²) in (0, 1]: the share of the pairs that the weighting leaves in effect."""
-    return math.fsum(weights) ** 2 / (len(weights) * math.fsum(weight**2 for weight in weights))
+    """(Σw)² / (n·Σw²) in [0, 1]: the share of the pairs that the weighting leaves in effect; 0 where all weights are 0."""
+    squared = math.fsum(weight**2 for weight in weights)
+    return math.fsum(weights) ** 2 / (len(weights) * squared) if squared else 0.0

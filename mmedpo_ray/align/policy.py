@@ -35,6 +35,7 @@ class TrainingSpec:
         use_gpu: whether ranks have a GPU each.
         attempt: identity of this launch, so that an error is told from one of an earlier launch.
         prepared_key: of the `prepared` table; ``None``: any.
+        prepared_with: what the table of that key is made with (:mod:`~mmedpo_ray.align.made_with`), for messages.
         check_reference: compare the table with the untrained policy in the first step.
     """
 
@@ -48,6 +49,7 @@ class TrainingSpec:
     use_gpu: bool
     attempt: str
     prepared_key: str | None = None
+    prepared_with: dict[str, Any] | None = None
     check_reference: bool = True
 
     @property

@@ -48,12 +48,14 @@ class Preparation:
         with_visual: whether visual pairs are trained on.
         with_reversed: whether the reversed pair of every visual one is derived.
         common_token_weight: weight of tokens that the answers of a text pair share, 0 to 1.
+        with_weightless: whether pairs of weight 0 stay: a mean over the number of pairs counts them.
     """
 
     max_length: int
     with_visual: bool = True
     with_reversed: bool = False
     common_token_weight: float = 1.0
+    with_weightless: bool = False
 
     @classmethod
     def of(cls, align: AlignConfig) -> Preparation:
@@ -63,6 +65,7 @@ class Preparation:
             align.visual_coefficient > 0,
             align.reversed_visual_coefficient > 0,
             align.common_token_weight,
+            align.reduction == "mean",
         )
 
 
@@ -149,6 +152,34 @@ def prepare_rows(
     return [_prepare_row(row, writer, how) for row in rows]
 
 
+def prepare_table(
+    scored: pa.Table, writer: PromptWriter, how: Preparation
+) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Tokenises whole trees in this process.
+
+    Args:
+        scored: rows of `scored`, at least the fields of :data:`COLUMNS`.
+        writer: of the model.
+        how: lengths and what is wanted.
+
+    Returns:
+        A table like `prepared` without reference log-probabilities, and the rows left out by pair_id, with ``drop_reason`` and
+        ``drop_detail``.
+
+    Raises:
+        UserError: a weight is negative or not a number.
+    """
+    rows: Sequence[Mapping[str, Any]] = scored.select(COLUMNS).to_pylist()
+    if how.with_reversed:
+        rows = with_reversed_pairs(
+            rows, {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == TEXT}
+        )
+    found = prepare_rows(rows, writer, how)
+    kept = sorted((row for row in found if tables.DROP_REASON not in row), key=lambda row: row["tree_key"])
+    dropped = sorted((row for row in found if tables.DROP_REASON in row), key=lambda row: row["pair_id"])
+    return tables.to_table(kept, tables.PREPARED), dropped
+
+
 def prepare_pairs(
     scored: pa.Table,
     writer: PromptWriter,
@@ -157,6 +188,7 @@ def prepare_pairs(
     visual_coefficient: float,
     reversed_visual_coefficient: float = 0.0,
     common_token_weight: float = 1.0,
+    with_weightless: bool = False,
 ) -> tuple[list[Pair], list[dict[str, Any]]]:
     """Makes the pairs of a small table in this process: what the prepare station does, without its table.
 
@@ -166,35 +198,32 @@ def prepare_pairs(
         max_length: ``align.max_length``.
         visual_coefficient: factor on the weight of visual pairs.
         reversed_visual_coefficient: factor on the weight of reversed visual pairs; above 0 they are derived.
-        common_token_weight: see :class:`Preparation`.
+        common_token_weight, with_weightless: see :class:`Preparation`.
 
     Returns:
-        Pairs with a weight above 0 by pair_id, their reference log-probabilities 0, and the rows left out with
+        Pairs by pair_id, their reference log-probabilities 0, and the rows left out with
         ``drop_reason`` and ``drop_detail``.
 
     Raises:
         UserError: a weight is negative or not a number.
     """
     how = Preparation(
-        max_length, visual_coefficient > 0, reversed_visual_coefficient > 0, common_token_weight
+        max_length,
+        visual_coefficient > 0,
+        reversed_visual_coefficient > 0,
+        common_token_weight,
+        with_weightless,
     )
-    rows: Sequence[Mapping[str, Any]] = scored.select(COLUMNS).to_pylist()
-    if how.with_reversed:
-        rows = with_reversed_pairs(
-            rows, {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == TEXT}
-        )
-    found = prepare_rows(rows, writer, how)
-    dropped = [row for row in found if tables.DROP_REASON in row]
-    kept = sorted((row for row in found if tables.DROP_REASON not in row), key=lambda row: row["tree_key"])
-    index, _ = index_pairs(tables.to_table(kept, tables.PREPARED))
+    table, dropped = prepare_table(scored, writer, how)
+    index, _ = index_pairs(table)
     coefficients = dict(zip(KINDS, (1.0, visual_coefficient, reversed_visual_coefficient), strict=True))
     pairs = [
         make_pair(
             row, writer, row["weight"] * coefficients[row["kind"]], counts_nll=bool(entry["counts_nll"])
         )
-        for row, entry in zip(kept, index, strict=True)
+        for row, entry in zip(table.to_pylist(), index, strict=True)
     ]
-    return sorted(pairs, key=lambda pair: pair.pair_id), sorted(dropped, key=lambda row: row["pair_id"])
+    return sorted(pairs, key=lambda pair: pair.pair_id), dropped
 
 
 def make_pair(
@@ -231,11 +260,13 @@ def _prepare_row(row: Mapping[str, Any], writer: PromptWriter, how: Preparation)
     tokens = _refuse_weight(row, how) or _tokenise(row, writer, how)
     if isinstance(tokens, _Refusal):
         return ids | {tables.DROP_REASON: tokens.reason, tables.DROP_DETAIL: tokens.detail}
+    prompt = writer.narrow(tokens.prompt)
     return ids | {
         "kind": row["kind"],
         "image_uri": row["image_uri"],
         "rejected_image_uri": row["rejected_image_uri"],
-        "prompt": writer.narrow(tokens.prompt),
+        "prompt": prompt,
+        "image_position": prompt.index(writer.image_token_id),
         "chosen": tokens.chosen,
         "rejected": tokens.rejected,
         "chosen_weights": tokens.chosen_weights,
@@ -254,7 +285,7 @@ def _refuse_weight(row: Mapping[str, Any], how: Preparation) -> _Refusal | None:
         raise UserError(
             f"scored, pair {row['pair_id']}: weight {weight} is not a number of at least 0. Run score again."
         )
-    if weight == 0:
+    if weight == 0 and not how.with_weightless:
         return _Refusal(WEIGHT_ZERO, "its weight is 0")
     if row["kind"] == VISUAL and not how.with_visual:
         return _Refusal(WEIGHT_ZERO, "align.visual_coefficient is 0")
@@ -276,7 +307,7 @@ def _tokenise(row: Mapping[str, Any], writer: PromptWriter, how: Preparation) ->
             "prompt_too_long", f"the prompt has {len(prompt)} tokens, align.max_length is {how.max_length}"
         )
     chosen, rejected = chosen[:room], rejected[:room]
-    if row["kind"] == TEXT and chosen == rejected:
+    if chosen == rejected and row["image_uri"] == row["rejected_image_uri"]:
         return _Refusal("equal_sides", f"both answers are the same up to align.max_length ({how.max_length})")
     if how.common_token_weight == 1.0 or row["kind"] == VISUAL:
         return _Tokens(prompt, chosen, rejected)

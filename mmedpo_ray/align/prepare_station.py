@@ -12,14 +12,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from rich.markup import escape
 
-from mmedpo_ray import cluster, tables
+from mmedpo_ray import tables
+from mmedpo_ray.align.balance import Limits, balance
 from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch
+from mmedpo_ray.align.expected import announce_ahead
 from mmedpo_ray.align.logps import make_fast, response_logps
-from mmedpo_ray.align.pair_index import TEXT, VISUAL, ensure_index
+from mmedpo_ray.align.made_with import MADE_WITH, MODEL_FILES, SCORED, changes
+from mmedpo_ray.align.pair_index import TEXT, VISUAL, ensure_index, index_pairs
 from mmedpo_ray.align.policy import objective_of
 from mmedpo_ray.align.prepare import (
     COLUMNS,
@@ -30,9 +35,12 @@ from mmedpo_ray.align.prepare import (
     tree_key,
     with_reversed_pairs,
 )
+from mmedpo_ray.align.resources import check_cluster, wants_gpu
+from mmedpo_ray.align.token_counts import TokenCounts
 from mmedpo_ray.config import AlignConfig, Config
+from mmedpo_ray.console import console
 from mmedpo_ray.joins import BySample
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, model_fingerprint
+from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, model_files
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.slices import map_slices, plan_slices, read_slices
@@ -45,29 +53,45 @@ _SLICES_PER_WORKER = 64
 _MOST_ROWS = 2048
 
 _ID = "tree_key"
+# Raised when the table's columns change.
+_COLUMNS_VERSION = 2
 _RAW = tables.with_drop_columns(tables.PREPARED)
 _ROWS = pa.schema([tables.SCORED.field(name) for name in COLUMNS])
 _ANSWERS = pa.schema([tables.SCORED.field(name) for name in ("sample_id", "kind", "rejected")])
 
 
 def prepare(config: Config) -> Manifest:
-    """Writes the `prepared` table of a run and its index.
+    """Writes the `prepared` table of a run and its index; before it loads a model it prints what the run will do and need.
 
     Rows that cannot be trained on (weight 0, prompt longer than ``align.max_length``, equal sides, an image placeholder in
     the text) go to ``dropped/`` with the reason.
 
     Raises:
-        UserError: `scored` is missing, no row is left, a weight is impossible, or an image cannot be read.
+        UserError: `scored` is missing, no row is left, a weight is impossible, an image cannot be read, or the cluster is too
+            small.
     """
     run = RunFolder(config.run.folder)
     station = _station(config)
     manifest = station.finished()
     if manifest is None:
+        # The same workers train afterwards.
+        check_cluster(config.align, use_gpu=wants_gpu(config.align))
+        parts = made_with(config)
+        if (before := read_manifest(run.prepared)) is not None and before.key != station.key:
+            console.print(
+                f"[dim]{station.name}: making {run.prepared} anew. Changed: "
+                f"{escape(changes(before.extra.get(MADE_WITH), parts))}[/dim]",
+                soft_wrap=True,
+            )
+        if needs_stored_reference(config.align):
+            announce_ahead(config)
         manifest = station.write_rows(
             lambda done: _pipeline(config, done),
             schema=tables.PREPARED,
             id_column=_ID,
             total=_rows(run.scored),
+            extra=lambda _: {MADE_WITH: parts},
+            extra_columns=(),
             intended_reasons=(WEIGHT_ZERO,),
         )
     ensure_index(run.prepared, manifest)
@@ -89,12 +113,24 @@ def preparation_settings(config: Config) -> dict[str, Any]:
     align = config.align
     with_reference = needs_stored_reference(align)
     return {
-        "model": model_fingerprint(config.model.path),
-        "reference": align.precision if with_reference else None,
-        "max_length": align.max_length,
-        "common_token_weight": align.common_token_weight,
-        "visual_pairs": align.visual_coefficient > 0,
-        "reversed_pairs": align.reversed_visual_coefficient > 0,
+        MODEL_FILES: model_files(config.model.path),
+        "reference log-probabilities": with_reference,
+        "align.precision": align.precision if with_reference else None,
+        "align.max_length": align.max_length,
+        "align.common_token_weight": align.common_token_weight,
+        "visual pairs": align.visual_coefficient > 0,
+        "reversed pairs": align.reversed_visual_coefficient > 0,
+        "pairs without weight": align.reduction == "mean",
+        "columns": _COLUMNS_VERSION,
+    }
+
+
+def made_with(config: Config) -> dict[str, Any]:
+    """All that the table's key is a hash of, as its manifest keeps it."""
+    scored = read_manifest(RunFolder(config.run.folder).scored)
+    return {
+        **preparation_settings(config),
+        SCORED: f"{scored.key}+{scored.revision}" if scored is not None else None,
     }
 
 
@@ -130,7 +166,7 @@ def _pipeline(config: Config, done: DoneIds) -> ray.data.Dataset | None:
     slices = plan_slices([run.scored], rows=rows)
     if not slices:
         return None
-    use_gpu = cluster.has_gpu() if align.use_gpu is None else align.use_gpu
+    use_gpu = wants_gpu(align)
     return ray.data.from_arrow(slices).map_batches(
         ReferenceScorer,
         fn_constructor_kwargs={"reader": reader, "align": align, "use_gpu": use_gpu},
@@ -204,7 +240,7 @@ class ReferenceScorer:
     def __init__(self, reader: _Reader, align: AlignConfig, *, use_gpu: bool = False) -> None:
         torch.set_num_threads(align.threads_per_worker)
         self._reader = reader
-        self._pairs_per_forward = align.pairs_per_forward
+        self._limits = Limits.of(align)
         self._device = torch.device("cuda" if use_gpu else "cpu")
         dtype = torch.bfloat16 if align.precision == "bf16" else torch.float32
         policy: Any = load_model(reader.model, dtype)  # mypy misreads transformers' decorated `to`
@@ -217,12 +253,23 @@ class ReferenceScorer:
         """Planned slices of `scored` → rows of `prepared`."""
         rows = self._reader.rows(read_slices(batch, _ROWS), self._writer)
         kept = sorted((row for row in rows if tables.DROP_REASON not in row), key=lambda row: row[_ID])
-        for start in range(0, len(kept), self._pairs_per_forward):
-            chunk = kept[start : start + self._pairs_per_forward]
+        for members in self._forwards(kept):
+            chunk = [kept[member] for member in members]
             chosen, rejected = self._score([make_pair(row, self._writer) for row in chunk])
             for row, *logps in zip(chunk, chosen, rejected, strict=True):
                 row["ref_chosen_logp"], row["ref_rejected_logp"] = logps
         return tables.to_table(rows, _RAW)
+
+    def _forwards(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """Which rows go through the model at once, by the limits of training; those without weight do not."""
+        pairs, starts = index_pairs(tables.to_table(rows, tables.PREPARED))
+        sizes = np.diff(np.append(starts, len(pairs)))
+        counts = TokenCounts(pairs, np.repeat(np.arange(len(starts)), sizes), both_sides=True)
+        trees = [
+            [member for member in range(start, start + size) if pairs["weight"][member] > 0]
+            for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
+        ]
+        return [members for members in balance(trees, counts, 1, self._limits) if members]
 
     def _score(self, pairs: list[Pair]) -> tuple[list[float], list[float]]:
         """Log-probabilities of the chosen and of the rejected responses, nats."""

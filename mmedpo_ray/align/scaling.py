@@ -43,7 +43,7 @@ class Geometry:
         tower: parameters of the vision tower and the projector.
         projector: of these, those of the projector.
         adapter: parameters that are trained beside the model's own: LoRA.
-        num_layers, hidden: of the language model.
+        num_layers, hidden, intermediate, heads, key_heads, head_size: of the language model.
         image_tokens: ids that stand for an image.
     """
 
@@ -56,6 +56,10 @@ class Geometry:
     adapter: int
     num_layers: int
     hidden: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    head_size: int
     image_tokens: int
 
     @classmethod
@@ -93,6 +97,10 @@ class Geometry:
             ),
             num_layers=text.num_hidden_layers,
             hidden=text.hidden_size,
+            intermediate=text.intermediate_size,
+            heads=text.num_attention_heads,
+            key_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             image_tokens=config.image_seq_length,
         )
 

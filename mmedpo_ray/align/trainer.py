@@ -26,12 +26,19 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from mmedpo_ray import cluster, storage
+from mmedpo_ray import storage
 from mmedpo_ray.align.attempt import STOP_FILE, ask_to_stop, claim, is_told_to_stop
 from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints
+from mmedpo_ray.align.expected import announce
 from mmedpo_ray.align.metrics import METRICS_FILE, read_metrics
 from mmedpo_ray.align.policy import TrainingSpec
-from mmedpo_ray.align.prepare_station import needs_stored_reference, preparation_settings, prepare
+from mmedpo_ray.align.prepare_station import (
+    made_with,
+    needs_stored_reference,
+    preparation_settings,
+    prepare,
+)
+from mmedpo_ray.align.resources import check_cluster, rank_resources, wants_gpu
 from mmedpo_ray.align.stoppable import StoppableTorchConfig, training
 from mmedpo_ray.align.trackers import TRACKER_FILES, check_trackers, tracker_environment
 from mmedpo_ray.align.trained import find_trained
@@ -95,7 +102,8 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
         remove_checkpoints(folder)
         return done
     spec = _training_spec(config, settings, folder, station.key, prepared.key)
-    _check_cluster(spec)
+    check_cluster(settings, use_gpu=spec.use_gpu)
+    announce(station.name, settings, config)
     claim(folder, spec.attempt)
     _prepare_folder(folder, station.key)
     with watch(station.name, folder):
@@ -125,9 +133,10 @@ def _training_spec(
         prepared=RunFolder(config.run.folder).prepared,
         stored_reference=needs_stored_reference(config.align),
         key=key,
-        use_gpu=cluster.has_gpu() if settings.use_gpu is None else settings.use_gpu,
+        use_gpu=wants_gpu(settings),
         attempt=uuid.uuid4().hex[:12],
         prepared_key=prepared_key,
+        prepared_with=made_with(config),
     )
 
 
@@ -145,26 +154,6 @@ def _prepare_folder(folder: Path, key: str) -> None:
         (folder / _KEY_FILE).write_text(json.dumps(key))
     for name in (_ERROR_FILE, PLAN_FILE, STOP_FILE):
         storage.remove(str(folder / name))
-
-
-def _check_cluster(spec: TrainingSpec) -> None:
-    """Fails at once where Ray would wait for resources for ever (a cluster that scales may still grow)."""
-    align = spec.align
-    if spec.use_gpu and align.use_gpu and not cluster.has_gpu() and not cluster.may_grow():
-        raise UserError("align.use_gpu is true but the cluster has no GPU. Set it to null or false.")
-    resources = _rank_resources(spec)
-    room = cluster.room_for(resources)
-    if room >= align.min_workers or cluster.may_grow():
-        return
-    one = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
-    raise UserError(
-        f"align.num_workers asks for at least {align.min_workers} ranks of {one} each (align.cpus_per_worker), but the nodes of "
-        f"the cluster hold {room}. Lower one of them, or add nodes (a local cluster: raise ray.local_cpus)."
-    )
-
-
-def _rank_resources(spec: TrainingSpec) -> dict[str, float]:
-    return {"CPU": spec.align.cpus_per_worker} | ({"GPU": 1.0} if spec.use_gpu else {})
 
 
 def _fit(spec: TrainingSpec) -> None:
@@ -186,7 +175,7 @@ def _fit(spec: TrainingSpec) -> None:
             # ray.train's own form of [min, max]; its types do not name it.
             num_workers=align.num_workers,  # type: ignore[arg-type]
             use_gpu=spec.use_gpu,
-            resources_per_worker=_rank_resources(spec),
+            resources_per_worker=rank_resources(align, use_gpu=spec.use_gpu),
             elastic_resize_monitor_interval_s=align.resize_check_seconds,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(

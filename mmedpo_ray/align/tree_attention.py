@@ -26,7 +26,7 @@ from torch import Tensor
 
 NAME = "packed_tree"
 # Most queries in a block: each block has a copy of the keys of its trunk, and more queries see more keys that are not theirs.
-_QUERIES_PER_BLOCK = 192
+QUERIES_PER_BLOCK = 192
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _trunk_end(ends: Sequence[int], root: int) -> int:
 
 def _cut(start: int, end: int) -> list[tuple[int, int]]:
     """Equal blocks of at most the block size."""
-    count = -(-(end - start) // _QUERIES_PER_BLOCK)
+    count = -(-(end - start) // QUERIES_PER_BLOCK)
     bounds = [start + (end - start) * number // count for number in range(count + 1)] if count else []
     return list(pairwise(bounds))
 

@@ -55,8 +55,7 @@ def _show(name: str, folder: Path, stop: threading.Event) -> None:
     with progress_bar() as bar:
         task = bar.add_task(name, total=None, note="starting workers")
         while not stop.wait(_LOOK_EVERY_S):
-            if plan is None and (plan := _read_plan(folder)) is not None:
-                console.print(plan_line(name, plan), soft_wrap=True)
+            plan = plan or _read_plan(folder)
             if plan is None and time.monotonic() >= hint_at:
                 hint_at = math.inf
                 console.print(
@@ -151,15 +150,6 @@ def duration(seconds: float) -> str:
     """``h:mm:ss``, as progress bars show it."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def plan_line(name: str, plan: dict[str, Any]) -> str:
-    """The plan of a run in one line."""
-    return (
-        f"[dim]{name}: {plan['steps']:,} steps of {plan['pairs']:,} pairs on {plan['images']:,} images; "
-        f"{plan['tokens_per_epoch']:,} tokens an epoch, {plan['sharing_factor']} times fewer than unpacked; "
-        f"effective sample size {plan['effective_sample_size']:.0%}[/dim]"
-    )
 
 
 def _read_plan(folder: Path) -> dict[str, Any] | None:

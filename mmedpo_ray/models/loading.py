@@ -1,7 +1,7 @@
 """Loading a LLaVA and writing its prompts, the same way for training, reference and inference.
 
 The token ids made here are those a chat request to the vLLM endpoint is answered from: the processor's own chat
-template with the image first, no extra beginning token, and the image placeholder widened to as many ids as the vision
+template with the image where it puts it, no extra beginning token, and the image placeholder widened to as many ids as the vision
 tower yields features. What training sees is therefore what the model meets when it is served.
 """
 
@@ -29,15 +29,21 @@ EMBEDDED_FOLDER = Path(__file__).parent / "phantom_llava"
 # Their features come in a fixed number per image, which the planning of a training run relies on.
 _SUPPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _NEEDED_FOR_ANOTHER = (
-    "Another architecture would need: a fixed number of image tokens an image, an image before the text in its chat "
-    "template, 4-D attention masks and position ids in its forward pass (tree packing), LoRA names of its language model "
-    "(align), and a spelling of its weights that vLLM loads (export)."
+    "Another architecture would need: a fixed number of image tokens an image, 4-D attention masks and position ids in its "
+    "forward pass (tree packing), LoRA names of its language model (align), and a spelling of its weights that vLLM loads "
+    "(export)."
 )
 # Questions whose prompts are kept (each with all its image tokens), and the same of answers.
 _CACHED_PROMPTS = 4_096
 _CACHED_RESPONSES = 16_384
 # Below this a model is identified by its bytes, above by the sizes and times of its files.
 _HASH_WHOLE_BYTES = 256 * 1024**2
+_WEIGHTS = (".safetensors", ".bin")
+# Configuration, template, image processing and tokenizer.
+_TEXTS = (".json", ".jinja", ".model")
+_TOKENIZER_TEXTS = ("vocab.txt", "merges.txt")
+# Beside a model, and of no effect on what it computes.
+_NOT_OF_THE_MODEL = ("scores.json", "training_args.bin")
 
 
 def resolve_model(path: str) -> str:
@@ -74,11 +80,11 @@ def load_processor(path: str) -> LlavaProcessor:
     """Loads image processing, tokenizer and chat template.
 
     Raises:
-        UserError: the model has no processor, or no chat template.
+        UserError: another architecture, or the model has no processor or no chat template.
     """
     from transformers import LlavaProcessor
 
-    source = resolve_model(path)
+    source = _checked(path)
     try:
         processor = LlavaProcessor.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
@@ -103,13 +109,10 @@ def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     Raises:
         UserError: not a ``LlavaForConditionalGeneration``, or its files are missing or damaged.
     """
-    from transformers import LlavaForConditionalGeneration, PreTrainedConfig
+    from transformers import LlavaForConditionalGeneration
 
-    source = resolve_model(path)
+    source = _checked(path)
     try:
-        # As written, before transformers looks for a class of that type: a hub name may be a llava_mistral.
-        settings, _ = PreTrainedConfig.get_config_dict(source)
-        _check_architecture(settings, path)
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
@@ -118,31 +121,34 @@ def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
 
 
 def model_fingerprint(path: str) -> str:
-    """A hash that changes when the model's weights, template or processing do; 16 hex digits.
+    """A hash that changes when the model's weights, template or processing do; 16 hex digits."""
+    return hashlib.sha256(json.dumps(model_files(path), sort_keys=True).encode()).hexdigest()[:16]
 
-    Small local models are hashed whole, large ones by the sizes and times of their files. A hub name counts as its
-    own fingerprint: a published revision does not change under its name.
+
+def model_files(path: str) -> dict[str, str]:
+    """The files that say what a model computes and how its input is made, each with a hash of 16 hex digits.
+
+    Small local models are hashed whole; of large ones the weights by size and time. A hub name counts as its own hash: a
+    published revision does not change under its name.
     """
     source = resolve_model(path)
     folder = Path(source)
     if not folder.is_dir():
-        return hashlib.sha256(source.encode()).hexdigest()[:16]
+        return {source: hashlib.sha256(source.encode()).hexdigest()[:16]}
     files = sorted(
-        file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors", ".model")
+        file
+        for file in folder.iterdir()
+        if (file.suffix in (*_WEIGHTS, *_TEXTS) or file.name in _TOKENIZER_TEXTS)
+        and file.name not in _NOT_OF_THE_MODEL
     )
     whole = sum(file.stat().st_size for file in files) <= _HASH_WHOLE_BYTES
-    state = hashlib.sha256()
-    for file in files:
-        # Scores and notes beside a model say nothing about what it computes.
-        if file.name == "scores.json":
-            continue
-        state.update(file.name.encode())
-        if whole or file.suffix != ".safetensors":
-            state.update(file.read_bytes())
-        else:
-            info = file.stat()
-            state.update(f"{info.st_size} {info.st_mtime_ns}".encode())
-    return state.hexdigest()[:16]
+    return {file.name: _hash_file(file, whole=whole or file.suffix not in _WEIGHTS) for file in files}
+
+
+def _hash_file(file: Path, *, whole: bool) -> str:
+    info = file.stat()
+    content = file.read_bytes() if whole else f"{info.st_size} {info.st_mtime_ns}".encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 class PromptWriter:
@@ -257,6 +263,21 @@ def _messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
+
+
+def _checked(path: str) -> str:
+    """:func:`resolve_model` of a path whose architecture is known to be right, hub names too."""
+    from transformers import PreTrainedConfig
+
+    source = resolve_model(path)
+    if not Path(source).is_dir():
+        try:
+            # As written, before transformers looks for a class of that type: it may be a llava_mistral.
+            settings, _ = PreTrainedConfig.get_config_dict(source)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
+        _check_architecture(settings, path)
+    return source
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

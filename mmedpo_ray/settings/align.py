@@ -89,7 +89,9 @@ class AlignConfig(Section):
     )
     pairs_per_forward: int = Field(16, ge=1, description="most pairs a rank runs through the model at once")
     tokens_per_forward: int | None = Field(
-        None, ge=64, description="most tokens too, after packing; null: no such limit"
+        None,
+        ge=64,
+        description="most tokens too, after packing and with what fills rows up; null: no such limit",
     )
     max_length: int = Field(2048, ge=64, description="tokens of prompt + response, image tokens included")
     lora: LoraConfig = LoraConfig()

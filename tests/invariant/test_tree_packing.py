@@ -15,9 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny_llava import build_tiny_llava
+from tiny_llava import build_tiny_llava, put_the_image_last
 from torch import Tensor
 
+from mmedpo_ray.align import head
 from mmedpo_ray.align.forest import TokenSequence, pack
 from mmedpo_ray.align.logps import LogpOutput, make_fast, response_logps
 from mmedpo_ray.align.losses import (
@@ -41,12 +42,16 @@ class World:
     Attributes:
         model: as transformers and peft compute it.
         packed: copies of it set up for packed trees, by the way of attention.
-        writer: of both.
+        writers: of both, by where the template puts the image, ``first`` or ``last``.
     """
 
     model: Any
     packed: dict[str, Any]
-    writer: PromptWriter
+    writers: dict[str, PromptWriter]
+
+    @property
+    def writer(self) -> PromptWriter:
+        return self.writers["first"]
 
 
 def take_gradients(model: Any) -> dict[str, Tensor]:
@@ -58,10 +63,13 @@ def take_gradients(model: Any) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = str(build_tiny_llava(tmp_path_factory.mktemp("model") / "tiny"))
+    folder = build_tiny_llava(tmp_path_factory.mktemp("model") / "tiny")
+    writers = {"first": PromptWriter(load_processor(str(folder)))}
+    put_the_image_last(folder)
+    writers["last"] = PromptWriter(load_processor(str(folder)))
     torch.manual_seed(0)
     model = get_peft_model(
-        load_model(folder, torch.float32),
+        load_model(str(folder), torch.float32),
         LoraConfig(
             r=4,
             lora_alpha=8,
@@ -75,7 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     copies = {name: copy.deepcopy(model) for name in ("tree", "sdpa", "flex")}
     for attention, packed_model in copies.items():
         make_fast(packed_model, attention=attention, sharded=attention != "tree")
-    return World(model, copies, PromptWriter(load_processor(folder)))
+    return World(model, copies, writers)
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,8 @@ def pairs(draw: st.DrawFn) -> list[Draw]:
     return found
 
 
-def _sequences(world: World, drawn: list[Draw]) -> list[TokenSequence]:
-    prompts = {text: world.writer.prompt(text) or [] for text in QUESTIONS}
+def _sequences(world: World, drawn: list[Draw], image: str = "first") -> list[TokenSequence]:
+    prompts = {text: world.writers[image].prompt(text) or [] for text in QUESTIONS}
     sides = [(pair.question, pair.chosen, pair.image) for pair in drawn]
     sides += [(pair.question, pair.rejected, pair.rejected_image) for pair in drawn]
     return [TokenSequence(prompts[question], response, image) for question, response, image in sides]
@@ -193,11 +201,16 @@ def _same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(drawn=pairs(), loss=st.sampled_from(sorted(LOSSES)), attention=st.sampled_from(["tree", "sdpa"]))
+@given(
+    drawn=pairs(),
+    loss=st.sampled_from(sorted(LOSSES)),
+    attention=st.sampled_from(["tree", "sdpa"]),
+    image=st.sampled_from(["first", "last"]),
+)
 def test_losses_and_lora_gradients_equal_the_padded_ones(
-    world: World, drawn: list[Draw], loss: str, attention: str
+    world: World, drawn: list[Draw], loss: str, attention: str, image: str
 ) -> None:
-    sequences, (batch, total) = _sequences(world, drawn), _batch(drawn)
+    sequences, (batch, total) = _sequences(world, drawn, image), _batch(drawn)
     objective = Objective(
         loss=loss,
         beta=0.3,
@@ -256,6 +269,59 @@ def test_the_online_reference_and_the_divergence_equal_the_padded_ones(
     assert torch.allclose(out.ref_logps, ref_logps, rtol=TOLERANCE, atol=TOLERANCE)
     assert torch.allclose(out.kl, divergence, rtol=1e-4, atol=TOLERANCE)
     _same_gradients(our_gradients, take_gradients(world.model))
+
+
+@pytest.mark.parametrize("forward_share", [None, 0.3])
+def test_values_and_gradients_do_not_depend_on_chunks(
+    world: World, forward_share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [
+        Draw(QUESTIONS[0], [6, 7, 10], [8, 9], 0, 0, 1.0, False),
+        Draw(QUESTIONS[1], [6, 11], [6, 11], 1, 3, 1.0, True),
+    ]
+    sequences = _sequences(world, drawn)
+    model = world.packed["tree"]
+    vocabulary = model.get_base_model().lm_head.weight.shape[0]
+    model.get_base_model().lm_head.requires_grad_(True)
+    found = []
+    for rows in (1000, 3):
+        monkeypatch.setattr(head, "MOST_LOGITS", rows * vocabulary + 1)
+        out = packed(
+            world, sequences, with_reference=forward_share is not None, kl_forward_share=forward_share
+        )
+        loss = (out.logps * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum()
+        if out.kl is not None:
+            loss = loss + out.kl.square().sum()
+        loss.backward()
+        found.append((out, take_gradients(model)))
+    model.get_base_model().lm_head.requires_grad_(False)
+    (whole, expected), (chunked, gradients) = found
+    assert chunked.logps.grad_fn is not None
+    for ours, theirs in zip(chunked, whole, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert "base_model.model.lm_head.weight" in gradients
+    _same_gradients(gradients, expected)
+
+
+def test_chunks_bound_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the logits of many tokens nothing stays until the backward pass; of few, all."""
+    rows, size, vocabulary = 64, 4, 100
+    layer = torch.nn.Linear(size, vocabulary, bias=False)
+    head.install(layer)
+
+    def kept(most_logits: int) -> int:
+        monkeypatch.setattr(head, "MOST_LOGITS", most_logits)
+        numbers: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: numbers.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            layer(torch.randn(rows, size, requires_grad=True), torch.randint(vocabulary, (rows,)))
+        return sum(numbers)
+
+    assert kept(rows * vocabulary) > rows * vocabulary
+    assert kept(8 * vocabulary) == rows * size + size * vocabulary + rows
 
 
 def test_span_weights_count_only_what_differs(world: World) -> None:

@@ -10,9 +10,10 @@ from tiny_llava import build_tiny_llava
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.dry_run import dry_run
+from mmedpo_ray.align.made_with import MADE_WITH
 from mmedpo_ray.align.pair_source import StoredPairs
 from mmedpo_ray.align.prepare import prepare_pairs
-from mmedpo_ray.align.prepare_station import prepare
+from mmedpo_ray.align.prepare_station import made_with, prepare
 from mmedpo_ray.config import Config
 from mmedpo_ray.errors import user_message
 from mmedpo_ray.models.loading import PromptWriter, load_processor
@@ -63,8 +64,9 @@ def test_a_failed_preparation_resumes_and_equals_one_process(config: Config, ray
     )
     assert found == sorted(pairs, key=lambda pair: (pair.image_id, pair.pair_id))
     assert prepare(config).finished_at == manifest.finished_at, "a finished table is kept"
-    # What `--dry-run` says before and after is the same, but for who counts reversed pairs apart.
-    assert dry_run(config) == expected | {"reversed_pairs": IMAGES}
+    assert dry_run(config) == expected, "what `--dry-run` says before and after is the same"
+    assert expected["reversed_pairs"] == IMAGES
+    assert manifest.extra[MADE_WITH] == made_with(config)
 
 
 @pytest.mark.timeout(300)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.align.forest import Forest, TokenSequence, pack
+from mmedpo_ray.align.forest import Forest, TokenSequence, lay_out_rows, num_slots, pack
 
 PAD = 0
 
@@ -41,7 +41,9 @@ def test_every_response_token_sees_exactly_what_precedes_it(
         expected = [(whole[:end], whole[end]) for end in range(len(sequence.prompt), len(whole))]
         assert read_back(forest, index) == expected
     assert forest.num_tokens.tolist() == [len(sequence.response) for sequence in sequences]
-    assert sorted(forest.tree_image.tolist()) == list(range(len(images)))
+    is_filling = torch.arange(forest.input_ids.numel())[:, None] == forest.layout.filling
+    shown = forest.token_image.flatten()[~is_filling.any(-1)]
+    assert sorted(set(shown.tolist())) == list(range(len(images)))
 
 
 def test_a_shared_prefix_and_a_shared_answer_are_computed_once() -> None:
@@ -59,6 +61,25 @@ def test_trees_of_different_images_do_not_merge_or_see_each_other() -> None:
     sequences = [TokenSequence([1, 2, 3, 4], [5, 8], 0), TokenSequence([1], [5, 8], 1)]
     sequences += [TokenSequence([1], [6, 8], 2)]
     forest = pack(sequences, torch.zeros(3, 3, 2, 2), PAD)
-    assert forest.input_ids.tolist() == [[1, 2, 3, 4, 5], [1, 5, 1, 6, PAD]]
-    assert forest.tree_image.tolist() == [0, 1, 2]
+    assert forest.input_ids.tolist() == [[1, 2, 3, 4, 5, 1, 5, 1, 6]]
+    assert forest.token_image.tolist() == [[0] * 5 + [1, 1, 2, 2]]
     assert read_back(forest, 2) == [([1], 6), ([1, 6], 8)]
+
+
+def test_short_trees_beside_a_long_one_fill_their_rows() -> None:
+    """An image of 1,030 tokens with eleven noised ones of 610: two to a row, not one."""
+    sizes = [1030, *[610] * 11]
+    rows = lay_out_rows(sizes)
+    assert sorted(map(len, rows)) == [1, 1, 2, 2, 2, 2, 2] and num_slots(sizes) == 7 * 1220
+    assert lay_out_rows([1000, 990]) == [[0], [1]], "a row of both would have 1 % less"
+    assert lay_out_rows([]) == [] and num_slots([]) == 0
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20))
+def test_every_tree_has_a_row(sizes: list[int]) -> None:
+    rows = lay_out_rows(sizes)
+    assert sorted(number for row in rows for number in row) == list(range(len(sizes)))
+    length = max(sum(sizes[number] for number in row) for row in rows)
+    assert length <= 2 * max(sizes)
+    assert num_slots(sizes) == len(rows) * length <= len(sizes) * max(sizes)
+    assert num_slots(sizes) <= 2 * sum(sizes)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from align_world import write_scored
 from PIL import Image
 from tiny_llava import build_tiny_llava
+from transformers import PreTrainedConfig
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch
@@ -70,6 +72,16 @@ def test_a_hub_name_that_is_not_cached_is_a_user_error() -> None:
         load_model("nobody/nothing", torch.float32)
 
 
+@pytest.mark.parametrize("load", [load_processor, lambda name: load_model(name, torch.float32)])
+def test_a_hub_name_of_another_architecture_is_refused_as_such(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processor would be read first, and fail for a reason that says nothing."""
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name: ({"model_type": "qwen2_vl"}, {}))
+    with pytest.raises(UserError, match=r"someone/qwen is a qwen2_vl\. Supported is LlavaForConditional"):
+        load("someone/qwen")
+
+
 def test_damaged_weights_are_a_user_error(model_folder: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(model_folder, damaged)
@@ -95,6 +107,19 @@ def test_the_fingerprint_follows_weights_and_template(model_folder: Path, tmp_pa
     assert model_fingerprint(str(other)) == model_fingerprint(str(model_folder))
     (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + " ")
     assert model_fingerprint(str(other)) != model_fingerprint(str(model_folder))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "merges.txt", "vocab.txt", "tokenizer.model"])
+def test_the_fingerprint_follows_every_file_of_a_model(model_folder: Path, tmp_path: Path, name: str) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    (other / "README.txt").write_text("notes")
+    assert model_fingerprint(str(other)) == model_fingerprint(str(model_folder))
+    found = set()
+    for content in ("one", "two"):
+        (other / name).write_text(content)
+        found.add(model_fingerprint(str(other)))
+    assert len(found - {model_fingerprint(str(model_folder))}) == 2
 
 
 def test_prompt_and_response_are_what_the_processor_makes_of_the_turn(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from align_world import align_settings, write_scored
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_llava import build_tiny_llava
+from tiny_llava import build_tiny_llava, put_the_image_last
 
 from mmedpo_ray import storage, tables
-from mmedpo_ray.align.pair_index import PAIR, Totals, ensure_index, load_index
+from mmedpo_ray.align.batch import Pair
+from mmedpo_ray.align.forest import TokenSequence, pack
+from mmedpo_ray.align.pair_index import ensure_index, load_index
 from mmedpo_ray.align.pair_source import PairsInMemory, StoredPairs
 from mmedpo_ray.align.plan import Plan
 from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_pairs, prepare_rows, with_reversed_pairs
@@ -118,29 +120,39 @@ def test_training_pairs_need_a_shared_path() -> None:
         ensure_index("s3://bucket/run/prepared", MANIFEST)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 2), st.integers(1, 9), st.booleans()),
-        min_size=1,
-        max_size=20,
-    )
-)
-def test_sums_are_those_of_the_trees(drawn: list[tuple[int, int, int, int, bool]]) -> None:
-    drawn.sort(key=lambda item: item[0])
-    pairs = np.array(
-        [(0.5, 10 + size, size, 2 * size, one, other, 0, flag) for _, one, other, size, flag in drawn], PAIR
-    )
-    starts = [row for row, item in enumerate(drawn) if row == 0 or item[0] != drawn[row - 1][0]]
-    totals = Totals()
-    totals.add(pairs, np.array(starts))
-    both: dict[tuple[int, int], int] = {}
-    chosen: dict[tuple[int, int], int] = {}
-    for tree, one, other, size, flag in drawn:
-        for prompts, images in ((both, (one, other)), (chosen, (one,) if flag else ())):
-            for image in images:
-                prompts[tree, image] = max(prompts.get((tree, image), 0), 10 + size)
-    assert totals.packed == sum(both.values()) + sum(3 * item[3] for item in drawn)
-    assert totals.packed_chosen == sum(chosen.values()) + sum(item[3] for item in drawn if item[4])
-    assert totals.separate == sum(2 * (10 + item[3]) + 3 * item[3] for item in drawn)
-    assert totals.pairs == [len(drawn), 0, 0] and totals.weight[0] == 0.5 * len(drawn)
+@pytest.mark.parametrize("is_image_first", [True, False])
+def test_sums_are_those_of_the_packed_forests(
+    scored: list[dict], tmp_path: Path, is_image_first: bool
+) -> None:
+    """The table's prompts have one image token, the model's have all; also where the question comes before the image."""
+    folder = build_tiny_llava(tmp_path / "tiny")
+    if not is_image_first:
+        put_the_image_last(folder)
+    writer = PromptWriter(load_processor(str(folder)))
+    rows = prepared(scored, writer)
+    position = rows[0]["image_position"]
+    assert rows[0]["prompt"][position] == writer.image_token_id and (position > 8) != is_image_first
+    write(tmp_path, rows, 8, 3)
+    ensure_index(str(tmp_path), MANIFEST)
+    source = StoredPairs(str(tmp_path), writer, ALIGN)
+    packed = packed_chosen = separate = 0
+    for start, stop in pairwise(source.index.trees.tolist()):
+        pairs = source.load(range(start, stop))
+        packed += num_tokens(pairs, both_sides=True)
+        packed_chosen += num_tokens([pair for pair in pairs if pair.counts_nll], both_sides=False)
+        separate += sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - 2 for pair in pairs)
+    totals = source.index.totals
+    assert (totals.packed, totals.packed_chosen, totals.separate) == (packed, packed_chosen, separate)
+    assert totals.pairs == [21, 7, 7]
+    assert totals.weight[0] == pytest.approx(sum(row["weight"] for row in rows if row["kind"] == "text"))
+
+
+def num_tokens(pairs: list[Pair], *, both_sides: bool) -> int:
+    """Tokens of the packed forest of some pairs, without what fills its rows up."""
+    sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
+    if both_sides:
+        sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
+    uris = list(dict.fromkeys(uri for _, _, uri in sides))
+    sequences = [TokenSequence(prompt, response, uris.index(uri)) for prompt, response, uri in sides]
+    forest = pack(sequences, torch.zeros(len(uris), 3, 1, 1), pad_token_id=0)
+    return forest.input_ids.numel() - len(forest.layout.filling)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.align.batch import Pair
+from mmedpo_ray.align.balance import Limits, balance
+from mmedpo_ray.align.batch import Pair, pair_batch
+from mmedpo_ray.align.forest import Forest, TokenSequence, num_slots, pack
+from mmedpo_ray.align.losses import Objective, Side, preference_objective
 from mmedpo_ray.align.pair_source import PairsInMemory, hold_out
 from mmedpo_ray.align.plan import Plan, effective_sample_size
+from mmedpo_ray.align.token_counts import TokenCounts
 from mmedpo_ray.errors import UserError
 
 
@@ -38,18 +45,25 @@ def make_pairs(sizes: list[int]) -> list[Pair]:
     return pairs
 
 
+def forest_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> Forest:
+    """The packed forest of some pairs, with images that nobody looks at."""
+    sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
+    if both_sides:
+        sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
+    uris = list(dict.fromkeys(uri for _, _, uri in sides))
+    sequences = [TokenSequence(prompt, response, uris.index(uri)) for prompt, response, uri in sides]
+    return pack(sequences, torch.zeros(len(uris), 3, 1, 1), pad_token_id=0)
+
+
 def num_tokens(pairs: Sequence[Pair], *, both_sides: bool) -> int:
-    """What a packed forward pass computes, written out: each image's longest prompt, and all responses."""
-    prompts: dict[str, int] = {}
-    total = 0
-    for pair in pairs:
-        sides = [(pair.image_uri, pair.chosen)]
-        if both_sides:
-            sides.append((pair.rejected_image_uri, pair.rejected))
-        for uri, response in sides:
-            prompts[uri] = max(prompts.get(uri, 0), len(pair.prompt))
-            total += len(response)
-    return total + sum(prompts.values())
+    """Tokens of a packed forward pass, rows filled up."""
+    return forest_of(pairs, both_sides=both_sides).input_ids.numel()
+
+
+def num_distinct(pairs: Sequence[Pair], *, both_sides: bool) -> int:
+    """The same without what fills the rows up."""
+    forest = forest_of(pairs, both_sides=both_sides)
+    return forest.input_ids.numel() - len(forest.layout.filling)
 
 
 def make_plan(sizes: list[int], **changes: object) -> Plan:
@@ -136,10 +150,86 @@ def test_no_micro_batch_exceeds_its_tokens_but_for_a_single_pair(
     assert plan.largest_micro_batch(world_size).tokens == largest
 
 
+@st.composite
+def alike_pairs(draw: st.DrawFn) -> list[Pair]:
+    """Pairs whose prompts and answers often begin alike, with the image's tokens (9) before or behind the question."""
+    tokens = st.lists(st.integers(1, 3), min_size=1, max_size=5)
+    is_image_first = draw(st.booleans())
+    pairs = []
+    for number in range(draw(st.integers(1, 8))):
+        image, question, chosen = draw(st.integers(0, 1)), draw(tokens), [*draw(tokens), 2]
+        is_visual = draw(st.booleans())
+        pairs.append(
+            Pair(
+                pair_id=str(number),
+                image_id=f"i{image}",
+                is_visual=is_visual,
+                image_uri=f"{image}.png",
+                rejected_image_uri=f"{image}-{number % 2}.png" if is_visual else f"{image}.png",
+                prompt=[8, *[9] * 4, *question] if is_image_first else [8, *question, *[9] * 4],
+                chosen=chosen,
+                rejected=chosen if is_visual else [*draw(tokens), 2],
+                weight=1.0,
+                counts_nll=draw(st.booleans()),
+            )
+        )
+    return pairs
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs=alike_pairs(), limit=st.integers(8, 60), num_ranks=st.integers(1, 3), both_sides=st.booleans())
+def test_counts_are_those_of_the_packed_forests(
+    pairs: list[Pair], limit: int, num_ranks: int, both_sides: bool
+) -> None:
+    source = PairsInMemory(pairs)
+    members = [range(*ends) for ends in itertools.pairwise(source.index.trees.tolist())]
+    trees = [number for number, rows in enumerate(members) for _ in rows]
+    counts = TokenCounts(source.index.pairs, trees, both_sides=both_sides)
+    for bins in (balance(members, counts, num_ranks, Limits(3, limit)), members):
+        for rows, sizes in zip(bins, counts.sizes(bins), strict=True):
+            if rows:
+                loaded = source.load(list(rows))
+                assert sum(sizes) == num_distinct(loaded, both_sides=both_sides)
+                assert num_slots(sizes) == num_tokens(loaded, both_sides=both_sides)
+                assert bins is members or len(rows) == 1 or num_slots(sizes) <= limit
+    totals = source.index.totals
+    whole = [source.load(list(rows)) for rows in members]
+    assert totals.packed == sum(num_distinct(tree, both_sides=True) for tree in whole)
+    counted = [[pair for pair in tree if pair.counts_nll] for tree in whole]
+    assert totals.packed_chosen == sum(num_distinct(tree, both_sides=False) for tree in counted if tree)
+
+
+def test_every_question_of_an_image_counts() -> None:
+    """Eleven questions of 60 tokens on an image of 576: their own tokens are most of the forward pass."""
+    pairs = [
+        Pair(
+            pair_id=f"p{number:02d}",
+            image_id="i",
+            is_visual=False,
+            image_uri="i.png",
+            rejected_image_uri="i.png",
+            prompt=[1, *[9] * 576, *[10 + number] * 60],
+            chosen=[2, 3, 4],
+            rejected=[5, 6, 7, 4],
+            weight=1.0,
+        )
+        for number in range(11)
+    ]
+    values: dict = {"seed": 0, "epochs": 1, "images_per_step": 1, "pairs_per_forward": 16}
+    plan = Plan(PairsInMemory(pairs), **values)
+    expected = 577 + 11 * (60 + 2 + 3)
+    assert plan.largest_micro_batch(1).tokens == expected == num_tokens(pairs, both_sides=True)
+    assert plan.summary()["tokens_per_epoch"] == expected
+    assert plan.summary()["sharing_factor"] == round(11 * (2 * 637 + 5) / expected, 2)
+    halves = Plan(PairsInMemory(pairs), **values, tokens_per_forward=1000).micro_batches(0, 0, 1)
+    assert len(halves) == 2
+    assert all(num_tokens(micro.pairs, both_sides=True) <= 1000 for micro in halves)
+
+
 def test_ranks_carry_about_the_same_tokens() -> None:
     plan = make_plan([6] * 8, images_per_step=8, pairs_per_forward=24)
     tokens = [
-        sum(num_tokens(micro.pairs, both_sides=True) for micro in plan.micro_batches(0, rank, 2))
+        sum(num_distinct(micro.pairs, both_sides=True) for micro in plan.micro_batches(0, rank, 2))
         for rank in range(2)
     ]
     assert max(tokens) <= 1.1 * min(tokens)
@@ -215,6 +305,46 @@ def test_denominators_run_over_the_whole_step() -> None:
     total = plan.normaliser(0)
     assert total.weight == pytest.approx(3 * (0.75 + 0.85 + 0.95))
     assert total.nll_tokens == 2 * (1 + 2 + 3)
+
+
+@pytest.mark.parametrize("pairs_per_forward", [1, 4])
+def test_the_mean_of_the_released_code_counts_pairs_without_weight(pairs_per_forward: int) -> None:
+    """Their loss is ``(weights * losses).mean()`` over a batch, in which a weight may be 0 (three images here, one of them all 0)."""
+    pairs = [
+        replace(pair, weight=0.0, counts_nll=False)
+        if pair.pair_id in ("000-01", "002-00", "002-01")
+        else pair
+        for pair in make_pairs([2, 3, 2])
+    ]
+    margins = {pair.pair_id: 0.7 * index - 1.5 for index, pair in enumerate(pairs)}
+    plan = Plan(
+        PairsInMemory(pairs), seed=0, epochs=1, images_per_step=3, pairs_per_forward=pairs_per_forward
+    )
+    assert plan.summary()["pairs"] == 7
+    objective = Objective(beta=0.3, reduction="mean")
+    total, loss = plan.normaliser(0), torch.zeros(())
+    computed = []
+    for micro in plan.micro_batches(0, 0, 1):
+        batch = pair_batch(micro.pairs, is_filler=micro.is_filler)
+        count = torch.ones(len(micro.pairs), dtype=torch.int64)
+        chosen = torch.tensor([margins[pair.pair_id] for pair in micro.pairs])
+        sides = (Side.plain(chosen, count), Side.plain(torch.zeros_like(chosen), count))
+        loss = loss + preference_objective(*sides, batch, total, objective)[0]
+        computed += [pair.pair_id for pair in micro.pairs]
+    assert sorted(computed) == ["000-00", "001-00", "001-01", "001-02"], "the others need no forward pass"
+    weights = torch.tensor([pair.weight for pair in pairs])
+    losses = -torch.nn.functional.logsigmoid(0.3 * torch.tensor([margins[pair.pair_id] for pair in pairs]))
+    assert loss.item() == pytest.approx((weights * losses).mean().item(), rel=1e-6)
+
+
+def test_a_step_of_pairs_without_weight_has_no_loss() -> None:
+    pairs = [replace(pair, weight=0.0, counts_nll=False) for pair in make_pairs([2])]
+    plan = Plan(PairsInMemory(pairs), seed=0, epochs=1, images_per_step=1, pairs_per_forward=4)
+    (micro,) = plan.micro_batches(0, 0, 1)
+    assert micro.is_filler and plan.normaliser(0).pairs == 2
+    assert effective_sample_size(plan.step_weights(0)) == 0.0
+    with pytest.raises(UserError, match="weights of all 2 pairs are 0"):
+        plan.summary()
 
 
 def test_steps_end_with_the_epochs_or_before() -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from align_world import write_scored
+from align_world import align_settings, write_scored
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray import tables
-from mmedpo_ray.align.prepare import prepare_pairs, span_weights
+from mmedpo_ray.align import prepare_station
+from mmedpo_ray.align.forest import Forest
+from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.prepare import Preparation, prepare_pairs, span_weights
+from mmedpo_ray.align.prepare_station import ReferenceScorer, _Reader
+from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.parts import DoneIds
+from mmedpo_ray.slices import plan_slices
 
 tokens = st.lists(st.integers(0, 5), min_size=1, max_size=12)
 
@@ -65,3 +73,67 @@ def test_span_weights_leave_visual_pairs_whole(tmp_path: Path, writer: PromptWri
             assert pair.chosen_weights is None and pair.rejected_weights is None
         else:
             assert pair.chosen_weights and max(pair.chosen_weights) == 1.0 and min(pair.chosen_weights) == 0.0
+
+
+def test_answers_that_are_equal_after_the_cut_teach_nothing(tmp_path: Path, writer: PromptWriter) -> None:
+    """A text pair and a reversed pair show one image on both sides; a visual pair shows two."""
+    common = "In the left lower zone of the lung, " * 20
+    changes: dict = {
+        "s000-1:text": {"chosen": f"{common} small.", "rejected": f"{common} large."},
+        "s000-1:visual": {"chosen": f"{common} small.", "rejected": f"{common} small."},
+    }
+    scored = tables.to_table(write_scored(tmp_path, num_images=1, **changes), tables.SCORED)
+    pairs, dropped = prepare_pairs(
+        scored, writer, max_length=128, visual_coefficient=1.0, reversed_visual_coefficient=1.0
+    )
+    assert {row["pair_id"]: row[tables.DROP_REASON] for row in dropped} == {
+        "s000-1:text": "equal_sides",
+        "s000-1:visual:reversed": "equal_sides",
+    }
+    assert [pair.pair_id for pair in pairs] == ["s000-0:text", "s000-1:visual", "s000-2:text"]
+
+
+def test_a_mean_over_all_pairs_keeps_those_without_weight(tmp_path: Path, writer: PromptWriter) -> None:
+    changes: dict = {"s000-1:text": {"weight": 0.0}}
+    scored = tables.to_table(write_scored(tmp_path, num_images=1, **changes), tables.SCORED)
+    for with_weightless in (False, True):
+        pairs, dropped = prepare_pairs(
+            scored, writer, max_length=256, visual_coefficient=1.0, with_weightless=with_weightless
+        )
+        assert [row["pair_id"] for row in dropped] == ([] if with_weightless else ["s000-1:text"])
+        found = {pair.pair_id: pair for pair in pairs}
+        assert len(found) == 3 + with_weightless
+        # Its answer is learnt with the visual pair, which has a weight.
+        assert found["s000-1:visual"].counts_nll
+        assert not with_weightless or not found["s000-1:text"].counts_nll
+    assert Preparation.of(AlignConfig(reduction="mean")).with_weightless
+    assert not Preparation.of(AlignConfig()).with_weightless
+
+
+def test_the_reference_keeps_to_the_limits_of_a_forward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values are those of one forward pass over everything; a pair without weight has none."""
+    changes: dict = {"s000-0:text": {"weight": 0.0}}
+    write_scored(tmp_path, num_images=3, **changes)
+    model = str(build_tiny_llava(tmp_path / "tiny"))
+    sizes: list[int] = []
+
+    def note(model: Any, batch: Forest) -> Any:
+        sizes.append(batch.input_ids.numel())
+        return response_logps(model, batch)
+
+    monkeypatch.setattr(prepare_station, "response_logps", note)
+    found = []
+    for limits in ({"pairs_per_forward": 99}, {"pairs_per_forward": 99, "tokens_per_forward": 100}):
+        align = align_settings(reduction="mean", **limits)
+        reader = _Reader(model, Preparation.of(align), str(tmp_path / "scored"), DoneIds())
+        (slice_,) = plan_slices([str(tmp_path / "scored")], rows=99)
+        found.append(ReferenceScorer(reader, align)(slice_).sort_by("tree_key").to_pylist())
+    assert sizes[0] > 100 and len(sizes) > 3 and all(size <= 100 for size in sizes[1:])
+    whole, limited = found
+    assert [row["pair_id"] for row in whole] == [row["pair_id"] for row in limited] and len(whole) == 12
+    for row, other in zip(whole, limited, strict=True):
+        for side in ("ref_chosen_logp", "ref_rejected_logp"):
+            assert (row[side] is None) == (row["weight"] == 0)
+            assert row[side] is None or row[side] == pytest.approx(other[side], abs=1e-3)

@@ -27,6 +27,10 @@ SMALL = Geometry(
     adapter=10,
     num_layers=2,
     hidden=4,
+    intermediate=6,
+    heads=2,
+    key_heads=1,
+    head_size=2,
     image_tokens=3,
 )
 

@@ -39,7 +39,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, forest: Forest) -> Tensor:
 def test_values_and_gradients_are_those_of_the_dense_mask(
     items: list[tuple[list[int], list[int], int]], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tree_attention, "_QUERIES_PER_BLOCK", block)
+    monkeypatch.setattr(tree_attention, "QUERIES_PER_BLOCK", block)
     images = sorted({image for _, _, image in items})
     sequences = [TokenSequence(prompt, response, images.index(image)) for prompt, response, image in items]
     forest = pack(sequences, torch.zeros(len(images), 3, 2, 2), pad_token_id=0)
@@ -66,10 +66,10 @@ def test_filling_is_no_tree_and_a_trunk_is_in_no_block() -> None:
     sequences = [
         TokenSequence(trunk, [1, 2, 3], 0),
         TokenSequence(trunk, [4, 5], 0),
-        TokenSequence([7], [8], 1),
+        TokenSequence(list(range(40, 62)), [8], 1),
     ]
     layout = pack([*sequences], torch.zeros(2, 3, 2, 2), pad_token_id=0).layout
-    assert layout.trunk_shape == (2, 20)
+    assert layout.trunk_shape == (2, 22)
     assert layout.owner.tolist() == [0], "three branch tokens of the first tree are one block"
-    assert layout.sees.shape == (1, 3, 20 + 3)
-    assert layout.filling.tolist() == list(range(24, 46)), "the second row holds one token"
+    assert layout.sees.shape == (1, 3, 22 + 3)
+    assert layout.filling.tolist() == [45], "the second row lacks one token"

@@ -1,0 +1,289 @@
+"""What a training run is expected to need, said before any weight is loaded: steps, tokens, memory.
+
+Memory is counted tensor by tensor as the packed forward keeps them for its backward pass (a test compares the count with what
+autograd keeps); the allocator's losses, the vision tower's and NCCL's buffers come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmedpo_ray import storage
+from mmedpo_ray.align import head
+from mmedpo_ray.align.batch import Pair
+from mmedpo_ray.align.pair_index import PairIndex, Totals, hash_images, index_pairs, load_index
+from mmedpo_ray.align.pair_source import hold_out
+from mmedpo_ray.align.plan import ForwardSize, Plan
+from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_table
+from mmedpo_ray.align.scaling import Geometry, checkpoint_bytes, step_traffic
+from mmedpo_ray.align.tree_attention import QUERIES_PER_BLOCK
+from mmedpo_ray.config import AlignConfig, Config
+from mmedpo_ray.console import console
+from mmedpo_ray.models.loading import PromptWriter, load_processor, resolve_model
+from mmedpo_ray.run_folder import RunFolder
+
+_GIB = 2**30
+_FLOAT32 = 4
+# Rows tokenised before the reference's forward passes: ten seconds of one core.
+_ROWS_LOOKED_AT = 20_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Expected memory of one rank, GiB.
+
+    Attributes:
+        weights: of the model, a share of them under ZeRO-3.
+        trained: gradients and Adam's state of what is trained, and the weights of an adapter.
+        activations: of the largest micro-batch, logits of response tokens included.
+    """
+
+    weights: float
+    trained: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.trained + self.activations
+
+    def in_words(self) -> str:
+        """The sum and its parts."""
+        return (
+            f"{self.total:.2f} GiB: weights {self.weights:.2f}, trained {self.trained:.2f}, "
+            f"activations {self.activations:.2f}"
+        )
+
+
+class IndexedPairs:
+    """Pairs of which only the index is known: enough for a plan's figures.
+
+    Args:
+        index: of the pairs.
+        align: coefficients of the kinds.
+    """
+
+    def __init__(self, index: PairIndex, align: AlignConfig) -> None:
+        self.index = index
+        self.coefficients = np.array([1.0, align.visual_coefficient, align.reversed_visual_coefficient])
+
+    @classmethod
+    def of_table(cls, folder: str, align: AlignConfig) -> IndexedPairs:
+        """Those of a `prepared` table with its index."""
+        return cls(load_index(folder), align)
+
+    def load(self, numbers: Sequence[int]) -> list[Pair]:
+        raise NotImplementedError("only the index of these pairs is known")
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a run would do.
+
+    Attributes:
+        figures: of the plan, and ``ranks``, ``largest_forward_tokens``, ``largest_forward_responses``, ``memory_gib_per_rank``,
+            ``strategy``, ``traffic_bytes_per_step``, ``checkpoint_bytes``.
+        memory: of a rank where the fewest ranks train (``align.num_workers: [min, max]``): they share the state among them.
+    """
+
+    figures: dict[str, Any]
+    memory: Memory
+
+
+def expect(source: IndexedPairs, align: AlignConfig, config: Config) -> Expectation:
+    """The figures of a run.
+
+    Args:
+        source: its pairs, held-out ones among them.
+        align: settings of the role.
+        config: all settings.
+
+    Raises:
+        UserError: there is no pair to train on, or no model.
+    """
+    trained_on, _ = hold_out(source, align.validation_share, config.run.seed)
+    plan = Plan.of(trained_on, align, config.run.seed)
+    largest = plan.largest_micro_batch(align.min_workers)
+    shape = geometry(config)
+    memory = estimate_memory(shape, align, largest, align.min_workers)
+    traffic = step_traffic(
+        shape,
+        align.train,
+        align.strategy,
+        align.max_workers,
+        weight_bytes=2 if align.precision == "bf16" else 4,
+    )
+    figures = {
+        **plan.summary(),
+        "ranks": align.max_workers,
+        "largest_forward_tokens": largest.tokens,
+        "largest_forward_responses": largest.response_tokens,
+        "memory_gib_per_rank": round(memory.total, 2),
+        "strategy": align.strategy,
+        "traffic_bytes_per_step": traffic,
+        "checkpoint_bytes": checkpoint_bytes(shape, align.train),
+    }
+    return Expectation(figures, memory)
+
+
+def announce(name: str, align: AlignConfig, config: Config) -> None:
+    """Prints what training on the `prepared` table of a run is expected to do.
+
+    Args:
+        name: of the station.
+        align: settings of the role.
+        config: all settings.
+    """
+    source = IndexedPairs.of_table(RunFolder(config.run.folder).prepared, align)
+    console.print(plan_line(name, expect(source, align, config), align), soft_wrap=True)
+
+
+def announce_ahead(config: Config) -> None:
+    """The same before there is such a table: tokenises `scored` in this process, of a large one some images with all their pairs."""
+    source, _, share = tokenise(config, _ROWS_LOOKED_AT)
+    if not source.index.num_pairs:
+        # The station that writes the table says why.
+        return
+    expected = expect(source, config.align, config)
+    if share < 1.0:
+        expected = scaled(expected, share, config.align)
+    console.print(plan_line("align", expected, config.align), soft_wrap=True)
+
+
+def tokenise(config: Config, most_rows: int | None = None) -> tuple[IndexedPairs, int, float]:
+    """The index of the pairs in `scored`, tokenised in this process: about half a millisecond a pair.
+
+    Args:
+        config: all settings.
+        most_rows: of a larger table only so many of its images are looked at that they have about as many rows.
+
+    Returns:
+        The pairs, how many rows are left out, and the share of the images that was looked at.
+    """
+    writer = PromptWriter(load_processor(config.model.path))
+    scored, share = _read_scored(RunFolder(config.run.folder).scored, most_rows)
+    kept, dropped = prepare_table(scored, writer, Preparation.of(config.align))
+    pairs, starts = index_pairs(kept)
+    totals = Totals()
+    totals.add(pairs, starts)
+    hashes = hash_images(kept["image_id"].take(pa.array(starts, pa.int64())).to_pylist())
+    index = PairIndex(pairs, np.append(starts, len(pairs)), hashes, totals)
+    return IndexedPairs(index, config.align), len(dropped), share
+
+
+def _read_scored(folder: str, most_rows: int | None) -> tuple[pa.Table, float]:
+    """The table, or that of evenly spread images; and the share of the images."""
+    rows = storage.dataset(folder)
+    count = rows.count_rows()
+    if most_rows is None or count <= most_rows:
+        return rows.to_table(columns=COLUMNS), 1.0
+    images = pc.unique(rows.to_table(columns=["image_id"])["image_id"])
+    some = images.take(pa.array(range(0, len(images), math.ceil(count / most_rows))))
+    return rows.to_table(columns=COLUMNS, filter=pc.field("image_id").isin(some)), len(some) / len(images)
+
+
+def geometry(config: Config) -> Geometry:
+    """Sizes of the model, from its configuration alone."""
+    from transformers import AutoConfig
+
+    align = config.align
+    settings = AutoConfig.from_pretrained(resolve_model(config.model.path))
+    shape = Geometry.of(settings, align.lora.rank, align.lora.target_modules)
+    return shape.with_trained_projector() if align.train_projector else shape
+
+
+def plan_line(name: str, expected: Expectation, align: AlignConfig) -> str:
+    """What a run would do in one line."""
+    plan = expected.figures
+    about = "about " if plan.get("share_looked_at", 1.0) < 1.0 else ""
+    return (
+        f"[dim]{name}: {about}{plan['steps']:,} steps of {plan['pairs']:,} pairs on {plan['images']:,} images; "
+        f"{about}{plan['tokens_per_epoch']:,} tokens an epoch, {plan['sharing_factor']} times fewer than unpacked; "
+        f"effective sample size {plan['effective_sample_size']:.0%}; memory of {rank_in_words(align)} about "
+        f"{expected.memory.in_words()}[/dim]"
+    )
+
+
+def rank_in_words(align: AlignConfig) -> str:
+    """Whose memory is meant."""
+    if align.min_workers == align.max_workers:
+        return "a rank"
+    return f"a rank of {align.min_workers}, the fewest of align.num_workers,"
+
+
+def scaled(expected: Expectation, share: float, align: AlignConfig) -> Expectation:
+    """The figures of all pairs from those of a share of their images; the largest forward is that of the share."""
+    figures = dict(expected.figures)
+    for name in ("pairs", "visual_pairs", "reversed_pairs", "images", "tokens_per_epoch"):
+        figures[name] = round(figures[name] / share)
+    figures["steps_per_epoch"] = math.ceil(figures["images"] / align.images_per_step)
+    steps = align.epochs * figures["steps_per_epoch"]
+    figures["steps"] = min(steps, align.max_steps or steps)
+    figures["epochs"] = round(figures["steps"] / figures["steps_per_epoch"], 3)
+    figures["share_looked_at"] = share
+    return Expectation(figures, expected.memory)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def estimate_memory(shape: Geometry, align: AlignConfig, largest: ForwardSize, ranks: int) -> Memory:
+    """Memory of one rank.
+
+    Args:
+        shape: of the model.
+        align: precision, strategy, attention and checkpointing.
+        largest: micro-batch of a rank.
+        ranks: that share weights or state.
+    """
+    size = 2 if align.precision == "bf16" else 4
+    # Exact copy, two moments and the gradient (kept in float32 by ddp); an adapter's weights come on top of the model's.
+    state = 16 if align.strategy == "ddp" else (12 + size) / ranks
+    trained = shape.trained(align.train)
+    beside = trained if align.train == "lora" else 0
+    activations = size * kept_numbers(shape, align, largest) + logit_bytes(shape, align, largest)
+    return Memory(
+        weights=shape.total * size / (ranks if align.strategy == "zero3" else 1) / _GIB,
+        trained=(trained * state + beside * size) / _GIB,
+        activations=activations / _GIB,
+    )
+
+
+def kept_numbers(shape: Geometry, align: AlignConfig, forward: ForwardSize) -> int:
+    """Numbers that the layers keep of a micro-batch for its backward pass, in the precision of training.
+
+    A layer keeps of a token: its input, the residual behind attention and both normalised (4·hidden); gate, up, the activated gate
+    and the product of both (4·intermediate); queries, their block's copy, the attended values and these in the rows' order; keys and
+    values, and their copies for every block (:mod:`~mmedpo_ray.align.tree_attention`); LoRA's products of rank size. The last layer
+    keeps most of that for response tokens alone. The masks of blocks and of response tokens are there once. With checkpointing there is the input of every layer, and one layer's rest.
+    """
+    tokens, outputs = forward.tokens, min(forward.response_tokens, forward.tokens)
+    queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
+    reduced = align.lora.rank * len(align.lora.target_modules) if align.train == "lora" else 0
+    of_token = 4 * shape.hidden + 4 * shape.intermediate + 4 * queries + 2 * keys + reduced
+    shared = shape.heads // shape.key_heads
+    copies, mask = 0, shared * outputs * tokens // max(1, forward.images)
+    if align.attention == "tree":
+        branches = max(0, tokens - forward.images * shape.image_tokens)
+        blocks = math.ceil(branches / max(1, forward.images) / QUERIES_PER_BLOCK) * forward.images
+        copies = 2 * keys * (blocks * shape.image_tokens + branches)
+        seen = shape.image_tokens + branches // max(1, blocks)
+        mask += shared * branches * seen
+    layer = tokens * of_token + copies
+    last = tokens * (2 * shape.hidden + 4 * keys) + outputs * of_token
+    if align.gradient_checkpointing:
+        return shape.num_layers * tokens * shape.hidden + layer + mask
+    return (shape.num_layers - 1) * layer + last + mask
+
+
+def logit_bytes(shape: Geometry, align: AlignConfig, forward: ForwardSize) -> int:
+    """Logits of response tokens and their gradient at the height of the backward pass, in float32 (:mod:`~mmedpo_ray.align.head`)."""
+    logits = min(forward.response_tokens * shape.vocabulary, max(head.MOST_LOGITS, shape.vocabulary))
+    # Log-probabilities, their gradient and the logits; the divergence has both models' with probabilities and products.
+    return logits * _FLOAT32 * (8 if align.kl_coefficient else 3)

@@ -1,0 +1,199 @@
+"""What `align` says before it loads anything: expected memory against what autograd keeps, and when it is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from align_world import align_settings, write_scored
+from peft import LoraConfig, get_peft_model
+from tiny_llava import build_tiny_llava
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+
+from mmedpo_ray import cluster
+from mmedpo_ray.align import expected as expected_module
+from mmedpo_ray.align import prepare_station
+from mmedpo_ray.align.dry_run import dry_run
+from mmedpo_ray.align.expected import announce_ahead, estimate_memory, kept_numbers, logit_bytes
+from mmedpo_ray.align.forest import Forest, TokenSequence, pack
+from mmedpo_ray.align.logps import make_fast, response_logps
+from mmedpo_ray.align.plan import ForwardSize
+from mmedpo_ray.align.scaling import Geometry
+from mmedpo_ray.config import AlignConfig, Config
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.stage import Station
+
+IMAGE_TOKEN, IMAGE_TOKENS, VOCABULARY = 99, 16, 100
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def llava(hidden: int, intermediate: int, key_heads: int) -> LlavaConfig:
+    """Shapes of a small model, four layers with four heads."""
+    text = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=key_heads,
+        head_dim=hidden // 4,
+        sliding_window=None,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=IMAGE_TOKENS,
+    )
+
+
+def build(settings: LlavaConfig, align: AlignConfig) -> Any:
+    torch.manual_seed(0)
+    model: Any = LlavaForConditionalGeneration(settings).requires_grad_(False)
+    if align.train == "lora":
+        pattern = rf".*\.language_model\..*\.({'|'.join(LAYERS)})"
+        model = get_peft_model(model, LoraConfig(r=align.lora.rank, target_modules=pattern))
+    else:
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    make_fast(model, attention=align.attention)
+    return model
+
+
+def forest(images: int, questions: int) -> Forest:
+    """Questions of 20 tokens with two answers of 8 on every image."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count: int) -> list[int]:
+        return torch.randint(3, 90, (count,), generator=generator).tolist()
+
+    sequences = []
+    for image in range(images):
+        for _ in range(questions):
+            prompt = [1, *[IMAGE_TOKEN] * IMAGE_TOKENS, 2, *some(20)]
+            sequences += [TokenSequence(prompt, some(8), image) for _ in range(2)]
+    return pack(sequences, torch.randn(images, 3, 16, 16), pad_token_id=0)
+
+
+def kept_bytes(model: Any, batch: Forest) -> int:
+    """Bytes of all that autograd keeps of a forward pass but weights, each storage once."""
+    weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    found: dict[int, int] = {}
+    alive = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        alive.append(tensor)
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        response_logps(model, batch)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize(("hidden", "intermediate", "key_heads"), [(64, 96, 1), (64, 256, 4), (128, 448, 2)])
+@pytest.mark.parametrize(("images", "questions"), [(1, 12), (3, 2)])
+def test_expected_activations_are_what_autograd_keeps(
+    train: Any, hidden: int, intermediate: int, key_heads: int, images: int, questions: int
+) -> None:
+    align = align_settings(train=train)
+    settings, batch = llava(hidden, intermediate, key_heads), forest(images, questions)
+    shape = Geometry.of(settings, align.lora.rank, LAYERS)
+    size = ForwardSize(batch.input_ids.numel(), batch.edge_token.numel(), images)
+    kept = kept_bytes(build(settings, align), batch)
+    # Of the three numbers a logit, the forward pass keeps one.
+    expected = 4 * kept_numbers(shape, align, size) + logit_bytes(shape, align, size) // 3
+    assert 0.9 * kept < expected < 1.2 * kept, f"{expected / kept:.3f}"
+
+
+def test_memory_of_mistral_counts_its_mlp() -> None:
+    """Four tensors of 14,336 a token and layer alone are 14 hidden units."""
+    shape = Geometry(
+        total=1, language=1, layers=1, head=32000 * 4096, tower=1, projector=1, adapter=1, num_layers=32,
+        hidden=4096, intermediate=14336, heads=32, key_heads=8, head_size=128, image_tokens=576,
+    )  # fmt: skip
+    align = AlignConfig(gradient_checkpointing=False)
+    units = kept_numbers(shape, align, ForwardSize(2000, 300, 2)) / (2000 * 4096 * 32)
+    assert 22 < units < 28
+    again = align.model_copy(update={"gradient_checkpointing": True})
+    assert 1 < kept_numbers(shape, again, ForwardSize(2000, 300, 2)) / (2000 * 4096 * 32) < 2
+    # More tokens than a chunk has do not make the logits larger.
+    assert logit_bytes(shape, align, ForwardSize(9000, 9000, 2)) == 3 * 4 * 2**26
+
+
+def test_fewer_ranks_hold_more_each() -> None:
+    shape = Geometry(
+        total=10**9, language=9 * 10**8, layers=8 * 10**8, head=10**6, tower=10**8, projector=10**6, adapter=10**7,
+        num_layers=2, hidden=64, intermediate=64, heads=4, key_heads=4, head_size=16, image_tokens=16,
+    )  # fmt: skip
+    few, many = (estimate_memory(shape, AlignConfig(), ForwardSize(100, 10, 1), ranks) for ranks in (2, 8))
+    assert few.weights == pytest.approx(4 * many.weights) and few.total > many.total
+
+
+class _StoppedError(Exception):
+    pass
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A scored run on a cluster without a GPU, whose preparation ends where a model would be loaded."""
+    write_scored(tmp_path, 3)
+    config = Config(align=align_settings(num_workers=(1, 4), max_steps=None, epochs=2))
+    config.run.folder = str(tmp_path)
+    config.model.path = str(build_tiny_llava(tmp_path / "llava"))
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise _StoppedError
+
+    monkeypatch.setattr(Station, "write_rows", stop)
+    monkeypatch.setattr(cluster, "has_gpu", lambda: False)
+    monkeypatch.setattr(cluster, "may_grow", lambda: False)
+    monkeypatch.setattr(cluster, "room_for", lambda _: 2)
+    return config
+
+
+def test_the_plan_is_printed_before_a_model_is_loaded(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(_StoppedError):
+        prepare_station.prepare(config)
+    line = " ".join(capsys.readouterr().err.split())
+    figures = dry_run(config)
+    assert "align: 2 steps of 12 pairs on 3 images" in line
+    assert f"{figures['tokens_per_epoch']:,} tokens an epoch, {figures['sharing_factor']} times fewer" in line
+    assert (
+        f"memory of a rank of 1, the fewest of align.num_workers, about {figures['memory_gib_per_rank']:.2f} GiB"
+        in line
+    )
+
+
+def test_of_a_large_table_some_images_are_looked_at(
+    config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expected_module, "_ROWS_LOOKED_AT", 6)
+    announce_ahead(config)
+    line = " ".join(capsys.readouterr().err.split())
+    assert "align: about 2 steps of 12 pairs on 3 images; about" in line
+
+
+def test_a_gpu_that_is_not_there_is_said_at_once(config: Config) -> None:
+    """The actors that compute the reference would wait for it for ever."""
+    config.align = config.align.model_copy(update={"use_gpu": True})
+    with pytest.raises(UserError, match=r"align\.use_gpu is true but the cluster has no GPU"):
+        prepare_station.prepare(config)
+    config.align = config.align.model_copy(update={"use_gpu": None, "num_workers": 3})
+    with pytest.raises(UserError, match="at least 3 ranks of 1 CPU each"):
+        prepare_station.prepare(config)
