@@ -119,7 +119,8 @@ def _rounding(adapted: Any) -> float:
 
     lost, whole = 0.0, 0.0
     with torch.no_grad():
-        for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
+        layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
             weight = layer.get_base_layer().weight
             for name in layer.lora_A:
                 update = layer.get_delta_weight(name).float()
