@@ -7,6 +7,7 @@ tasks, and a crash would cost as many judgements.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -83,18 +84,40 @@ class Skip:
 
 
 def plan_slices(folders: Sequence[str], *, num_cpus: float = 1.0, rows: int | None = None) -> list[pa.Table]:
-    """Where the slices of some tables lie, a block each; for the arguments see :func:`map_slices`."""
-    sizes = {
-        path: footer_of(path).num_rows
+    """Where the slices of some tables lie, a block each; for the arguments see :func:`map_slices`.
+
+    A row group can only be read whole, so without ``rows`` slices are whole row groups or, of small tables, parts of one.
+    """
+    groups = {
+        path: [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
         for folder in folders
         for path in storage.list_files(folder, ".parquet")
+        for footer in [footer_of(path)]
     }
-    rows = rows or _slice_rows(sum(sizes.values()), num_cpus)
+    if rows is None:
+        about = _slice_rows(sum(map(sum, groups.values())), num_cpus)
+        bounds = {path: _bounds(sizes, about) for path, sizes in groups.items()}
+    else:
+        bounds = {path: [*range(0, sum(sizes), rows), sum(sizes)] for path, sizes in groups.items()}
     return [
-        pa.table([[path], [start], [min(start + rows, size)]], schema=_PLAN)
-        for path, size in sizes.items()
-        for start in range(0, size, rows)
+        pa.table([[path], [start], [stop]], schema=_PLAN)
+        for path, edges in bounds.items()
+        for start, stop in pairwise(edges)
     ]
+
+
+def _bounds(groups: Sequence[int], about: int) -> list[int]:
+    """Edges of slices of about so many rows: at those of row groups of these sizes, or within where one has several slices."""
+    edges, end = [0], 0
+    for size in groups:
+        parts = max(1, size // about)
+        if parts > 1:
+            edges += [end] if end > edges[-1] else []
+            edges += [end + size * part // parts for part in range(1, parts)]
+        end += size
+        if end - edges[-1] >= about:
+            edges.append(end)
+    return edges if edges[-1] == end else [*edges, end]
 
 
 def read_slices(planned: pa.Table, schema: pa.Schema) -> pa.Table:
