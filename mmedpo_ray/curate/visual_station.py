@@ -55,6 +55,8 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
 
     # How many may be dropped is about all pairs, so `pairs` looks after it.
     station.write_rows(build, schema=tables.PAIRS, id_column="pair_id", allow_empty=True, limit_dropped=False)
+    # What a killed task was writing.
+    storage.remove_temporary(run.noised)
     return [run.visual]
 
 
