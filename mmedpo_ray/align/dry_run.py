@@ -6,12 +6,14 @@ from typing import Any
 
 from rich.table import Table
 
-from mmedpo_ray.align.expected import Expectation, IndexedPairs, expect, rank_in_words, tokenise
+from mmedpo_ray.align.expected import Expectation, expect, rank_in_words, tokenise
 from mmedpo_ray.align.pair_index import ensure_index
+from mmedpo_ray.align.pair_source import PairSource, StoredPairs
 from mmedpo_ray.align.prepare_station import finished_table
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import PromptWriter, load_processor
 from mmedpo_ray.run_folder import RunFolder
 
 
@@ -31,12 +33,13 @@ def dry_run(config: Config) -> dict[str, Any]:
     return figures
 
 
-def _pairs(config: Config) -> tuple[IndexedPairs, int]:
+def _pairs(config: Config) -> tuple[PairSource, int]:
     """The pairs of the run, prepared here if they are not yet, and how many rows are left out."""
     run = RunFolder(config.run.folder)
     if (manifest := finished_table(config)) is not None:
         ensure_index(run.prepared, manifest)
-        return IndexedPairs.of_table(run.prepared, config.align), sum(manifest.dropped.values())
+        writer = PromptWriter(load_processor(config.model.path))
+        return StoredPairs(run.prepared, writer, config.align), sum(manifest.dropped.values())
     source, dropped, _ = tokenise(config)
     if not source.index.num_pairs:
         raise UserError(f"align: none of the {dropped:,} pairs in {run.scored} can be trained on.")

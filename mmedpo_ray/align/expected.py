@@ -7,19 +7,15 @@ autograd keeps); the allocator's losses, the vision tower's and NCCL's buffers c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmedpo_ray import storage
 from mmedpo_ray.align import head
-from mmedpo_ray.align.batch import Pair
-from mmedpo_ray.align.pair_index import PairIndex, Totals, hash_images, index_pairs, load_index
-from mmedpo_ray.align.pair_source import hold_out
+from mmedpo_ray.align.pair_source import PairSource, StoredPairs, TablePairs, hold_out
 from mmedpo_ray.align.plan import ForwardSize, Plan
 from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_table
 from mmedpo_ray.align.scaling import Geometry, checkpoint_bytes, step_traffic
@@ -61,27 +57,6 @@ class Memory:
         )
 
 
-class IndexedPairs:
-    """Pairs of which only the index is known: enough for a plan's figures.
-
-    Args:
-        index: of the pairs.
-        align: coefficients of the kinds.
-    """
-
-    def __init__(self, index: PairIndex, align: AlignConfig) -> None:
-        self.index = index
-        self.coefficients = np.array([1.0, align.visual_coefficient, align.reversed_visual_coefficient])
-
-    @classmethod
-    def of_table(cls, folder: str, align: AlignConfig) -> IndexedPairs:
-        """Those of a `prepared` table with its index."""
-        return cls(load_index(folder), align)
-
-    def load(self, numbers: Sequence[int]) -> list[Pair]:
-        raise NotImplementedError("only the index of these pairs is known")
-
-
 @dataclass(frozen=True)
 class Expectation:
     """What a run would do.
@@ -96,7 +71,7 @@ class Expectation:
     memory: Memory
 
 
-def expect(source: IndexedPairs, align: AlignConfig, config: Config) -> Expectation:
+def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectation:
     """The figures of a run.
 
     Args:
@@ -140,7 +115,8 @@ def announce(name: str, align: AlignConfig, config: Config) -> None:
         align: settings of the role.
         config: all settings.
     """
-    source = IndexedPairs.of_table(RunFolder(config.run.folder).prepared, align)
+    writer = PromptWriter(load_processor(config.model.path))
+    source = StoredPairs(RunFolder(config.run.folder).prepared, writer, align)
     console.print(plan_line(name, expect(source, align, config), align), soft_wrap=True)
 
 
@@ -156,8 +132,8 @@ def announce_ahead(config: Config) -> None:
     console.print(plan_line("align", expected, config.align), soft_wrap=True)
 
 
-def tokenise(config: Config, most_rows: int | None = None) -> tuple[IndexedPairs, int, float]:
-    """The index of the pairs in `scored`, tokenised in this process: about half a millisecond a pair.
+def tokenise(config: Config, most_rows: int | None = None) -> tuple[TablePairs, int, float]:
+    """The pairs in `scored`, tokenised in this process: about half a millisecond a pair.
 
     Args:
         config: all settings.
@@ -169,12 +145,7 @@ def tokenise(config: Config, most_rows: int | None = None) -> tuple[IndexedPairs
     writer = PromptWriter(load_processor(config.model.path))
     scored, share = _read_scored(RunFolder(config.run.folder).scored, most_rows)
     kept, dropped = prepare_table(scored, writer, Preparation.of(config.align))
-    pairs, starts = index_pairs(kept)
-    totals = Totals()
-    totals.add(pairs, starts)
-    hashes = hash_images(kept["image_id"].take(pa.array(starts, pa.int64())).to_pylist())
-    index = PairIndex(pairs, np.append(starts, len(pairs)), hashes, totals)
-    return IndexedPairs(index, config.align), len(dropped), share
+    return TablePairs(kept, writer, config.align), len(dropped), share
 
 
 def _read_scored(folder: str, most_rows: int | None) -> tuple[pa.Table, float]:

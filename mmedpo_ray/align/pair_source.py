@@ -1,4 +1,4 @@
-"""Where a plan takes its pairs from: the `prepared` table, row group by row group, or a list in memory.
+"""Where a plan takes its pairs from: the `prepared` table, row group by row group, or a table in memory.
 
 The table stays what it is, Parquet in one copy, compressed, readable by anything; no second format is kept beside it for training. A
 rank reads the row groups (1,024 pairs) that hold the images of its own micro-batches, in the thread that reads the next step
@@ -13,7 +13,7 @@ import copy
 import functools
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -22,15 +22,7 @@ import pyarrow.parquet as pq
 
 from mmedpo_ray import storage
 from mmedpo_ray.align.batch import Pair
-from mmedpo_ray.align.pair_index import (
-    KINDS,
-    PAIR,
-    PairIndex,
-    Totals,
-    hash_images,
-    load_index,
-    set_orders,
-)
+from mmedpo_ray.align.pair_index import PairIndex, Totals, hash_images, index_pairs, load_index
 from mmedpo_ray.align.prepare import make_pair
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
@@ -107,7 +99,7 @@ class StoredPairs:
 
     def __init__(self, folder: str, writer: PromptWriter, align: AlignConfig) -> None:
         self.index = load_index(folder)
-        self.coefficients = np.array([1.0, align.visual_coefficient, align.reversed_visual_coefficient])
+        self.coefficients = _coefficients(align)
         self._writer = writer
         self._first = np.cumsum([0, *(rows for _, rows in self.index.files)]).tolist()
         self._file = functools.lru_cache(_OPEN_FILES)(self._open)
@@ -125,9 +117,7 @@ class StoredPairs:
         _, starts = self._file(file)
         group = bisect_right(starts, place) - 1
         row = self._row_group(file, group).slice(place - starts[group], 1).to_pylist()[0]
-        entry = self.index.pairs[number]
-        weight = float(entry["weight"] * self.coefficients[entry["kind"]])
-        return make_pair(row, self._writer, weight, counts_nll=bool(entry["counts_nll"]))
+        return _pair(self, number, row, self._writer)
 
     def _open(self, file: int) -> tuple[pq.ParquetFile, list[int]]:
         """A file of the table, and the first row of each of its row groups."""
@@ -159,46 +149,36 @@ _COLUMNS = [
 ]
 
 
-class PairsInMemory:
-    """Pairs as objects, for small sets; their weights are the effective ones.
+class TablePairs:
+    """The pairs of a table like `prepared` that is in memory.
 
     Args:
-        pairs: in any order.
+        table: whole trees in the order of ``tree_key``.
+        writer: of the model.
+        align: coefficients of the kinds.
     """
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._pairs = sorted(pairs, key=lambda pair: (pair.image_id, pair.pair_id))
-        self.coefficients = np.ones(len(KINDS))
-        numbers: dict[str, int] = {}
-        records: list[Any] = []
-        starts: list[int] = []
-        for row, pair in enumerate(self._pairs):
-            if row == 0 or pair.image_id != self._pairs[row - 1].image_id:
-                starts.append(row)
-            records.append(
-                (
-                    pair.weight,
-                    len(pair.prompt),
-                    len(pair.chosen),
-                    len(pair.rejected),
-                    numbers.setdefault(pair.image_uri, len(numbers)),
-                    numbers.setdefault(pair.rejected_image_uri, len(numbers)),
-                    *(0, 0, 0, 0),
-                    int(pair.is_visual),
-                    pair.counts_nll,
-                )
-            )
-        found, first = np.array(records, PAIR), np.array(starts, np.int64)
-        tokens = [
-            [np.array(getattr(pair, name), "<i4").tobytes() for pair in self._pairs]
-            for name in ("prompt", "chosen", "rejected")
-        ]
-        set_orders(found, first, *tokens)
+    def __init__(self, table: pa.Table, writer: PromptWriter, align: AlignConfig) -> None:
+        pairs, starts = index_pairs(table)
         totals = Totals()
-        totals.add(found, first)
-        hashes = hash_images(self._pairs[row].image_id for row in starts)
-        self.index = PairIndex(found, np.append(first, len(found)), hashes, totals)
+        totals.add(pairs, starts)
+        hashes = hash_images(table["image_id"].take(pa.array(starts, pa.int64())).to_pylist())
+        self.index = PairIndex(pairs, np.append(starts, len(pairs)), hashes, totals)
+        self.coefficients = _coefficients(align)
+        self._table = table
+        self._writer = writer
 
     def load(self, numbers: Sequence[int]) -> list[Pair]:
         """The pairs with these row numbers."""
-        return [self._pairs[number] for number in numbers]
+        rows = self._table.take(pa.array(numbers, pa.int64())).to_pylist()
+        return [_pair(self, number, row, self._writer) for number, row in zip(numbers, rows, strict=True)]
+
+
+def _coefficients(align: AlignConfig) -> np.ndarray:
+    return np.array([1.0, align.visual_coefficient, align.reversed_visual_coefficient])
+
+
+def _pair(source: PairSource, number: int, row: Mapping[str, Any], writer: PromptWriter) -> Pair:
+    entry = source.index.pairs[number]
+    weight = float(entry["weight"] * source.coefficients[entry["kind"]])
+    return make_pair(row, writer, weight, counts_nll=bool(entry["counts_nll"]))

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import Pair
-from mmedpo_ray.align.pair_index import KINDS, REVERSED, TEXT, VISUAL, index_pairs
+from mmedpo_ray.align.pair_index import REVERSED, TEXT, VISUAL
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter
@@ -178,52 +178,6 @@ def prepare_table(
     kept = sorted((row for row in found if tables.DROP_REASON not in row), key=lambda row: row["tree_key"])
     dropped = sorted((row for row in found if tables.DROP_REASON in row), key=lambda row: row["pair_id"])
     return tables.to_table(kept, tables.PREPARED), dropped
-
-
-def prepare_pairs(
-    scored: pa.Table,
-    writer: PromptWriter,
-    *,
-    max_length: int,
-    visual_coefficient: float,
-    reversed_visual_coefficient: float = 0.0,
-    common_token_weight: float = 1.0,
-    with_weightless: bool = False,
-) -> tuple[list[Pair], list[dict[str, Any]]]:
-    """Makes the pairs of a small table in this process: what the prepare station does, without its table.
-
-    Args:
-        scored: the `scored` table.
-        writer: of the model.
-        max_length: ``align.max_length``.
-        visual_coefficient: factor on the weight of visual pairs.
-        reversed_visual_coefficient: factor on the weight of reversed visual pairs; above 0 they are derived.
-        common_token_weight, with_weightless: see :class:`Preparation`.
-
-    Returns:
-        Pairs by pair_id, their reference log-probabilities 0, and the rows left out with
-        ``drop_reason`` and ``drop_detail``.
-
-    Raises:
-        UserError: a weight is negative or not a number.
-    """
-    how = Preparation(
-        max_length,
-        visual_coefficient > 0,
-        reversed_visual_coefficient > 0,
-        common_token_weight,
-        with_weightless,
-    )
-    table, dropped = prepare_table(scored, writer, how)
-    index, _ = index_pairs(table)
-    coefficients = dict(zip(KINDS, (1.0, visual_coefficient, reversed_visual_coefficient), strict=True))
-    pairs = [
-        make_pair(
-            row, writer, row["weight"] * coefficients[row["kind"]], counts_nll=bool(entry["counts_nll"])
-        )
-        for row, entry in zip(table.to_pylist(), index, strict=True)
-    ]
-    return sorted(pairs, key=lambda pair: pair.pair_id), dropped
 
 
 def make_pair(

@@ -30,14 +30,10 @@ from mmedpo_ray import storage
 from mmedpo_ray.align.attempt import STOP_FILE, ask_to_stop, claim, is_told_to_stop
 from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints
 from mmedpo_ray.align.expected import announce
+from mmedpo_ray.align.made_with import MADE_WITH
 from mmedpo_ray.align.metrics import METRICS_FILE, read_metrics
 from mmedpo_ray.align.policy import TrainingSpec
-from mmedpo_ray.align.prepare_station import (
-    made_with,
-    needs_stored_reference,
-    preparation_settings,
-    prepare,
-)
+from mmedpo_ray.align.prepare_station import needs_stored_reference, preparation_settings, prepare
 from mmedpo_ray.align.resources import check_cluster, rank_resources, wants_gpu
 from mmedpo_ray.align.stoppable import StoppableTorchConfig, training
 from mmedpo_ray.align.trackers import TRACKER_FILES, check_trackers, tracker_environment
@@ -101,7 +97,7 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
         # A driver may have died between the manifest and this.
         remove_checkpoints(folder)
         return done
-    spec = _training_spec(config, settings, folder, station.key, prepared.key)
+    spec = _training_spec(config, settings, folder, station.key, prepared)
     check_cluster(settings, use_gpu=spec.use_gpu)
     announce(station.name, settings, config)
     claim(folder, spec.attempt)
@@ -123,7 +119,7 @@ def _station_name(role: Role) -> str:
 
 
 def _training_spec(
-    config: Config, settings: AlignConfig, folder: Path, key: str, prepared_key: str
+    config: Config, settings: AlignConfig, folder: Path, key: str, prepared: Manifest
 ) -> TrainingSpec:
     return TrainingSpec(
         align=settings,
@@ -135,8 +131,8 @@ def _training_spec(
         key=key,
         use_gpu=wants_gpu(settings),
         attempt=uuid.uuid4().hex[:12],
-        prepared_key=prepared_key,
-        prepared_with=made_with(config),
+        prepared_key=prepared.key,
+        prepared_with=prepared.extra.get(MADE_WITH),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from align_world import write_scored
+from pairs_in_memory import prepare_pairs
 from PIL import Image
 from tiny_llava import build_tiny_llava
 
@@ -19,7 +20,6 @@ from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch, pair_batch
 from mmedpo_ray.align.logps import response_logps
 from mmedpo_ray.align.losses import Normaliser, Objective, preference_objective
-from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 
 datasets = pytest.importorskip("datasets")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from align_world import align_settings, write_scored, write_table
+from pairs_in_memory import prepare_pairs
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.dry_run import dry_run
 from mmedpo_ray.align.made_with import MADE_WITH
 from mmedpo_ray.align.pair_source import StoredPairs
-from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.align.prepare_station import made_with, prepare
 from mmedpo_ray.config import Config
 from mmedpo_ray.errors import user_message

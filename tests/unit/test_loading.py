@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from align_world import write_scored
+from pairs_in_memory import prepare_pairs
 from PIL import Image
 from tiny_llava import build_tiny_llava
 from transformers import PreTrainedConfig
@@ -17,7 +18,6 @@ from transformers import PreTrainedConfig
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch
 from mmedpo_ray.align.logps import response_logps
-from mmedpo_ray.align.prepare import prepare_pairs
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import (
     PromptWriter,

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from align_world import align_settings, write_scored
+from pairs_in_memory import PairsInMemory, prepare_pairs
 from tiny_llava import build_tiny_llava, put_the_image_last
 
 from mmedpo_ray import storage, tables
 from mmedpo_ray.align.batch import Pair
 from mmedpo_ray.align.forest import TokenSequence, pack
 from mmedpo_ray.align.pair_index import ensure_index, load_index
-from mmedpo_ray.align.pair_source import PairsInMemory, StoredPairs
+from mmedpo_ray.align.pair_source import StoredPairs
 from mmedpo_ray.align.plan import Plan
-from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_pairs, prepare_rows, with_reversed_pairs
+from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.manifest import Manifest
 from mmedpo_ray.models.loading import PromptWriter, load_processor

@@ -9,13 +9,14 @@ import pytest
 from align_world import align_settings, write_scored
 from hypothesis import given
 from hypothesis import strategies as st
+from pairs_in_memory import prepare_pairs
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray import tables
 from mmedpo_ray.align import prepare_station
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.logps import response_logps
-from mmedpo_ray.align.prepare import Preparation, prepare_pairs, span_weights
+from mmedpo_ray.align.prepare import Preparation, span_weights
 from mmedpo_ray.align.prepare_station import ReferenceScorer, _Reader
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_processor
