@@ -177,12 +177,10 @@ class TrainingLoop:
             self.engine.backward(share, is_last=number == len(batches) - 1)
             sums[: len(SUMS)] += part
             sums[_TOKENS] += 0 if micro.is_filler else batch.input_ids.numel()
-        sums[_STOP] = float(stop_requested.is_set() or self._driver_ends())
+        driver_ends = self.rank == 0 and is_told_to_stop(self.spec.folder, self.spec.attempt)
+        sums[_STOP] = float(stop_requested.is_set() or driver_ends)
         dist.all_reduce(sums)
         return sums
-
-    def _driver_ends(self) -> bool:
-        return self.rank == 0 and is_told_to_stop(self.spec.folder, self.spec.attempt)
 
     def _objective(
         self, micro: MicroBatch, batch: Forest, total: Normaliser

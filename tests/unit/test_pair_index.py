@@ -18,7 +18,7 @@ from mmedpo_ray import storage, tables
 from mmedpo_ray.align.batch import Pair
 from mmedpo_ray.align.forest import TokenSequence, pack
 from mmedpo_ray.align.pair_index import ensure_index, load_index
-from mmedpo_ray.align.pair_source import StoredPairs
+from mmedpo_ray.align.pair_source import StoredPairs, TablePairs
 from mmedpo_ray.align.plan import Plan
 from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
 from mmedpo_ray.errors import UserError
@@ -82,11 +82,15 @@ def test_files_and_row_groups_may_cut_trees(
     ]
     stored = Plan.of(StoredPairs(str(tmp_path), writer, ALIGN), ALIGN, seed=3)
     memory = Plan.of(PairsInMemory(pairs), ALIGN, seed=3)
+    table = tables.to_table(prepared(scored, writer), tables.PREPARED)
+    unwritten = Plan.of(TablePairs(table, writer, ALIGN), ALIGN, seed=3)
     for step in range(stored.total_steps):
         for rank in range(2):
-            assert stored.micro_batches(step, rank, 2) == memory.micro_batches(step, rank, 2)
+            batches = stored.micro_batches(step, rank, 2)
+            assert batches == memory.micro_batches(step, rank, 2) == unwritten.micro_batches(step, rank, 2)
         assert stored.normaliser(step) == memory.normaliser(step)
     ours, theirs = stored.summary(), memory.summary()
+    assert ours == unwritten.summary()
     # In memory a reversed pair is a visual one with its weight.
     assert ours.pop("reversed_pairs") == 7 and theirs.pop("reversed_pairs") == 0
     assert ours == theirs
