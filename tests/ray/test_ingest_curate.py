@@ -147,10 +147,13 @@ def test_images_of_a_killed_attempt_are_not_deleted(ingested: Path) -> None:
     run = RunFolder(str(ingested))
     for path in [*storage.list_files(run.visual, ".parquet"), storage.join(run.visual, stage.MANIFEST)]:
         storage.remove(path)
-    late = Path(run.noised, "late.png.tmp")
-    late.write_bytes(b"half")
+    late = Path(run.noised, "late.png")
+    late.write_bytes(b"whole")
+    half = Path(run.noised, "late.png.0123.tmp")
+    half.write_bytes(b"half")
     curate(config)
     assert late.exists()
+    assert not half.exists()
     assert pairs_of(ingested) == whole
     curate(phantom_config(ingested, "curate.visual.noise.steps=400"))
     assert not late.exists()
