@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -58,6 +59,7 @@ def start(settings: RayConfig) -> None:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
         log.debug("started a local Ray cluster with %d logical CPUs", cpus)
     _quiet_data()
+    _learn_cpus_at_once()
 
 
 def _check_reachable(address: str) -> None:
@@ -106,3 +108,14 @@ def _quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _learn_cpus_at_once() -> None:
+    """Ray Data runs one task at a time until an actor has told it the cluster's CPUs, and asks once a second (Ray 2.60).
+
+    A table of ten thousand rows is done by then, so it asks twenty times a second; there is no public setting for that.
+    """
+    with contextlib.suppress(ImportError):
+        from ray.data._internal.execution.resource_manager import ResourceManager
+
+        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.05
