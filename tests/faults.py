@@ -154,16 +154,8 @@ def disturbed(
 
 
 def files_of(run: Path, *names: str) -> dict[str, Any]:
-    """Tables and images in some folders of a run, byte by byte, and what the manifests say of them.
-
-    Nothing may be half-written or uncounted.
-    """
-    left_over = [
-        path.relative_to(run)
-        for path in run.rglob("*")
-        if path.name.endswith(".tmp") or path.name in (".parts", ".merged", ".debate")
-    ]
-    assert not left_over
+    """Tables and images in some folders of a finished run, byte by byte, and the rows that its manifests count."""
+    assert_nothing_left_over(run)
     found: dict[str, Any] = {}
     for name in names:
         for path in sorted((run / name).rglob(MANIFEST)):
@@ -177,3 +169,10 @@ def files_of(run: Path, *names: str) -> dict[str, Any]:
             str(path.relative_to(run)): path.read_bytes() for path in sorted((run / name).rglob("*.p*"))
         }
     return found
+
+
+def assert_nothing_left_over(run: Path) -> None:
+    """No file of a run is half-written, and none waits to be merged."""
+    folders = (".parts", ".merged", ".debate")
+    found = [path for path in run.rglob("*") if path.name.endswith(".tmp") or path.name in folders]
+    assert not found, [str(path.relative_to(run)) for path in found]
