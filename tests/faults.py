@@ -147,10 +147,10 @@ def disturbed(
             log,
             f"{task} at work again",
         )
+        assert progress() < most, "the driver was killed too late"
     finally:
         kill_driver(driver)
-    assert driver.returncode == -signal.SIGKILL
-    assert reached < progress() < most, "the driver was killed too late"
+    assert driver.returncode == -signal.SIGKILL, tail(log)
 
 
 def files_of(run: Path, *names: str) -> dict[str, Any]:

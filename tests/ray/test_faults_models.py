@@ -21,6 +21,7 @@ from tiny_chat import build_tiny_chat
 from tiny_medklip import build_tiny_medklip
 
 from mmedpo_ray.config import load
+from mmedpo_ray.manifest import MANIFEST
 from mmedpo_ray.pipeline import STEPS
 from mmedpo_ray.stage import Manifest, read_manifest
 
@@ -160,6 +161,7 @@ def test_the_actor_with_the_model_and_the_driver_killed(
     scene.forget()
     log = tmp_path / "driver.log"
     faults.disturbed(scene.station, scene.overrides, log, scene.task, scene.progress, scene.most)
+    assert not (scene.run / scene.folders[0] / MANIFEST).exists()
     STEPS[scene.station](load(None, scene.overrides))
     scene.assert_same()
     # Images are made over, rows of a table are not.
