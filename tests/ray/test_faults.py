@@ -5,15 +5,12 @@ The cluster outlives the drivers, so a task of a killed driver may still write w
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -27,33 +24,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROWS = 2500
 FOLDERS = {"ingest": "samples", "curate": "pairs", "score": "scored"}
-DRIVER = """
-import sys
-from mmedpo_ray import cluster, config, console
-from mmedpo_ray.curate.curate import curate
-from mmedpo_ray.data.ingest import ingest
-from mmedpo_ray.judge.score import score
-
-console.configure()
-settings = config.load(None, sys.argv[1:])
-cluster.start(settings.ray)
-for station in (ingest, curate, score):
-    station(settings)
-"""
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A cluster of two nodes beside the one of the other tests; drivers join it by its address."""
-    from ray.cluster_utils import Cluster
-
-    # A lost node is noticed within a second rather than half a minute.
-    checks = {"initial_delay_ms": 1000, "period_ms": 300, "timeout_ms": 1000, "failure_threshold": 3}
-    system = {f"health_check_{name}": value for name, value in checks.items()}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": system})
-    cluster.add_node(num_cpus=1)
-    yield cluster
-    cluster.shutdown()
+    with faults.cluster(1, 1) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +84,7 @@ def start(nodes: Any, data: Path, run: Path) -> subprocess.Popen:
         "curate.visual.tool=none", "ray.rows_per_part=128", f"ray.address={nodes.address}",
     ]  # fmt: skip
     run.parent.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *overrides], stdout=log_path(run).open("a"), stderr=subprocess.STDOUT
-    )
+    return faults.start(list(FOLDERS), overrides, log_path(run))
 
 
 def log_path(run: Path) -> Path:
@@ -118,15 +92,12 @@ def log_path(run: Path) -> Path:
 
 
 def log_of(run: Path) -> str:
-    return log_path(run).read_text()[-4000:]
+    return faults.tail(log_path(run))
 
 
 def what_is_left(run: Path) -> dict[str, Any]:
     """Tables byte by byte, and what the manifests count."""
-    half_written = [
-        path for path in run.rglob("*") if path.name.endswith(".tmp") or path.name in (".parts", ".merged")
-    ]
-    assert not half_written
+    faults.assert_nothing_left_over(run)
     manifests: dict[str, Any] = {}
     for folder in FOLDERS.values():
         manifest = read_manifest(str(run / folder))
@@ -159,17 +130,6 @@ def assert_same(run: Path, quiet: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------- faults
 
 
-def wait_for(found: Callable[[], Any], driver: subprocess.Popen, run: Path, what: str) -> Any:
-    """The first result that is not empty."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if result := found():
-            return result
-        assert driver.poll() is None, f"the driver ended before {what}: {log_of(run)}"
-        time.sleep(0.003)
-    pytest.fail(f"no {what}: {log_of(run)}")
-
-
 def parts_of(run: Path, station: str) -> list[Path]:
     """Parts that the station has written and not yet merged."""
     return [] if finished(run, station) else list((run / FOLDERS[station]).rglob(".parts/*.parquet"))
@@ -184,15 +144,7 @@ def busy_workers(node: Any, run: Path, station: str) -> list[psutil.Process]:
     folder = run / FOLDERS[station]
     if finished(run, station) or not any(folder.rglob(".parts/key.json")):
         return []
-    found = []
-    for info in node.all_processes["raylet"]:
-        try:
-            for process in psutil.Process(info.process.pid).children(recursive=True):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MapBatches"):
-                    found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return faults.workers(faults.raylet(node), "ray::MapBatches")
 
 
 def test_workers_killed_in_every_station(
@@ -201,12 +153,12 @@ def test_workers_killed_in_every_station(
     run = tmp_path / "run"
     driver = start(nodes, data, run)
     for station in FOLDERS:
-        victims = wait_for(
+        victims = faults.wait_for(
             lambda station=station: [
                 process for node in nodes.list_all_nodes() for process in busy_workers(node, run, station)
             ],
             driver,
-            run,
+            log_path(run),
             f"task of {station}",
         )
         victims[0].kill()
@@ -220,10 +172,10 @@ def test_a_node_lost_in_every_station(nodes: Any, data: Path, quiet: dict[str, A
     driver = start(nodes, data, run)
     for station in FOLDERS:
         (node,) = nodes.worker_nodes
-        wait_for(
+        faults.wait_for(
             lambda node=node, station=station: busy_workers(node, run, station),
             driver,
-            run,
+            log_path(run),
             f"task of {station}",
         )
         nodes.remove_node(node, allow_graceful=False)
@@ -239,9 +191,9 @@ def test_the_driver_killed_in_every_station(
     run = tmp_path / "run"
     for station in FOLDERS:
         driver = start(nodes, data, run)
-        wait_for(lambda station=station: parts_of(run, station), driver, run, f"part of {station}")
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.wait()
+        part = f"part of {station}"
+        faults.wait_for(lambda station=station: parts_of(run, station), driver, log_path(run), part)
+        faults.kill_driver(driver)
         assert not finished(run, station), f"{station} was killed too late"
     driver = start(nodes, data, run)
     assert driver.wait() == 0, log_of(run)
