@@ -118,4 +118,4 @@ def _learn_cpus_at_once() -> None:
     with contextlib.suppress(ImportError):
         from ray.data._internal.execution.resource_manager import ResourceManager
 
-        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.05
+        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.05  # type: ignore[assignment]

@@ -88,14 +88,28 @@ def plan_slices(folders: Sequence[str], *, num_cpus: float = 1.0, rows: int | No
 
     A row group can only be read whole, so without ``rows`` slices are whole row groups or, of small tables, parts of one.
     """
+    paths = [path for folder in folders for path in storage.list_files(folder, ".parquet")]
+    return plan_files(paths, num_cpus=num_cpus, rows=rows)
+
+
+def plan_files(
+    paths: Sequence[str], *, num_cpus: float = 1.0, rows: int | None = None, most: int = _MOST_ROWS
+) -> list[pa.Table]:
+    """Where the slices of some files lie, in their order, a block each; see :func:`plan_slices`.
+
+    Args:
+        paths: the files.
+        num_cpus: CPUs a task asks for.
+        rows: rows of a slice; None: such that every CPU of the cluster gets some.
+        most: rows of a slice where ``rows`` does not say.
+    """
     groups = {
         path: [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
-        for folder in folders
-        for path in storage.list_files(folder, ".parquet")
+        for path in paths
         for footer in [footer_of(path)]
     }
     if rows is None:
-        about = _slice_rows(sum(map(sum, groups.values())), num_cpus)
+        about = _slice_rows(sum(map(sum, groups.values())), num_cpus, most)
         bounds = {path: _bounds(sizes, about) for path, sizes in groups.items()}
     else:
         bounds = {path: [*range(0, sum(sizes), rows), sum(sizes)] for path, sizes in groups.items()}
@@ -125,24 +139,31 @@ def read_slices(planned: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.concat_tables([_read(**item, schema=schema) for item in planned.to_pylist()])
 
 
-def _slice_rows(total: int, num_cpus: float) -> int:
-    tasks = _SLICES_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1) / num_cpus))
-    return min(_MOST_ROWS, max(_FEWEST_ROWS, -(-total // tasks)))
-
-
-def _read(path: str, start: int, stop: int, schema: pa.Schema) -> pa.Table:
-    """Rows ``start`` to ``stop`` (excluded) of a file, from the row groups that hold them."""
+def read_rows(path: str, start: int, stop: int, names: Sequence[str]) -> pa.Table:
+    """Rows ``start`` to ``stop`` (excluded) of a file, from the row groups that hold them; those of the columns that it has."""
     filesystem, inner = storage.resolve(path)
     with filesystem.open_input_file(inner) as source:
         file = pq.ParquetFile(source)
         sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
         ends = np.cumsum(sizes)
         first, last = (int(np.searchsorted(ends, place, side="right")) for place in (start, stop - 1))
-        names = [name for name in schema.names if name in file.schema_arrow.names]
-        found = file.read_row_groups(list(range(first, last + 1)), columns=names)
-    found = found.slice(start - (int(ends[first]) - sizes[first]), stop - start)
+        known = [name for name in names if name in file.schema_arrow.names]
+        found = file.read_row_groups(list(range(first, last + 1)), columns=known)
+    return found.slice(start - (int(ends[first]) - sizes[first]), stop - start)
+
+
+def _slice_rows(total: int, num_cpus: float, most: int) -> int:
+    tasks = _SLICES_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1) / num_cpus))
+    return min(most, max(_FEWEST_ROWS, -(-total // tasks)))
+
+
+def _read(path: str, start: int, stop: int, schema: pa.Schema) -> pa.Table:
+    """Rows of a file in the types of a schema."""
+    found = read_rows(path, start, stop, schema.names)
     columns = [
-        found[field.name].cast(field.type) if field.name in names else pa.nulls(len(found), field.type)
+        found[field.name].cast(field.type)
+        if field.name in found.column_names
+        else pa.nulls(len(found), field.type)
         for field in schema
     ]
     return pa.table(columns, schema=pa.schema([field.with_nullable(True) for field in schema]))

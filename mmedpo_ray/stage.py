@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
 import ray
 from pydantic import BaseModel
 
@@ -43,7 +42,6 @@ from mmedpo_ray.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LITTLE_AHEAD",
     "MANIFEST",
     "DoneIds",
     "Extra",
@@ -57,8 +55,6 @@ __all__ = [
 ]
 
 _KEY = "key.json"
-# Row groups read ahead of the one in hand: of a large table, PyArrow would otherwise hold 64.
-LITTLE_AHEAD = {"batch_readahead": 2, "fragment_readahead": 1}
 
 
 def digest(*parts: Any) -> str:
@@ -283,7 +279,7 @@ class Station:
             self._check(merged, id_column, allow_empty, intended_reasons if limit_dropped else None)
             if merged.rows == 0:
                 storage.write_parquet(storage.join(staged, "part-00000.parquet"), schema.empty_table())
-            figures = _figures(storage.dataset(staged), extra, extra_columns) if extra else {}
+            figures = _figures(staged, schema, extra, extra_columns) if extra else {}
         except Exception:
             storage.remove(staged)
             raise
@@ -378,10 +374,11 @@ class Station:
         )
 
 
-def _figures(table: pads.Dataset, extra: Extra, columns: Sequence[str] | None) -> dict[str, Any]:
+def _figures(folder: str, schema: pa.Schema, extra: Extra, columns: Sequence[str] | None) -> dict[str, Any]:
     if callable(extra):
-        return extra(table.to_table(columns=None if columns is None else list(columns), **LITTLE_AHEAD))
-    for rows in table.to_batches(columns=list(extra.columns), **LITTLE_AHEAD):
+        batches = list(storage.read_batches(folder, columns))
+        return extra(pa.Table.from_batches(batches) if batches else schema.empty_table())
+    for rows in storage.read_batches(folder, extra.columns):
         if rows.num_rows:
             extra.add(rows)
     return extra.figures()

@@ -179,6 +179,26 @@ def dataset(folder: str | Path, schema: pa.Schema | None = None) -> pads.Dataset
     )
 
 
+def read_batches(folder: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of the Parquet files directly under a folder, in name order, 65,536 at a time at most.
+
+    One file is open at a time: a scan of a dataset would hold the footers of all files, megabytes each once they are decoded.
+
+    Raises:
+        UserError: there is no Parquet file.
+    """
+    files = list_files(folder, ".parquet")
+    if not files:
+        raise UserError(f"no Parquet file in {folder}. Run the station that writes this table first.")
+    for name in files:
+        filesystem, path = resolve(name)
+        with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as file:
+            # A row group at a time is decoded, not the whole file ahead.
+            yield from file.iter_batches(
+                columns=None if columns is None else list(columns), use_threads=False
+            )
+
+
 def move(source: str | Path, target: str | Path) -> None:
     """Moves a file or folder; an existing target is replaced."""
     filesystem, source_path = resolve(source)

@@ -37,7 +37,7 @@ from mmedpo_ray.merge import DROPPED
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.slices import Skip, map_slices
-from mmedpo_ray.stage import LITTLE_AHEAD, Manifest, Station, digest, read_manifest
+from mmedpo_ray.stage import Manifest, Station, digest, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def _moments(scores: str, settings: WeightConfig) -> dict[str, weights.Moments]:
     """The moments of the scores in a table, read batch by batch."""
     fit = weights.Fit()
     columns = ["score", "kind", "dataset"]
-    for batch in storage.dataset(scores).to_batches(columns=columns, **LITTLE_AHEAD):
+    for batch in storage.read_batches(scores, columns):
         if batch.num_rows:
             fit.add(batch["score"].to_numpy(), _groups(batch, settings))
     return fit.moments()

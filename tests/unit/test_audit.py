@@ -26,7 +26,7 @@ from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.data.audit import audit, audit_command
 from mmedpo_ray.data.audit.examine import NAMES, examine
-from mmedpo_ray.data.audit.features import extract
+from mmedpo_ray.data.audit.extract import extract
 from mmedpo_ray.data.audit.fix import removals, write_fixed
 from mmedpo_ray.data.audit.statistics import explained, separation
 from mmedpo_ray.data.audit.table import open_pairs

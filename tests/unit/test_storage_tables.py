@@ -124,3 +124,16 @@ def test_check_names_column_and_row() -> None:
         tables.to_table([{**row, "answer": 3}], tables.SAMPLES)
     assert tables.to_table([], tables.SAMPLES).num_rows == 0
     assert isinstance(good, pa.Table)
+
+
+def test_batches_are_the_rows_of_all_files_in_name_order(tmp_path: Path) -> None:
+    for number in (1, 0):
+        rows = pa.table({"a": [10 * number, 10 * number + 1], "b": ["x", "y"]})
+        storage.write_parquet(tmp_path / f"part-{number}.parquet", rows)
+    storage.write_parquet(tmp_path / "part-2.parquet", rows.slice(0, 0))
+    batches = list(storage.read_batches(tmp_path, ["a"]))
+    assert pa.Table.from_batches(batches).to_pydict() == {"a": [0, 1, 10, 11]}
+    assert pa.Table.from_batches(storage.read_batches(tmp_path)).column_names == ["a", "b"]
+    assert sum(batch.num_rows for batch in storage.read_batches(tmp_path, [])) == 4
+    with pytest.raises(UserError, match="no Parquet file"):
+        list(storage.read_batches(tmp_path / "absent"))

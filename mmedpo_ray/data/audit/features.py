@@ -1,6 +1,6 @@
 """Pairs → numbers: what the audit's checks need of every row, so that no text has to stay in memory.
 
-The table is read once, batch by batch; a row leaves about 90 bytes behind whatever its texts weigh.
+A row leaves about 90 bytes behind whatever its texts weigh.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.data.audit.hashing import hashes, normalised
 from mmedpo_ray.data.audit.samples import Samples
-from mmedpo_ray.data.audit.table import PairTable
 
 # One bit each of `format_chosen` and `format_rejected`: what a model could tell the sides apart by without the image.
 FORMATS: dict[str, str] = {
@@ -135,42 +134,13 @@ class Features:
         return (self.format_chosen & _BIT[name]) > 0, (self.format_rejected & _BIT[name]) > 0
 
 
-def extract(pairs: PairTable, samples: Samples | None) -> Features:
-    """Reads the table once and keeps its numbers.
+def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarray | pa.Array]:
+    """The numbers of some rows, by the names in `Features`; first words and answer types as texts, which have no number yet.
 
     Args:
-        pairs: the table.
-        samples: the samples behind it, or None.
-
-    Raises:
-        UserError: the table cannot be read.
+        batch: rows with the columns that checks use, each in one chunk.
+        samples: the samples behind them, or None.
     """
-    words: dict[str, int] = {}
-    types: dict[str, int] = {}
-    parts = [_batch_features(batch, samples, words, types) for batch in pairs.batches()]
-    if not parts:
-        parts = [_batch_features(_empty(pairs), samples, words, types)]
-    return Features(
-        columns=pairs.columns,
-        has_samples=samples is not None,
-        first_words=tuple(words),
-        answer_types=tuple(types),
-        **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
-    )
-
-
-def _empty(pairs: PairTable) -> pa.Table:
-    return pa.table(
-        {
-            name: pa.array([], pa.float64() if name == "weight" else pa.string())
-            for name in sorted(pairs.columns)
-        }
-    )
-
-
-def _batch_features(
-    batch: pa.Table, samples: Samples | None, words: dict[str, int], types: dict[str, int]
-) -> dict[str, np.ndarray]:
     size = batch.num_rows
     visual = (
         _numpy(pc.fill_null(pc.equal(batch["kind"], "visual"), False))
@@ -183,10 +153,11 @@ def _batch_features(
     norm_question, norm_chosen, norm_rejected = (normalised(texts) for texts in (question, chosen, rejected))
     formats = [_formats(side) for side in (chosen, rejected)]
     equal = _numpy(pc.equal(chosen, rejected))
+    polarity = _polarity(formats[0])
     kind = pa.array(np.where(visual, "v", "t"))
     asked = hashes(image, norm_question)
     first = pc.utf8_lower(pc.struct_field(pc.extract_regex(question, r"^\W*(?P<word>\w*)"), [0]))
-    found: dict[str, np.ndarray] = {
+    found: dict[str, np.ndarray | pa.Array] = {
         "visual": visual,
         "words_chosen": _words(chosen),
         "words_rejected": _words(rejected),
@@ -194,7 +165,7 @@ def _batch_features(
         "chars_rejected": _numpy(pc.utf8_length(rejected)),
         "format_chosen": formats[0],
         "format_rejected": formats[1],
-        "polarity": _polarity(formats[0]),
+        "polarity": polarity,
         "equal": equal,
         "near_equal": ~equal & _numpy(pc.equal(norm_chosen, norm_rejected)),
         "empty": _empty_text(chosen) | _empty_text(rejected),
@@ -209,12 +180,12 @@ def _batch_features(
         if _has(batch, "weight")
         else np.full(size, np.nan),
         "question_form": _question_forms(question),
-        "first_word": _codes(first, words),
-        "answer_type": _codes(_text(batch, "answer_type"), types),
+        "first_word": first,
+        "answer_type": _text(batch, "answer_type"),
         "noise_share": _noise_share(batch),
         "lesion_covered": _noise_parameter(batch, "lesion_covered").astype(np.float32),
     }
-    return found | _against_samples(batch, samples, norm_chosen, found["polarity"])
+    return found | _against_samples(batch, samples, norm_chosen, polarity)
 
 
 def _words(texts: pa.Array) -> np.ndarray:
@@ -281,15 +252,6 @@ def _question_forms(question: pa.Array) -> np.ndarray:
         matched = _numpy(pc.match_substring_regex(question.take(pa.array(open_rows)), pattern))
         forms[open_rows[matched]] = index
     return forms
-
-
-def _codes(texts: pa.Array, known: dict[str, int]) -> np.ndarray:
-    """Indices of texts in ``known``, which grows as new ones come."""
-    encoded = pc.dictionary_encode(texts)
-    codes = np.array(
-        [known.setdefault(text, len(known)) for text in encoded.dictionary.to_pylist()], np.int32
-    )
-    return codes[_numpy(encoded.indices)] if len(texts) else np.zeros(0, np.int32)
 
 
 def _noise_share(batch: pa.Table) -> np.ndarray:

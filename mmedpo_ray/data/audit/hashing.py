@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pandas.util import hash_array
 
 _NUMBER_POINT = r"(\d)[.,:](\d)"
 _QUOTES = "‘’“”„"
@@ -33,10 +34,11 @@ def _without_punctuation(texts: pa.Array) -> pa.Array:
 
 
 def hashes(*columns: pa.Array) -> np.ndarray:
-    """A 64-bit hash of each row's texts, never 0. Equal texts have equal hashes within this process only.
+    """A 64-bit hash of each row's texts, never 0. Equal texts have equal hashes, in every process.
 
     Two of a million different rows share a hash with probability 3e-8.
     """
     joined = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "\x1f")
-    values = np.fromiter(map(hash, joined.to_pylist()), np.int64, len(joined))
+    texts = np.array([*joined.to_pylist(), None], object)[:-1]
+    values = hash_array(texts, categorize=False).view(np.int64)
     return np.where(values == 0, 1, values)

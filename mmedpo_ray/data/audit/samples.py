@@ -5,8 +5,7 @@ Pairs find their sample by its id; those of a JSON, which has none, by the image
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +61,8 @@ class Samples:
         in_test: (rows,) bool, the sample is of split test.
         image_in_test: (rows,) bool, the sample is not, but its image (by content, id or address) is also one of split test.
         by_id: rows by their id.
+        by_question: rows by the question and the last part, and the last two parts, of the image's address; None where the
+            questions were not asked for.
     """
 
     path: str
@@ -70,6 +71,11 @@ class Samples:
     in_test: np.ndarray
     image_in_test: np.ndarray
     by_id: Index
+    by_question: tuple[Index, Index] | None = None
+
+    def for_tasks(self) -> Samples:
+        """The same without the columns that only the driver looks at."""
+        return replace(self, table=self.table.select(["answer"]))
 
     def rows_of(self, sample_ids: pa.Array) -> np.ndarray:
         """Row of each sample id, -1 where the table has no such sample."""
@@ -85,16 +91,9 @@ class Samples:
             questions: normalised.
         """
         alone, in_folder = (_question_keys(image_uris, questions, parts) for parts in (1, 2))
-        by_name, by_folder = self._by_question
+        assert self.by_question is not None
+        by_name, by_folder = self.by_question
         return np.where(in_folder != 0, by_folder.find(in_folder), by_name.find(alone))
-
-    @cached_property
-    def _by_question(self) -> tuple[Index, Index]:
-        """Rows by the question and the last part, and the last two parts, of the image's address."""
-        uris, questions = _filled(self.table, "image_uri"), normalised(_filled(self.table, "question"))
-        answers = hashes(normalised(_filled(self.table, "answer")))
-        one, two = (Index.of(_question_keys(uris, questions, parts), answers) for parts in (1, 2))
-        return one, two
 
 
 def _question_keys(image_uris: pa.Array, questions: pa.Array, parts: int) -> np.ndarray:
@@ -137,8 +136,22 @@ def open_samples(path: str, *, with_questions: bool = False) -> Samples:
             if name in table.column_names:
                 of_test = table[name].filter(pa.array(in_test)).drop_null()
                 shared |= pc.is_in(table[name], value_set=of_test.combine_chunks()).to_numpy()
-    by_id = Index.of(hashes(_filled(table, "sample_id")))
-    return Samples(path, parquet_fingerprint(path), table, in_test, shared & ~in_test, by_id)
+    return Samples(
+        path,
+        parquet_fingerprint(path),
+        table,
+        in_test,
+        shared & ~in_test,
+        Index.of(hashes(_filled(table, "sample_id"))),
+        _by_question(table) if with_questions else None,
+    )
+
+
+def _by_question(table: pa.Table) -> tuple[Index, Index]:
+    uris, questions = _filled(table, "image_uri"), normalised(_filled(table, "question"))
+    answers = hashes(normalised(_filled(table, "answer")))
+    one, two = (Index.of(_question_keys(uris, questions, parts), answers) for parts in (1, 2))
+    return one, two
 
 
 def _filled(table: pa.Table, name: str) -> pa.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 from typing import Any
 
@@ -10,11 +11,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mmedpo_ray import storage
+from mmedpo_ray import cluster, storage
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.data.audit.examine import audit_key, examine
-from mmedpo_ray.data.audit.features import extract
+from mmedpo_ray.data.audit.extract import extract
 from mmedpo_ray.data.audit.finding import SEVERITIES, noun
 from mmedpo_ray.data.audit.fix import CHANGES, Fixed, check_folder, write_fixed
 from mmedpo_ray.data.audit.samples import open_samples
@@ -22,6 +23,8 @@ from mmedpo_ray.data.audit.table import is_json, open_pairs
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.run_folder import RunFolder
 
+# From so many rows on the command starts a cluster of its own, which takes seconds.
+_CLUSTER_ROWS = 2_000_000
 _COLOURS = {"high": "bold red", "medium": "yellow", "low": "cyan", "info": "dim"}
 
 
@@ -42,7 +45,7 @@ def audit(config: Config) -> dict[str, Any]:
     samples = open_samples(run.samples) if storage.list_files(run.samples, ".parquet") else None
     result = _read(run.audit)
     if result is None or result.get("key") != audit_key(config, pairs, samples):
-        result = examine(config, pairs, extract(pairs, samples), samples)
+        result = examine(config, pairs, extract(pairs, samples, num_cpus=config.ray.data_cpus), samples)
         _write(run.audit, result)
     show(result, run.audit)
     if reached(result, config.audit.fail_on):
@@ -79,7 +82,9 @@ def audit_command(
     if samples is None and storage.list_files(beside, ".parquet"):
         samples = beside
     known = open_samples(samples, with_questions="sample_id" not in pairs.columns) if samples else None
-    features = extract(pairs, known)
+    if pairs.num_rows >= _CLUSTER_ROWS or config.ray.address or "RAY_ADDRESS" in os.environ:
+        cluster.start(config.ray)
+    features = extract(pairs, known, num_cpus=config.ray.data_cpus)
     result = examine(config, pairs, features, known)
     place = out or _beside(path)
     _write(place, result)

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,22 +95,20 @@ class PairTable:
             held.append(batch)
             rows += batch.num_rows
             if rows >= _BATCH_ROWS:
-                yield self._as_expected(pa.Table.from_batches(held), raw=columns is not None)
+                yield self._whole(held, raw=columns is not None)
                 held, rows = [], 0
         if rows:
-            yield self._as_expected(pa.Table.from_batches(held), raw=columns is not None)
+            yield self._whole(held, raw=columns is not None)
 
-    def _as_expected(self, table: pa.Table, *, raw: bool) -> pa.Table:
-        if not raw:
-            for index, name in enumerate(table.column_names):
-                kind = pa.float64() if name in _NUMBER_COLUMNS else pa.string()
-                try:
-                    table = table.set_column(index, name, table[name].cast(kind))
-                except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                    raise UserError(
-                        f"{self.path}: column {name!r} is {table[name].type}, expected {kind}. See the table reference."
-                    ) from error
-        return table.combine_chunks()
+    def _whole(self, held: list[pa.RecordBatch], *, raw: bool) -> pa.Table:
+        table = pa.Table.from_batches(held)
+        return table.combine_chunks() if raw else as_expected(table, sorted(self.columns), self.path)
+
+    def files(self) -> list[str]:
+        """The Parquet files, in the order of the rows; none for JSON."""
+        if isinstance(self.source, pa.Table):
+            return []
+        return parquet_files(self.path)
 
     def values(self, column: str, positions: np.ndarray) -> list[Any]:
         """One column at some rows (numbers of rows as strings where the table has no ids)."""
@@ -124,6 +122,27 @@ class PairTable:
             found = dict(zip(np.sort(np.unique(positions)).tolist(), taken[column].to_pylist(), strict=True))
             return [found[position] for position in positions.tolist()]
         return table[column].take(pa.array(positions)).to_pylist()
+
+
+def as_expected(table: pa.Table, names: Sequence[str], path: str) -> pa.Table:
+    """The columns that checks use, in the types that they expect and in one chunk each; null where the table has none.
+
+    Raises:
+        UserError: a column of ``path`` is of another type.
+    """
+    columns = []
+    for name in names:
+        kind = pa.float64() if name in _NUMBER_COLUMNS else pa.string()
+        if name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, kind))
+            continue
+        try:
+            columns.append(table[name].cast(kind))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(
+                f"{path}: column {name!r} is {table[name].type}, expected {kind}. See the table reference."
+            ) from error
+    return pa.table(columns, names=list(names)).combine_chunks()
 
 
 def open_pairs(path: str) -> PairTable:
@@ -176,15 +195,20 @@ def open_parquet(path: str) -> pads.Dataset:
 
 def parquet_fingerprint(path: str) -> str:
     """The key of the table's manifest; where it has none, a hash of its files' names, sizes and times."""
-    key, files = None, [path]
-    filesystem, inside = storage.resolve(path)
-    if not filesystem.get_file_info(inside).is_file:
-        files = storage.list_files(path, ".parquet")
+    key, files = None, parquet_files(path)
+    if files != [path]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             key = json.loads(storage.read_bytes(storage.join(path, "manifest.json")))["key"]
     infos = [storage.resolve(name)[0].get_file_info(storage.resolve(name)[1]) for name in files]
     facts = [key, [[posixpath.basename(item.path), item.size, item.mtime_ns] for item in infos]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def parquet_files(path: str) -> list[str]:
+    """The file itself, or the Parquet files directly in a folder in name order, which is that of the rows."""
+    filesystem, inside = storage.resolve(path)
+    is_file = filesystem.get_file_info(inside).is_file
+    return [path] if is_file else storage.list_files(path, ".parquet")
 
 
 def _readable(batches: Iterator[pa.RecordBatch], path: str) -> Iterator[pa.RecordBatch]:
