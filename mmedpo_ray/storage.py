@@ -180,7 +180,7 @@ def dataset(folder: str | Path, schema: pa.Schema | None = None) -> pads.Dataset
 
 
 def read_batches(folder: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of the Parquet files directly under a folder, in name order, 65,536 at a time at most.
+    """The rows of the Parquet files directly under a folder, in name order, 8,192 at a time at most.
 
     One file is open at a time: a scan of a dataset would hold the footers of all files, megabytes each once they are decoded.
 
@@ -193,9 +193,8 @@ def read_batches(folder: str | Path, columns: Sequence[str] | None = None) -> It
     for name in files:
         filesystem, path = resolve(name)
         with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as file:
-            # A row group at a time is decoded, not the whole file ahead.
             yield from file.iter_batches(
-                columns=None if columns is None else list(columns), use_threads=False
+                8_192, columns=None if columns is None else list(columns), use_threads=False
             )
 
 
