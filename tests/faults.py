@@ -117,9 +117,17 @@ def kill_driver(driver: subprocess.Popen) -> None:
 def wait_until_gone(processes: Sequence[psutil.Process]) -> None:
     """Waits for processes that may be nobody's children by now, so that nobody asks how they ended."""
     deadline = time.monotonic() + 60
-    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+    while any(map(is_alive, processes)):
         assert time.monotonic() < deadline, "processes live on"
         time.sleep(0.01)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process still runs; one that has ended and was not asked about does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def disturbed(
