@@ -40,7 +40,7 @@ def start(settings: RayConfig) -> None:
     """
     if ray.is_initialized():
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(settings)
     environment = {key: os.environ[key] for key in _WORKER_ENVIRONMENT if key in os.environ}
     options: dict = {
         "log_to_driver": False,
@@ -60,6 +60,11 @@ def start(settings: RayConfig) -> None:
         log.debug("started a local Ray cluster with %d logical CPUs", cpus)
     _quiet_data()
     _learn_cpus_at_once()
+
+
+def address_of(settings: RayConfig) -> str | None:
+    """The cluster that settings or environment name; None: a local one."""
+    return settings.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def _check_reachable(address: str) -> None:

@@ -170,9 +170,7 @@ def dataset(folder: str | Path, schema: pa.Schema | None = None) -> pads.Dataset
     Raises:
         UserError: there is no Parquet file.
     """
-    files = list_files(folder, ".parquet")
-    if not files:
-        raise UserError(f"no Parquet file in {folder}. Run the station that writes this table first.")
+    files = _parquet_files(folder)
     filesystem, _ = resolve(folder)
     return pads.dataset(
         [resolve(name)[1] for name in files], schema=schema, filesystem=filesystem, format="parquet"
@@ -187,15 +185,19 @@ def read_batches(folder: str | Path, columns: Sequence[str] | None = None) -> It
     Raises:
         UserError: there is no Parquet file.
     """
-    files = list_files(folder, ".parquet")
-    if not files:
-        raise UserError(f"no Parquet file in {folder}. Run the station that writes this table first.")
-    for name in files:
+    for name in _parquet_files(folder):
         filesystem, path = resolve(name)
         with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as file:
             yield from file.iter_batches(
                 8_192, columns=None if columns is None else list(columns), use_threads=False
             )
+
+
+def _parquet_files(folder: str | Path) -> list[str]:
+    files = list_files(folder, ".parquet")
+    if not files:
+        raise UserError(f"no Parquet file in {folder}. Run the station that writes this table first.")
+    return files
 
 
 def move(source: str | Path, target: str | Path) -> None:

@@ -24,25 +24,10 @@ from mmedpo_ray.data.audit.samples import open_samples
 from mmedpo_ray.data.audit.table import open_pairs
 from mmedpo_ray.errors import UserError
 
-WORDS = [
-    "no",
-    "small",
-    "large",
-    "nodule",
-    "effusion",
-    "left",
-    "right",
-    "lung",
-    "heart",
-    "is",
-    "are",
-    "where",
-    "what",
-    "how",
-    "yes",
-    "mass",
-    "edema",
-]
+WORDS = (
+    "no", "small", "large", "nodule", "effusion", "left", "right", "lung", "heart", "is", "are", "where", "what", "how", "yes",
+    "mass", "edema",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

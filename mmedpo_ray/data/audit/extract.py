@@ -34,11 +34,8 @@ def extract(pairs: PairTable, samples: Samples | None, *, num_cpus: float = 1.0)
     Raises:
         UserError: the table cannot be read.
     """
-    blocks = (
-        _in_tasks(pairs, samples, num_cpus)
-        if ray.is_initialized() and pairs.files()
-        else _here(pairs, samples)
-    )
+    plan = _plan(pairs, num_cpus) if ray.is_initialized() else []
+    blocks = _in_tasks(plan, pairs, samples, num_cpus) if plan else _here(pairs, samples)
     parts: list[tuple[int, pa.Table]] = []
     with progress_bar() as bar:
         task = bar.add_task("audit", total=pairs.num_rows, note="")
@@ -66,14 +63,18 @@ def _here(pairs: PairTable, samples: Samples | None) -> Iterator[tuple[int, pa.T
         yield 0, _block(as_expected(pa.table({}), sorted(pairs.columns), pairs.path), samples)
 
 
-def _in_tasks(pairs: PairTable, samples: Samples | None, num_cpus: float) -> Iterator[tuple[int, pa.Table]]:
+def _plan(pairs: PairTable, num_cpus: float) -> list[pa.Table]:
+    """The slices of a Parquet table, each with the number of its first row; none without a row, or for JSON."""
     plan, start = [], 0
     for planned in plan_files(pairs.files(), num_cpus=num_cpus, most=_MOST_ROWS):
         plan.append(planned.append_column(_ROW, pa.array([start])))
         start += planned["stop"][0].as_py() - planned["start"][0].as_py()
-    if not plan:
-        yield from _here(pairs, samples)
-        return
+    return plan
+
+
+def _in_tasks(
+    plan: list[pa.Table], pairs: PairTable, samples: Samples | None, num_cpus: float
+) -> Iterator[tuple[int, pa.Table]]:
     names = sorted(pairs.columns)
     known = ray.put(samples.for_tasks()) if samples is not None else None
 
@@ -110,7 +111,5 @@ def _block(rows: pa.Table, samples: Samples | None) -> pa.Table:
 
 def _coded(texts: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
     """(N,) int32, each text's place among the different ones in order of appearance, and these."""
-    whole = pc.cast(texts, pa.dictionary(pa.int32(), pa.string())).unify_dictionaries().combine_chunks()
-    if isinstance(whole, pa.ChunkedArray):
-        whole = whole.chunk(0) if whole.num_chunks else pa.array([], pa.dictionary(pa.int32(), pa.string()))
+    whole = texts.unify_dictionaries().combine_chunks()
     return whole.indices.to_numpy(zero_copy_only=False), tuple(whole.dictionary.to_pylist())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import posixpath
 from typing import Any
 
@@ -82,7 +81,7 @@ def audit_command(
     if samples is None and storage.list_files(beside, ".parquet"):
         samples = beside
     known = open_samples(samples, with_questions="sample_id" not in pairs.columns) if samples else None
-    if pairs.num_rows >= _CLUSTER_ROWS or config.ray.address or "RAY_ADDRESS" in os.environ:
+    if pairs.num_rows >= _CLUSTER_ROWS or cluster.address_of(config.ray):
         cluster.start(config.ray)
     features = extract(pairs, known, num_cpus=config.ray.data_cpus)
     result = examine(config, pairs, features, known)
