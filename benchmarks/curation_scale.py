@@ -13,6 +13,8 @@ was measured is written to ``--json`` after each. What is measured:
   three stations run over 256 rows, one block each: the median of three such rounds, station by station.
 - *Rows per second*: rows over the time from the call of a station until its manifest is written (planning, tasks, merge into
   the sorted table, figures); once as it is, and once without start-up: (rows − 256) / (seconds − seconds of the 256 rows).
+- *Ratio*: a machine that others share changes its speed within minutes, so each size is compared on its own cluster: three
+  rounds of the smallest size go before it and three after, and the ratio is its rows per second to the median of their six.
 - *CPU*: the time that the driver and the Ray workers computed, a row; unlike rows per second it hardly depends on what else the
   machine does. Processes of Ray itself are not in it.
 - *Memory*: every half second, of the driver and of each Ray worker process, the resident set and the part of it that is not
@@ -46,6 +48,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 START_ROWS = 256
+# Rounds of the smallest size before and after each size.
+_ROUNDS = 3
 # Enough for tasks on every CPU of a small machine, and for merges in tasks.
 _WARM_ROWS = 16_384
 _IMAGES = 8
@@ -69,7 +73,7 @@ def main() -> int:
     """Measures each table size in a process of its own, prints the table, writes JSON and chart."""
     arguments = _arguments()
     if arguments.single:
-        return _measure(arguments.single, arguments.folder, arguments.json)
+        return _measure(arguments.single, min(arguments.rows), arguments.folder, arguments.json)
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).date().isoformat(),
@@ -80,7 +84,7 @@ def main() -> int:
         for rows in arguments.rows:
             folder = (arguments.folder or Path(scratch)) / str(rows)
             print(f"{rows:,} rows, load {os.getloadavg()[0]:.1f}", flush=True)
-            result["sizes"].append(_in_own_process(rows, folder))
+            result["sizes"].append(_in_own_process(rows, min(arguments.rows), folder))
             if not arguments.keep:
                 shutil.rmtree(folder)
             print(_table(result), flush=True)
@@ -92,42 +96,48 @@ def main() -> int:
     return 0
 
 
-def _in_own_process(rows: int, folder: Path) -> dict[str, Any]:
+def _in_own_process(rows: int, least: int, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / "result.json"
-    command = [sys.executable, __file__, "--single", str(rows), "--folder", str(folder), "--json", str(found)]
-    subprocess.run(command, check=True)
+    command = [sys.executable, __file__, "--single", str(rows), "--rows", str(least)]
+    subprocess.run([*command, "--folder", str(folder), "--json", str(found)], check=True)
     return json.loads(found.read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------- one table size
 
 
-def _measure(rows: int, folder: Path, target: Path) -> int:
+def _measure(rows: int, least: int, folder: Path, target: Path) -> int:
     from mmedpo_ray import cluster, console
     from mmedpo_ray.config import RayConfig
 
     console.configure()
-    for size in (_WARM_ROWS, START_ROWS, rows):
+    for size in (_WARM_ROWS, START_ROWS, least, rows):
         write_rows(folder / f"data-{size}", size)
     cluster.start(RayConfig())
     watch = Watch()
     _round(folder, "warm", _WARM_ROWS, watch)
     starts = [_round(folder, f"start-{index}", START_ROWS, watch) for index in range(3)]
     start = {name: statistics.median(item[name] for item in starts) for name in starts[0]}
+    around = [_round(folder, f"before-{index}", least, watch) for index in range(_ROUNDS)]
     watch.begin()
-    cpu = watch.cpu_seconds = {}
+    watch.cpu_seconds = {}
     seconds = _round(folder, "run", rows, watch)
     watch.end()
-    cpu["all"] = sum(cpu.values())
+    cpu = {**watch.cpu_seconds, "all": sum(watch.cpu_seconds.values())}
+    around += [_round(folder, f"after-{index}", least, watch) for index in range(_ROUNDS)]
+    rate = _without_start(rows, seconds, start)
+    least_rates = [_without_start(least, item, start) for item in around]
     result = {
         "rows": rows,
         "start_seconds": start,
         "seconds": seconds,
         "rows_per_s": {name: round(rows / value, 1) for name, value in seconds.items()},
-        "rows_per_s_without_start": {
-            name: round((rows - START_ROWS) / max(1e-9, value - start[name]), 1)
-            for name, value in seconds.items()
+        "rows_per_s_without_start": rate,
+        "least": {"rows": least, "seconds": around, "rows_per_s_without_start": least_rates},
+        "ratio": {
+            name: round(value / statistics.median(item[name] for item in least_rates), 3)
+            for name, value in rate.items()
         },
         "cpu_ms_per_row": {name: round(value / rows * 1000, 4) for name, value in cpu.items()},
         "counts": _counts(folder / "run"),
@@ -136,6 +146,14 @@ def _measure(rows: int, folder: Path, target: Path) -> int:
     }
     target.write_text(json.dumps(result), encoding="utf-8")
     return 0
+
+
+def _without_start(rows: int, seconds: dict[str, float], start: dict[str, float]) -> dict[str, float]:
+    """Rows per second by station."""
+    return {
+        name: round((rows - START_ROWS) / max(1e-9, value - start[name]), 1)
+        for name, value in seconds.items()
+    }
 
 
 def _round(folder: Path, name: str, rows: int, watch: Watch) -> dict[str, float]:
@@ -333,9 +351,9 @@ def _report(index: int) -> tuple[str, str]:
 
 def _table(result: dict[str, Any]) -> str:
     lines = [
-        "| rows | station | seconds | rows/s | rows/s without start-up | start-up s | CPU ms/row | driver MiB (unshared) | "
-        "largest worker MiB (unshared) |",
-        "|" + " ---: |" * 9,
+        "| rows | station | seconds | rows/s | rows/s without start-up | ratio | start-up s | CPU ms/row | "
+        "driver MiB (unshared) | largest worker MiB (unshared) |",
+        "|" + " ---: |" * 10,
     ]
     for size in result["sizes"]:
         for name, seconds in size["seconds"].items():
@@ -346,7 +364,7 @@ def _table(result: dict[str, Any]) -> str:
             )
             lines.append(
                 f"| {size['rows']:,} | {name} | {seconds:.1f} | {size['rows_per_s'][name]:,.0f} | "
-                f"{size['rows_per_s_without_start'][name]:,.0f} | {size['start_seconds'][name]:.2f} | "
+                f"{size['rows_per_s_without_start'][name]:,.0f} | {size['ratio'][name]:.2f} | {size['start_seconds'][name]:.2f} | "
                 f"{size['cpu_ms_per_row'][name]:.3f} | "
                 f"{driver:.0f} ({own:.0f}) | {worker:.0f} ({unshared:.0f}) |"
             )
@@ -358,12 +376,11 @@ def _growth(result: dict[str, Any]) -> str:
     first, *others = result["sizes"]
     lines = []
     for size in others:
-        figures = {
-            "rows/s without start-up": ("rows_per_s_without_start", "all"),
-            "CPU a row": ("cpu_ms_per_row", "all"),
-        }
+        of_all = [item["all"] for item in size["least"]["rows_per_s_without_start"]]
         changes = [
-            f"{label} {size[key][of] / first[key][of] - 1:+.1%}" for label, (key, of) in figures.items()
+            f"rows/s without start-up {size['ratio']['all'] - 1:+.1%} "
+            f"(rounds of {size['least']['rows']:,} beside it: {min(of_all):,.0f} to {max(of_all):,.0f})",
+            f"CPU a row {size['cpu_ms_per_row']['all'] / first['cpu_ms_per_row']['all'] - 1:+.1%}",
         ]
         changes += [
             f"{label} {_peak(size, column) - _peak(first, column):+.0f} MiB"
@@ -391,14 +408,12 @@ def _chart(result: dict[str, Any], target: Path) -> None:
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in sizes[0]["seconds"]:
         width = 2.5 if name == "all" else 1.5
-        speed.plot(
-            rows,
-            [size["rows_per_s_without_start"][name] for size in sizes],
-            "o-",
-            label=name,
-            linewidth=width,
-        )
-    speed.set(title="Rows per second, without start-up", xlabel="rows", xscale="log")
+        speed.plot(rows, [size["ratio"][name] for size in sizes], "o-", label=name, linewidth=width)
+    speed.set(
+        title=f"Rows per second, without start-up,\nagainst {sizes[0]['least']['rows']:,} rows beside them",
+        xlabel="rows",
+        xscale="log",
+    )
     speed.set_ylim(bottom=0)
     for column, label in _MEMORY.items():
         memory.plot(rows, [_peak(size, column) for size in sizes], "o-", label=label)

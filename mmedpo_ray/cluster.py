@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import socket
+from typing import Any
 
 import ray
 
@@ -27,6 +28,7 @@ _WORKER_ENVIRONMENT = (
 )
 
 _FEWEST_LOCAL_CPUS = 4
+_MOST_SECONDS_FOR_CPUS = 1.0
 
 
 def start(settings: RayConfig) -> None:
@@ -118,9 +120,22 @@ def _quiet_data() -> None:
 def _learn_cpus_at_once() -> None:
     """Ray Data runs one task at a time until an actor has told it the cluster's CPUs, and asks once a second (Ray 2.60).
 
-    A table of ten thousand rows is done by then, so it asks twenty times a second; there is no public setting for that.
+    A table of ten thousand rows is done by then. The actor answers in milliseconds, so the first question waits for it; there is
+    no public setting for that.
     """
-    with contextlib.suppress(ImportError):
-        from ray.data._internal.execution.resource_manager import ResourceManager
+    with contextlib.suppress(ImportError, AttributeError):
+        from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator as Coordinator
 
-        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.05  # type: ignore[assignment]
+        ask = Coordinator.get_reserved_resources
+        if getattr(ask, "waits", False):
+            return
+
+        def ask_and_wait(self: Any) -> Any:
+            found, pending = ask(self), getattr(self, "_pending_reserved_resources", None)
+            if found or pending is None:
+                return found
+            ray.wait([pending], timeout=_MOST_SECONDS_FOR_CPUS)
+            return ask(self)
+
+        ask_and_wait.waits = True  # type: ignore[attr-defined]
+        Coordinator.get_reserved_resources = ask_and_wait  # type: ignore[method-assign]

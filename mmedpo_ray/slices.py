@@ -51,7 +51,8 @@ def map_slices(
     def work(planned: pa.Table) -> pa.Table:
         return task(read_slices(planned, schema))
 
-    return ray.data.from_arrow(plan).map_batches(
+    # `from_arrow` would run a task a block, to learn the block's size.
+    return ray.data.from_blocks(plan).map_batches(
         work,
         batch_format="pyarrow",
         batch_size=None,

@@ -167,7 +167,7 @@ def _pipeline(config: Config, done: DoneIds) -> ray.data.Dataset | None:
     if not slices:
         return None
     use_gpu = wants_gpu(align)
-    return ray.data.from_arrow(slices).map_batches(
+    return ray.data.from_blocks(slices).map_batches(
         ReferenceScorer,
         fn_constructor_kwargs={"reader": reader, "align": align, "use_gpu": use_gpu},
         batch_format="pyarrow",

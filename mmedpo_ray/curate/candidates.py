@@ -65,7 +65,7 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
         blocks = [
             remaining.slice(start, rows).combine_chunks() for start in range(0, remaining.num_rows, rows)
         ]
-        return ray.data.from_arrow(blocks).map_batches(
+        return ray.data.from_blocks(blocks).map_batches(
             CandidateSampler,
             fn_constructor_args=(config, engine),
             batch_format="pyarrow",

@@ -120,7 +120,7 @@ def _planned_pairs(config: Config, samples: pa.Table, done: DoneIds) -> ray.data
     planned = planned.filter(pc.invert(done.mask(pair_ids)))
     if planned.num_rows == 0:
         return None
-    blocks = ray.data.from_arrow(_slices(planned, _IMAGES_PER_TASK))
+    blocks = ray.data.from_blocks(_slices(planned, _IMAGES_PER_TASK))
     if not TOOLS[settings.tool].has_model:
         return blocks.map_batches(
             VisualPairs(config),

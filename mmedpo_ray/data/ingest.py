@@ -129,7 +129,7 @@ def _map_units(
         while (table := tables.to_table(islice(rows, most), schema)).num_rows:
             yield table
 
-    return Work(ray.data.from_arrow(list(_blocks(reader.units()))), convert_units)
+    return Work(ray.data.from_blocks(list(_blocks(reader.units()))), convert_units)
 
 
 def _blocks(units: Iterable[Unit]) -> Iterator[pa.Table]:

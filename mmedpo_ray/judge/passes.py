@@ -40,14 +40,21 @@ class Again:
     pairs: DoneIds
 
 
-def hold_debate(config: Config, judging: Sequence[Any], again: Again | None) -> list[str]:
-    """Runs the passes that are needed, over all pairs or those to debate again; returns their folders."""
+def hold_debate(
+    config: Config, judging: Sequence[Any], *, open_pairs: int, again: Again | None = None
+) -> list[str]:
+    """Runs the passes that are needed, over all pairs or those to debate again; returns their folders.
+
+    Args:
+        config: all settings.
+        judging: what decides a judgement, for the passes' keys.
+        open_pairs: how many of all pairs need a debate.
+        again: the pairs to debate again; None: all that need it.
+    """
     run = RunFolder(config.run.folder)
     settings = config.score
     if again is not None:
         open_pairs = len(again.pairs)
-    else:
-        open_pairs = storage.dataset(run.pairs).count_rows(filter=needs_debate(settings.keep_source_scores))
     if not open_pairs:
         return []
     has_gpu = cluster.has_gpu()

@@ -84,7 +84,7 @@ def _in_tasks(
         block = _block(rows, ray.get(known) if known is not None else None)
         return block.append_column(_ROW, pa.array(np.full(block.num_rows, row)))
 
-    made = ray.data.from_arrow(plan).map_batches(
+    made = ray.data.from_blocks(plan).map_batches(
         work, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=num_cpus
     )
     blocks: Iterable[Any] = made.iter_batches(batch_format="pyarrow", batch_size=None)
