@@ -27,6 +27,9 @@ _WORKER_ENVIRONMENT = (
     "VLLM_CONFIGURE_LOGGING",
 )
 
+# For actors that hold a model: without a limit Ray Data starts one that dies every time, as for want of memory, again for ever.
+MODEL_RESTARTS = {"max_restarts": 5}
+
 _FEWEST_LOCAL_CPUS = 4
 _MOST_SECONDS_FOR_CPUS = 1.0
 

@@ -221,7 +221,7 @@ class Station:
             intended_reasons: drop reasons that the user's settings ask for; ``run.max_dropped_share`` is about the others.
 
         Raises:
-            UserError: no row is left, or an id occurs twice.
+            UserError: no row is left, an id occurs twice, or an actor's process died more often than it may.
             DroppedShareError: more than ``run.max_dropped_share`` of the rows were dropped.
         """
         done = self.done_ids(id_column, retry_reasons)
@@ -238,9 +238,19 @@ class Station:
             )
             with progress_bar() as bar:
                 task = bar.add_task(self.name, total=total, completed=len(done), note="")
-                for row in written.iter_rows():
-                    self._add([Part(**row)])
-                    bar.update(task, advance=row["rows"])
+                try:
+                    for row in written.iter_rows():
+                        self._add([Part(**row)])
+                        bar.update(task, advance=row["rows"])
+                except ray.exceptions.ActorDiedError as error:
+                    # One whose constructor raised says what is wrong itself.
+                    if error.actor_init_failed:
+                        raise
+                    raise UserError(
+                        f"{self.name}: the process that holds a model died again and again. Mostly its memory does not suffice: "
+                        "lower replicas, max_num_seqs or max_model_len of its engine, or the batch size, or use larger nodes; "
+                        f"Ray's logs (worker-*.err) say more. What is written stays: the same command resumes."
+                    ) from error
         return self.finish_parts(
             schema=schema,
             id_column=id_column,

@@ -37,6 +37,7 @@ from mmedpo_ray.align.prepare import (
 )
 from mmedpo_ray.align.resources import check_cluster, wants_gpu
 from mmedpo_ray.align.token_counts import TokenCounts
+from mmedpo_ray.cluster import MODEL_RESTARTS
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console
 from mmedpo_ray.joins import BySample
@@ -175,6 +176,7 @@ def _pipeline(config: Config, done: DoneIds) -> ray.data.Dataset | None:
         compute=ray.data.ActorPoolStrategy(size=min(align.min_workers, len(slices))),
         num_cpus=align.cpus_per_worker,
         num_gpus=1 if use_gpu else 0,
+        **MODEL_RESTARTS,
     )
 
 

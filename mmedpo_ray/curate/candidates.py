@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmedpo_ray import images as image_files
 from mmedpo_ray import tables
-from mmedpo_ray.cluster import has_gpu
+from mmedpo_ray.cluster import MODEL_RESTARTS, has_gpu
 from mmedpo_ray.config import Config
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.models.engine import EngineSettings, engine_settings
@@ -73,6 +73,7 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
             compute=ray.data.ActorPoolStrategy(size=min(config.model.engine.replicas, len(blocks))),
             num_cpus=engine.num_cpus,
             num_gpus=engine.num_gpus,
+            **MODEL_RESTARTS,
             runtime_env={"env_vars": {**engine.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}},
         )
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import ray
 
 from mmedpo_ray import storage, tables
-from mmedpo_ray.cluster import has_gpu
+from mmedpo_ray.cluster import MODEL_RESTARTS, has_gpu
 from mmedpo_ray.config import Config
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.curate.tools import TOOLS
@@ -137,6 +137,7 @@ def _planned_pairs(config: Config, samples: pa.Table, done: DoneIds) -> ray.data
         compute=ray.data.ActorPoolStrategy(size=config.model.engine.replicas),
         num_cpus=1,
         num_gpus=1 if has_gpu() else 0,
+        **MODEL_RESTARTS,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pyarrow as pa
@@ -426,3 +428,41 @@ def test_no_id_of_many_is_forgotten() -> None:
     done = parts.DoneIds(codes=[parts.encode(names[::2])])
     assert [name in done for name in names] == [True, False] * 2500
     assert done.mask(pa.array(names)).to_pylist() == [True, False] * 2500
+
+
+def test_an_actor_that_always_dies_ends_the_station_with_what_to_do_and_its_rows_stay(tmp_path: Path) -> None:
+    class DiesAt:
+        """An actor whose process is killed when it meets a value, as for want of memory."""
+
+        def __init__(self, value: int) -> None:
+            self._value = value
+
+        def __call__(self, rows: pa.Table) -> pa.Table:
+            if self._value in rows["value"].to_pylist():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rows
+
+    already: list[str] = []
+
+    def run(value: int) -> stage.Manifest:
+        station = stage.Station("judge", str(tmp_path / "t"), config_of(tmp_path), settings=["dies"])
+
+        def build(done: set[str]) -> ray.data.Dataset | None:
+            already[:] = done
+            blocks = [pa.table({"id": [f"{number}"], "value": [number]}) for number in range(4)]
+            return stage.without(ray.data.from_blocks(blocks), "id", done).map_batches(
+                DiesAt,
+                fn_constructor_args=(value,),
+                batch_format="pyarrow",
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(size=1),
+                num_cpus=1,
+                max_restarts=1,
+            )
+
+        return station.write_rows(build, schema=SCHEMA, id_column="id")
+
+    with pytest.raises(UserError, match="judge: the process that holds a model died"):
+        run(3)
+    assert run(-1).rows_out == 4
+    assert already, "rows that were written before stay"

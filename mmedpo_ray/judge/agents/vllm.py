@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mmedpo_ray.cluster import MODEL_RESTARTS
 from mmedpo_ray.config import VllmAgentConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.judge.agents import Case, Judgement, Refusal, prompt
@@ -183,6 +184,7 @@ def map_options(settings: VllmAgentConfig, *, data_cpus: float, has_gpu: bool) -
         "batch_size": max(settings.engine.batch_rows, _ROUNDS * settings.engine.max_num_seqs),
         "num_cpus": engine.num_cpus,
         "num_gpus": engine.num_gpus,
+        **MODEL_RESTARTS,
         # The engine lives in the actor itself: it starts faster and ends with it.
         "runtime_env": {"env_vars": {**engine.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}},
     }
