@@ -335,6 +335,7 @@ class Trl:
             train_dataset=data,
             processing_class=load_processor(str(folder)),
         )
+        assert self.trainer.model is not None
         self.model = self.trainer.model
         draw_adapter(self.model)
         self.model.train()

@@ -93,7 +93,7 @@ def _bare(agent: Any, rows: list[dict[str, Any]], warm_up: list[dict[str, Any]])
     import ray
 
     options = _options(agent)
-    actor = (
+    actor: Any = (
         ray.remote(_Bare)
         .options(
             num_cpus=options["num_cpus"], num_gpus=options["num_gpus"], runtime_env=options["runtime_env"]
@@ -168,11 +168,11 @@ def _pipeline(
     pairs.finish_parts(schema=tables.PAIRS, id_column="pair_id")
     clock = folder / "ready"
     plain = debate.HoldPass
-    debate.HoldPass = _timed(plain, warm_up, str(clock))
+    debate.HoldPass = _timed(plain, warm_up, str(clock))  # type: ignore[misc]
     try:
-        (held,) = hold_debate(config, [], None)
+        (held,) = hold_debate(config, [], open_pairs=len(rows))
     finally:
-        debate.HoldPass = plain
+        debate.HoldPass = plain  # type: ignore[misc]
     stopped = time.time()
     ready, *calls = (json.loads(line) for line in clock.read_text().splitlines())
     manifest = read_manifest(held)

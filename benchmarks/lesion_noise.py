@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,8 @@ def check(paths: list[Path]) -> str | None:
         # The same heat map for both: the grid spread as the authors do.
         spread = cv2.resize(grid.repeat(PATCH, 0).repeat(PATCH, 1), pixels.shape[1::-1])
         ours = add_lesion_noise(Image.open(path), spread, RELEASED, np.random.default_rng(0))
-        noise = 10.0 * spread_draws(ours.mask, pixels.shape, grey=False)
-        theirs = authors_noised(pixels, grid, lambda _, noise=noise: noise.astype(np.float64))
+        noise = (10.0 * spread_draws(ours.mask, pixels.shape, grey=False)).astype(np.float64)
+        theirs = authors_noised(pixels, grid, partial(np.broadcast_to, noise))
         saved = Image.open(io.BytesIO(png.encode_pixels(ours.pixels)))
         same = (np.asarray(saved) == theirs).reshape(*ours.mask.shape, -1).all(axis=2)
         # SciPy and OpenCV round the smoothed map differently in the last bit, which can move a pixel of the mask's edge.

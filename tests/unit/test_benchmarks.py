@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +42,26 @@ def test_the_step_on_a_gpu_has_eleven_questions_on_every_image() -> None:
     assert forest.pixel_values.shape[0] == 3
     own = 11 * (9 + 4 + 2 + 16)
     assert forest.input_ids.numel() == pytest.approx(3 * (4 + IMAGE_TOKENS + own), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("script", "sizes"),
+    [
+        ("lesion_noise", ["--sizes", "64", "--count", "1", "--rounds", "1"]),
+        ("plan_scale", ["--pairs", "500"]),
+        ("curation_scale", ["--rows", "300"]),
+        ("judge_throughput", ["--rows", "8", "--repetitions", "1", "--kv-cache-gib", "0.25"]),
+    ],
+)
+def test_a_benchmark_runs_and_writes_its_figures(script: str, sizes: list[str], tmp_path: Path) -> None:
+    found = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *sizes, "--json", str(found)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(found.read_text())
 
 
 @pytest.mark.slow
