@@ -18,6 +18,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,15 @@ _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _HEAD = 2048
 # Beyond every value a modality yields; shows the ends of a window's output.
 _FAR = 1e9
+# Tags that say how stored values are shown. Writers fill them in without a value, which pydicom's functions do not expect.
+_DISPLAY = (
+    "RescaleSlope",
+    "RescaleIntercept",
+    "WindowCenter",
+    "WindowWidth",
+    "VOILUTFunction",
+    "PixelPaddingValue",
+)
 
 
 def decode(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
@@ -84,6 +94,7 @@ def _decode(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
     if frames > 1:
         raise ImageError("image_multi_frame", f"{name}: {frames} frames; export the one that is meant")
     _check_syntax(dataset, name)
+    _tidy_display(dataset)
     stored = pixel_array(dataset)
     photometric = str(dataset.PhotometricInterpretation)
     if photometric == "PALETTE COLOR":
@@ -142,28 +153,73 @@ def _grey(stored: np.ndarray, dataset: Dataset, inverted: bool) -> Image.Image:
     return Image.fromarray(shown)
 
 
+def _tidy_display(dataset: Dataset) -> None:
+    """Leaves out tags without a value, completes half a rescaling and keeps of several windows the first whole one."""
+    for name in _DISPLAY:
+        if name in dataset and dataset[name].VM == 0:
+            del dataset[name]
+    if "RescaleSlope" in dataset or "RescaleIntercept" in dataset:
+        dataset.RescaleSlope = dataset.get("RescaleSlope", 1)
+        dataset.RescaleIntercept = dataset.get("RescaleIntercept", 0)
+    centers, widths = (_values(dataset, name) for name in ("WindowCenter", "WindowWidth"))
+    whole = (pair for pair in zip(centers, widths, strict=False) if _is_window(*pair))
+    window = next(whole, None)
+    if window is not None:
+        dataset.WindowCenter, dataset.WindowWidth = window
+    else:
+        for name in ("WindowCenter", "WindowWidth"):
+            dataset.pop(name, None)
+
+
+def _values(dataset: Dataset, name: str) -> list[Any]:
+    if name not in dataset:
+        return []
+    value = dataset[name].value
+    return list(value) if dataset[name].VM > 1 else [value]
+
+
+def _is_window(center: Any, width: Any) -> bool:
+    """Whether both are numbers, the width above 0; an empty member of a list is an empty text."""
+    return all(isinstance(value, int | float | Decimal) for value in (center, width)) and width > 0
+
+
 def _windowed(values: np.ndarray, dataset: Dataset) -> np.ndarray | None:
-    """The first window or VOI table applied, as uint8; None where there is none or it shows nothing.
+    """The VOI table or else the window applied, as uint8; None where there is none or it shows nothing."""
+    for look in (_by_table, _by_window):
+        try:
+            found = look(values, dataset)
+        except (ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
+            # An impossible table or window (width 0): the image itself is sound.
+            continue
+        if found is None:
+            continue
+        shown, dark, bright = found
+        if not np.isfinite(shown).all() or (shown.min() == shown.max() and np.ptp(values) > 0):
+            continue
+        # Where the rescaling falls, so does the range of the output.
+        if abs(bright - dark) > 0:
+            return np.round(np.clip((shown - dark) / (bright - dark), 0, 1) * 255).astype(np.uint8)
+    return None
 
-    Windows by PS3.3 C.11.2.1.2 (linear, linear exact, sigmoid).
-    """
-    from pydicom.pixels import apply_voi, apply_windowing
 
-    try:
-        if dataset.get("VOILUTSequence"):
-            bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
-            shown, low, high = apply_voi(values, dataset).astype(np.float64), 0.0, float(2**bits - 1)
-        elif "WindowCenter" in dataset and "WindowWidth" in dataset:
-            shown = apply_windowing(values, dataset)
-            low, high = apply_windowing(np.array([-_FAR, _FAR]), dataset)
-        else:
-            return None
-    except (ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
-        # An empty or impossible window (width 0): the image itself is sound.
+def _by_table(values: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, float, float] | None:
+    """The first VOI table applied, and what it makes of the darkest and the brightest; None where there is none."""
+    from pydicom.pixels import apply_voi
+
+    if not dataset.get("VOILUTSequence"):
         return None
-    if not high > low or not np.isfinite(shown).all() or (shown.min() == shown.max() and np.ptp(values) > 0):
+    bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
+    return apply_voi(values, dataset).astype(np.float64), 0.0, float(2**bits - 1)
+
+
+def _by_window(values: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, float, float] | None:
+    """The window applied by PS3.3 C.11.2.1.2 (linear, linear exact, sigmoid), as :func:`_by_table` does."""
+    from pydicom.pixels import apply_windowing
+
+    if "WindowCenter" not in dataset:
         return None
-    return np.round(np.clip((shown - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+    dark, bright = apply_windowing(np.array([-_FAR, _FAR]), dataset)
+    return apply_windowing(values, dataset), float(dark), float(bright)
 
 
 def _full_range(values: np.ndarray, stored: np.ndarray, dataset: Dataset) -> np.ndarray:

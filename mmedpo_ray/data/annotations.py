@@ -25,6 +25,9 @@ from mmedpo_ray.data.reader import (
 from mmedpo_ray.data.texts import clean, storable
 from mmedpo_ray.seen_ids import SeenIds
 
+# Member of a row that names its lesion mask, in every format.
+MASK_KEY = "mask"
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -95,7 +98,7 @@ class AnnotationReader(Reader):
         """
         relative = image_name(row.get(self.image_key))
         uri = address(relative, folder)
-        return ImageFacts(uri, checker.sha256(uri), relative)
+        return ImageFacts(uri, checker.sha256(uri), relative, checker.mask(row.get(MASK_KEY), folder))
 
     # ------------------------------------------------------------------ what all share
 

@@ -1,8 +1,8 @@
 """Hugging Face style Parquet: `train-*.parquet`, `test-*.parquet`, `validation-*.parquet`, with the image in a column.
 
 The files lie under the root or in `data/`; file names give the split, ``data.columns`` names the columns. An image is
-struct<bytes, path>, bytes, or the path of a file. Image bytes are written once per distinct image under the run's
-`raw/` by the task that reads them, so that the tables carry addresses as with every other format.
+struct<bytes, path>, bytes, or the path of a file, and so is a lesion mask. Their bytes are written once per distinct image
+under the run's `raw/` by the task that reads them, so that the tables carry addresses as with every other format.
 
 A row group may be of any size: its rows are taken a few at a time. Parquet cannot be entered in the midst of a row group, so
 where a large one is shared among n tasks, each reads over the rows before its own, and together they read the group
@@ -246,6 +246,7 @@ class _UnitImages:
         self._raw = storage.absolute(storage.join(RunFolder(reader.config.run.folder).raw, reader.dataset))
         self._checker = ImageChecker(data)
         self._written: dict[str, str | UnusableError] = {}
+        self._masks: dict[str, str] = {}
 
     def facts(self, row: dict[str, Any], place: str) -> ImageFacts:
         """The image of a row as a file.
@@ -253,9 +254,7 @@ class _UnitImages:
         Raises:
             UnusableError: it is missing, broken or too large.
         """
-        value = row[self._columns.image]
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
+        value = _bytes_or_path(row[self._columns.image])
         if isinstance(value, bytes):
             sha256 = hashlib.sha256(value).hexdigest()
             uri = self._write(value, sha256, place)
@@ -263,7 +262,23 @@ class _UnitImages:
             uri = address(image_name(value), self._folder)
             sha256 = self._checker.sha256(uri)
         named = row[self._columns.image_id] if self._columns.image_id is not None else None
-        return ImageFacts(uri, sha256, given_name(named) or sha256)
+        return ImageFacts(uri, sha256, given_name(named) or sha256, self._mask(row))
+
+    def _mask(self, row: dict[str, Any]) -> str | None:
+        """The lesion mask of a row as a file; it is judged where it is used, as one that only has a path is.
+
+        Raises:
+            UnusableError: the store does not say whether there is such a file.
+        """
+        value = _bytes_or_path(row[self._columns.mask]) if self._columns.mask is not None else None
+        if not isinstance(value, bytes):
+            return self._checker.mask(value, self._folder)
+        if not value:
+            return None
+        sha256 = hashlib.sha256(value).hexdigest()
+        if sha256 not in self._masks:
+            self._masks[sha256] = self._file(value, sha256, "mask")
+        return self._masks[sha256]
 
     def _write(self, data: bytes, sha256: str, place: str) -> str:
         if sha256 not in self._written:
@@ -280,11 +295,18 @@ class _UnitImages:
             image = images.decode(data, place, self._data.max_pixels)
         except images.ImageError as error:
             return UnusableError(error.reason)
-        suffix = "dcm" if images.is_dicom(data) else (image.format or "image").lower()
+        return self._file(data, sha256, "dcm" if images.is_dicom(data) else (image.format or "image").lower())
+
+    def _file(self, data: bytes, sha256: str, suffix: str) -> str:
         uri = storage.join(self._raw, sha256[:2], f"{sha256}.{suffix}")
         if not storage.exists(uri):
             storage.write_bytes(uri, data)
         return uri
+
+
+def _bytes_or_path(value: Any) -> Any:
+    """What an image's column holds: of a struct the bytes, or the path where it has none."""
+    return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
 
 
 @contextmanager

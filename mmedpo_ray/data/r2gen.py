@@ -1,19 +1,21 @@
 """R2Gen's `annotation.json` for report generation: `{"train": [{"id", "report", "image_path": […]}], "val": …, "test": …}`.
 
 IU X-Ray studies have two views, MIMIC-CXR ones one or more (its rows carry more members, which are ignored). The answer
-is the report, the question is ``data.report_instruction``.
+is the report, the question is ``data.report_instruction``. A lesion mask may be named like the image, by a path or a
+list of them, of which the first counts.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from PIL import Image
 
 from mmedpo_ray import images, storage
-from mmedpo_ray.data.annotations import AnnotationReader, Turn, image_name
+from mmedpo_ray.data.annotations import MASK_KEY, AnnotationReader, Turn, image_name
 from mmedpo_ray.data.reader import ImageChecker, ImageFacts, UnusableError, address
 from mmedpo_ray.data.texts import clean
 from mmedpo_ray.errors import UserError
@@ -53,8 +55,13 @@ class R2GenReader(AnnotationReader):
         relative = image_name(paths[0])
         if self.data.views == "first" or len(paths) == 1:
             uri = address(relative, folder)
-            return ImageFacts(uri, checker.sha256(uri), relative)
-        return self._composite([address(image_name(path), folder) for path in paths], relative, checker)
+            found = ImageFacts(uri, checker.sha256(uri), relative)
+        else:
+            found = self._composite([address(image_name(path), folder) for path in paths], relative, checker)
+        mask = row.get(MASK_KEY)
+        return replace(
+            found, mask_uri=checker.mask(mask[0] if isinstance(mask, list) and mask else mask, folder)
+        )
 
     def _composite(self, uris: list[str], image_id: str, checker: ImageChecker) -> ImageFacts:
         """Writes all views of a study as one image; its name is the hash of its bytes."""

@@ -129,7 +129,7 @@ class ImageFacts:
         uri: its address.
         sha256: of its bytes, hex.
         image_id: name of the image (or study) inside the data set.
-        mask_uri: lesion mask beside it.
+        mask_uri: lesion mask that lies beside it or that its row names.
     """
 
     uri: str
@@ -285,6 +285,21 @@ class ImageChecker:
             except OSError as error:
                 raise self._cannot_be_read(uri, error) from None
         return self._present[uri]
+
+    def mask(self, name: Any, folder: str) -> str | None:
+        """Address of the lesion mask that a row names; None where it names none or there is no such file.
+
+        Args:
+            name: what stands in the row, of any type.
+            folder: of the images, which the name is relative to.
+
+        Raises:
+            UnusableError: the store does not say.
+        """
+        if not isinstance(name, str) or not name.strip():
+            return None
+        uri = address(storable(name).strip(), folder)
+        return uri if self.exists(uri) else None
 
     def _waits(self) -> Sequence[float]:
         """A store that has failed for good a few times is not waited for with every further file."""

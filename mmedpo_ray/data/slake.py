@@ -7,6 +7,7 @@ lesion of its image.
 from __future__ import annotations
 
 import posixpath
+from dataclasses import replace
 from typing import Any
 
 from mmedpo_ray.data.annotations import AnnotationReader, Turn
@@ -39,5 +40,7 @@ class SlakeReader(AnnotationReader):
 
     def image(self, row: dict[str, Any], folder: str, checker: ImageChecker) -> ImageFacts:
         found = super().image(row, folder, checker)
+        if found.mask_uri is not None:
+            return found
         mask = posixpath.join(posixpath.dirname(found.uri), _MASK)
-        return ImageFacts(found.uri, found.sha256, found.image_id, mask if checker.exists(mask) else None)
+        return replace(found, mask_uri=mask if checker.exists(mask) else None)

@@ -32,6 +32,9 @@ class ParquetColumnsConfig(Section):
     sample_id: str | None = Field(None, description="unique id of a row; null: the row's position")
     image_id: str | None = Field(None, description="id of the image; null: the hash of its bytes")
     answer_type: str | None = Field(None, description="closed, open or report; null: found out")
+    mask: str | None = Field(
+        None, description="lesion mask, as the image: struct, bytes or path; null: there is none"
+    )
 
 
 class DataConfig(Section):

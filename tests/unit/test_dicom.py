@@ -137,6 +137,94 @@ def test_a_window_that_shows_nothing_is_ignored(window: dict[str, Any]) -> None:
     assert (shown(dicom(RAMP, **window)) == RAMP + 1000).all()
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("preamble", [True, False])
+@pytest.mark.parametrize(
+    "empty",
+    [
+        ["RescaleSlope", "RescaleIntercept"],
+        ["WindowCenter", "WindowWidth"],
+        ["WindowWidth"],
+        ["VOILUTFunction"],
+        ["PixelPaddingValue", "NumberOfFrames"],
+        ["ModalityLUTSequence", "VOILUTSequence"],
+    ],
+)
+def test_an_empty_tag_is_absent(empty: list[str], preamble: bool, photometric: str) -> None:
+    """Writers fill in the tags of a module without a value of their own."""
+    whole = {"RescaleSlope": 2, "RescaleIntercept": -100, "WindowCenter": 40, "WindowWidth": 400}
+    without = {name: value for name, value in whole.items() if name not in empty}
+    if empty == ["WindowWidth"]:
+        del without["WindowCenter"]
+    nothing = {name: [] if name.endswith("Sequence") else None for name in empty}
+    given_ = {"preamble": preamble, "PhotometricInterpretation": photometric}
+    for pixels in (RAMP, (RAMP + 1000).astype(np.uint16), np.arange(100, dtype=np.uint8).reshape(10, 10)):
+        found = shown(dicom(pixels, **given_, **(whole | nothing)))
+        expected = shown(dicom(pixels, **given_, **without))
+        assert found.dtype == expected.dtype
+        assert (found == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("tags", "same_as"),
+    [
+        ({"RescaleSlope": 3, "RescaleIntercept": None}, {"RescaleSlope": 3, "RescaleIntercept": 0}),
+        ({"RescaleSlope": None, "RescaleIntercept": -7}, {"RescaleSlope": 1, "RescaleIntercept": -7}),
+        ({"RescaleSlope": 3}, {"RescaleSlope": 3, "RescaleIntercept": 0}),
+        ({"RescaleIntercept": -7}, {"RescaleSlope": 1, "RescaleIntercept": -7}),
+    ],
+)
+def test_half_a_rescaling_is_the_half_that_is_there(tags: dict[str, Any], same_as: dict[str, Any]) -> None:
+    for window in ({}, {"WindowCenter": 40, "WindowWidth": 400}):
+        assert (shown(dicom(RAMP, **tags, **window)) == shown(dicom(RAMP, **same_as, **window))).all()
+
+
+@pytest.mark.parametrize("pixels", [RAMP, (RAMP + 1000).astype(np.uint16)])
+@pytest.mark.parametrize(
+    ("center", "width"),
+    [
+        (["", 40], ["", 400]),
+        (["", 40], [90, 400]),
+        ([500, 40], ["", 400]),
+        ([500, 40, 7], [0, 400, 9]),
+        ([40, 500], 400),
+        ([40, 500], [400]),
+    ],
+)
+def test_the_first_whole_window_of_a_list_counts(pixels: np.ndarray, center: Any, width: Any) -> None:
+    for photometric in ("MONOCHROME1", "MONOCHROME2"):
+        tags = {"PhotometricInterpretation": photometric}
+        several = shown(dicom(pixels, **tags, WindowCenter=center, WindowWidth=width))
+        assert (several == shown(dicom(pixels, **tags, WindowCenter=40, WindowWidth=400))).all()
+
+
+@pytest.mark.parametrize("name", ["WindowCenter", "WindowWidth"])
+def test_a_window_that_is_no_number_is_ignored(name: str) -> None:
+    data = dicom(RAMP, **({"WindowCenter": 40, "WindowWidth": 400} | {name: "54321.75"}))
+    assert (shown(data.replace(b"54321.75", b"5432l,75")) == RAMP + 1000).all()
+
+
+def test_an_unusable_voi_table_leaves_the_window() -> None:
+    table = pydicom.Dataset()
+    table.LUTDescriptor = None
+    window = {"WindowCenter": 40, "WindowWidth": 400}
+    assert (shown(dicom(RAMP, VOILUTSequence=[table], **window)) == shown(dicom(RAMP, **window))).all()
+
+
+def test_a_falling_rescaling_is_windowed_too() -> None:
+    falling = shown(dicom(RAMP, RescaleSlope=-1, RescaleIntercept=0, WindowCenter=40, WindowWidth=400))
+    expected = np.clip(((-RAMP.astype(int) - 39.5) / 399 + 0.5) * 255, 0, 255)
+    assert falling.dtype == np.uint8
+    assert np.abs(falling - expected).max() <= 0.51
+
+
+def test_signed_monochrome1_is_inverted_after_the_window() -> None:
+    tags = {"WindowCenter": [-200, 500], "WindowWidth": [300, 90]}
+    found = shown(dicom(RAMP, PhotometricInterpretation="MONOCHROME1", **tags))
+    expected = 255 - np.clip(((RAMP + 200.5) / 299 + 0.5) * 255, 0, 255)
+    assert np.abs(found - expected).max() <= 0.51
+
+
 def test_colour() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)
     image = images.decode(dicom(pixels), "x.dcm")
@@ -186,6 +274,11 @@ def test_one_picture_in_every_encoding() -> None:
         (dicom(RAMP, Rows=9), "image_undecodable", None),
         (dicom(RAMP, Rows=60000, Columns=60000), "image_too_large", "60000×60000"),
         (dicom(RAMP.reshape(10, 10), NumberOfFrames=2, Rows=5), "image_multi_frame", "2 frames"),
+        (
+            dicom(RAMP, NumberOfFrames=2, Rows=5, RescaleSlope=None, PhotometricInterpretation="MONOCHROME1"),
+            "image_multi_frame",
+            "2 frames",
+        ),
         ((SAMPLES / "image_dfl.dcm").read_bytes(), "image_undecodable", "deflated"),
         ((SAMPLES / "MR_small_jpeg_ls_lossless.dcm").read_bytes(), "image_undecodable", "JPEG-LS"),
         ((SAMPLES / "test-SR.dcm").read_bytes(), "image_undecodable", "DICOM"),

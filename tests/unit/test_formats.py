@@ -123,8 +123,9 @@ def test_slake_without_some_files(slake: Path) -> None:
         reader_of(slake, "slake").fingerprint()
 
 
+@pytest.mark.parametrize("named", [False, True])
 def test_a_mask_that_cannot_be_asked_for_is_no_missing_mask(
-    slake: Path, monkeypatch: pytest.MonkeyPatch
+    slake: Path, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
     exists = storage.exists
 
@@ -134,10 +135,22 @@ def test_a_mask_that_cannot_be_asked_for_is_no_missing_mask(
         return exists(uri)
 
     monkeypatch.setattr(storage, "exists", refuses)
-    first = read(slake, "slake")[0]
+    if named:
+        write_json(slake / _RAD_FILE, [rad_row(0, image_name="source.jpg", mask="mask.png")])
+    folder = f"data.image_folder={slake / 'imgs' / 'xmlab1'}"
+    first = read(slake, "vqa_rad", folder)[0] if named else read(slake, "slake")[0]
+    place = f"{_RAD_FILE if named else 'train.json'}, row 0"
     assert first["drop_reason"] == "image_unreadable"
     assert first["image_uri"] == str(slake / "imgs/xmlab1/mask.png")
-    assert first["drop_detail"] == f"train.json, row 0: {first['image_uri']}: PermissionError"
+    assert first["drop_detail"] == f"{place}: {first['image_uri']}: PermissionError"
+
+
+def test_a_slake_row_may_name_another_mask(slake: Path) -> None:
+    write_image(slake / "imgs/xmlab1/lesion.png")
+    masks = ("xmlab1/lesion.png", "xmlab1/absent.png")
+    write_json(slake / "train.json", [slake_row(number, mask=mask) for number, mask in enumerate(masks)])
+    rows = read(slake, "slake")
+    assert [Path(row["mask_uri"]).name for row in rows[:2]] == ["lesion.png", "mask.png"]
 
 
 # ---------------------------------------------------------------------- VQA-RAD
@@ -171,6 +184,15 @@ def test_vqa_rad(tmp_path: Path, folder: str) -> None:
     }
     assert (rows[0]["answer"], rows[0]["answer_type"], rows[1]["answer_type"]) == ("2", "open", "closed")
     assert rows[0]["image_uri"] == str(tmp_path / folder / "synpic1.jpg")
+
+
+def test_vqa_rad_rows_may_name_masks(tmp_path: Path) -> None:
+    for name in ("synpic1.jpg", "masks/synpic1.png"):
+        write_image(tmp_path / "images" / name)
+    named = [rad_row(1, mask="masks/synpic1.png"), rad_row(2, mask="masks/absent.png"), rad_row(3)]
+    write_json(tmp_path / _RAD_FILE, named)
+    found = [row["mask_uri"] for row in read(tmp_path, "vqa_rad")]
+    assert found == [str(tmp_path / "images/masks/synpic1.png"), None, None]
 
 
 def test_vqa_rad_at_a_uri_and_without_its_file(tmp_path: Path) -> None:
@@ -261,6 +283,17 @@ def test_r2gen_views_side_by_side(iu_xray: Path) -> None:
     assert small[0]["drop_reason"] == "image_too_large"
 
 
+@pytest.mark.parametrize("views", ["first", "side_by_side"])
+def test_r2gen_studies_may_name_masks(iu_xray: Path, views: str) -> None:
+    write_image(iu_xray / "images/CXR1/0_mask.png", (10, 20))
+    masks = ["CXR1/0_mask.png", ["CXR1/0_mask.png", "CXR1/1_mask.png"], "CXR1/absent.png", [], [7]]
+    studies = [study(f"s{i}", "CXR1/0.png", "CXR1/1.png", mask=mask) for i, mask in enumerate(masks)]
+    write_json(iu_xray / "annotation.json", {"train": studies})
+    rows = read(iu_xray, "r2gen", f"data.views={views}")
+    assert {row.get("drop_reason") for row in rows} == {None}
+    assert [row["mask_uri"] for row in rows] == [str(iu_xray / "images/CXR1/0_mask.png")] * 2 + [None] * 3
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
@@ -321,6 +354,7 @@ def _row_of(keys: dict[str, Any]) -> st.SearchStrategy:
 
 
 _TALK = {
+    "mask": _NAME,
     "question": st.just("Is it?") | _ANY,
     "answer": st.just("Yes") | _ANY,
     "answer_type": st.just("OPEN ") | _ANY,
@@ -329,7 +363,8 @@ _ROWS = {
     "slake": _row_of({**_TALK, "qid": _IDS, "img_name": _NAME, "q_lang": st.just("en") | _ANY}),
     "vqa_rad": _row_of({**_TALK, "qid": _IDS, "image_name": _NAME, "phrase_type": st.just("test_para") | _ANY}),
     "r2gen": _row_of(
-        {"id": _IDS, "report": st.just("Clear.") | _ANY, "image_path": st.lists(_NAME, max_size=3) | _ANY}
+        {"id": _IDS, "report": st.just("Clear.") | _ANY, "image_path": st.lists(_NAME, max_size=3) | _ANY,
+         "mask": st.lists(_NAME, max_size=2) | _NAME}
     ),
 }  # fmt: skip
 _FILES = {

@@ -120,6 +120,58 @@ def test_an_image_column_of_paths(tmp_path: Path) -> None:
     assert read(tmp_path)[0]["image_uri"] == kept["image_uri"]
 
 
+_MASKED = "data.columns.mask=lesion"
+
+
+def write_masks(path: Path, masks: list[Any], kind: pa.DataType) -> None:
+    table = pa.Table.from_pylist([row(number) for number in range(len(masks))])
+    pq.write_table(table.append_column("lesion", pa.array(masks, kind)), path)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), IMAGE])
+def test_a_mask_column_of_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    masks = [png(255), png(254), png(255), b"no image", b"", None]
+    structs = [None if mask is None else {"bytes": mask, "path": "m.png"} for mask in masks]
+    write_masks(tmp_path / "a.parquet", structs if kind == IMAGE else masks, kind)
+    rows = read(tmp_path, _MASKED)
+    assert {item.get("drop_reason") for item in rows} == {None}
+    first, second, third, broken, empty, absent = (item["mask_uri"] for item in rows)
+    assert first == third != second
+    assert Path(first).is_relative_to(tmp_path / "run" / "raw")
+    assert [load_image(uri).getpixel((0, 0)) for uri in (first, second)] == [255, 254]
+    assert Path(broken).read_bytes() == b"no image", "what is wrong with a mask is said where it is used"
+    assert empty is absent is None
+    assert {item["mask_uri"] for item in read(tmp_path)} == {None}, "no column is named"
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), IMAGE])
+def test_a_mask_column_of_paths(tmp_path: Path, kind: pa.DataType) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "m.png").write_bytes(png(255))
+    names = ["m.png", " m.png", "absent.png", " ", None, "../../../nothing"]
+    structs = [None if name is None else {"bytes": None, "path": name} for name in names]
+    write_masks(tmp_path / "a.parquet", structs if kind == IMAGE else names, kind)
+    rows = read(tmp_path, _MASKED, "data.image_folder=pictures")
+    assert {item.get("drop_reason") for item in rows} == {None}
+    expected = str(tmp_path / "pictures" / "m.png")
+    assert [item["mask_uri"] for item in rows] == [expected, expected, None, None, None, None]
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.list_(pa.string()), pa.bool_()])
+def test_a_mask_column_of_another_type(tmp_path: Path, kind: pa.DataType) -> None:
+    write_masks(tmp_path / "a.parquet", [None, None], kind)
+    assert {item["mask_uri"] for item in read(tmp_path, _MASKED)} == {None}
+    value = {pa.int64(): 7, pa.bool_(): True}.get(kind, ["m.png"])
+    write_masks(tmp_path / "a.parquet", [value, None], kind)
+    assert {item["mask_uri"] for item in read(tmp_path, _MASKED)} == {None}
+
+
+def test_a_mask_column_that_is_not_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [row()])
+    with pytest.raises(UserError, match=r"no column 'lesion' \(data\.columns\.mask\)"):
+        read(tmp_path, _MASKED)
+
+
 def test_columns_by_name_and_repeated_ids(tmp_path: Path) -> None:
     def named(key: Any, **more: Any) -> dict[str, Any]:
         item = row(more.pop("value", 1), key=key, kind="OPEN", patient="p1", **more)
@@ -276,6 +328,7 @@ _ROW = st.fixed_dictionaries(
         "answer": st.just("Yes") | _TEXTS,
         "key": st.sampled_from(["1", "a~b", "a%7Eb", " ", "~x"]) | _TEXTS,
         "kind": st.just("closed") | _TEXTS,
+        "mask": st.none() | st.fixed_dictionaries({"bytes": _BYTES, "path": _TEXTS}),
     }
 )
 
@@ -311,10 +364,11 @@ def test_a_text_that_is_no_text_is_empty(tmp_path: Path) -> None:
 @given(st.lists(_ROW, min_size=1, max_size=7), st.integers(1, 4), st.booleans())
 def test_any_row_is_kept_or_dropped_once(tmp_path: Path, source: list, size: int, with_ids: bool) -> None:
     table = pa.Table.from_pylist(
-        source, pa.schema([("image", IMAGE), *((key, pa.string()) for key in _STRINGS)])
+        source, pa.schema([("image", IMAGE), ("mask", IMAGE), *((key, pa.string()) for key in _STRINGS)])
     )
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=size)
-    named = ("data.columns.sample_id=key", "data.columns.answer_type=kind") if with_ids else ()
+    columns = ("sample_id=key", "answer_type=kind", "mask=mask") if with_ids else ()
+    named = [f"data.columns.{column}" for column in columns]
     assert len(read(tmp_path, *named)) == len(source)
 
 

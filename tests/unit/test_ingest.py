@@ -129,6 +129,36 @@ def test_a_row_becomes_a_sample(root: Path) -> None:
     assert len(sample["image_sha256"]) == 64
 
 
+@pytest.mark.parametrize("kind", ["llava_json", "mmedpo_json"])
+def test_a_row_may_name_a_lesion_mask(root: Path, kind: str) -> None:
+    (root / "images" / "masks").mkdir()
+    Image.new("L", (8, 6), 255).save(root / "images" / "masks" / "0.png")
+    Image.new("L", (8, 6), 255).save(root / "elsewhere.png")
+    names = [
+        "masks/0.png",
+        " masks/0.png ",
+        str(root / "elsewhere.png"),
+        "masks/absent.png",
+        "",
+        None,
+        7,
+        ["a"],
+        "~/0",
+    ]
+    rows = [{**row(mask=name), "id": number} for number, name in enumerate(names)]
+    samples = read(root, [*rows, {**row(), "id": "none"}], kind)
+    assert {sample["drop_reason"] for sample in samples} == {None}, "a mask that is missing drops nothing"
+    beside = str(root / "images" / "masks" / "0.png")
+    assert [sample["mask_uri"] for sample in samples[:3]] == [beside, beside, str(root / "elsewhere.png")]
+    assert {sample["mask_uri"] for sample in samples[3:]} == {None}
+
+
+def test_every_turn_has_the_mask_of_its_row(root: Path) -> None:
+    turns = row()["conversations"] + row(question="Is it large?", answer="No")["conversations"]
+    source = [{"id": "a", "image": "1.png", "mask": "0.png", "conversations": turns}]
+    assert [s["mask_uri"] for s in read(root, source)] == [str(root / "images" / "0.png")] * 2
+
+
 def test_every_turn_is_a_sample(root: Path) -> None:
     turns = row()["conversations"] + row(question="Is it large?", answer="No")["conversations"]
     samples = read(

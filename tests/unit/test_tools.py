@@ -89,6 +89,65 @@ def test_masks_that_are_no_use_say_why(tmp_path: Path) -> None:
     assert [f.confidence for f in found] == [0.0] * 5
 
 
+@pytest.mark.parametrize("kind", ["jpg", "webp", "jp2"])
+@pytest.mark.parametrize("colour", [255, 200, (220, 30, 30)])
+def test_a_lossy_mask_marks_no_ringing(tmp_path: Path, kind: str, colour: int | tuple[int, ...]) -> None:
+    """What a lossy compression leaves around the lesion is no lesion."""
+    shape = (64, 64) if isinstance(colour, int) else (64, 64, 3)
+    pixels = np.zeros(shape, np.uint8)
+    pixels[21:31, 19:29] = colour
+    mask = tmp_path / f"m.{kind}"
+    rates = {"irreversible": True, "quality_mode": "rates", "quality_layers": [10]}
+    # Colours at full resolution, so that the edge is where it was.
+    Image.fromarray(pixels).save(mask, **(rates if kind == "jp2" else {"quality": 75, "subsampling": 0}))
+    [found] = DatasetMask(Config()).localise([Image.new("L", (64, 64))], [sample(mask)])
+    assert np.count_nonzero(np.asarray(Image.open(mask))) > 100
+    assert found.heat_map is not None
+    marked = found.heat_map > 0
+    assert marked[22:30, 20:28].all()
+    assert not (marked[:19].any() or marked[33:].any() or marked[:, :17].any() or marked[:, 31:].any())
+    assert abs(int(marked.sum()) - 100) <= (15 if kind == "jpg" else 40)
+
+
+def test_a_jpeg_without_a_lesion_and_one_of_ones(tmp_path: Path) -> None:
+    for name, value in (("black", 0), ("ones", 1)):
+        Image.new("L", (8, 6), value).save(tmp_path / f"{name}.jpg")
+    rows = [sample(tmp_path / "black.jpg"), sample(tmp_path / "ones.jpg")]
+    found = DatasetMask(Config()).localise([Image.new("L", (8, 6))] * 2, rows)
+    assert [one.confidence for one in found] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("P", "png"), ("I;16", "png"), ("L", "tiff")])
+def test_every_label_of_a_lossless_mask_counts(tmp_path: Path, mode: str, suffix: str) -> None:
+    labels = np.zeros((6, 8), np.uint16 if mode == "I;16" else np.uint8)
+    labels[0, :3] = (1, 2, 255)
+    mask = Image.fromarray(labels)
+    if mode == "P":
+        mask.putpalette([0, 0, 0] + [9, 200, 3] * 255)
+    mask.save(tmp_path / f"m.{suffix}")
+    [found] = DatasetMask(Config()).localise([Image.new("L", (8, 6))], [sample(tmp_path / f"m.{suffix}")])
+    assert found.heat_map is not None
+    assert np.array_equal(found.heat_map, (labels > 0).astype(np.float32))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+def test_black_is_no_lesion_in_any_colours(tmp_path: Path, mode: str) -> None:
+    lesion = np.zeros((6, 8), np.uint8)
+    lesion[1:3, 2:5] = 255
+    Image.fromarray(lesion).convert("RGB").convert(mode).save(tmp_path / "m.tiff")
+    [found] = DatasetMask(Config()).localise([Image.new("L", (8, 6))], [sample(tmp_path / "m.tiff")])
+    assert found.heat_map is not None
+    assert np.array_equal(found.heat_map, (lesion > 0).astype(np.float32))
+
+
+@pytest.mark.parametrize(("limit", "problem"), [(48, None), (47, "mask_too_large")])
+def test_the_limit_on_pixels_is_that_of_the_images(tmp_path: Path, limit: int, problem: str | None) -> None:
+    Image.new("L", (8, 6), 255).save(tmp_path / "m.png")
+    tool = DatasetMask(load(None, (f"data.max_pixels={limit}",)))
+    [found] = tool.localise([Image.new("L", (8, 6))], [sample(tmp_path / "m.png")])
+    assert found.problem == problem
+
+
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory: pytest.TempPathFactory) -> SelfAttention:
     folder = build_tiny_llava(tmp_path_factory.mktemp("model") / "llava")
