@@ -147,22 +147,24 @@ def _blocks(units: Iterable[Unit]) -> Iterator[pa.Table]:
 
 
 class _Figures:
-    """What the manifest tells of the table: images and questions of each split, questions of each kind.
+    """What the manifest tells of the table: images and questions of each split, questions of each kind and those with a mask.
 
     A :class:`~mmedpo_ray.stage.Tally`; images are counted in eight bytes each.
     """
 
-    columns = ("split", "image_id", "answer_type")
+    columns = ("split", "image_id", "answer_type", "mask_uri")
 
     def __init__(self) -> None:
         self._images: dict[str, SeenIds] = {"train": SeenIds(), "test": SeenIds()}
         self._kinds: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
+        self._masked: Counter[str] = Counter()
 
     def add(self, rows: pa.RecordBatch) -> None:
         for split in pc.unique(rows["split"]).to_pylist():
             part = rows.filter(pc.equal(rows["split"], split))
             self._images.setdefault(split, SeenIds()).add(pc.unique(part["image_id"]).to_pylist())
             self._kinds.setdefault(split, Counter()).update(part["answer_type"].to_pylist())
+            self._masked[split] += part.num_rows - part["mask_uri"].null_count
 
     def figures(self) -> dict[str, Any]:
         splits = ["train", "test", *sorted(set(self._kinds) - {"train", "test"})]
@@ -171,6 +173,7 @@ class _Figures:
                 "images": len(self._images[split]),
                 "questions": self._kinds[split].total(),
                 "answer_types": dict(self._kinds[split]),
+                "with_mask": self._masked[split],
             }
             for split in splits
         }

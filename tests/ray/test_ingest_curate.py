@@ -48,6 +48,7 @@ def ingested(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Pat
     manifest = ingest(phantom_config(folder))
     assert manifest.extra["train"]["images"] == IMAGES
     assert manifest.extra["test"]["images"] == TEST_IMAGES
+    assert manifest.extra["train"]["with_mask"] == manifest.extra["train"]["questions"]
     return folder
 
 

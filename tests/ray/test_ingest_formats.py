@@ -110,6 +110,7 @@ def test_parquet_images_become_files(tmp_path: Path) -> None:
     manifest = ingest(config_of(tmp_path, "hf_parquet"))
     assert (manifest.rows_in, manifest.rows_out) == (601, 601)
     assert {split: manifest.extra[split]["images"] for split in ("train", "test")} == {"train": 5, "test": 1}
+    assert manifest.extra["train"]["with_mask"] == 0
     written = [path for path in (tmp_path / "run" / "raw").rglob("*") if path.is_file()]
     assert sorted(path.read_bytes() for path in written) == sorted(png(number) for number in range(5))
     assert {row["image_uri"] for row in samples_of(tmp_path)} == {str(path) for path in written}
