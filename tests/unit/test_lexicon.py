@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -309,6 +311,13 @@ def test_ordinary_answers_are_no_meta_text(text: str) -> None:
     assert not lexicon.is_meta_text(text)
     assert not lexicon.is_meta_text(text.upper())
     assert not _is_meta_text_in_a_column(text)
+
+
+@pytest.mark.parametrize("piece", ["\n", " ", ".", "please provide ", "I cannot provide the ", "note: the "])
+def test_a_long_text_is_searched_in_reasonable_time(piece: str) -> None:
+    started = time.perf_counter()
+    lexicon.is_meta_text(piece * (20_000 // len(piece)) + "Question")
+    assert time.perf_counter() - started < 5
 
 
 def _is_meta_text_in_a_column(text: str) -> bool:

@@ -3,7 +3,8 @@
 One definition for the filter of text pairs and for the audit; ingest drops reference answers for the surest part of it only,
 `is_leaked_prompt`. The patterns are in small letters and keep to what Python's `re` and RE2 (in which Arrow searches a whole
 column) have in common, so there is no looking ahead: what is ordinary in a report ("The prior images are not available for
-comparison", "I cannot identify a fracture") is kept out by naming what a statement about the task must say.
+comparison", "I cannot identify a fracture") is kept out by naming what a statement about the task must say. What may begin a line does not reach over line feeds, or a text of
+many would take the square of their number.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from mmedpo_ray.curate.terms import lowered
 # A whole question, as prompts state it. A requisition's is a fragment ("QUESTION: pneumonia?"), or a heading follows it.
 _INTERROGATIVE = r"(what|which|where|who|whose|when|why|how|is|are|was|were|does|do|did|has|have|had|can|could|should|will|would)"
 _LEAKS = (
-    rf"^\W*question\W*:[^?\n]*\b{_INTERROGATIVE}\b[^?\n]*\?(\s*[^\s:][^:\n]*$|\s*\z)",
-    r"^\W*question\W*:[^:]*\W((correct|final|original|your) )?answer\W*:",
-    r"^\W*(original answer|candidate ?answer ?\d*)\W*:",
+    rf"^[^\w\n]*question\W*:[^?\n]*\b{_INTERROGATIVE}\b[^?\n]*\?(\s*[^\s:][^:\n]*$|\s*\z)",
+    r"^[^\w\n]*question\W*:[^:]*\W((correct|final|original|your) )?answer\W*:",
+    r"^[^\w\n]*(original answer|candidate ?answer ?\d*)\W*:",
     # Roles: an operation's report names an assistant, a laboratory's the enzyme GPT.
-    r"^\W*(user|human)\s*:|\b(user|human)\s*:[^:]*\b(assistant|gpt)\s*:",
+    r"^[^\w\n]*(user|human)\s*:|\b(user|human)\s*:[^:]*\b(assistant|gpt)\s*:",
     r"\A\W*assistant\s*:",
     r"^###+ ?(assistant|system|instruction|input|response)\s*:",
     # Marks of chat templates.
@@ -47,7 +48,7 @@ _GIVEN = r"((provided|attached|uploaded|given|shared|sent|linked|embedded|refere
 _OF_THE_TASK = rf"{_GIVEN}((x-?ray|ct|mri?|ultrasound) )?"
 # What may follow where nothing more is said of the image: not "for comparison", "due to motion", "from the outside hospital".
 _END = (
-    r"(\W*$|\s*[.,;:!?)]|[\s-]+(itself|themselves|directly|here|again|yet|provided|attached|shared|uploaded|you|that you|to me|"
+    r"([^\w\n]*$|\s*[.,;:!?)]|[\s-]+(itself|themselves|directly|here|again|yet|provided|attached|shared|uploaded|you|that you|to me|"
     r"and|or|but|so|because|as|since|now|in (this|the|our|your) (chat|conversation|message|prompt|question|request|context))\b)"
 )
 _WAS = r"(is|was|were|are|has been|have been)"
@@ -87,9 +88,9 @@ _MODEL = r"(language model|llm|chatbot|ai (model|system)|(ai|virtual|digital) as
 _RULES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("sorry", "apolog"),
-        r"(^\W*((i(['’]?m| am) )?((so|very|really|truly) )?sorry|((my|our|sincere) )*apologies)"
+        r"(^[^\w\n]*((i(['’]?m| am) )?((so|very|really|truly) )?sorry|((my|our|sincere) )*apologies)"
         r"|\b(i(['’]?m| am) ((so|very|really|truly) )?sorry|i ((do|must|sincerely) )?apologi[sz]e))"
-        r"(\W*$|\s*[,.;:!]|\s*[—–-]|,? (but|i|that i|if|as i|for (the|any|my) (\w+ )?(confusion|misunderstanding|error|mistake|"
+        r"([^\w\n]*$|\s*[,.;:!]|\s*[—–-]|,? (but|i|that i|if|as i|for (the|any|my) (\w+ )?(confusion|misunderstanding|error|mistake|"
         r"inconvenience))\b)",
     ),
     # AI is also aortic insufficiency.
@@ -140,7 +141,7 @@ _RULES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("please",),
         rf"\bplease (re-?)?(provide|upload|attach|share|send|submit)( me)?( with)? (({_THE} )?{_OF_THE_TASK}({_ANY_PICTURE}|question){_END}"
-        r"|[^.\n]*\b(so (that )?i (can|could|may)|for me to|and i (will|can)|and i['’]ll) (\w+ ){{0,2}}(help|assist|answer|analy[sz]e|interpret|"
+        r"|[^.\n]{0,200}\b(so (that )?i (can|could|may)|for me to|and i (will|can)|and i['’]ll) (\w+ ){{0,2}}(help|assist|answer|analy[sz]e|interpret|"
         r"provide|give|look|examine|see|respond|try)\b)",
     ),
     # The answers, the question, the task.
@@ -163,7 +164,7 @@ _RULES: tuple[tuple[tuple[str, ...], str], ...] = (
     (_I, rf"\bi(['’]?ve| have)? ((just|only|also|simply|then) )?({_EDIT}|{_EDITED} the diagnosis\b)"),
     (
         ("note", "nb", "n.b.", "explanation", "rationale", "change", "edit", "modification"),
-        r"^\W*(note|nb|n\.b\.|explanation|rationale|changes?|edit|modification)s?\s*:(.*"
+        r"^[^\w\n]*(note|nb|n\.b\.|explanation|rationale|changes?|edit|modification)s?\s*:(.*"
         rf"(\b(the|this|that|an?|my|your|both) (\w+ )?(answers?|question (pertains|asks|refers|concerns|mentions|was about))\b|{_EDIT}))",
     ),
     (
