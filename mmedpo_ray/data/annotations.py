@@ -129,7 +129,7 @@ class AnnotationReader(Reader):
             place, split = unit.place(position), unit.split
             try:
                 if position in unit.again:
-                    raise UnusableError("duplicate_id")
+                    raise repeated_id(self, self._row_name(row, position), split)
                 row = checked_row(row)
                 split = self.split_of(row, unit.split)
                 turns = self.turns(row)
@@ -166,6 +166,20 @@ class AnnotationReader(Reader):
             return self.file(self.data.image_folder)
         found = (name for name in self.image_folders[:-1] if self._present(name))
         return self.file(next(found, self.image_folders[-1]))
+
+
+def repeated_id(reader: Reader, name: str, split: str | None) -> UnusableError:
+    """The reason to drop a row whose id an earlier row has, which keeps it even if its image turns out to be unusable.
+
+    Ids are known before any image is looked at, and an image that is mended later must not take a kept sample's place.
+
+    Args:
+        reader: the format.
+        name: the id as part of a sample id.
+        split: of both rows; None: drawn by the image, which for the earlier row may have fallen out either way.
+    """
+    found = (reader.sample_id(each, name) for each in ((split,) if split else ("train", "test")))
+    return UnusableError("duplicate_id", f"its id is that of an earlier row, {' or '.join(found)}")
 
 
 def checked_row(row: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmedpo_ray import images, storage
-from mmedpo_ray.data.annotations import image_name
+from mmedpo_ray.data.annotations import image_name, repeated_id
 from mmedpo_ray.data.reader import (
     ROWS_PER_UNIT,
     ImageChecker,
@@ -96,8 +96,8 @@ class HfParquetReader(Reader):
             name = self._name(unit.file, row, position)
             try:
                 if position in unit.again:
-                    name = f"{name}~r{position}"
-                    raise UnusableError("duplicate_id")
+                    name, given = f"{name}~r{position}", name
+                    raise repeated_id(self, given, split)
                 if row is None:
                     raise UnusableError("unreadable_row_group", f"row groups {unit.start} to {unit.stop - 1}")
                 if self.is_done([name], split, done):

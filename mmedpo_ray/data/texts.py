@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from mmedpo_ray.curate import lexicon
+from mmedpo_ray.curate.lexicon.meta import is_leaked_prompt
 
 _REPORT_INSTRUCTION = re.compile(
     r"\b(?:write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(?:report|findings|impression)\b",
@@ -38,12 +39,16 @@ def storable(text: str) -> str:
 
 
 def text_problem(question: str, answer: str) -> str | None:
-    """The reason to drop a question with its answer, or None."""
+    """The reason to drop a question with its answer, or None.
+
+    Of the text about the task only repeated prompts count: a reference answer that reads like a refusal may be a
+    radiologist's, and curation, which can do without a pair, looks closer.
+    """
     if not question:
         return "empty_question"
     if not answer:
         return "empty_answer"
-    return "leaked_prompt" if lexicon.is_meta_text(answer) else None
+    return "leaked_prompt" if is_leaked_prompt(answer) else None
 
 
 def stated_answer_type(value: Any) -> str | None:

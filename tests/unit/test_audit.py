@@ -649,6 +649,127 @@ def test_fix_logs_every_change_and_leaves_the_rest_alone(tmp_path: Path) -> None
     assert (tmp_path / "audit.json").is_file()
 
 
+def test_fix_keeps_what_a_radiologist_says(tmp_path: Path) -> None:
+    said = (
+        "The prior images are not available for comparison.",
+        "Note: The endotracheal tube has been replaced.",
+        "I cannot identify a fracture.",
+        "QUESTION: pneumonia? FINDINGS: No pneumonia.",
+        "GPT: 45",
+    )
+    rows = [pair(i, chosen=said[i % len(said)]) for i in range(20)]
+    config = load(None, [f"run.folder={tmp_path}"])
+    audit_command(config, write(tmp_path / "t", rows), None, None, str(tmp_path / "fixed"))
+    assert pq.read_table(tmp_path / "fixed" / "part-00000.parquet").num_rows == len(rows)
+
+
+_TEXT_TYPES = (
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+    pa.dictionary(pa.int32(), pa.string()),
+    pa.dictionary(pa.int8(), pa.string()),
+)
+
+
+def _typed(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Texts as another type, in chunks of 100, so that each has a dictionary of its own."""
+    texts = [
+        pa.array(column.slice(start, 100).to_pylist(), pa.string()) for start in range(0, len(column), 100)
+    ]
+    return pa.chunked_array([chunk.cast(kind) for chunk in texts], kind)
+
+
+@pytest.mark.parametrize("kind", _TEXT_TYPES, ids=str)
+def test_texts_of_any_type_are_audited_and_fixed(tmp_path: Path, kind: pa.DataType) -> None:
+    """The result is that of a table of strings, and the copy has the input's types."""
+    rows = [pair(i) for i in range(300)]
+    rows[1] |= {"chosen": " padded "}
+    rows[2] |= {"rejected": rows[2]["chosen"]}
+    rows[3] |= {"rejected": None}
+    rows[4] |= {"pair_id": "p5"}
+    names = [
+        "pair_id",
+        "sample_id",
+        "kind",
+        "image_uri",
+        "question",
+        "chosen",
+        "rejected",
+        "answer_type",
+        "weight",
+    ]
+    plain = pa.Table.from_pylist(rows).select(names)
+    plain = plain.append_column("comment", pa.array([f"note {i}" for i in range(300)]))
+    columns = [
+        column if name == "weight" else _typed(column, kind)
+        for name, column in zip(plain.column_names, plain.columns, strict=True)
+    ]
+    known = samples(
+        tmp_path / "samples", [{"sample_id": f"s{i}", "answer": f"Nodule {i}"} for i in range(300)]
+    )
+    truth = pq.read_table(f"{known}/part-0.parquet").select(["sample_id", "answer", "split", "image_uri"])
+    pq.write_table(
+        pa.table([_typed(column, kind) for column in truth.columns], truth.column_names),
+        tmp_path / "s.parquet",
+        row_group_size=100,
+    )
+    config, results = load(None, [f"run.folder={tmp_path}"]), []
+    for name, table in (("plain", plain), ("typed", pa.table(columns, plain.column_names))):
+        path, out = tmp_path / f"{name}.parquet", tmp_path / f"{name}.json"
+        pq.write_table(table, path, row_group_size=100)
+        audit_command(
+            config, str(path), str(tmp_path / "s.parquet"), str(out), str(tmp_path / f"{name}-fixed")
+        )
+        results.append(json.loads(out.read_text()) | {"key": None, "table": None})
+    assert results[0] == results[1]
+    assert {"duplicate_id", "equal_sides", "empty_side", "untrimmed_text"} <= found(results[1]).keys()
+    fixed = [tmp_path / f"{name}-fixed" for name in ("plain", "typed")]
+    assert len({(folder / "changes.jsonl").read_text() for folder in fixed}) == 1
+    expected, written = (pads.dataset(folder / "part-00000.parquet").to_table() for folder in fixed)
+    assert [_text_of(item) for item in written.to_pylist()] == expected.to_pylist()
+    # Dictionaries of all chunks together may need a wider index.
+    is_narrow = kind == pa.dictionary(pa.int8(), pa.string())
+    assert set(written.schema.types) == {
+        pa.dictionary(pa.int32(), pa.string()) if is_narrow else kind,
+        pa.float64(),
+    }
+    assert written.schema.names == expected.schema.names
+
+
+def test_fix_copies_columns_of_nested_types(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(20)]
+    rows[2] |= {"rejected": rows[2]["chosen"]}
+    extra: dict[str, tuple[pa.DataType, Callable[[int], Any]]] = {
+        "views": (pa.list_(pa.string_view()), lambda i: [f"a{i}", None]),
+        "struct": (pa.struct([("a", pa.int64())]), lambda i: {"a": i} if i % 3 else None),
+        "map": (pa.map_(pa.string(), pa.int64()), lambda i: [("c", i)]),
+    }
+    table = tables.to_table(rows, tables.SCORED)
+    for name, (kind, value) in extra.items():
+        table = table.append_column(name, pa.array([value(i) for i in range(20)], kind))
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=7)
+    audit_command(
+        load(None, [f"run.folder={tmp_path}"]),
+        str(tmp_path / "t.parquet"),
+        None,
+        None,
+        str(tmp_path / "fixed"),
+    )
+    source = pads.dataset(tmp_path / "t.parquet").to_table()
+    expected = [row for row in source.to_pylist() if row["pair_id"] != "p2"]
+    written = pads.dataset(tmp_path / "fixed" / "part-00000.parquet").to_table()
+    assert written.to_pylist() == expected
+    assert written.schema == source.schema
+
+
+def _text_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()}
+
+
 def test_fix_never_overwrites_anything_else(tmp_path: Path) -> None:
     table = write(tmp_path / "t", [pair(i) for i in range(10)])
     config = load(None, [f"run.folder={tmp_path}"])

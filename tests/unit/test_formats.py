@@ -101,6 +101,21 @@ def test_slake(slake: Path) -> None:
     assert kept["slake/test/5"]["mask_uri"] is None
 
 
+def test_a_repeated_id_names_the_row_that_has_it_though_that_row_is_unusable(slake: Path) -> None:
+    write_json(slake / "train.json", [slake_row(1, "xmlab9/source.jpg"), slake_row(1)])
+    details = {row["sample_id"]: row.get("drop_detail") for row in read(slake, "slake")}
+    assert details["slake/train/1"].startswith("train.json, row 0: ")
+    assert details["slake/train/1~r1"] == "train.json, row 1: its id is that of an earlier row, slake/train/1"
+    (slake / "test.json").unlink()
+    held_out = reader_of(slake, "slake", "data.test_share=0.5")
+    details = {
+        row["sample_id"]: row.get("drop_detail")
+        for unit in held_out.units()
+        for row in held_out.samples(unit)
+    }
+    assert details["slake/train/1~r1"].endswith("an earlier row, slake/train/1 or slake/test/1")
+
+
 def test_slake_in_other_languages(slake: Path) -> None:
     chinese = reasons(read(slake, "slake", "data.language=zh"))
     assert (chinese["train/0"], chinese["train/2"]) == ("other_language", None)

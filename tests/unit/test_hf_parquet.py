@@ -191,6 +191,10 @@ def test_columns_by_name_and_repeated_ids(tmp_path: Path) -> None:
         "train/6~r0": "duplicate_id",
         "train/7": None,
     }
+    details = {item["sample_id"]: item.get("drop_detail") for item in rows}
+    assert details["hf_parquet/train/6~r0"] == (
+        "train-1.parquet, row 0: its id is that of an earlier row, hf_parquet/train/6"
+    )
     assert {item.get("answer_type") for item in rows} == {"open", None}
     assert {item["image_id"] for item in rows if "image_id" in item} == {"hf_parquet/p1"}
     with pytest.raises(UserError, match=r"no column 'question' \(data\.columns\.question\); it has query"):

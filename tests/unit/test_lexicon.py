@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.lexicon import Fact
+from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.curate.terms import CONCEPTS, mentions
 from mmedpo_ray.data.phantom import KINDS, Finding, generate, report_findings
 from mmedpo_ray.data.phantom.text import NAMES
@@ -151,11 +156,19 @@ def test_equivalent_answers() -> None:
     [
         # Leaked prompts and roles.
         "Question: What is it?\n cecum",
+        "Question: What is it? cecum",
+        "**Question:** Is this CT?\n\n- Yes",
+        "Question: Where is the mass?",
+        "Question: fracture?\nAnswer: no",
+        "Here is the list:\n-Original Answer: left",
         "-Candidate Answer1: left",
         "<image> yes",
         "[INST] left",
         "USER: where? ASSISTANT: left",
         "<|im_end|> left",
+        "Human: which side?\nGPT: left",
+        "ASSISTANT: The left lung.",
+        "### Response: the left lung",
         # Refusals, with either apostrophe.
         "As an AI, I see a nodule",
         "As a large language model I have no eyes",
@@ -172,6 +185,18 @@ def test_equivalent_answers() -> None:
         "The image isn't available",
         "Please upload the image again.",
         "Unable to view the image",
+        "I cannot see the image.",
+        "I'm unable to view images",
+        "I am not able to open the attached file, so I cannot say more.",
+        "I cannot provide a diagnosis.",
+        "Unfortunately, I can't give medical advice.",
+        "I am not able to answer this question.",
+        "Left lung. However, I cannot actually see the image, and a physician should look at it.",
+        "I do not have the ability to interpret scans",
+        "Without access to the image, no side can be named.",
+        "The X-ray image you mentioned was not attached.",
+        "The images are not provided.",
+        "Please share the scan so that I can assist.",
         # Talk about the answers and their making.
         "The provided answer is wrong.",
         "The original answer says left",
@@ -182,11 +207,23 @@ def test_equivalent_answers() -> None:
         "Right lung\n\nExplanation: the answer now names the other side",
         "Here is the rewritten answer: right",
         "Here's a modified version: right",
+        "Note: The side was changed.",
+        "(Note: left replaced with right)",
+        'I replaced "liver" with "spleen".',
+        "Note: The question pertains to an MRI scan.",
+        "The question asks for the modality: CT.",
+        "The task is to write a wrong sentence: right lung",
+        "(Note: swapped sides)",
+        "I have changed the diagnosis.",
+        "I can't provide an interpretation of this X-ray.",
+        "I cannot determine the answer from the scan.",
+        "The CT image is not visible.",
     ],
 )
 def test_meta_text_is_recognised(text: str) -> None:
     assert lexicon.is_meta_text(text)
     assert lexicon.is_meta_text(text.upper())
+    assert _is_meta_text_in_a_column(text)
 
 
 @pytest.mark.parametrize(
@@ -209,10 +246,83 @@ def test_meta_text_is_recognised(text: str) -> None:
         "No images of the pelvis were obtained.",
         "The user of the device",
         "左肺",
+        # Images that were not there to compare with, or show too little.
+        "The prior images are not available for comparison.",
+        "The previous image was not provided.",
+        "No images are available for comparison.",
+        "No prior images were available.",
+        "No comparison images were provided.",
+        "The lateral image is not provided.",
+        "The images are not available for comparison.",
+        "The images from the outside hospital could not be opened.",
+        "Unable to access the prior images.",
+        "I cannot see the prior images.",
+        "I do not have access to the prior images.",
+        "The image is not readable due to motion.",
+        "Please provide clinical information.",
+        "Please send the prior images for comparison.",
+        "The original images are not available.",
+        "The CT images were not available.",
+        "The ultrasound images were not provided.",
+        "Comparison cannot be made without the original images.",
+        "The images could not be opened.",
+        "Please send the prior images so that I can compare.",
+        # What an eye cannot decide.
+        "I cannot provide an assessment of the bowel without contrast.",
+        "I cannot tell which side is larger.",
+        "I cannot identify a fracture.",
+        "I am not able to exclude PE.",
+        "I'm unable to confirm an endoleak on this phase.",
+        "I cannot see a fracture line in this image.",
+        "I could not identify the appendix.",
+        "I cannot determine whether the nodule is calcified.",
+        "The tip cannot be seen; I can't say if it crosses the midline.",
+        # Devices that were changed, and notes.
+        "Note: The endotracheal tube has been replaced.",
+        "Note: The image is inverted.",
+        "NOTE: The left chest tube has been replaced with a larger one.",
+        "Note: question of a small fracture of the left rib.",
+        "Change: the right drain was replaced.",
+        "Explanation: the cortex has been altered by the lesion.",
+        "I replaced the left nephrostomy tube over a wire.",
+        "I have changed the catheter.",
+        "Note: modified barium swallow was performed.",
+        "Note: The diagnosis has been changed after biopsy.",
+        "Note: the drain was replaced right side.",
+        "Type I modified Graf hip. Grade I inverted papilloma.",
+        # Headings and abbreviations.
+        "QUESTION: pneumonia? FINDINGS: No pneumonia.",
+        "QUESTION: Is there pneumonia?\nFINDINGS: No pneumonia.",
+        "Question: pneumonia?\nNo pneumonia.",
+        "GPT: 45",
+        "GOT: 38, GPT: 45 U/l, gamma-GT: 30",
+        "Surgeon: the first. Assistant: the second.",
+        "Recorded as mild AI on echocardiography.",
+        "He acted as an assistant surgeon.",
+        # What is polite, or right.
+        "We apologize for the delay of this report.",
+        "I apologize for the delay in reporting.",
+        "Tube position as expected. Answer: no pneumothorax.",
+        "In answer to the clinical question, there is no abscess.",
+        "The question asked by the referring physician is pneumonia.",
     ],
 )
 def test_ordinary_answers_are_no_meta_text(text: str) -> None:
     assert not lexicon.is_meta_text(text)
+    assert not lexicon.is_meta_text(text.upper())
+    assert not _is_meta_text_in_a_column(text)
+
+
+@pytest.mark.parametrize("piece", ["\n", " ", ".", "please provide ", "I cannot provide the ", "note: the "])
+def test_a_long_text_is_searched_in_reasonable_time(piece: str) -> None:
+    started = time.perf_counter()
+    lexicon.is_meta_text(piece * (20_000 // len(piece)) + "Question")
+    assert time.perf_counter() - started < 5
+
+
+def _is_meta_text_in_a_column(text: str) -> bool:
+    """As the audit asks it, in RE2."""
+    return pc.match_substring_regex(pa.array([text]), f"(?im){LEAKED_PROMPT}|{COMMENTARY}")[0].as_py()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Text that is about the task instead of the image: leaked prompts, role tags, refusals, notes about the making of a pair.
 
-One definition for the filter of text pairs, for ingest and for the audit. The patterns are in small letters and keep to what
-Python's `re` and RE2 (in which Arrow searches a whole column) have in common.
+One definition for the filter of text pairs and for the audit; ingest drops reference answers for the surest part of it only,
+`is_leaked_prompt`. The patterns are in small letters and keep to what Python's `re` and RE2 (in which Arrow searches a whole
+column) have in common, so there is no looking ahead: what is ordinary in a report ("The prior images are not available for
+comparison", "I cannot identify a fracture") is kept out by naming what a statement about the task must say. What may begin a line does not reach over line feeds, or a text of
+many would take the square of their number.
 """
 
 from __future__ import annotations
@@ -10,66 +13,159 @@ import re
 
 from mmedpo_ray.curate.terms import lowered
 
+# ---------------------------------------------------------------------- leaked prompts
+
+# A whole question, as prompts state it. A requisition's is a fragment ("QUESTION: pneumonia?"), or a heading follows it.
+_INTERROGATIVE = r"(what|which|where|who|whose|when|why|how|is|are|was|were|does|do|did|has|have|had|can|could|should|will|would)"
+_LEAKS = (
+    rf"^[^\w\n]*question\W*:[^?\n]*\b{_INTERROGATIVE}\b[^?\n]*\?(\s*[^\s:][^:\n]*$|\s*\z)",
+    r"^[^\w\n]*question\W*:[^:]*\W((correct|final|original|your) )?answer\W*:",
+    r"^[^\w\n]*(original answer|candidate ?answer ?\d*)\W*:",
+    # Roles: an operation's report names an assistant, a laboratory's the enzyme GPT.
+    r"^[^\w\n]*(user|human)\s*:|\b(user|human)\s*:[^:]*\b(assistant|gpt)\s*:",
+    r"\A\W*assistant\s*:",
+    r"^###+ ?(assistant|system|instruction|input|response)\s*:",
+    # Marks of chat templates.
+    r"<\s*image\s*>|\[/?inst\]|</?s>|<\|[a-z_]+\|>",
+)
 # Lines of the prompt that made the pair, or of a chat template, repeated in an answer.
-LEAKED_PROMPT = (
-    r"^\W*(question|original answer|candidate ?answer ?\d*)\W*:|<\s*image\s*>|\[/?inst\]|</?s>"
-    r"|\b(user|assistant|human|gpt)\s*:|<\|[a-z_]+\|>"
-)
+LEAKED_PROMPT = "|".join(_LEAKS)
 
-_CANNOT = r"(cannot|can ?not|can['’]?t|could not|couldn['’]?t|am (currently )?unable to|am not able to|am not allowed to)"
-_PICTURE = r"(image|picture|photo|photograph|file|attachment)s?"
+# ---------------------------------------------------------------------- commentary
+
+_I_CANNOT = (
+    r"\b(i (cannot|can ?not|can['’]?t|could not|couldn['’]?t|(do not|don['’]?t) have the (ability|capability|capacity) to)"
+    r"|i(['’]?m| am) (currently )?(unable|not able|not allowed|not permitted) to)"
+)
+_CANNOT = r"\b(cannot|can ?not|can['’]?t|unable to|not able to)"
+_LOOK_AT = r"(\w+ly )?(see|view|open|access|load|display|process|examine|read|interpret|analy[sz]e)"
+_ONE_PICTURE = r"(image|picture|photo|photograph|file|attachment)"
+_PICTURE = rf"{_ONE_PICTURE}s?"
+_ANY_PICTURE = r"(image|picture|photo|photograph|file|attachment|scan|x-?ray|radiograph)s?"
+_THE = r"(the|this|that|these|those|your|any|an?)"
+# The image of the question: a prior, lateral or outside one, or one of another modality, is the radiologist's to miss.
+_GIVEN = r"((provided|attached|uploaded|given|shared|sent|linked|embedded|referenced|actual|accompanying|input|medical) ){0,2}"
+_OF_THE_TASK = rf"{_GIVEN}((x-?ray|ct|mri?|ultrasound) )?"
+# What may follow where nothing more is said of the image: not "for comparison", "due to motion", "from the outside hospital".
+_END = (
+    r"([^\w\n]*$|\s*[.,;:!?)]|[\s-]+(itself|themselves|directly|here|again|yet|provided|attached|shared|uploaded|you|that you|to me|"
+    r"and|or|but|so|because|as|since|now|in (this|the|our|your) (chat|conversation|message|prompt|question|request|context))\b)"
+)
+_WAS = r"(is|was|were|are|has been|have been)"
 _IS_NOT = r"(is|was|are|were|has|have|can|could|does|did)( not|n['’]?t)( been| be)?|cannot be"
-_SHOWN = (
-    r"(visible|available|provided|attached|shown|displayed|accessible|included|uploaded|supplied|given|loaded|load|seen|viewed|"
-    r"opened|readable)"
+_HANDED_OVER = r"(visible|provided|attached|shown|displayed|uploaded|supplied|given)"
+_THERE = r"(available|accessible|included|loaded|load|seen|viewed|opened)"
+_ADVICE = (
+    rf"(medical \w+|(diagnos[ie]s|answer|advice|interpretation|assessment|opinion|analys[ie]s|information|response|that|this)"
+    rf"({_END}|[^.!?\n]*\b{_THE} (\w+ )?({_ANY_PICTURE}|question|request)\b))"
 )
-_EDITED = r"(changed|replaced|modified|altered|swapped|rewrote|rewritten|edited|substituted|flipped|inverted|negated)"
+_EDITED = r"(changed|replaced|modified|altered|swapped|rewrote|rewritten|edited|substituted|flipped|inverted|negated|reversed)"
+# What an edit of an answer changes; an intervention changes tubes.
+_EDITABLE = (
+    r"(sides?|laterality|polarity|negation|answers?|responses?|statements?|sentences?|text|words?|wording|phrase|meaning|modality|"
+    r"question)"
+)
+_VALUE = r"(left|right|yes|no|upper|lower|normal|abnormal|present|absent)"
+_QUOTE = r"[\"“”„‘'`]"
 _VERDICT = r"(wrong|incorrect|correct|inaccurate|accurate|invalid|implausible|not correct|not accurate)"
+# An edit of an answer, in either voice.
+_EDIT = (
+    rf"(\b{_EDITED} ((the|an?|this|its|one|my|your|both) )?((original|given|stated|named|correct|final|last|key) )?{_EDITABLE}\b"
+    rf"|\b{_EDITED} {_QUOTE}|{_QUOTE} ((is|was|has been) )?{_EDITED}\b"
+    rf"|\b{_EDITED} {_VALUE} (to|with|into|by|for|and) {_VALUE}\b"
+    rf"|\b{_VALUE} ((is|was|has been) )?{_EDITED} (to|with|into|by) {_VALUE}\b"
+    rf"|\b(the|this) {_EDITABLE} ((is|are|was|were|has been|have been) )?{_EDITED}\b)"
+)
+_BETWEEN = r"[\s'\"“”’*_-]*"
+_FIRST_SENTENCE = r"\A[^.!?\n]*"
 
-_I = ("i ", "i'", "i’", "im ", "ive ")
+_I = ("i ", "i'", "i’", "im ")
 _PICTURES = ("image", "picture", "photo", "file", "attachment")
+_ANY_PICTURES = (*_PICTURES, "scan", "x-ray", "xray", "radiograph")
+_MODEL = r"(language model|llm|chatbot|ai (model|system)|(ai|virtual|digital) assistant)"
 # Refusals, and talk about answers and their making. A report that "cannot exclude" something is none of these.
 # Each: pieces of which one must be there, since to look for those is quick, and the pattern.
 _RULES: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("sorry", "apolog"), r"\b(sorry|apologi[sz]e|apologies)\b"),
-    (("as a",), r"\bas an? (\w+ ){0,2}(ai|language model|assistant|chatbot)\b"),
-    (_I, r"\bi(['’]?m| am) (just |only )?an? (\w+ ){0,2}(ai|language model|assistant|chatbot)\b"),
+    (
+        ("sorry", "apolog"),
+        r"(^[^\w\n]*((i(['’]?m| am) )?((so|very|really|truly) )?sorry|((my|our|sincere) )*apologies)"
+        r"|\b(i(['’]?m| am) ((so|very|really|truly) )?sorry|i ((do|must|sincerely) )?apologi[sz]e))"
+        r"([^\w\n]*$|\s*[,.;:!]|\s*[—–-]|,? (but|i|that i|if|as i|for (the|any|my) (\w+ )?(confusion|misunderstanding|error|mistake|"
+        r"inconvenience))\b)",
+    ),
+    # AI is also aortic insufficiency.
+    (
+        ("as a",),
+        rf"\bas (an (ai|artificial intelligence)|an? ([\w-]+ ){{0,3}}{_MODEL}|a helpful assistant)\b",
+    ),
     (
         _I,
-        rf"\bi {_CANNOT} (\w+ly )?(see|view|open|access|answer|provide|assist|help|comply|respond|process|interpret|analy[sz]e|"
-        r"determine|identify|tell|say|diagnose|give|offer|confirm|verify|do that|do this)\b",
+        rf"\bi(['’]?m| am) (just |only |merely )?(an ai|an? ([\w-]+ ){{0,3}}{_MODEL}|an? (\w+ ){{0,2}}assistant)\b",
     ),
-    (_I, r"\bi(['’]?m| am) (currently )?(unable|not able|not allowed)\b"),
+    # The image cannot be looked at.
+    (_ANY_PICTURES, rf"{_I_CANNOT} {_LOOK_AT} ({_THE} )?{_OF_THE_TASK}{_ANY_PICTURE}{_END}"),
+    (_PICTURES, rf"{_CANNOT} {_LOOK_AT} {_THE} {_OF_THE_TASK}{_PICTURE}{_END}"),
+    (
+        _ANY_PICTURES,
+        rf"\bi (do not|don['’]?t) (\w+ly )?(have (any )?access to|see) ({_THE} )?{_OF_THE_TASK}{_ANY_PICTURE}{_END}",
+    ),
+    (
+        _ANY_PICTURES,
+        rf"\bwithout ((access to|seeing|viewing|being able to (see|view)) ({_THE} )?|{_THE} ){_OF_THE_TASK}{_PICTURE}{_END}",
+    ),
+    (_I, r"\bi (do not|don['’]?t) have the (ability|capability|capacity) to\b"),
+    # Of the answer itself, and first of all; a finding that an eye cannot decide is an answer.
     (
         _I,
-        r"\bi do( not|n['’]?t) (\w+ly )?(have (access|enough information|the ability)|see an? image)\b",
+        rf"{_FIRST_SENTENCE}{_I_CANNOT} (\w+ly )?((answer|assist|comply|respond|help (you|with))\b"
+        rf"|(provide|give|offer|do) (you )?(with )?({_THE} )?([\w-]+ ){{0,2}}{_ADVICE}"
+        rf"|(see|tell|determine|identify|say|name) (an?|the|any) (side{_END}|answer\b)"
+        r"|(diagnose|interpret|analy[sz]e|process) (medical|patients?|people|diseases|conditions)\b)",
     ),
     (
-        _PICTURES,
-        rf"\b(cannot|can ?not|can['’]?t|unable to|not able to) (\w+ly )?(see|view|open|access|load|display|process) "
-        rf"(the|this|that|your|any|an?) (\w+ )?{_PICTURE}\b",
+        _I,
+        rf"{_FIRST_SENTENCE}\bi (do not|don['’]?t) (\w+ly )?have (enough|sufficient) (information|context|data|details)"
+        rf"({_END}| to (answer|respond|provide|determine the answer|give|help|assist))",
     ),
     # At the start of a clause, so that a lesion in the image may well be not visible.
     (
         _PICTURES,
-        rf"(^|[.,;:!?]\s*|\b(but|as|since|because|that|and) )(the|this|that|your) (\w+ )?{_PICTURE} (itself )?({_IS_NOT}) {_SHOWN}\b",
+        rf"(^|[.,;:!?]\s*|\b(but|as|since|because|that|and) )(the|this|that|your) "
+        rf"(({_OF_THE_TASK}{_ONE_PICTURE}|{_GIVEN}{_PICTURE}) ((itself|you \w+|above) )?({_IS_NOT}) {_HANDED_OVER}{_END}"
+        rf"|{_GIVEN}{_ONE_PICTURE} ((itself|you \w+|above) )?({_IS_NOT}) {_THERE}{_END})",
     ),
-    (_PICTURES, rf"\bno {_PICTURE} (is |was |were |are |has been |have been )?{_SHOWN}\b"),
+    (
+        _PICTURES,
+        rf"\bno {_GIVEN}({_PICTURE} ({_WAS} )?{_HANDED_OVER}|{_ONE_PICTURE} ({_WAS} )?{_THERE}){_END}",
+    ),
     (
         ("please",),
-        rf"\bplease (provide|upload|attach|share|send) (\w+ ){{0,3}}({_PICTURE}|question|information|details|context)\b",
+        rf"\bplease (re-?)?(provide|upload|attach|share|send|submit)( me)?( with)? (({_THE} )?{_OF_THE_TASK}({_ANY_PICTURE}|question){_END}"
+        r"|[^.\n]{0,200}\b(so (that )?i (can|could|may)|for me to|and i (will|can)|and i['’]ll) (\w+ ){{0,2}}(help|assist|answer|analy[sz]e|interpret|"
+        r"provide|give|look|examine|see|respond|try)\b)",
     ),
+    # The answers, the question, the task.
     (
         ("answer",),
         r"\b(original|provided|given|correct|incorrect|wrong|chosen|rejected|(dis)?preferred|reference|previous|candidate|"
-        r"ground[- ]truth|expected|modified|rewritten|altered|edited|plausible|hallucinated)\W* ?answers?\b",
+        rf"ground[- ]truth|expected|modified|rewritten|altered|edited|plausible|hallucinated){_BETWEEN}answers?\b",
     ),
     (("answer",), r"\bcandidate ?answer ?\d*\b"),
     (("answer",), rf"\b(the|this|that|my|your) answer (is|was|seems|appears|would be) {_VERDICT}\b"),
-    (_I, rf"\bi(['’]?ve| have)? (just |only |also |simply )?{_EDITED}\b"),
+    (
+        ("question",),
+        r"\b(the|this|your) question (asks|pertains|mentions|(does not|doesn['’]?t) (ask|specify|mention|provide))\b",
+    ),
+    (
+        ("task", "prompt"),
+        r"\b((the|this|my|your) task (asks|is to (find|select|choose|pick|write|rewrite|create|provide|produce|contradict|modify|make|"
+        r"answer))|(the|this|your) prompt (asks|says|states|requires|instructs))\b",
+    ),
+    (_I, rf"\bi(['’]?ve| have)? ((just|only|also|simply|then) )?({_EDIT}|{_EDITED} the diagnosis\b)"),
     (
         ("note", "nb", "n.b.", "explanation", "rationale", "change", "edit", "modification"),
-        rf"^\W*(note|nb|n\.b\.|explanation|rationale|changes?|edit|modification)s?\s*:.*\b({_EDITED}|answer|question)\b",
+        r"^[^\w\n]*(note|nb|n\.b\.|explanation|rationale|changes?|edit|modification)s?\s*:(.*"
+        rf"(\b(the|this|that|an?|my|your|both) (\w+ )?(answers?|question (pertains|asks|refers|concerns|mentions|was about))\b|{_EDIT}))",
     ),
     (
         ("here",),
@@ -78,8 +174,19 @@ _RULES: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 COMMENTARY = "|".join(pattern for _, pattern in _RULES)
 
-_LEAK = re.compile(LEAKED_PROMPT, re.MULTILINE)
-_COMMENTS = tuple((pieces, re.compile(pattern, re.MULTILINE)) for pieces, pattern in _RULES)
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """The end of the text is written as in RE2."""
+    return re.compile(pattern.replace(r"\z", r"\Z"), re.MULTILINE)
+
+
+_LEAK = _compiled(LEAKED_PROMPT)
+_COMMENTS = tuple((pieces, _compiled(pattern)) for pieces, pattern in _RULES)
+
+
+def is_leaked_prompt(text: str) -> bool:
+    """Whether the text repeats lines of the prompt that made it, or marks of a chat template."""
+    return _LEAK.search(lowered(text)) is not None
 
 
 def is_meta_text(text: str) -> bool:

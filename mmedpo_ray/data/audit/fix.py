@@ -1,7 +1,7 @@
 """``--fix``: a cleaned copy of the audited table, with a log of every change.
 
 A row is left out by the first rule of `RULES` that it meets; the rows that stay have both answers trimmed. Nothing else
-changes: columns, types and order are the input's. What a rule cannot decide (length, style, relevance) stays as it is.
+changes: columns, types and order are the input's (the index of a dictionary may be wider). What a rule cannot decide (length, style, relevance) stays as it is.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _UNFINISHED = ".unfinished"
 _MALFORMED = "malformed_row"
 _PART_ROWS = 50_000
 _SIDES = ("chosen", "rejected")
+_INDEX_BITS = 32
 
 
 def _not_alone(keys: np.ndarray, alive: np.ndarray) -> np.ndarray:
@@ -202,7 +203,7 @@ def _write_parquet(pairs: PairTable, rule_of: np.ndarray, folder: str, log: IO[b
                 sides = [name for name, changed in zip(_SIDES, sides_of, strict=True) if changed[row]]
                 _log(log, position + row, pair_id, "trimmed", "untrimmed_text", sides)
                 trimmed += 1
-        held.append(clean.filter(pa.array(rules < 0)))
+        held.append(_kept(clean, rules < 0))
         position += batch.num_rows
         part = _flush(held, folder, part, all_rows=False)
     _flush(held, folder, part, all_rows=True)
@@ -217,25 +218,62 @@ def _trimmed(batch: pa.Table) -> tuple[pa.Table, list[np.ndarray]]:
         before = column.cast(pa.string())
         after = pc.utf8_trim_whitespace(before)
         changed.append(pc.fill_null(pc.not_equal(before, after), False).to_numpy())
-        index = batch.column_names.index(name)
-        batch = batch.set_column(index, batch.schema.field(index), after.cast(column.type))
+        if changed[-1].any():
+            index = batch.column_names.index(name)
+            # Chunk by chunk, since each has a dictionary of its own.
+            trimmed = pa.chunked_array([chunk.cast(column.type) for chunk in after.chunks], column.type)
+            batch = batch.set_column(index, batch.schema.field(index), trimmed)
     return batch, changed
+
+
+def _kept(batch: pa.Table, stays: np.ndarray) -> pa.Table:
+    """The rows that stay ((rows,) bool), whatever the types of the columns."""
+    mask = pa.array(stays)
+    columns = []
+    for column in map(_widely_indexed, batch.columns):
+        try:
+            columns.append(column.filter(mask))
+        except pa.ArrowNotImplementedError:
+            # Views, and what holds some, cannot be filtered, but cut and put together.
+            columns.append(_put_together(column, stays))
+    fields = [field.with_type(column.type) for field, column in zip(batch.schema, columns, strict=True)]
+    return pa.table(columns, schema=pa.schema(fields, batch.schema.metadata))
+
+
+def _widely_indexed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A dictionary column with indices of 32 bits at least: those of many chunks, written together, may need them."""
+    kind = column.type
+    if not pa.types.is_dictionary(kind) or kind.index_type.bit_width >= _INDEX_BITS:
+        return column
+    wide = pa.dictionary(pa.int32(), kind.value_type, kind.ordered)
+    chunks = [
+        pa.DictionaryArray.from_arrays(chunk.indices.cast(pa.int32()), chunk.dictionary, ordered=kind.ordered)
+        for chunk in column.chunks
+    ]
+    return pa.chunked_array(chunks, wide)
+
+
+def _put_together(column: pa.ChunkedArray, stays: np.ndarray) -> pa.ChunkedArray:
+    whole = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    edges = np.flatnonzero(np.diff(stays, prepend=False, append=False)).tolist()
+    runs = [whole.slice(start, stop - start) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    return pa.chunked_array([pa.concat_arrays(runs)] if runs else [], column.type)
 
 
 def _values(column: pa.ChunkedArray | None, rows: np.ndarray) -> list[str | None]:
     if column is None:
         return [None] * len(rows)
-    return [None if value is None else str(value) for value in column.take(pa.array(rows)).to_pylist()]
+    return column.cast(pa.string()).take(pa.array(rows)).to_pylist()
 
 
 def _flush(held: list[pa.Table], folder: str, part: int, *, all_rows: bool) -> int:
     """Writes whole parts (at the end the rest too) and keeps what is over."""
     table = pa.concat_tables(held)
     while table.num_rows >= _PART_ROWS or (all_rows and table.num_rows):
-        chunk = table.slice(0, _PART_ROWS).combine_chunks()
+        chunk = table.slice(0, _PART_ROWS)
         storage.write_parquet(storage.join(folder, f"part-{part:05d}.parquet"), chunk, row_group_size=1024)
         table, part = table.slice(_PART_ROWS), part + 1
-    held[:] = [table.combine_chunks()]
+    held[:] = [table]
     return part
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from mmedpo_ray import storage
@@ -76,10 +77,11 @@ class PairTable:
     is_lines: bool = False
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """The rows in order, in tables of 65,536 rows whose columns have one chunk.
+        """The rows in order, in tables of 65,536 rows.
 
         Args:
-            columns: names to read, as they are in the file; null reads those that checks use, texts as strings.
+            columns: names to read, as they are in the file, in any number of chunks; null reads those that checks use, texts as
+                strings, in one chunk each.
         """
         wanted = columns if columns is not None else sorted(self.columns)
         if isinstance(self.source, pa.Table):
@@ -102,7 +104,8 @@ class PairTable:
 
     def _whole(self, held: list[pa.RecordBatch], *, raw: bool) -> pa.Table:
         table = pa.Table.from_batches(held)
-        return table.combine_chunks() if raw else as_expected(table, sorted(self.columns), self.path)
+        # Chunks of few values each may have dictionaries that are too large for their index together.
+        return table if raw else as_expected(table, sorted(self.columns), self.path)
 
     def files(self) -> list[str]:
         """The Parquet files, in the order of the rows; none for JSON."""
@@ -118,7 +121,9 @@ class PairTable:
             return [f"row {position}" for position in positions.tolist()]
         table = self.source
         if isinstance(table, pads.Dataset):
-            taken = table.scanner(columns=[column]).take(pa.array(np.sort(np.unique(positions))))
+            # Arrow cannot take from every type that a text may have.
+            expected = pc.field(column).cast(_expected_type(column))
+            taken = table.scanner(columns={column: expected}).take(pa.array(np.sort(np.unique(positions))))
             found = dict(zip(np.sort(np.unique(positions)).tolist(), taken[column].to_pylist(), strict=True))
             return [found[position] for position in positions.tolist()]
         return table[column].take(pa.array(positions)).to_pylist()
@@ -132,7 +137,7 @@ def as_expected(table: pa.Table, names: Sequence[str], path: str) -> pa.Table:
     """
     columns = []
     for name in names:
-        kind = pa.float64() if name in _NUMBER_COLUMNS else pa.string()
+        kind = _expected_type(name)
         if name not in table.column_names:
             columns.append(pa.nulls(table.num_rows, kind))
             continue
@@ -143,6 +148,10 @@ def as_expected(table: pa.Table, names: Sequence[str], path: str) -> pa.Table:
                 f"{path}: column {name!r} is {table[name].type}, expected {kind}. See the table reference."
             ) from error
     return pa.table(columns, names=list(names)).combine_chunks()
+
+
+def _expected_type(name: str) -> pa.DataType:
+    return pa.float64() if name in _NUMBER_COLUMNS else pa.string()
 
 
 def open_pairs(path: str) -> PairTable:
