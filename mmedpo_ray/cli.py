@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.text import Text
+
 from mmedpo_ray import __version__, console
 from mmedpo_ray.config import Config, dump, load, resolve_run_folder
 from mmedpo_ray.errors import user_message
@@ -310,13 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = user_message(error)
         if message is None or arguments.debug:
             raise
-        console.console.print(f"[bold red]error:[/bold red] {_escape(message)}", soft_wrap=True)
+        console.console.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
         return 2
-
-
-def _escape(text: str) -> str:
-    """Keeps square brackets in messages from being read as markup."""
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -153,6 +153,12 @@ def test_user_errors_have_no_traceback(capsys: pytest.CaptureFixture[str]) -> No
         cli.main(["config", "validate", "align.btea=1", "--debug"])
 
 
+@pytest.mark.parametrize("name", ["/nowhere/[x]", "/nowhere/:b:", "/nowhere/a\\[/b]", "/nowhere/\\"])
+def test_an_error_names_a_path_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "validate", "--config", name]) == 2
+    assert f"error: no configuration file {name}. Give" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("verb", "remedy"),
     [
