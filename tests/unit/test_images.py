@@ -94,6 +94,38 @@ def test_an_image_of_a_table_has_any_size(tmp_path: Path, monkeypatch: pytest.Mo
     assert images.load_rgb(str(tmp_path / "a.png")).size == (8, 8)
 
 
+def test_a_loader_answers_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(12):
+        Image.new("L", (4, 4)).save(tmp_path / f"{number}.png")
+    refused = {0: PermissionError(errno.EACCES, "Permission denied")} | {
+        number: OSError(_SLOW_DOWN) for number in (1, 2, 3, 4, 5, 7, 8)
+    }
+    asked: list[int] = []
+    whole = storage.read_bytes
+
+    def failing(uri: str, max_bytes: int | None = None) -> bytes:
+        asked.append(int(Path(uri).stem))
+        if asked[-1] in refused:
+            raise refused[asked[-1]]
+        return whole(uri, max_bytes)
+
+    monkeypatch.setattr(storage, "read_bytes", failing)
+    monkeypatch.setattr(images, "WAITS", (0.0, 0.0))
+    loader = images.ImageLoader(max_pixels=16)
+    uris = [str(tmp_path / f"{number}.png") for number in range(9)]
+    found = [loader.load(uri) for uri in uris]
+    assert [number for number, image in enumerate(found) if isinstance(image, Image.Image)] == [6]
+    assert all(image.reason == "image_unreadable" for image in found if isinstance(image, ImageError))
+    assert str(found[0]) == f"image_unreadable: {uris[0]}: PermissionError"
+    assert str(found[1]) == f"image_unreadable: {uris[1]}: OSError", "no words of the store"
+    # A store that failed three times running is waited for again once it has answered.
+    assert [asked.count(number) for number in range(9)] == [1, 3, 3, 3, 1, 1, 1, 3, 3]
+    Image.new("L", (4, 5)).save(tmp_path / "9.png")
+    large = loader.load(str(tmp_path / "9.png"))
+    assert isinstance(large, ImageError)
+    assert large.reason == "image_too_large"
+
+
 # ---------------------------------------------------------------------- kinds of files
 
 
