@@ -178,8 +178,7 @@ class CandidateSampler:
     ) -> Image.Image | image_files.ImageError:
         if uri not in decoded:
             loaded = self._loader.load(uri)
-            is_usable = isinstance(loaded, Image.Image)
-            decoded[uri] = image_files.to_rgb(loaded) if is_usable else loaded
+            decoded[uri] = image_files.to_rgb(loaded) if isinstance(loaded, Image.Image) else loaded
         return decoded[uri]
 
     def _prompt(self, question: str) -> tuple[list[int] | None, int, str]:
