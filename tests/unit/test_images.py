@@ -129,10 +129,21 @@ def test_a_loader_answers_with_the_reason(tmp_path: Path, monkeypatch: pytest.Mo
 # ---------------------------------------------------------------------- kinds of files
 
 
-def test_sixteen_bit_rgb_is_read_as_rgb() -> None:
-    rows = b"\0" + struct.pack(">6H", 0, 256, 65535, 40_000, 128, 32_768)
-    image = images.decode(png(2, 1, 16, 2, rows), "x")
-    assert (image.mode, np.asarray(image).tolist()) == ("RGB", [[[0, 1, 255], [156, 0, 128]]])
+@pytest.mark.parametrize(
+    ("colour", "values", "mode", "expected"),
+    [
+        (0, [40_000, 255], "I;16", [40_000, 255]),
+        (2, [0, 256, 65535, 40_000, 128, 32_768], "RGB", [[0, 1, 255], [156, 0, 128]]),
+        (4, [40_000, 65535, 255, 0], "RGBA", [[156, 156, 156, 255], [0, 0, 0, 0]]),
+        (6, [0, 256, 65535, 40_000] * 2, "RGBA", [[0, 1, 255, 156]] * 2),
+    ],
+    ids=["grey", "RGB", "grey with alpha", "RGBA"],
+)
+def test_of_sixteen_bits_only_grey_keeps_its_depth(
+    colour: int, values: list[int], mode: str, expected: list[Any]
+) -> None:
+    image = images.decode(png(2, 1, 16, colour, b"\0" + struct.pack(f">{len(values)}H", *values)), "x")
+    assert (image.mode, np.asarray(image).tolist()) == (mode, [expected])
 
 
 def several(kind: str, **options: Any) -> bytes:
