@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.text import Text
+
 from mmedpo_ray import __version__, console
 from mmedpo_ray.config import Config, dump, load, resolve_run_folder
 from mmedpo_ray.errors import user_message
@@ -17,6 +19,10 @@ start here
   mmedpo run --config configs/phantom.yaml              the whole method on the embedded synthetic world
   mmedpo run --config FILE run.folder=DIR align.beta=0.2  your own data, with two settings changed
   mmedpo config show --config FILE                      every setting with its default filled in
+
+The value of a setting that holds a text (a path, a name, a choice) is taken as it is: quote it for the shell alone,
+as in "data.root=/data/Station #3". `null` or nothing unsets it where it may be null. Any other value is YAML: 1e-6,
+true, [a, b], {key: value}. The value of an option such as --root is always taken as it is.
 
 A run lives in one folder (run.folder). Repeating a command skips what is finished and resumes what was
 interrupted. Once the folder exists, `run.folder=DIR` alone is enough: its config.yaml is used.
@@ -215,17 +221,17 @@ def settings_of(arguments: argparse.Namespace) -> Config:
             saved = Path(folder).expanduser() / "config.yaml"
             if key == "run.folder" and saved.is_file():
                 path = saved
-    return load(path, arguments.overrides + _options_as_overrides(arguments))
+    return load(path, arguments.overrides, _options_as_values(arguments))
 
 
-def _options_as_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Options that stand for settings."""
+def _options_as_values(arguments: argparse.Namespace) -> dict[str, str]:
+    """The settings that options stand for, by key."""
     given = {
         "data.format": getattr(arguments, "format", None),
         "data.root": getattr(arguments, "root", None),
         "audit.fail_on": getattr(arguments, "fail_on", None),
     }
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -306,13 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = user_message(error)
         if message is None or arguments.debug:
             raise
-        console.console.print(f"[bold red]error:[/bold red] {_escape(message)}", soft_wrap=True)
+        console.console.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
         return 2
-
-
-def _escape(text: str) -> str:
-    """Keeps square brackets in messages from being read as markup."""
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 A YAML file holds what differs from the defaults, ``section.key=value`` on the command line holds what
 differs from the file. ``mmedpo config show`` prints the result with every default filled in.
+
+On the command line the value of a setting that holds a text (a path, a name, a choice) is that text as it is; the value of
+any other is YAML.
 """
 
 from __future__ import annotations
@@ -9,6 +12,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +184,18 @@ class Config(Section):
         return self
 
 
-def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load(
+    path: str | Path | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Config:
     """Builds the settings from a YAML file and dotted overrides such as ``align.beta=0.2``.
+
+    Args:
+        path: the file; None: the defaults.
+        overrides: what differs from the file. Where the setting holds a text the value is taken as it is, but for ``null`` and
+            the empty one, which stand for null where the setting may be null; else it is YAML.
+        values: values by dotted key, taken as they are; they beat the overrides.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown (the nearest known one is named) or a value
@@ -190,6 +206,8 @@ def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] 
         tree = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
+    for key, value in (values or {}).items():
+        _set(tree, key, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -224,7 +242,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: a date that there is not, or bytes that are no UTF-8.
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return {}
@@ -239,14 +258,62 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(
             f"cannot read {override!r}: write overrides as section.key=value, such as align.beta=0.2."
         )
+    _set(tree, key, _value(key, text))
+
+
+def _value(key: str, text: str) -> Any:
+    """What a text on the command line means as the value of a setting.
+
+    Raises:
+        UserError: the setting holds no text, and this is no YAML.
+    """
+    declared = _declared(key)
+    if _is_text(declared):
+        is_null = not text or (text == "null" and type(None) in declared)
+        return None if is_null else text
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read the value of {override!r}: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"cannot read the value of {f'{key}={text}'!r}: {error}") from error
     if isinstance(value, str):
         # YAML 1.1 reads 1e-6 as text; numbers are meant.
         with contextlib.suppress(ValueError):
-            value = float(value)
+            return float(value)
+    return value
+
+
+def _declared(key: str) -> list[Any]:
+    """The types that the setting of this dotted key may have, a union's apart; empty where there is no such setting."""
+    kinds: list[Any] = [Config]
+    for name in key.split("."):
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+        kinds = [kind for field in fields for kind in _alternatives(field.annotation)]
+    return kinds
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _alternatives(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return [kind for argument in arguments for kind in _alternatives(argument)]
+    return [annotation]
+
+
+def _is_text(kinds: list[Any]) -> bool:
+    """Whether values of these types, null aside, are texts: strings, paths, or one of some words."""
+
+    def is_text(kind: Any) -> bool:
+        if typing.get_origin(kind) is typing.Literal:
+            return all(isinstance(word, str) for word in typing.get_args(kind))
+        return isinstance(kind, type) and issubclass(kind, str | Path)
+
+    values = [kind for kind in kinds if kind is not type(None)]
+    return bool(values) and all(map(is_text, values))
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     node = tree
     *parents, last = key.split(".")
     for parent in parents:

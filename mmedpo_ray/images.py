@@ -21,6 +21,10 @@ T = TypeVar("T")
 MAX_PIXELS = 100_000_000
 # Seconds before each further try to read a file; a store that throttles asks for growing ones.
 WAITS = (0.25, 1.0, 4.0)
+# Drop reason of rows whose image a store does not give out now, but may another time.
+UNREADABLE = "image_unreadable"
+# Files running that are waited for in vain before the others get one try each.
+_MOST_WAITED_FOR = 3
 _DICOM_MAGIC = slice(128, 132)
 # First group (0002 or 0008) of a file without preamble, in both byte orders.
 _DICOM_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
@@ -140,13 +144,13 @@ def is_dicom(data: bytes) -> bool:
     return False
 
 
-def read_file(uri: str, max_bytes: int | None = None, waits: Sequence[float] = WAITS) -> bytes:
+def read_file(uri: str, max_bytes: int | None = None, waits: Sequence[float] | None = None) -> bytes:
     """The bytes of an image file. Errors of a store that may pass (throttling, time-outs) are waited out.
 
     Args:
         uri: its address.
         max_bytes: a larger file is not read.
-        waits: seconds before each further try.
+        waits: seconds before each further try; None: ``WAITS``.
 
     Raises:
         ImageError: ``image_missing`` or ``image_too_large``.
@@ -158,7 +162,7 @@ def read_file(uri: str, max_bytes: int | None = None, waits: Sequence[float] = W
         raise ImageError("image_too_large", str(error)) from None
 
 
-def exists(uri: str, waits: Sequence[float] = WAITS) -> bool:
+def exists(uri: str, waits: Sequence[float] | None = None) -> bool:
     """Whether there is such a file; for ``waits`` see :func:`read_file`.
 
     Raises:
@@ -170,14 +174,14 @@ def exists(uri: str, waits: Sequence[float] = WAITS) -> bool:
         return False
 
 
-def _patiently(look: Callable[[], T], uri: str, waits: Sequence[float]) -> T:
+def _patiently(look: Callable[[], T], uri: str, waits: Sequence[float] | None) -> T:
     """What ``look`` returns at last.
 
     Raises:
         ImageError: ``image_missing``.
         OSError: it fails to the end, or for lack of permission.
     """
-    left = list(waits)
+    left = list(WAITS if waits is None else waits)
     while True:
         try:
             return look()
@@ -195,14 +199,49 @@ def _patiently(look: Callable[[], T], uri: str, waits: Sequence[float]) -> T:
         time.sleep(left.pop(0))
 
 
-def load_image(uri: str, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-    """Reads an image file in its own mode.
+def load_image(
+    uri: str, max_pixels: int | None = MAX_PIXELS, waits: Sequence[float] | None = None
+) -> Image.Image:
+    """Reads an image file in its own mode; for ``waits`` see :func:`read_file`.
 
     Raises:
         ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large`` or ``image_multi_frame``.
         OSError: it cannot be read; see :func:`read_file`.
     """
-    return decode(read_file(uri), uri, max_pixels)
+    return decode(read_file(uri, waits=waits), uri, max_pixels)
+
+
+class ImageLoader:
+    """Loads images one after another; why one cannot be used is an answer here, not an error.
+
+    A store that has failed for good a few times running is not waited for again until it gives out a file.
+
+    Args:
+        max_pixels: a larger image is not decoded.
+    """
+
+    def __init__(self, max_pixels: int | None = MAX_PIXELS) -> None:
+        self._max_pixels = max_pixels
+        self._waited_for = 0
+
+    def load(self, uri: str) -> Image.Image | ImageError:
+        """The image in its own mode, or why there is none: a reason of :func:`load_image`, or ``image_unreadable``."""
+        waits = None if self._waited_for < _MOST_WAITED_FOR else ()
+        try:
+            image = load_image(uri, self._max_pixels, waits)
+        except ImageError as error:
+            return error
+        except OSError as error:
+            # A file that is not permitted says nothing of the store.
+            self._waited_for += not isinstance(error, PermissionError)
+            return unreadable(uri, error)
+        self._waited_for = 0
+        return image
+
+
+def unreadable(uri: str, error: OSError) -> ImageError:
+    """What a file is called that a store does not give out: ``image_unreadable``, without the words of the store."""
+    return ImageError(UNREADABLE, f"{uri}: {type(error).__name__}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -84,6 +84,7 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
         total=planned.num_rows,
         extra=_count,
         extra_columns=["sample_id", "candidate", "num_tokens"],
+        retry_reasons=(image_files.UNREADABLE,),
     )
 
 
@@ -115,6 +116,7 @@ class CandidateSampler:
         if config.model.engine.tensor_parallel_size > 1:
             # The actor holds all its GPUs itself; a Ray executor would ask for them once more.
             arguments["distributed_executor_backend"] = "mp"
+        self._loader = image_files.ImageLoader(config.data.max_pixels)
         self._max_model_len = arguments["max_model_len"]
         self._engine: Any = vllm.LLM(model=resolve_model(config.model.path), **arguments)
         self._prompts: dict[str, tuple[list[int] | None, int, str]] = {}
@@ -129,7 +131,7 @@ class CandidateSampler:
             ids, length, _ = self._prompt(row["question"])
             image = self._image(row["image_uri"], decoded)
             if isinstance(image, image_files.ImageError):
-                results.append(_dropped(row, image.reason))
+                results.append(_dropped(row, image.reason, image.detail))
             elif ids is None:
                 results.append(_dropped(row, "image_placeholder_in_question"))
             elif length + self._text.max_tokens > self._max_model_len:
@@ -175,11 +177,8 @@ class CandidateSampler:
         self, uri: str, decoded: dict[str, Image.Image | image_files.ImageError]
     ) -> Image.Image | image_files.ImageError:
         if uri not in decoded:
-            try:
-                loaded = image_files.load_image(uri, self._config.data.max_pixels)
-                decoded[uri] = image_files.to_rgb(loaded)
-            except image_files.ImageError as error:
-                decoded[uri] = error
+            loaded = self._loader.load(uri)
+            decoded[uri] = image_files.to_rgb(loaded) if isinstance(loaded, Image.Image) else loaded
         return decoded[uri]
 
     def _prompt(self, question: str) -> tuple[list[int] | None, int, str]:
@@ -199,12 +198,12 @@ class CandidateSampler:
         return self._prompts[question]
 
 
-def _dropped(row: dict[str, Any], reason: str) -> dict[str, Any]:
+def _dropped(row: dict[str, Any], reason: str, detail: str | None = None) -> dict[str, Any]:
     return {
         "candidate_id": row["candidate_id"],
         "sample_id": row["sample_id"],
         DROP_REASON: reason,
-        DROP_DETAIL: row["sample_id"],
+        DROP_DETAIL: detail or row["sample_id"],
     }
 
 

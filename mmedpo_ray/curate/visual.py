@@ -22,6 +22,8 @@ from mmedpo_ray.png import encode_pixels
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
 
+# Drop reasons that a store that answers again ends.
+RETRY_REASONS = (image_files.UNREADABLE, "mask_unreadable")
 # The shorter side of a stored heat map; the finest grid of a tool's model (CLIPSeg) has 352 patches a side, MedKLIP's 14.
 HEAT_MAP_SIDE = 256
 
@@ -60,8 +62,9 @@ class PairMaker:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._settings = config.curate.visual
-        self._tool = TOOLS[self._settings.tool](config)
-        self._given_masks = None if self._settings.tool == "dataset_mask" else TOOLS["dataset_mask"](config)
+        self._loader = image_files.ImageLoader(config.data.max_pixels)
+        self._given_masks = TOOLS["dataset_mask"](config)
+        self._tool = None if self._settings.tool == "dataset_mask" else TOOLS[self._settings.tool](config)
 
     def make(self, rows: list[dict[str, Any]]) -> Iterator[VisualPair | dict[str, Any]]:
         """A pair or a dropped row for each sample, samples of an image together; at most ``batch_images`` are held decoded.
@@ -78,14 +81,8 @@ class PairMaker:
             batch = ordered[start : start + self._settings.batch_images]
             held, decoded = decoded, {}
             for uri in dict.fromkeys(row["image_uri"] for row in batch):
-                decoded[uri] = held[uri] if uri in held else self._decode(uri)
+                decoded[uri] = held[uri] if uri in held else self._loader.load(uri)
             yield from self._make_batch(batch, decoded)
-
-    def _decode(self, uri: str) -> Image.Image | image_files.ImageError:
-        try:
-            return image_files.load_image(uri, self._config.data.max_pixels)
-        except image_files.ImageError as error:
-            return error
 
     def _make_batch(
         self, batch: list[dict[str, Any]], decoded: dict[str, Image.Image | image_files.ImageError]
@@ -99,9 +96,21 @@ class PairMaker:
                 usable.append((row, image))
         if not usable:
             return
-        found = self._tool.localise([image for _, image in usable], [row for row, _ in usable])
-        for (row, image), localisation in zip(usable, found, strict=True):
+        for (row, image), localisation in zip(usable, self._localise(usable), strict=True):
             yield self._pair(row, image, localisation)
+
+    def _localise(self, usable: list[tuple[dict[str, Any], Image.Image]]) -> list[Localisation]:
+        if self._tool is None:
+            return [self._given(row, image) for row, image in usable]
+        return self._tool.localise([image for _, image in usable], [row for row, _ in usable])
+
+    def _given(self, row: dict[str, Any], image: Image.Image) -> Localisation:
+        """The lesion that the data set marks; ``mask_unreadable`` where a store does not give out the mask's files."""
+        try:
+            return self._given_masks.localise([image], [row])[0]
+        except OSError as error:
+            detail = image_files.unreadable(row["mask_uri"], error).detail
+            return Localisation(None, 0.0, "mask_unreadable", detail)
 
     def _pair(
         self, row: dict[str, Any], image: Image.Image, found: Localisation
@@ -122,20 +131,22 @@ class PairMaker:
         if not noised.parameters["changed_share"]:
             share = noised.parameters["mask_share"]
             return dropped(row, "noise_changed_nothing", f"{sample_id}: mask share {share:.3g}")
-        parameters = noised.parameters | self._coverage(row, image, found, noised.places)
+        given: Localisation | None = found
+        if self._tool is not None:
+            given = self._given(row, image) if row["mask_uri"] else None
+        if given is not None and given.problem in RETRY_REASONS:
+            # Made without knowing the lesion it would be another pair than the one that comes with the mask.
+            return dropped(row, given.problem, given.detail)
+        parameters = noised.parameters | _coverage(found, given, noised.places)
         return VisualPair(row, image, found.heat_map, found.confidence, seed, noised, parameters)
 
-    def _coverage(
-        self, row: dict[str, Any], image: Image.Image, found: Localisation, places: np.ndarray
-    ) -> dict[str, Any]:
-        """What the tool chose, and whether the noise hits the lesion that the data set marks, for the audit."""
-        given: Localisation | None = found
-        if self._given_masks is not None:
-            given = self._given_masks.localise([image], [row])[0] if row["mask_uri"] else None
-        if given is None or given.heat_map is None or not (area := np.count_nonzero(given.heat_map)):
-            return found.choice
-        covered = np.count_nonzero(given.heat_map.ravel()[places]) / area
-        return found.choice | given.choice | {"lesion_covered": float(f"{covered:.6g}")}
+
+def _coverage(found: Localisation, given: Localisation | None, places: np.ndarray) -> dict[str, Any]:
+    """What the tool chose, and whether the noise hits the lesion that the data set marks, for the audit."""
+    if given is None or given.heat_map is None or not (area := np.count_nonzero(given.heat_map)):
+        return found.choice
+    covered = np.count_nonzero(given.heat_map.ravel()[places]) / area
+    return found.choice | given.choice | {"lesion_covered": float(f"{covered:.6g}")}
 
 
 class VisualPairs:

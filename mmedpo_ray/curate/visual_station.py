@@ -20,7 +20,7 @@ from mmedpo_ray.cluster import MODEL_RESTARTS, has_gpu
 from mmedpo_ray.config import Config
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.curate.tools import TOOLS
-from mmedpo_ray.curate.visual import VisualPairs
+from mmedpo_ray.curate.visual import RETRY_REASONS, VisualPairs
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.slices import Skip, map_slices
@@ -54,7 +54,14 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
         return _planned_pairs(config, train_samples(), done)
 
     # How many may be dropped is about all pairs, so `pairs` looks after it.
-    station.write_rows(build, schema=tables.PAIRS, id_column="pair_id", allow_empty=True, limit_dropped=False)
+    station.write_rows(
+        build,
+        schema=tables.PAIRS,
+        id_column="pair_id",
+        allow_empty=True,
+        retry_reasons=RETRY_REASONS,
+        limit_dropped=False,
+    )
     # What a killed task was writing.
     storage.remove_temporary(run.noised)
     return [run.visual]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,118 @@ def test_images_of_a_killed_attempt_are_not_deleted(ingested: Path) -> None:
     curate(phantom_config(ingested, "curate.visual.noise.steps=400"))
     assert not late.exists()
     assert pairs_of(ingested) != whole
+
+
+@contextlib.contextmanager
+def withheld(*uris: str) -> Iterator[None]:
+    """Files that nobody may read meanwhile: the kernel refuses to read this one to root, too."""
+    for uri in uris:
+        Path(uri).rename(f"{uri}.kept")
+        Path(uri).symlink_to("/proc/sys/vm/drop_caches")
+    yield
+    for uri in uris:
+        Path(f"{uri}.kept").replace(uri)
+
+
+def contents(*folders: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of some tables, kept and dropped."""
+    places = [place for folder in folders for place in (folder, storage.join(folder, "dropped"))]
+    return {
+        place: storage.dataset(place).to_table().to_pylist()
+        for place in places
+        if storage.list_files(place, ".parquet")
+    }
+
+
+def dropped_of(folder: str) -> dict[str, int]:
+    manifest = stage.read_manifest(folder)
+    assert manifest is not None
+    return manifest.dropped
+
+
+@pytest.fixture(scope="module")
+def with_an_empty_mask(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """An ingested run in which the first image's mask marks nothing."""
+    folder = tmp_path_factory.mktemp("withheld") / "run"
+    config = phantom_config(folder)
+    ingest(config)
+    mask = Path(train_samples(config).to_pylist()[0]["mask_uri"])
+    Image.new("L", Image.open(mask).size).save(mask)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [((1, 2), (3,)), ((), (0,)), (tuple(range(IMAGES)), ())],
+    ids=["some", "empty", "all"],
+)
+def test_withheld_files_are_tried_again(
+    with_an_empty_mask: Path, images: tuple[int, ...], masks: tuple[int, ...]
+) -> None:
+    config, run = phantom_config(with_an_empty_mask), RunFolder(str(with_an_empty_mask))
+    rows = {row["image_id"]: row for row in train_samples(config).to_pylist()}
+    by_image = [rows[name] for name in sorted(rows)]
+    curate(config)
+    assert dropped_of(run.visual) == {"tool_found_nothing": 1}
+    whole, totals = contents(run.visual, run.pairs), dropped_of(run.pairs)
+    pictures = {path.name: path.read_bytes() for path in Path(run.noised).iterdir()}
+    for folder in (run.visual, run.pairs, run.noised):
+        shutil.rmtree(folder)
+
+    with withheld(*(by_image[i]["image_uri"] for i in images), *(by_image[i]["mask_uri"] for i in masks)):
+        curate(config)
+        reasons = {"image_unreadable": len(images), "mask_unreadable": len(masks)}
+        reasons["tool_found_nothing"] = int(0 not in images + masks)
+        failed = {reason: count for reason, count in reasons.items() if count}
+        assert dropped_of(run.visual) == failed
+        assert dropped_of(run.pairs).items() >= failed.items()
+        made = {path: path.stat().st_mtime_ns for path in Path(run.noised).glob("*")}
+        assert len(made) == 2 * (IMAGES - sum(failed.values()))
+        curate(config)
+        assert dropped_of(run.visual) == failed, "nothing has changed yet"
+    curate(config)
+    assert contents(run.visual, run.pairs) == whole
+    assert dropped_of(run.visual) == {"tool_found_nothing": 1}
+    assert dropped_of(run.pairs) == totals
+    assert {path.name: path.read_bytes() for path in Path(run.noised).iterdir()} == pictures
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items()), "the others stay"
+    finished = stage.read_manifest(run.pairs)
+    assert curate(config) == finished
+
+
+@pytest.mark.slow
+def test_candidates_of_withheld_images_are_sampled_again(ingested: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(RunFolder(str(ingested)).samples, folder / "samples")
+    run = RunFolder(str(folder))
+    config = phantom_config(
+        folder,
+        "curate.text.method=on_policy",
+        "curate.text.num_candidates=2",
+        "curate.text.max_tokens=12",
+        "curate.visual.tool=none",
+        f"model.path={build_tiny_llava(tmp_path / 'llava')}",
+        "model.engine.max_model_len=256",
+        "model.engine.kv_cache_gib=0.25",
+    )
+    samples = train_samples(config).to_pylist()
+    image = samples[0]["image_uri"]
+    with withheld(image):
+        curate(config)
+        about = {row["sample_id"] for row in samples if row["image_uri"] == image}
+        assert dropped_of(run.candidates) == {"image_unreadable": 2 * len(about)}
+        first = contents(run.candidates, run.pairs)
+        (row, *_) = first[storage.join(run.candidates, "dropped")]
+        assert row["drop_detail"] == f"{image}: PermissionError"
+    curate(config)
+    again = contents(run.candidates, run.pairs)
+    assert dropped_of(run.candidates) == {}
+    kept = [row for row in again[run.candidates] if row["sample_id"] not in about]
+    assert kept == first[run.candidates], "the others are not sampled again"
+    for path in (run.candidates, run.pairs):
+        shutil.rmtree(path)
+    curate(config)
+    assert contents(run.candidates, run.pairs) == again
 
 
 def test_visual_questions_are_drawn_by_seed(ingested: Path) -> None:

@@ -428,6 +428,20 @@ def test_of_a_slake_mask_the_part_counts_that_was_asked_about(tmp_path: Path) ->
     assert "noise_beside_lesion" in {item["check"] for item in result["passed"]}
 
 
+def test_the_fringe_of_a_lossy_mask_is_no_lesion(tmp_path: Path) -> None:
+    mask = np.zeros((40, 40), np.uint8)
+    mask[11:29, 11:29] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.jpg", quality=75)
+    fringe = (np.asarray(Image.open(tmp_path / "mask.jpg")) > 0) & (mask == 0)
+    row = int(np.flatnonzero(fringe.any(axis=1))[0])
+    column = int(np.flatnonzero(fringe[row])[0])
+    original, noised = _images(tmp_path / "images", "a", (slice(row, row + 1), slice(column, column + 1)))
+    rows = [visual(0, image_uri=original, rejected_image_uri=noised)]
+    known = [{"sample_id": "s0", "answer": "Nodule", "mask_uri": str(tmp_path / "mask.jpg")}]
+    result = run(tmp_path, write(tmp_path / "t", rows), samples(tmp_path / "known", known))
+    assert found(result)["noise_beside_lesion"]["count"] == 1
+
+
 def test_the_heat_map_stands_for_a_missing_mask(tmp_path: Path) -> None:
     original, noised = _images(tmp_path / "images", "a", (slice(20, 40), slice(20, 40)))
     heat = np.zeros((40, 40), np.uint8)

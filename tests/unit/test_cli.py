@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
-from mmedpo_ray import cli, pipeline
+from mmedpo_ray import cli, pipeline, storage
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import UserError
 
@@ -57,6 +60,84 @@ def test_options_stand_for_settings() -> None:
     assert (arguments.table, cli.settings_of(arguments).audit.examples) == (None, 2)
 
 
+PATHS = [
+    "/data/Station #3",
+    "/data/a: b",
+    "/data/ blank ",
+    "/data/Städtisches Klinikum Köln, Röntgen/ß",
+    "/data/a=b",
+    "2024",
+    "2024-01-01",
+    "007",
+    "1e5",
+    "nan",
+    "1_000",
+    "12:30",
+    "no",
+    "true",
+    "~",
+    "~/data",
+    "@data",
+    "*glob",
+    "&anchor",
+    "!tag",
+    "%20",
+    "`x`",
+    "- a",
+    "[x]",
+    "{x: y}",
+    "# x",
+    '"quoted"',
+    "'quoted'",
+    "C:\\data\\",
+    "/data/\ttab",
+]
+
+
+@pytest.mark.parametrize("path", [*PATHS, "null"])
+def test_the_value_of_an_option_is_taken_as_it_is(path: str) -> None:
+    arguments = cli._parse(["ingest", "--format", "slake", "--root", path])
+    assert cli.settings_of(arguments).data.root == path
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_text_in_a_setting_is_taken_as_it_is(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"data.root={path}", f"run.folder={path}", f"data.columns.image={path}"]
+    config = cli.settings_of(cli._parse(["ingest", "data.format=slake", *given]))
+    assert (config.data.root, config.run.folder, config.data.columns.image) == (path, path, path)
+    assert cli.main(["config", "show", *given]) == 0
+    assert Config.model_validate(yaml.safe_load(capsys.readouterr().out)).data.root == path
+
+
+def test_an_option_beats_the_same_setting() -> None:
+    arguments = cli._parse(["ingest", "data.root=/a", "--root", "/b", "data.format=slake"])
+    assert cli.settings_of(arguments).data.root == "/b"
+
+
+def test_a_folder_with_any_name_is_ingested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
+) -> None:
+    folder = tmp_path / "Röntgen: Station #3 "
+    run = tmp_path / "Läufe #1"
+    (folder / "images").mkdir(parents=True)
+    Image.new("L", (8, 8), 100).save(folder / "images" / "a.png")
+    row = {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nIs it?"}]}
+    row["conversations"].append({"from": "gpt", "value": "Yes"})
+    (folder / "rows.json").write_text(json.dumps([row]))
+    settings = [f"run.folder={run}", "data.train_file=rows.json", "data.image_folder=images"]
+    assert cli.main(["ingest", "--format", "llava_json", "--root", str(folder), *settings]) == 0
+    [sample] = storage.dataset(run / "samples").to_table().to_pylist()
+    assert sample["image_uri"] == str(folder / "images" / "a.png")
+
+
+def test_help_says_how_a_value_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "taken as it is" in text
+    assert "YAML" in text
+
+
 def test_unknown_option_is_refused() -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["run", "--confg", "x"])
@@ -70,6 +151,12 @@ def test_user_errors_have_no_traceback(capsys: pytest.CaptureFixture[str]) -> No
     assert "Traceback" not in message
     with pytest.raises(UserError):
         cli.main(["config", "validate", "align.btea=1", "--debug"])
+
+
+@pytest.mark.parametrize("name", ["/nowhere/[x]", "/nowhere/:b:", "/nowhere/a\\[/b]", "/nowhere/\\"])
+def test_an_error_names_a_path_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "validate", "--config", name]) == 2
+    assert f"error: no configuration file {name}. Give" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

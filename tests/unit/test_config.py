@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal, get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmedpo_ray.config import Config, dump, known_keys, load, resolve_run_folder
+from mmedpo_ray.config import Config, _apply_override, dump, known_keys, load, resolve_run_folder
 from mmedpo_ray.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -34,6 +35,61 @@ def test_overrides_beat_the_file_and_the_file_beats_defaults(tmp_path: Path) -> 
     assert (config.align.beta, config.align.epochs, config.align.learning_rate) == (0.2, 7, 1e-6)
     assert config.align.lora.rank == 4
     assert config.align.lora.alpha == Config().align.lora.alpha
+
+
+def annotation_of(key: str) -> Any:
+    section: Any = Config()
+    *parents, name = key.split(".")
+    for parent in parents:
+        section = getattr(section, parent)
+    return type(section).model_fields[name].annotation
+
+
+@pytest.mark.parametrize("key", known_keys())
+def test_texts_are_taken_as_they_are_and_other_values_are_yaml(key: str) -> None:
+    tree: dict[str, Any] = {}
+    _apply_override(tree, f"{key}=2024 # x")
+    for name in key.split("."):
+        tree = tree[name]
+    kind = annotation_of(key)
+    is_text = kind in (str, str | None) or get_origin(kind) is Literal
+    assert tree == ("2024 # x" if is_text else 2024)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("data.root=null", "data.root", None),
+        ("data.root=", "data.root", None),
+        ("data.root=~", "data.root", "~"),
+        ("curate.visual.generic_prompt=null", "curate.visual.generic_prompt", "null"),
+        ("serve.models=[aligned, base]", "serve.models", ("aligned", "base")),
+        ("serve.models=null", "serve.models", None),
+        ("align.lora.target_modules=[q_proj]", "align.lora.target_modules", ["q_proj"]),
+        ("model.engine.extra={seed: 1, revision: main}", "model.engine.extra", {"seed": 1, "revision": "main"}),
+        ("model.engine.extra.seed=1", "model.engine.extra", {"seed": 1}),
+        ("align.num_workers=[1, 4]", "align.num_workers", (1, 4)),
+        ("align.use_gpu=null", "align.use_gpu", None),
+        ("align.use_gpu=no", "align.use_gpu", False),
+        ("align.learning_rate=1e-6", "align.learning_rate", 1e-6),
+        ("data.columns={image: '2024'}", "data.columns.image", "2024"),
+    ],
+)  # fmt: skip
+def test_values_of_every_kind(override: str, key: str, expected: object) -> None:
+    value: Any = load(None, [override])
+    for name in key.split("."):
+        value = getattr(value, name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize("override", ["run.folder=", "run.folder=null"])
+def test_a_folder_without_a_name(override: str) -> None:
+    if override.endswith("null"):
+        assert load(None, [override]).run.folder == "null"
+    else:
+        with pytest.raises(UserError, match=r"run\.folder"):
+            load(None, [override])
 
 
 def test_show_is_a_fixed_point(tmp_path: Path) -> None:
@@ -80,6 +136,8 @@ def test_a_wrong_temperature_is_told_in_one_line(given: str) -> None:
         ("serve.port=70000", "serve.port"),
         ("align.keep=best", "set align.validation_share above 0"),
         ("align.validation_share=1", "align.validation_share"),
+        ("align.beta=2024-13-01", "cannot read the value of 'align.beta=2024-13-01'"),
+        ("align.epochs=[", "cannot read the value of 'align.epochs=['"),
         ("align={train: full, reference: online}", "use precomputed"),
         ("align={train: full, kl_coefficient: 0.1}", "use align.train=lora"),
     ],
@@ -95,6 +153,12 @@ def test_bad_files(tmp_path: Path) -> None:
         load(tmp_path / "absent.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("align: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load(broken)
+    broken.write_text("data: {root: 2024-13-01}")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load(broken)
+    broken.write_bytes("data: {root: Röntgen}".encode("latin-1"))
     with pytest.raises(UserError, match="not valid YAML"):
         load(broken)
     broken.write_text("- a\n- b\n")

@@ -94,13 +94,56 @@ def test_an_image_of_a_table_has_any_size(tmp_path: Path, monkeypatch: pytest.Mo
     assert images.load_rgb(str(tmp_path / "a.png")).size == (8, 8)
 
 
+def test_a_loader_answers_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(12):
+        Image.new("L", (4, 4)).save(tmp_path / f"{number}.png")
+    refused = {0: PermissionError(errno.EACCES, "Permission denied")} | {
+        number: OSError(_SLOW_DOWN) for number in (1, 2, 3, 4, 5, 7, 8)
+    }
+    asked: list[int] = []
+    whole = storage.read_bytes
+
+    def failing(uri: str, max_bytes: int | None = None) -> bytes:
+        asked.append(int(Path(uri).stem))
+        if asked[-1] in refused:
+            raise refused[asked[-1]]
+        return whole(uri, max_bytes)
+
+    monkeypatch.setattr(storage, "read_bytes", failing)
+    monkeypatch.setattr(images, "WAITS", (0.0, 0.0))
+    loader = images.ImageLoader(max_pixels=16)
+    uris = [str(tmp_path / f"{number}.png") for number in range(9)]
+    found = [loader.load(uri) for uri in uris]
+    assert [number for number, image in enumerate(found) if isinstance(image, Image.Image)] == [6]
+    assert all(image.reason == "image_unreadable" for image in found if isinstance(image, ImageError))
+    assert str(found[0]) == f"image_unreadable: {uris[0]}: PermissionError"
+    assert str(found[1]) == f"image_unreadable: {uris[1]}: OSError", "no words of the store"
+    # A store that failed three times running is waited for again once it has answered.
+    assert [asked.count(number) for number in range(9)] == [1, 3, 3, 3, 1, 1, 1, 3, 3]
+    Image.new("L", (4, 5)).save(tmp_path / "9.png")
+    large = loader.load(str(tmp_path / "9.png"))
+    assert isinstance(large, ImageError)
+    assert large.reason == "image_too_large"
+
+
 # ---------------------------------------------------------------------- kinds of files
 
 
-def test_sixteen_bit_rgb_is_read_as_rgb() -> None:
-    rows = b"\0" + struct.pack(">6H", 0, 256, 65535, 40_000, 128, 32_768)
-    image = images.decode(png(2, 1, 16, 2, rows), "x")
-    assert (image.mode, np.asarray(image).tolist()) == ("RGB", [[[0, 1, 255], [156, 0, 128]]])
+@pytest.mark.parametrize(
+    ("colour", "values", "mode", "expected"),
+    [
+        (0, [40_000, 255], "I;16", [40_000, 255]),
+        (2, [0, 256, 65535, 40_000, 128, 32_768], "RGB", [[0, 1, 255], [156, 0, 128]]),
+        (4, [40_000, 65535, 255, 0], "RGBA", [[156, 156, 156, 255], [0, 0, 0, 0]]),
+        (6, [0, 256, 65535, 40_000] * 2, "RGBA", [[0, 1, 255, 156]] * 2),
+    ],
+    ids=["grey", "RGB", "grey with alpha", "RGBA"],
+)
+def test_of_sixteen_bits_only_grey_keeps_its_depth(
+    colour: int, values: list[int], mode: str, expected: list[Any]
+) -> None:
+    image = images.decode(png(2, 1, 16, colour, b"\0" + struct.pack(f">{len(values)}H", *values)), "x")
+    assert (image.mode, np.asarray(image).tolist()) == (mode, [expected])
 
 
 def several(kind: str, **options: Any) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mmedpo_ray import images, tables
+from mmedpo_ray import images, storage, tables
 from mmedpo_ray.config import Config, load
+from mmedpo_ray.curate import visual
+from mmedpo_ray.curate.tools import TOOLS
+from mmedpo_ray.curate.tools.base import Localisation, VisualTool
 from mmedpo_ray.curate.visual import VisualPairs, heat_map_pixels
 
 
@@ -109,6 +114,87 @@ def test_what_gives_no_pair_is_dropped_with_its_reason(tmp_path: Path) -> None:
     details = " ".join(pair[tables.DROP_DETAIL] or "" for pair in pairs)
     assert "nodule" not in details
     assert "what is it" not in details
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, *names: str, error: OSError) -> None:
+    """A store that does not give out the files of these names."""
+    whole = storage.read_bytes
+
+    def read_bytes(uri: str, *arguments: Any) -> bytes:
+        if Path(uri).name in names:
+            raise error
+        return whole(uri, *arguments)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    monkeypatch.setattr(images, "WAITS", (0.0,))
+
+
+class Middle(VisualTool):
+    """A tool that sees a lesion in the middle and reads no file."""
+
+    def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
+        heat_map = np.zeros((40, 30), np.float32)
+        heat_map[10:20, 10:20] = 1
+        return [Localisation(heat_map, 1.0) for _ in images]
+
+
+def use_tool(monkeypatch: pytest.MonkeyPatch, tool: type[VisualTool]) -> None:
+    """Has `self_attention` be this tool."""
+    monkeypatch.setattr(visual, "TOOLS", {"dataset_mask": TOOLS["dataset_mask"], "self_attention": tool})
+
+
+@pytest.mark.parametrize("tool", ["dataset_mask", "self_attention"])
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "denied"), OSError("AWS Error SLOW_DOWN"), TimeoutError()]
+)
+def test_files_that_a_store_does_not_give_out_drop_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, error: OSError
+) -> None:
+    use_tool(monkeypatch, Middle)
+    rows = [sample(tmp_path, name, question) for name in "abcd" for question in range(2)]
+    settings_ = config(tmp_path / "run", f"curate.visual.tool={tool}")
+    with monkeypatch.context() as failing:
+        refuse(failing, "b.png", "c_mask.png", error=error)
+        pairs = made(settings_, rows)
+    assert {pair["sample_id"]: pair[tables.DROP_REASON] for pair in pairs if pair[tables.DROP_REASON]} == {
+        "b/0": "image_unreadable",
+        "b/1": "image_unreadable",
+        "c/0": "mask_unreadable",
+        "c/1": "mask_unreadable",
+    }
+    details = {pair["sample_id"]: pair[tables.DROP_DETAIL] for pair in pairs}
+    assert details["b/0"] == f"{tmp_path}/b.png: {type(error).__name__}"
+    assert details["c/0"] == f"{tmp_path}/c_mask.png: {type(error).__name__}"
+    kept = [pair for pair in pairs if pair[tables.DROP_REASON] is None]
+    again = made(settings_, rows[2:6])
+    assert sorted(kept + again, key=itemgetter("pair_id")) == sorted(
+        made(settings_, rows), key=itemgetter("pair_id")
+    )
+
+
+def test_what_a_tool_covers_is_told_of_lesions_that_the_data_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tool(monkeypatch, Middle)
+    rows = [sample(tmp_path, name, lesion=name != "c") for name in "abcd"]
+    rows[1]["mask_uri"] = None
+    Path(rows[3]["mask_uri"]).write_text("no mask")
+    pairs = made(config(tmp_path / "run", "curate.visual.tool=self_attention"), rows)
+    covered = [json.loads(pair["noise"]).get("lesion_covered") for pair in pairs]
+    # 5 of 10 rows and 10 of 12 columns.
+    assert covered == [pytest.approx(50 / 120, rel=1e-5), None, None, None]
+
+
+def test_a_failure_of_a_tool_with_a_model_is_no_dropped_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Middle):
+        def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
+            raise OSError("no space left on device")
+
+    use_tool(monkeypatch, Broken)
+    with pytest.raises(OSError, match="no space"):
+        made(config(tmp_path / "run", "curate.visual.tool=self_attention"), [sample(tmp_path, "a")])
 
 
 def test_a_pair_whose_images_are_equal_is_dropped(tmp_path: Path) -> None:

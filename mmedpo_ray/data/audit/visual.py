@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mmedpo_ray import images
+from mmedpo_ray.curate.tools.dataset_mask import marked_pixels
 from mmedpo_ray.curate.tools.labelled_boxes import asked_region
 from mmedpo_ray.data.audit.features import Features
 from mmedpo_ray.data.audit.finding import (
@@ -204,22 +205,23 @@ def _lesion(
         if not uri:
             continue
         try:
-            marked = images.load_image(uri, max_pixels)
+            image = images.load_image(uri, max_pixels)
         except (images.ImageError, OSError):
             continue
-        if marked.size != size:
-            marked = marked.resize(size, Image.Resampling.NEAREST)
-        values = np.asarray(
-            marked if marked.mode in ("L", "1", "I;16", "I", "F") else images.to_rgb(marked).convert("L")
-        )
-        values = values.astype(np.float64)
-        if kind == "mask":
-            region, _ = asked_region(values > 0, uri, place.question, place.answer)
-        else:
-            region = values >= max(_HOT * values.max(), 1e-9)
+        marked = marked_pixels(image) if kind == "mask" else _hot(image)
+        if image.size != size:
+            marked = np.asarray(Image.fromarray(marked).resize(size, Image.Resampling.NEAREST))
+        region = asked_region(marked, uri, place.question, place.answer)[0] if kind == "mask" else marked
         if region.any():
             return region, kind
     return None, None
+
+
+def _hot(heat_map: Image.Image) -> np.ndarray:
+    """(H, W) bool: the hottest places of a stored heat map."""
+    grey = heat_map if heat_map.mode in ("L", "1", "I;16", "I", "F") else images.to_rgb(heat_map).convert("L")
+    values = np.asarray(grey).astype(np.float64)
+    return values >= max(_HOT * values.max(), 1e-9)
 
 
 def _unreadable(drawn: np.ndarray, measured: list[Measured]) -> Finding:
