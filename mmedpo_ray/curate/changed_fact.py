@@ -67,6 +67,8 @@ _SAME: dict[str, str] = {
         "dark hypointense",
         "quickly rapidly",
         "picture image photograph",
+        "midline central",
+        "unlikely improbable",
     )
     for word in group.split()
 }
@@ -194,11 +196,12 @@ def _meanings(text: str) -> Counter[str]:
 
 def _meaning(name: str) -> str:
     """One name for all words of a meaning; none for a word of seeing or denying."""
-    name = re.sub("(?:ae|oe)(?=[a-z]{2})", "e", name).replace("isation", "ization")
-    name = re.sub("ise(?=d?$)", "ize", name)
-    if name in _SEEING or name in _NEGATORS:
+    american = re.sub("ise(?=d?$)|isation", lambda match: match[0].replace("s", "z", 1), name)
+    american = re.sub("(?:ae|oe)(?=[a-z]{2})", "e", american)
+    if {name, american} & (_SEEING | _NEGATORS):
         return ""
-    return _SAME.get(name) or _SAME.get(_SUFFIXES.sub("", name)) or _SUFFIXES.sub("", name)
+    stem = _SUFFIXES.sub("", american)
+    return _SAME.get(name) or _SAME.get(american) or _SAME.get(stem) or stem
 
 
 def _is_number(name: str) -> bool:
