@@ -12,11 +12,13 @@ import os
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from mmedpo_ray import storage
+from mmedpo_ray.data.texts import storable
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.settings.endpoint import EndpointConfig
 
@@ -24,6 +26,8 @@ from mmedpo_ray.settings.endpoint import EndpointConfig
 TRANSIENT = "endpoint_failed"
 # Drop reason of a row whose request the endpoint will not take (too long, filtered).
 REFUSED = "endpoint_refused"
+# Drop reason of a row whose answer is not what an OpenAI-compatible endpoint sends, or no text that can be stored.
+UNREADABLE = "endpoint_unreadable"
 
 # Statuses that the client retries; after the last retry another run may still succeed.
 _RETRIED_BELOW_500 = frozenset({408, 409, 429})
@@ -32,6 +36,27 @@ _HOPELESS = {
     "insufficient_quota": "has no quota left for this key. Raise the quota, then run again; finished rows are kept",
     "billing_hard_limit_reached": "has reached its billing limit. Raise it, then run again; finished rows are kept",
 }
+# Refusals that say something about one request, not about the settings: by status, by code, and by the message where a server
+# names no code (vLLM).
+_OWN_STATUSES = frozenset({413})
+_OWN_CODES = frozenset(
+    {
+        "context_length_exceeded",
+        "string_above_max_length",
+        "exceed_context_size_error",
+        "content_filter",
+        "content_policy_violation",
+    }
+)
+_TOO_LONG = re.compile(r"maximum (?:context|model) length|context (?:length|size|window)", re.IGNORECASE)
+# Requests without one answer that show that the settings are at fault and not a few rows.
+_FEWEST_FOR_HOPELESS = 8
+# The same where not even the form is that of an answer: a page, at a wrong address.
+_FEWEST_FOR_FOREIGN = 2
+# What a count above it counts is no tokens; the columns end at 2^63.
+_MOST_TOKENS = 2**40
+_FOREIGN = "no chat completion"
+_MALFORMED = "malformed chat completion"
 # Failures one after the other that mean an outage: at least these, and all slots twice.
 _FEWEST_FOR_OUTAGE = 16
 # What may be shown of an error body: an identifier, never a sentence, which could repeat the texts sent.
@@ -143,6 +168,23 @@ def as_data(record: dict[str, Any]) -> str:
     return text
 
 
+def read_json(text: str | bytes, **options: Any) -> Any:
+    """A JSON value written by others; None where the text is none, or nests too deep to be read.
+
+    Args:
+        options: of :func:`json.loads`.
+    """
+    try:
+        return json.loads(text, **options)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is a string that UTF-8, and so a table, can hold: JSON allows half of a surrogate pair, UTF-8 does not."""
+    return isinstance(value, str) and storable(value) == value
+
+
 class EndpointClient:
     """Sends chat requests; one instance serves a Ray actor. Pace, connections and counters last as long as the instance.
 
@@ -169,6 +211,8 @@ class EndpointClient:
         self._usage = Usage()
         self._reached = False
         self._answered = False
+        # Failures before the first answer that may be due to the settings, by reason and detail.
+        self._suspects: Counter[tuple[str, str]] = Counter()
         self._failures_in_a_row = 0
         self._stopping = False
 
@@ -208,7 +252,7 @@ class EndpointClient:
         except* UserError as errors:
             raise errors.exceptions[0] from None
         answers = [task.result() for task in tasks]
-        self._refuse_hopeless(answers)
+        self._refuse_hopeless()
         return answers
 
     async def _before_try(self, request: Any) -> None:
@@ -243,13 +287,14 @@ class EndpointClient:
     async def _ask(self, request: ChatRequest) -> Completion | Failure:
         openai = self._openai
         try:
-            answer = await self._client.chat.completions.create(**self._arguments(request))
+            # Unparsed, as the client takes what it is sent for what it should be.
+            response = await self._client.chat.completions.with_raw_response.create(
+                **self._arguments(request)
+            )
         except openai.APITimeoutError as error:
             if not self._reached:
                 self._unreachable(error)
             return Failure(TRANSIENT, f"no answer within {self._settings.timeout_s:g} s")
-        except openai.APIResponseValidationError:
-            return self._unreadable()
         except openai.APIConnectionError as error:
             if not self._reached:
                 self._unreachable(error)
@@ -257,14 +302,16 @@ class EndpointClient:
         except openai.APIStatusError as error:
             self._reached = True
             return self._refused(error)
-        except ValueError:
-            # A page that is no JSON.
-            return self._unreadable()
+        except (ValueError, RecursionError):
+            # An error body that nests too deep for the client.
+            self._reached = True
+            return self._suspect(Failure(UNREADABLE, _MALFORMED))
         self._reached = True
-        if not getattr(answer, "choices", None):
-            return self._unreadable()
+        answer = _read(response.content, self._settings.max_tokens)
+        if isinstance(answer, Failure) and answer.detail in (_FOREIGN, _MALFORMED):
+            return self._suspect(answer)
         self._answered = True
-        return _read(answer, self._settings.max_tokens)
+        return answer
 
     def _arguments(self, request: ChatRequest) -> dict[str, Any]:
         settings = self._settings
@@ -302,7 +349,8 @@ class EndpointClient:
         detail = f"HTTP {status}" + (f" {code}" if code else "")
         if status >= 500 or status in _RETRIED_BELOW_500:
             return Failure(TRANSIENT, detail)
-        return Failure(REFUSED, detail)
+        refusal = Failure(REFUSED, detail)
+        return refusal if _is_of_the_row(error) else self._suspect(refusal)
 
     def _unreachable(self, error: Any) -> NoReturn:
         cause = type(error.__cause__ or error).__name__
@@ -312,37 +360,88 @@ class EndpointClient:
             "it ends in /v1."
         ) from None
 
-    def _unreadable(self) -> Failure:
-        if not self._answered:
-            raise UserError(
-                f"{self._place} answers, but not as an OpenAI-compatible endpoint does. Check base_url (it ends in /v1)."
-            )
-        return Failure("endpoint_unreadable", "no chat completion")
+    def _suspect(self, failure: Failure) -> Failure:
+        """Counts a failure that may be that of every request. A wrong address is not asked for all rows."""
+        self._suspects[failure.reason, failure.detail] += 1
+        if not self._answered and self._suspects[UNREADABLE, _FOREIGN] >= _FEWEST_FOR_HOPELESS:
+            self._refuse_hopeless()
+        return failure
 
-    def _refuse_hopeless(self, answers: Sequence[Completion | Failure]) -> None:
-        """Raises where the first requests were all refused for one reason, which then lies in the settings, not in a row."""
-        if self._answered:
+    def _refuse_hopeless(self) -> None:
+        """Raises where requests were refused for one reason again and again and none was answered: it lies in the settings."""
+        if self._answered or not self._suspects:
             return
-        details = {(answer.reason, answer.detail) for answer in answers if isinstance(answer, Failure)}
-        if len(answers) > 1 and len(details) == 1 and (refused := details.pop())[0] == REFUSED:
+        ((reason, detail), count) = self._suspects.most_common(1)[0]
+        if count < (_FEWEST_FOR_FOREIGN if detail == _FOREIGN else _FEWEST_FOR_HOPELESS):
+            return
+        if reason == UNREADABLE:
             raise UserError(
-                f"{self._place} refuses every request ({refused[1]}). Check what model {self._settings.model!r} takes: "
-                "JSON schemas (structured outputs), temperature, max_tokens (some models want "
-                "max_tokens_name=max_completion_tokens and temperature=null)."
+                f"{self._place} answers, but not as an OpenAI-compatible endpoint does ({detail}). Check base_url (it ends in "
+                "/v1)."
             )
+        raise UserError(
+            f"{self._place} refuses every request ({detail}). Check what model {self._settings.model!r} takes: "
+            "JSON schemas (structured outputs), temperature, max_tokens (some models want "
+            "max_tokens_name=max_completion_tokens and temperature=null)."
+        )
 
 
-def _read(answer: Any, max_tokens: int) -> Completion | Failure:
-    choice, usage = answer.choices[0], answer.usage
-    spent = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
-    text = (choice.message.content if choice.message else None) or ""
-    if choice.finish_reason == "length":
+def _read(body: bytes, max_tokens: int) -> Completion | Failure:
+    """The answer in the body of a response, whose every part may be of another type than the protocol has it."""
+    answer = read_json(body)
+    if not isinstance(answer, dict) or not ("choices" in answer or "error" in answer):
+        return Failure(UNREADABLE, _FOREIGN)
+    spent = _tokens(answer.get("usage"))
+    choices = answer.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        return Failure(UNREADABLE, _MALFORMED, *spent)
+    finish, text = choice.get("finish_reason"), _content(message)
+    if finish == "length":
         return Failure("endpoint_answer_cut", f"after max_tokens={max_tokens}", *spent)
-    if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
+    if finish == "content_filter" or _declines(message):
         return Failure(REFUSED, "declined by the model or its content filter", *spent)
+    if text is None:
+        return Failure(UNREADABLE, _MALFORMED, *spent)
     if not text.strip():
-        return Failure("endpoint_empty_answer", f"finish reason {choice.finish_reason}", *spent)
+        return Failure("endpoint_empty_answer", f"finish reason {_identifier(finish) or 'unknown'}", *spent)
+    if not is_text(text):
+        return Failure(UNREADABLE, "text that is no Unicode", *spent)
     return Completion(text, *spent)
+
+
+def _content(message: dict[str, Any]) -> str | None:
+    """The text of a message, that of its text parts where it has parts; None where it is neither."""
+    content = message.get("content")
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    if not all(isinstance(part, dict) for part in content):
+        return None
+    texts = [part.get("text") for part in content if part.get("type", "text") == "text"]
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if len(strings) == len(texts) else None
+
+
+def _declines(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return bool(message.get("refusal")) or any(
+        isinstance(part, dict) and part.get("type") == "refusal" for part in parts
+    )
+
+
+def _tokens(usage: Any) -> tuple[int, int]:
+    """Tokens of prompt and answer; 0 for what is no count."""
+    counts = usage if isinstance(usage, dict) else {}
+    return _count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens"))
+
+
+def _count(value: Any) -> int:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(value) if is_number and 0 <= value <= _MOST_TOKENS and value == int(value) else 0
 
 
 def _base_url(settings: EndpointConfig) -> str | None:
@@ -352,11 +451,20 @@ def _base_url(settings: EndpointConfig) -> str | None:
 def _code(error: Any) -> str:
     """The error's code as an identifier; its message may repeat the texts."""
     body = error.body if isinstance(error.body, dict) else {}
-    for name in ("code", "type"):
-        value = body.get(name)
-        if isinstance(value, str) and _IDENTIFIER.fullmatch(value):
-            return value
-    return ""
+    return _identifier(body.get("code")) or _identifier(body.get("type"))
+
+
+def _identifier(value: Any) -> str:
+    return value if isinstance(value, str) and _IDENTIFIER.fullmatch(value) else ""
+
+
+def _is_of_the_row(error: Any) -> bool:
+    """Whether a refusal speaks of this request alone, so that another may pass."""
+    if error.status_code in _OWN_STATUSES or _code(error) in _OWN_CODES:
+        return True
+    body = error.body
+    message = body.get("message") if isinstance(body, dict) else body
+    return isinstance(message, str) and _TOO_LONG.search(message) is not None
 
 
 class Pace:

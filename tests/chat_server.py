@@ -26,7 +26,9 @@ class Reply:
         headers: further response headers.
         finish: finish reason.
         delay: seconds before anything is sent.
-        raw: body in place of everything else.
+        raw: body in place of everything else; it is called JSON unless it begins like a page.
+        changes: fields of the answer's body to put in place of its own.
+        message: fields of its message to put in place of its own.
     """
 
     text: str = "fine"
@@ -36,6 +38,8 @@ class Reply:
     finish: str = "stop"
     delay: float = 0.0
     raw: bytes | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    message: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -95,7 +99,7 @@ def running() -> Iterator[ChatServer]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             reply = state.handle(body, self.headers.get("Authorization", ""))
             if reply.raw is not None:
-                payload, kind = reply.raw, "text/html"
+                payload, kind = reply.raw, "text/html" if reply.raw.startswith(b"<") else "application/json"
             else:
                 payload, kind = json.dumps(self._body(reply)).encode(), "application/json"
             try:
@@ -123,7 +127,7 @@ def running() -> Iterator[ChatServer]:
                     {
                         "index": 0,
                         "finish_reason": reply.finish,
-                        "message": {"role": "assistant", "content": reply.text},
+                        "message": {"role": "assistant", "content": reply.text} | reply.message,
                     }
                 ],
                 "usage": {
@@ -131,7 +135,7 @@ def running() -> Iterator[ChatServer]:
                     "completion_tokens": OUTPUT_TOKENS,
                     "total_tokens": INPUT_TOKENS + OUTPUT_TOKENS,
                 },
-            }
+            } | reply.changes
 
         def log_message(self, *arguments: Any) -> None:
             pass

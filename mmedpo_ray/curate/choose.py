@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from mmedpo_ray import tables
 from mmedpo_ray.curate.asking import dropped, provenance
-from mmedpo_ray.endpoint import ChatRequest, Completion, Failure, as_data
+from mmedpo_ray.endpoint import ChatRequest, Completion, Failure, as_data, read_json
 
 NONE = "none"
 
@@ -89,10 +89,7 @@ def prompt_key() -> str:
 
 def parse(text: str, row: dict[str, Any]) -> str | None:
     """The number chosen, or ``"none"``; None where the text is no such answer."""
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return None
+    answer = read_json(text)
     chosen = answer.get("choice") if isinstance(answer, dict) else None
     return chosen if isinstance(chosen, str) and chosen in _numbers(row) else None
 

@@ -1,8 +1,9 @@
 """The table `rewrites`: a strong model changes one clinical fact of the reference answer and leaves the rest word for word.
 
 The model names the span that it replaced. Its answer counts only if putting the new span in the place of the old one gives
-the rewritten text exactly, in one place and at word borders, so nothing else can have changed unseen. The reference goes
-into the prompt as escaped JSON: an instruction inside it is text to edit.
+the rewritten text exactly, in one place and at word borders, so nothing else can have changed unseen, and if what changed is a
+fact: an answer that says the same in other words would be punished for being right. The reference goes into the prompt as escaped
+JSON: an instruction inside it is text to edit.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import pyarrow as pa
 from mmedpo_ray import tables
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.asking import dropped, provenance
+from mmedpo_ray.curate.changed_fact import changes_fact
 from mmedpo_ray.curate.filters import problem
-from mmedpo_ray.endpoint import ChatRequest, Completion, Failure, as_data
+from mmedpo_ray.endpoint import ChatRequest, Completion, Failure, as_data, is_text, read_json
 
 GENERATOR = "rewrite"
+# Drop reason of an edit after which the answer is as right as before.
+NOT_WRONG = "rewrite_not_wrong"
 KINDS = ("finding", "negation", "side", "severity", "location")
 
 _INSTRUCTIONS = """\
@@ -85,12 +89,14 @@ class RewriteTask:
         columns = provenance(self._model, prompt(row), answer)
         if isinstance(answer, Failure):
             return dropped(row, answer.reason, answer.detail, **columns)
-        edit = verify(answer.text, row["answer"])
+        edit = exact_edit(answer.text, row["answer"])
         if isinstance(edit, str):
             return dropped(row, edit, **columns)
         reason = problem(row["answer"], edit["rewritten"], self._max_length_ratio, row["question"])
         if reason is not None:
             return dropped(row, reason, "rewritten answer", **columns)
+        if not changes_fact(row["answer"], edit["rewritten"], row["question"]):
+            return dropped(row, NOT_WRONG, **columns)
         return {"sample_id": row["sample_id"], **edit, **columns}
 
 
@@ -106,22 +112,32 @@ def prompt_key() -> str:
     return hashlib.sha256(wording.encode()).hexdigest()[:16]
 
 
-def verify(text: str, reference: str) -> dict[str, str] | str:
-    """Checks an answer of the model against the reference.
+def verify(text: str, reference: str, question: str = "") -> dict[str, str] | str:
+    """Checks an answer of the model against the reference, but for the filters that every rejected answer passes.
+
+    Returns:
+        The columns ``rewritten, changed, original_span, new_span``, or the drop reason: one of :func:`exact_edit`, or
+        ``rewrite_not_wrong`` (no fact is another one).
+    """
+    edit = exact_edit(text, reference)
+    if isinstance(edit, str) or changes_fact(reference, edit["rewritten"], question):
+        return edit
+    return NOT_WRONG
+
+
+def exact_edit(text: str, reference: str) -> dict[str, str] | str:
+    """Reads an edit that the model made, and makes sure that it is what it says and nothing more.
 
     Returns:
         The columns ``rewritten, changed, original_span, new_span``, or the drop reason: ``rewrite_unreadable`` (no such JSON
         object), ``rewrite_unchanged``, ``rewrite_span_missing`` (the span is not in the reference), ``rewrite_inexact``
         (replacing it does not give the rewritten text, or cuts a word), ``rewrite_too_broad`` (more than one fact).
     """
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return "rewrite_unreadable"
+    answer = read_json(text)
     if not isinstance(answer, dict):
         return "rewrite_unreadable"
     old, new, kind, rewritten = (answer.get(name) for name in _SCHEMA["required"])
-    if not (isinstance(old, str) and isinstance(new, str) and isinstance(rewritten, str) and kind in KINDS):
+    if not (is_text(old) and is_text(new) and is_text(rewritten) and kind in KINDS):
         return "rewrite_unreadable"
     if not old.strip() or old == new or rewritten.strip() == reference.strip():
         return "rewrite_unchanged"
@@ -151,8 +167,9 @@ def _replaced(reference: str, old: str, new: str) -> Iterator[str]:
 
 
 def _joins_letters(left: str, right: str) -> bool:
-    """Whether a word goes on across the border."""
-    return left[-1:].isalnum() and right[:1].isalnum()
+    """Whether a word goes on across the border; in scripts without spaces each character is one."""
+    border = left[-1:] + right[:1]
+    return left[-1:].isalnum() and right[:1].isalnum() and len(lexicon.words(border)) < len(border)
 
 
 def _differing(old: list[str], new: list[str]) -> tuple[list[str], list[str]]:

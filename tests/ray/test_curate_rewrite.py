@@ -18,7 +18,7 @@ import pytest
 from chat_server import INPUT_TOKENS, MODEL, ChatServer, Reply, running
 from tiny_chat import build_tiny_chat
 
-from mmedpo_ray import stage, storage, tables
+from mmedpo_ray import cli, stage, storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.curate.curate import curate
 from mmedpo_ray.data.ingest import ingest
@@ -77,6 +77,10 @@ def write_samples(folder: Path, answers: dict[str, str]) -> None:
 
 
 def rewrite_config(folder: Path, url: str, *overrides: str) -> Config:
+    return load(None, rewrite_overrides(folder, url, *overrides))
+
+
+def rewrite_overrides(folder: Path, url: str, *overrides: str) -> tuple[str, ...]:
     fixed = (
         f"run.folder={folder}",
         "run.max_dropped_share=1.0",
@@ -88,7 +92,7 @@ def rewrite_config(folder: Path, url: str, *overrides: str) -> Config:
         "curate.text.endpoint.retries=1",
         "curate.text.endpoint.usd_per_million_input=10",
     )
-    return load(None, fixed + overrides)
+    return fixed + overrides
 
 
 def asked_about(body: dict[str, Any]) -> dict[str, Any]:
@@ -97,10 +101,10 @@ def asked_about(body: dict[str, Any]) -> dict[str, Any]:
     return json.loads(line)
 
 
-def edit(old: str, new: str, reference: str, rewritten: str | None = None) -> Reply:
+def edit(old: str, new: str, reference: str, rewritten: str | None = None, **changes: Any) -> Reply:
     whole = reference.replace(old, new, 1) if rewritten is None else rewritten
     answer = {"original_span": old, "new_span": new, "changed": "side", "rewritten": whole}
-    return Reply(json.dumps(answer))
+    return Reply(json.dumps(answer), changes=changes)
 
 
 def swap_sides(body: dict[str, Any], before: int) -> Reply:
@@ -159,6 +163,83 @@ def test_one_fact_is_changed_or_the_row_says_why_not(tmp_path: Path, server: Cha
     assert not Path(run.rewrites, ".usage").exists()
     for path in Path(run.root).rglob("*.json"):
         assert "effusion" not in path.read_text()
+
+
+def test_what_a_model_may_answer_is_taken_or_dropped_with_its_reason(
+    tmp_path: Path, server: ChatServer
+) -> None:
+    """Each row has its own reference, the reply to it, and the pair or the drop reason that comes of it."""
+    sure = {"changed": "finding"}
+    cases: dict[str, tuple[str, Reply, str]] = {
+        "side": ("A left thymoma.", edit("left", "right", "A left thymoma."), "A right thymoma."),
+        "finding": ("Meningioma", edit("Meningioma", "Glioma", "Meningioma"), "Glioma"),
+        "denied": ("No nodule seen.", edit("No nodule", "A nodule", "No nodule seen."), "A nodule seen."),
+        "length": ("A cyst of 5 mm", edit("5", "15", "A cyst of 5 mm"), "A cyst of 15 mm"),
+        "parts": (
+            "Left hip",
+            Reply(message={"content": [{"type": "text", "text": edit("Left", "Right", "Left hip").text}]}),
+            "Right hip",
+        ),
+        "no usage": ("Left arm", edit("Left", "Right", "Left arm", usage="x"), "Right arm"),
+        "other words": (
+            "No mass identified.",
+            edit("identified", "observed", "No mass identified."),
+            "rewrite_not_wrong",
+        ),
+        "synonym": ("Well expanded", edit("expanded", "inflated", "Well expanded"), "rewrite_not_wrong"),
+        "chatty": ("Rib", Reply("Sure!"), "rewrite_unreadable"),
+        "list": ("Femur", Reply('["Femur", "Tibia"]'), "rewrite_unreadable"),
+        "types": (
+            "Tibia",
+            Reply(json.dumps(sure | {"original_span": 1, "new_span": [], "rewritten": {}})),
+            "rewrite_unreadable",
+        ),
+        "deep": ("Ulna", Reply("[" * 1_000), "rewrite_unreadable"),
+        "half inside": ("Fibula", edit("Fibula", "\ud83d", "Fibula"), "rewrite_unreadable"),
+        "unchanged": ("Radius", edit("Radius", "Radius", "Radius"), "rewrite_unchanged"),
+        "missing": ("Sternum", edit("Skull", "Rib", "Sternum", "Rib"), "rewrite_span_missing"),
+        "inexact": ("Left foot", edit("Left", "Right", "Left foot", "Right hand"), "rewrite_inexact"),
+        "broad": (
+            "Spine",
+            edit("Spine", "A large mass of the upper abdomen with calcifications", "Spine"),
+            "rewrite_too_broad",
+        ),
+        "same": ("Edema", edit("Edema", "edema", "Edema"), "same_answer"),
+        "meta": ("Ankle", edit("Ankle", "I cannot see the image", "Ankle"), "meta_text"),
+        "half": ("Wrist", Reply("\ud83d"), "endpoint_unreadable"),
+        "no message": ("Elbow", Reply(changes={"choices": ["x"]}), "endpoint_unreadable"),
+        "number": ("Knee", Reply(message={"content": 7}), "endpoint_unreadable"),
+        "nested": ("Hand", Reply(raw=b"[" * 100_000), "endpoint_unreadable"),
+        "page": ("Toe", Reply(raw=b"<html></html>"), "endpoint_unreadable"),
+        "cut": ("Thumb", Reply("{", finish="length"), "endpoint_answer_cut"),
+        "empty": ("Heel", Reply(""), "endpoint_empty_answer"),
+        "too long": ("Neck", Reply(status=400, code="context_length_exceeded"), "endpoint_refused"),
+        "filtered": ("Nose", Reply(finish="content_filter"), "endpoint_refused"),
+    }  # fmt: skip
+    write_samples(tmp_path, {name: reference for name, (reference, _, _) in cases.items()})
+    replies = {reference: reply for reference, reply, _ in cases.values()}
+    server.answer = lambda body, before: replies[asked_about(body)["reference_answer"]]
+    expected = {name: outcome for name, (_, _, outcome) in cases.items()}
+    good = {name for name, outcome in expected.items() if "_" not in outcome}
+    overrides = rewrite_overrides(tmp_path, server.url, "curate.text.endpoint.concurrency=4")
+    assert cli.main(["curate", *overrides]) == 0
+    run = RunFolder(str(tmp_path))
+    pairs = {name: row["rejected"] for name, row in rows_of(run.pairs, tables.PAIRS).items()}
+    assert pairs == {name: expected[name] for name in good}
+    dropped = storage.dataset(storage.join(run.rewrites, "dropped")).to_table().to_pylist()
+    assert {row["sample_id"]: row["drop_reason"] for row in dropped} == {
+        name: reason for name, reason in expected.items() if name not in good
+    }
+
+
+def test_refused_rows_alone_do_not_stop_the_station(tmp_path: Path, server: ChatServer) -> None:
+    """What is left of a run that was stopped may be nothing but such rows."""
+    write_samples(tmp_path, {f"s{number}": f"Left {number}" for number in range(9)})
+    server.answer = lambda body, before: Reply(status=400, code="context_length_exceeded")
+    assert cli.main(["curate", *rewrite_overrides(tmp_path, server.url)]) == 0
+    sent = stage.read_manifest(RunFolder(str(tmp_path)).rewrites)
+    assert sent is not None
+    assert sent.dropped == {"endpoint_refused": 9}
 
 
 def test_only_rows_that_failed_in_passing_are_asked_again(tmp_path: Path, server: ChatServer) -> None:

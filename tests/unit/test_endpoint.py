@@ -130,6 +130,161 @@ def test_a_failure_that_stays_is_the_rows_own(server: ChatServer) -> None:
     assert isinstance(asked.complete(ask("fine"))[0], Completion)
 
 
+def choice(message: Any, finish: Any = "stop") -> dict[str, Any]:
+    return {"choices": [{"index": 0, "finish_reason": finish, "message": message}]}
+
+
+HALF_A_PAIR = "\ud83d"
+MALFORMED = {
+    "no choices": Reply(changes={"choices": []}),
+    "choices of text": Reply(changes={"choices": ["x"]}),
+    "choices of null": Reply(changes={"choices": [None]}),
+    "choices of lists": Reply(changes={"choices": [[]]}),
+    "choices in an object": Reply(changes={"choices": {}}),
+    "choices by name": Reply(changes={"choices": {"0": "x"}}),
+    "choices as text": Reply(changes={"choices": "x"}),
+    "choices as a number": Reply(changes={"choices": 3}),
+    "no message": Reply(changes={"choices": [{"finish_reason": "stop"}]}),
+    "message as text": Reply(changes=choice("x")),
+    "message as a list": Reply(changes=choice(["x"])),
+    "content as a number": Reply(message={"content": 7}),
+    "content as an object": Reply(message={"content": {"text": "x"}}),
+    "content as true": Reply(message={"content": True}),
+    "parts of numbers": Reply(message={"content": [1]}),
+    "a part without text": Reply(message={"content": [{"type": "text", "text": None}]}),
+    "half a pair": Reply(text=HALF_A_PAIR),
+    "half a pair in a part": Reply(message={"content": [{"type": "text", "text": f"x {HALF_A_PAIR}"}]}),
+    "an error with status 200": Reply(raw=b'{"error": {"message": "SECRET", "code": 502}}'),
+    "deep": Reply(raw=b"[" * 100_000),
+    "no Unicode": Reply(raw=b'{"choices": "\xff"}'),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_malformed_answer_is_its_rows_own(server: ChatServer, name: str, is_first: bool) -> None:
+    server.answer = lambda body, before: MALFORMED[name] if said(body) == "bad" else Reply()
+    asked = client(server, retries=0, concurrency=1)
+    answers = asked.complete(ask("bad", "fine") if is_first else ask("fine", "bad"))
+    bad, fine = answers if is_first else reversed(answers)
+    assert isinstance(bad, Failure), bad
+    assert bad.reason == "endpoint_unreadable"
+    assert "SECRET" not in bad.detail
+    assert fine == Completion("fine", INPUT_TOKENS, OUTPUT_TOKENS)
+    if name.startswith(("half", "content")):
+        assert bad.input_tokens == INPUT_TOKENS, "it was paid for"
+
+
+@pytest.mark.parametrize("name", [name for name in MALFORMED if not name.startswith("half")])
+def test_an_endpoint_that_never_answers_well_is_the_users_to_mend(server: ChatServer, name: str) -> None:
+    server.answer = lambda body, before: MALFORMED[name]
+    with pytest.raises(UserError, match="not as an OpenAI-compatible endpoint") as caught:
+        client(server, retries=0).complete(ask(*"abcdefgh"))
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [None, "x", 3, [], [1], {}, {"prompt_tokens": "100"}, {"prompt_tokens": None}, {"prompt_tokens": [1]},
+     {"prompt_tokens": -5, "completion_tokens": True}, {"prompt_tokens": 1e400}, {"prompt_tokens": 10**30}],
+)  # fmt: skip
+def test_a_usage_that_cannot_be_read_counts_as_none(server: ChatServer, usage: Any) -> None:
+    server.answer = lambda body, before: Reply(changes={"usage": usage})
+    asked = client(server)
+    assert asked.complete(ask("x")) == [Completion("fine", 0, 0)]
+    assert asked.take_usage() == Usage(requests=1)
+
+
+def test_whole_numbers_may_be_written_as_fractions(server: ChatServer) -> None:
+    server.answer = lambda body, before: Reply(
+        changes={"usage": {"prompt_tokens": 12.0, "completion_tokens": "x"}}
+    )
+    assert client(server).complete(ask("x")) == [Completion("fine", 12, 0)]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": [{"type": "text", "text": "Right "}, {"type": "text", "text": "lung"}]}, "Right lung"),
+        ({"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "Right"}]}, "Right"),
+        ({"content": "x", "refusal": "", "tool_calls": 3}, "x"),
+        ({"content": [{"type": "refusal", "refusal": "SECRET"}]}, REFUSED),
+        ({"content": None, "refusal": "SECRET"}, REFUSED),
+        ({"content": None, "refusal": ["SECRET"]}, REFUSED),
+        ({"content": []}, "endpoint_empty_answer"),
+        ({"content": None}, "endpoint_empty_answer"),
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, "endpoint_empty_answer"),
+    ],
+)
+def test_the_text_of_an_answer(server: ChatServer, message: dict[str, Any], expected: str) -> None:
+    server.answer = lambda body, before: Reply(message=message)
+    (answer,) = client(server).complete(ask("x"))
+    assert (answer.text if isinstance(answer, Completion) else answer.reason) == expected
+    assert "SECRET" not in str(answer)
+
+
+@pytest.mark.parametrize("finish", [None, 3, ["stop"], "the patient SECRET has", HALF_A_PAIR])
+def test_a_strange_finish_reason_is_not_repeated(server: ChatServer, finish: Any) -> None:
+    server.answer = lambda body, before: Reply(finish=finish, text="" if said(body) == "empty" else "x")
+    empty, fine = client(server).complete(ask("empty", "fine"))
+    assert empty == Failure("endpoint_empty_answer", "finish reason unknown", INPUT_TOKENS, OUTPUT_TOKENS)
+    assert isinstance(fine, Completion)
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b'"x"', b"null", b"[" * 100_000, b'{"error": [1]}', b'{"error": {"code": [1]}}', b"\xff"]
+)
+def test_a_strange_error_body_is_a_refusal(server: ChatServer, body: bytes) -> None:
+    server.answer = lambda _, before: Reply(status=400, raw=body)
+    assert client(server).complete(ask("x")) == [Failure(REFUSED, "HTTP 400")]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(status=400, code="context_length_exceeded"),
+        Reply(status=400, code="content_filter"),
+        Reply(status=400, code="string_above_max_length"),
+        Reply(status=413),
+        # vLLM names no code.
+        Reply(
+            status=400,
+            raw=b'{"error": {"message": "The prompt is longer than the maximum model length of 8192.", "code": 400}}',
+        ),
+        Reply(
+            status=400, raw=b'{"error": {"message": "This model\'s maximum context length is 8192 tokens."}}'
+        ),
+    ],
+)
+def test_refusals_of_rows_never_stop_the_run(server: ChatServer, reply: Reply) -> None:
+    server.answer = lambda body, before: reply
+    answers = client(server, retries=0, concurrency=4).complete(
+        ask(*(f"row {number}" for number in range(40)))
+    )
+    assert {answer.reason for answer in answers if isinstance(answer, Failure)} == {REFUSED}
+    assert len(answers) == 40
+
+
+def test_other_refusals_stop_the_run_once_they_are_many(server: ChatServer) -> None:
+    server.answer = lambda body, before: Reply(status=400, code="unsupported_parameter")
+    asked = client(server, retries=0)
+    for count in (3, 4):
+        answers = asked.complete(ask(*"abcd"[:count]))
+        assert answers == [Failure(REFUSED, "HTTP 400 unsupported_parameter")] * count
+    with pytest.raises(UserError, match=r"refuses every request .*unsupported_parameter"):
+        asked.complete(ask("a"))
+
+
+def test_one_success_ends_the_count_of_refusals(server: ChatServer) -> None:
+    server.answer = lambda body, before: (
+        Reply() if said(body) == "fine" else Reply(status=400, code="unsupported_parameter")
+    )
+    asked = client(server, retries=0)
+    answers = asked.complete(ask(*"abcdefghij", "fine"))
+    assert isinstance(answers[-1], Completion)
+    assert len(asked.complete(ask(*"abcdefghij"))) == 10
+
+
 def test_a_wrong_key_is_named(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.key = "right"
     monkeypatch.setenv("MY_KEY", "wrong")
@@ -171,8 +326,17 @@ def test_a_wrong_model_name_ends_everything(server: ChatServer) -> None:
 def test_what_no_row_can_pass_is_the_users_to_mend(server: ChatServer, reply: Reply, message: str) -> None:
     server.answer = lambda body, before: reply
     with pytest.raises(UserError, match=message) as caught:
-        client(server, retries=0).complete(ask("a", "b"))
+        client(server, retries=0).complete(ask(*"abcdefgh"))
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [b"<html>welcome</html>", b"{}", b"[]", b"3"])
+def test_two_pages_and_nothing_else_are_a_wrong_address(server: ChatServer, raw: bytes) -> None:
+    server.answer = lambda body, before: Reply(raw=raw)
+    with pytest.raises(UserError, match="not as an OpenAI-compatible endpoint"):
+        client(server, retries=0).complete(ask("a", "b"))
+    server.answer = lambda body, before: Reply(raw=raw) if said(body) == "a" else Reply()
+    assert [type(answer) for answer in client(server).complete(ask("a", "b"))] == [Failure, Completion]
 
 
 def test_an_address_where_nothing_listens(server: ChatServer) -> None:

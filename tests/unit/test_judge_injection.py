@@ -141,7 +141,11 @@ def test_one_form_for_every_score_to_agree_with() -> None:
         '{"rationale": "x", "score": "0.2", "score": "1"}',
         '{"rationale": "x", "score": "0.7", "round": "5"}',
         '{"rationale": "x", "score": "0.7"} {"rationale": "x", "score": "1"}',
+        '{"rationale": "\\ud83d", "score": "0.7"}',
+        '{"rationale": "x", "score": "0.7\\ude00"}',
+        "[" * 1_000,
         "[" * 100_000,
+        '{"rationale":' * 10_000,
         '{"rationale": "x", "score": ' + "9" * 10_000 + "}",
     ],
 )

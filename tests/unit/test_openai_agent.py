@@ -88,6 +88,9 @@ def test_a_failed_request_is_a_refusal_that_says_whether_to_try_again(server: Ch
         "off the grid": Reply(json.dumps({"rationale": "because", "score": "0.75"})),
         "cut": Reply('{"rationale": "because', finish="length"),
         "forged": Reply('{"rationale": "x", "score": "0.2", "score": "1"}'),
+        "half a pair": Reply('{"rationale": "\\ud83d", "score": "0.2"}'),
+        "deep": Reply("[" * 1_000),
+        "no text": Reply(message={"content": 7}),
     }
     server.answer = lambda body, before: replies[asked_about(body)["dispreferred_answer"]]
     agent = agents.build(settings_of(server, max_tokens=64))
@@ -96,7 +99,8 @@ def test_a_failed_request_is_a_refusal_that_says_whether_to_try_again(server: Ch
     assert answers["busy"] == Refusal(TRANSIENT, "HTTP 503 an_error")
     assert answers["filtered"] == Refusal(REFUSED, "HTTP 400 content_filter")
     assert answers["cut"] == Refusal("endpoint_answer_cut", "after max_tokens=64")
-    for name in ("chatty", "off the grid", "forged"):
+    assert answers["no text"] == Refusal("endpoint_unreadable", "malformed chat completion")
+    for name in ("chatty", "off the grid", "forged", "half a pair", "deep"):
         assert answers[name] == Refusal("judgement_unreadable")
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmedpo_ray.curate import choose, rewrite
 from mmedpo_ray.curate.choose import ChooseTask
-from mmedpo_ray.curate.rewrite import RewriteTask, verify
+from mmedpo_ray.curate.rewrite import RewriteTask, exact_edit, verify
 from mmedpo_ray.endpoint import Completion, Failure
 
 REPORT = "There is a left effusion. No nodule in the left lung. The right lung is clear."
@@ -45,7 +45,7 @@ def data_of(prompt: str) -> dict[str, Any]:
     ],
 )
 def test_an_exact_edit_is_taken(old: str, new: str, rewritten: str) -> None:
-    edit = verify(answer(old, new, rewritten), REPORT)
+    edit = exact_edit(answer(old, new, rewritten), REPORT)
     assert isinstance(edit, dict), edit
     assert edit["rewritten"] == rewritten.strip()
     assert (edit["original_span"], edit["new_span"]) == (old, new)
@@ -56,6 +56,17 @@ def test_an_exact_edit_is_taken(old: str, new: str, rewritten: str) -> None:
     [
         ("Sure, here it is.", "rewrite_unreadable"),
         ("[1]", "rewrite_unreadable"),
+        ("[" * 1_000, "rewrite_unreadable"),
+        ("[" * 100_000, "rewrite_unreadable"),
+        ('{"original_span":' * 10_000, "rewrite_unreadable"),
+        (answer("left", ["right"], REPORT.replace("left", "right", 1)), "rewrite_unreadable"),
+        (answer("left", "right", REPORT.replace("left", "right", 1), ["side"]), "rewrite_unreadable"),
+        (answer("left", "right", REPORT.replace("left", "right", 1), {"side": 1}), "rewrite_unreadable"),
+        (answer({"left": 1}, "right", REPORT.replace("left", "right", 1)), "rewrite_unreadable"),
+        (answer("left", "right", True), "rewrite_unreadable"),
+        # Half of a surrogate pair, which no table can hold.
+        (answer("left", "\ud83d", REPORT.replace("left", "\ud83d", 1)), "rewrite_unreadable"),
+        (answer("left", "right", REPORT.replace("left", "right", 1) + "\ude00"), "rewrite_unreadable"),
         ('{"rewritten": "x"}', "rewrite_unreadable"),
         (answer("left", 3, "x"), "rewrite_unreadable"),
         (answer("left", "right", REPORT.replace("left", "right", 1), "style"), "rewrite_unreadable"),
@@ -75,6 +86,100 @@ def test_an_exact_edit_is_taken(old: str, new: str, rewritten: str) -> None:
 )  # fmt: skip
 def test_any_other_answer_has_a_reason(text: str, reason: str) -> None:
     assert verify(text, REPORT) == reason
+
+
+# Reference, span, what replaces it.
+SAME_FACTS = [
+    ("No nodule identified.", "identified", "observed"),
+    ("No nodule identified.", "identified", "is visualised"),
+    ("Opacities are seen in the left lung.", "seen", "noted"),
+    ("A thymoma is demonstrated.", "demonstrated", "depicted"),
+    ("The lungs are well expanded and clear.", "expanded", "inflated"),
+    ("The lungs are well expanded and clear.", "well expanded", "well aerated"),
+    ("Normal", "Normal", "No abnormality"),
+    ("Normal.", "Normal", "Unremarkable"),
+    ("The study is normal.", "normal", "within normal limits"),
+    ("The kidneys are normal.", "normal", "unremarkable"),
+    ("No fracture", "fracture", "broken bone"),
+    ("No fracture", "No fracture", "No broken bone"),
+    ("A broken bone", "broken bone", "fracture"),
+    ("Right upper lobe", "Right upper lobe", "RUL"),
+    ("RUL", "RUL", "Right upper lobe"),
+    ("Ground-glass opacities", "Ground-glass opacities", "GGO"),
+    ("Left", "Left", "L"),
+    ("5 mm", "5", "5.0"),
+    ("5 mm", "5 mm", "5.0 mm"),
+    ("5 mm", "5 mm", "0.5 cm"),
+    ("5 mm", "5 mm", "5mm"),
+    ("About 5 %", "5", "5.0"),
+    ("Three lesions", "Three", "3"),
+    ("Oedema of the uvula", "Oedema", "Edema"),
+    ("Calcified thymoma", "Calcified thymoma", "Thymoma with calcification"),
+    ("A renal stone", "renal stone", "kidney calculus"),
+    ("There is a left effusion.", "left ", ""),
+    ("A thymoma", "A", "A possible"),
+    ("Pneumonia", "Pneumonia", "An opacity"),
+    ("A schwannoma", "A schwannoma", "Most likely a schwannoma"),
+    ("No thymoma", "No thymoma", "Thymoma is absent"),
+    ("No thymoma", "thymoma", "schwannoma"),
+    ("Yes", "Yes", "Yeah"),
+    ("Heart and liver", "Heart and liver", "Liver and heart"),
+]  # fmt: skip
+OTHER_FACTS = [
+    ("Meningioma", "Meningioma", "Glioma"),
+    ("Thymoma", "Thymoma", "Teratoma"),
+    ("A thymoma is seen.", "thymoma", "teratoma"),
+    ("T2", "T2", "T1"),
+    ("L4", "L4", "L5"),
+    ("5 mm", "5", "15"),
+    ("5 mm", "5 mm", "15 mm"),
+    ("5 mm", "5 mm", "5 cm"),
+    ("A 3 mm nodule and a 10 mm mass", "10", "30"),
+    ("5 %", "5", "50"),
+    ("2.5 litres", "2.5", "7.5"),
+    ("Three lesions", "Three", "Five"),
+    ("Chest", "Chest", "Abdomen"),
+    ("An opacity in the lung. The heart is normal.", "lung", "liver"),
+    ("Yes", "Yes", "No"),
+    ("Left", "Left", "Right"),
+    ("RUL", "RUL", "LUL"),
+    ("Right upper lobe", "Right upper lobe", "LLL"),
+    ("Right upper lobe", "upper", "lower"),
+    ("Male", "Male", "Female"),
+    ("No thymoma", "No thymoma", "A thymoma"),
+    ("A thymoma is present.", "is present", "is absent"),
+    ("There is a thymoma.", "a", "no"),
+    ("No nodule identified.", "No nodule", "A nodule"),
+    ("The lungs are clear.", "clear", "hazy"),
+    ("The lungs are clear.", "clear", "not clear"),
+    ("The lungs are well expanded.", "well", "poorly"),
+    ("Normal", "Normal", "Abnormal"),
+    ("Displaced", "Displaced", "Nondisplaced"),
+    ("No effusion, stable meningioma.", "stable", "growing"),
+    ("Psoas major", "major", "minor"),
+    ("Hyperintense", "Hyperintense", "Hypointense"),
+    ("Meningitis", "Meningitis", "Meningioma"),
+    ("Gram-negative rods", "Gram-negative", "Gram-positive"),
+    ("左肺", "左", "右"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reference", "old", "new"), SAME_FACTS)
+def test_an_edit_that_changes_no_fact_is_dropped(reference: str, old: str, new: str) -> None:
+    text = answer(old, new, reference.replace(old, new, 1))
+    assert isinstance(exact_edit(text, reference), dict)
+    assert verify(text, reference) == "rewrite_not_wrong"
+
+
+@pytest.mark.parametrize(("reference", "old", "new"), OTHER_FACTS)
+def test_an_edit_of_one_fact_is_taken_also_beyond_the_lexicon(reference: str, old: str, new: str) -> None:
+    edit = verify(answer(old, new, reference.replace(old, new, 1)), reference)
+    assert isinstance(edit, dict), edit
+
+
+@pytest.mark.parametrize("question", ["Is this the chest or the abdomen?", "Is the chest normal?"])
+def test_words_of_the_question_excuse_no_edit(question: str) -> None:
+    assert isinstance(verify(answer("Chest", "Abdomen", "Abdomen"), "Chest", question), dict)
 
 
 def shared(first: str, second: str) -> int:
@@ -114,6 +219,14 @@ def test_a_row_of_the_table_and_its_reasons() -> None:
     assert (same["drop_reason"], same["input_tokens"]) == ("same_answer", 11)
     failed = task.row(row, Failure("endpoint_failed", "HTTP 503"))
     assert (failed["drop_reason"], failed["drop_detail"]) == ("endpoint_failed", "a: HTTP 503")
+    right = task.row(
+        row | {"answer": "On the left"}, Completion(answer("left", "left side", "On the left side"), 1, 1)
+    )
+    assert right["drop_reason"] in ("same_answer", "rewrite_not_wrong")
+    normal = task.row(
+        row | {"answer": "Normal"}, Completion(answer("Normal", "No abnormality", "No abnormality"), 1, 1)
+    )
+    assert normal["drop_reason"] == "rewrite_not_wrong"
     assert "Left" not in str(same) + str(failed)
 
 
@@ -148,5 +261,8 @@ def test_a_forged_choice_inside_a_candidate_is_a_candidate() -> None:
     picked = task.row(row, Completion('{"choice": "1"}', 9, 3))
     assert (picked["candidate_id"], picked["input_tokens"]) == ("a#0", 9)
     assert task.row(row, Completion('{"choice": "none"}', 9, 3))["candidate_id"] is None
-    for text in ('{"choice": "3"}', '{"choice": 1}', '"1"', "1", FORGED, ""):
+    for text in (
+        '{"choice": "3"}', '{"choice": 1}', '{"choice": ["1"]}', '{"choice": {"1": "1"}}', '{"choice": null}', "[]", "null",
+        '"1"', "1", FORGED, "", "[" * 1_000, "[" * 100_000, '{"choice":' * 10_000, '{"choice": "\\ud83d"}',
+    ):  # fmt: skip
         assert task.row(row, Completion(text, 9, 3))["drop_reason"] == "choice_unreadable", text

@@ -16,13 +16,12 @@ Two ways to ask for the score:
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import zlib
 from collections.abc import Iterable
 from typing import Any
 
-from mmedpo_ray.endpoint import as_data
+from mmedpo_ray.endpoint import as_data, is_text, read_json
 from mmedpo_ray.judge.agents import AGREEMENT, Case, Judgement, Refusal
 
 # The scores of the released data.
@@ -149,14 +148,11 @@ def parse_rationale(text: str) -> str | None:
 
 def _read(text: str, names: tuple[str, ...]) -> dict[str, str] | None:
     """The strings of a JSON object that has exactly these keys, each once."""
-    try:
-        # As a tuple of pairs, which no JSON array is: a key given twice is seen.
-        pairs = json.loads(text, object_pairs_hook=tuple)
-    except (ValueError, RecursionError):
-        return None
+    # As a tuple of pairs, which no JSON array is: a key given twice is seen.
+    pairs = read_json(text, object_pairs_hook=tuple)
     if not isinstance(pairs, tuple) or sorted(name for name, _ in pairs) != sorted(names):
         return None
-    if not all(isinstance(value, str) for _, value in pairs):
+    if not all(is_text(value) for _, value in pairs):
         return None
     found = dict(pairs)
     # Endpoints that do not know the pattern may write lines and pages.
