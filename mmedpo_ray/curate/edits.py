@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mmedpo_ray.curate.terms import Concept, Mention
@@ -15,6 +16,15 @@ _IRREGULAR = {
     "metastasis": "metastases",
 }
 _PLURAL_ENDINGS = ("ies", "ses", "xes", "ces", "wires", "fractures", "lymph nodes")
+# Spellings that take an article although their concept takes none, and the other way round.
+_COUNTED = re.compile(r"\b(?:heart|silhouette|mediastinum|liver|lymph node|bleed|subarachnoid)$")
+_UNCOUNTED = re.compile(
+    r"(?:iasis|itis|fluid|hydrothorax|disease|ischemia|infarction|infiltration|opacification|nodularity|"
+    r"non-enhancing tumor|enhancing tumor|shift of midline structures|shift of the midline)$"
+)
+# "a unilateral effusion", "an NG tube": by the sound, not by the letter.
+_SOUNDS_LIKE_A_CONSONANT = re.compile(r"(?:uni|use|uter|ureter|urin|eu|one)", re.IGNORECASE)
+_NAMED_LETTER = re.compile(r"[AEFHILMNORSX][A-Z]+\b")
 
 
 @dataclass(frozen=True)
@@ -32,9 +42,15 @@ class Edit:
 
 def with_article(spelled: str, *, bare: bool) -> str:
     """The words with "a" or "an"; ``bare``: a mass noun or plural, which take none."""
-    if bare:
-        return spelled
-    return f"{'an' if spelled[:1].lower() in 'aeiou' else 'a'} {spelled}"
+    return spelled if bare else f"{article_of(spelled)} {spelled}"
+
+
+def article_of(spelled: str) -> str:
+    """ "a" or "an", by the sound with which the words begin."""
+    if _NAMED_LETTER.match(spelled):
+        return "an"
+    vowel = spelled[:1].lower() in "aeiou" and not _SOUNDS_LIKE_A_CONSONANT.match(spelled)
+    return "an" if vowel else "a"
 
 
 def is_plural(surface: str, mention: Mention) -> bool:
@@ -45,7 +61,14 @@ def is_plural(surface: str, mention: Mention) -> bool:
 
 def is_bare(surface: str, mention: Mention) -> bool:
     """Whether the mention takes no article."""
-    return mention.concept.mass_noun or is_plural(surface, mention)
+    return is_plural(surface, mention) or is_uncounted(mention.concept, surface.lower())
+
+
+def is_uncounted(concept: Concept, spelled: str) -> bool:
+    """Whether a concept in this spelling (small letters) has neither article nor plural."""
+    if concept.mass_noun:
+        return _COUNTED.search(spelled) is None
+    return _UNCOUNTED.search(spelled) is not None
 
 
 def like(surface: str, spelled: str) -> str:

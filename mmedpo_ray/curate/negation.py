@@ -11,27 +11,90 @@ from collections.abc import Iterator
 
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.edits import Edit, capitalise, is_bare, is_plural, like, uncapitalise, with_article
-from mmedpo_ray.curate.terms import mentions
+from mmedpo_ray.curate.terms import Mention, mentions
 
 _POLARITY = re.compile(r"^(\W*)(yes|no)\b(.*)$", re.IGNORECASE | re.DOTALL)
-_THERE_IS = re.compile(r"\b(there (?:is|are)) (?!no\b|not\b)(?:an? )?", re.IGNORECASE)
+_DEGREE = r"(?:mild|mildly|moderate|moderately|severe|severely|minimal|slight|trace|marked|massive|extensive)"
+# What a denial leaves out: how sure, how many, how large, since when. "There is no likely a small effusion" says nothing.
+_UNDENIED = (
+    r"(?:(?:likely|probably|probable|possibly|possible|presumably|suspected|several|multiple|many|numerous|innumerable|scattered|"
+    r"some|a few|one|two|three|four|five|an?|stable|unchanged|persistent|" + _DEGREE + r"|"
+    r"\d+(?:\.\d+)?(?: ?[x×] ?\d+(?:\.\d+)?)*[ -]?[mc]m)(?:,? |(?<=,)))*"
+)
+_THERE_IS = re.compile(
+    r"\b(there (?:is|are)) (?!(?:no|not|neither|only|at|about|more|less)\b)(?:((?:now|again|also|currently) )|(still ))?"
+    + _UNDENIED,
+    re.IGNORECASE,
+)
+_ASSERTED = re.compile(_UNDENIED, re.IGNORECASE)
+# "There is an opacity, suggestive of pneumonia" is not turned round by a word at its beginning.
+_EXPLAINED = re.compile(
+    r"\b(?:suggest\w*|consistent|compatible|represent\w*|reflect\w*|concerning|worrisome|may|could|which|but)\b",
+    re.IGNORECASE,
+)
+_NO_LONGER_A = re.compile(r"\b(there (?:is|are)) no longer (?=an? )", re.IGNORECASE)
+_NO_LONGER_SEEN = re.compile(
+    r"\b(is|are) no longer (?=seen|present|visible|visuali[sz]ed|identified|evident)", re.IGNORECASE
+)
 _THERE_IS_NO = re.compile(r"\b(there (?:is|are)) no ", re.IGNORECASE)
 _AUXILIARY = re.compile(
     r"\b(is|are|was|were|does|do|has|have|appears?|shows?)\b(?! not\b)(?: no\b)?", re.IGNORECASE
 )
+# Words up to the end of a sentence; a decimal point is none.
+_LISTED = r"((?:[^.;:]|\.(?=\d))+?)(?=\.(?!\d)|[;:]|$)"
 # A denial as it stands at the beginning of a sentence, with its list, up to the sentence's end.
-_DENIAL = re.compile(r"(^|[.;:]\s+)No ([^.;:]+?)(?=[.;]|$)")
-_THERE_IS_NO_LIST = re.compile(r"\b(There (?:is|are)) no ([^.;:]+?)(?=[.;]|$)", re.IGNORECASE)
-_EVIDENCE = re.compile(r"^(?:\w+ )?(?:evidence|signs?|suggestion|findings? suggestive) of ", re.IGNORECASE)
+_DENIAL = re.compile(rf"(^|[.;:]\s+)(No|Neither) (?!longer\b){_LISTED}", re.IGNORECASE)
+_THERE_IS_NO_LIST = re.compile(
+    rf"\b(there (?:is|are)(?: again| also| now| still| currently)?) (?:no|neither) (?!longer\b){_LISTED}",
+    re.IGNORECASE,
+)
+_WITHOUT_LIST = re.compile(rf"\b(without|with no) (?!contrast\b){_LISTED}", re.IGNORECASE)
+_SHOWS_NO_LIST = re.compile(rf"\b((?:shows?|demonstrates?|reveals?|has|have)) no {_LISTED}", re.IGNORECASE)
+_FREE_OF_LIST = re.compile(rf"\b(is|are) (?:\w+ )?free of {_LISTED}", re.IGNORECASE)
+_NEGATIVE_FOR_LIST = re.compile(rf"\b(negative) for {_LISTED}", re.IGNORECASE)
+_EVIDENCE = re.compile(
+    r"^(?:\w+ )?(?:evidence|signs?|suggestion|findings? suggestive|indication) (?:of|for|to suggest) (?:an? )?",
+    re.IGNORECASE,
+)
 _SEEN = (
     r"(?:seen|identified|present|noted|visuali[sz]ed|demonstrated|evident|visible|appreciated|detected|found)"
 )
 _PREDICATE = re.compile(rf" (?:is|are|was|were) (?:\w+ )?{_SEEN}\b.*$", re.IGNORECASE)
 _IS_SEEN = re.compile(rf"\b(is|are|was|were) (?!not\b)(?=(?:again |also )?{_SEEN}\b)", re.IGNORECASE)
 _IS_NOT_SEEN = re.compile(rf"\b(is|are|was|were) not (?={_SEEN}\b)", re.IGNORECASE)
-_WITHOUT = re.compile(r"\bwithout (?!contrast\b)(?=[^,.;:]+)", re.IGNORECASE)
-_NEGATIVE_FOR = re.compile(r"\b(negative)(?= for )", re.IGNORECASE)
-_ITEMS = re.compile(r",? or |, (?:and )?| nor ", re.IGNORECASE)
+_IS_ABSENT = re.compile(r"\b(is|are|was|were) absent\b", re.IGNORECASE)
+_RESOLVED = re.compile(r"\b(has|have) (?:\w+ )?resolved\b", re.IGNORECASE)
+_ABSENCE_OF = re.compile(r"\b(absence)(?= of )", re.IGNORECASE)
+# What separates the items of a denied list; an item may repeat the denial.
+_SEPARATOR = re.compile(r"(?:,? (?:or|nor|and) (?=\S)|, ?)(?:(?:no|without) )?", re.IGNORECASE)
+_PLAIN_AND = re.compile(r" and ", re.IGNORECASE)
+# Where a list of negatives gives way to another statement.
+_OTHER_STATEMENT = re.compile(
+    r"(?:,? but\b|,? nor (?=(?:is|are|does|do)\b)|,? (?:and|while|although|though|however) "
+    r"(?=(?:[\w-]+ ){1,6}?(?:is|are|was|were|has|have|remains?|appears?|shows?|demonstrates?)\b))",
+    re.IGNORECASE,
+)
+# "No A, but there is a B": without its denial the sentence has nothing for "but" to oppose.
+_BUT = re.compile(r",? but\b", re.IGNORECASE)
+_AFTER_BUT = re.compile(r"\b(?:but|however|although|though),? $", re.IGNORECASE)
+# An item with one of these is no name of a thing, or denies once more.
+_STATEMENT = re.compile(
+    r"\b(?:is|are|was|were|has|have|had|can|could|may|be|been|there|no|not|nor|neither|but|which|that|if|when|while|"
+    r"although|though|however|without|than|as|other|longer|further|more|such|any|either)\b",
+    re.IGNORECASE,
+)
+_PLACED = re.compile(
+    r"\b(?:in|within|of|at|involving|throughout|on|along|about|to|from|near|under)\b", re.IGNORECASE
+)
+# "mediastinal or hilar lymphadenopathy": the first item is but an adjective.
+_ADJECTIVE = re.compile(
+    r"(?:\w{2,}al|\w{3,}ar|\w{2,}ic|\w{2,}ary|\w{2,}ous|left|right|upper|lower|acute|chronic|large|small)$",
+    re.IGNORECASE,
+)
+# "The lungs are clear" leaves room for what lies outside of them.
+_OUTSIDE_THE_LUNGS = frozenset({"pleural effusion", "pneumothorax", "pneumoperitoneum", "rib fracture"})
+_CLEAR = re.compile(r"\b(?:clear|normal|unremarkable)\b", re.IGNORECASE)
+_ENDS_IN_BE = re.compile(r"\b(is|are|was|were|remains?|appears?) $", re.IGNORECASE)
 _VERB = re.compile(
     r"\b(?:is|are|was|were|has|have|had|shows?|demonstrates?|appears?|remains?|may|can|could|should|reflects?|"
     r"suggests?|represents?|likely|noted|seen|identified|removed|terminates?|measures?|consistent|compatible|due|"
@@ -41,38 +104,40 @@ _VERB = re.compile(
 _OVERALL = re.compile(
     r"\b(?:abnormality|process|disease|finding)(?:s|ies)?\b|\babnormalities\b", re.IGNORECASE
 )
+_OVERALL_IN_PLURAL = re.compile(r"(?:abnormalities|processes|findings|diseases)\b", re.IGNORECASE)
+_OVERALL_UNCOUNTED = re.compile(r"disease\b", re.IGNORECASE)
+# "Pathology", "normal": a denial this short is the whole answer, see the edits of overall statements.
 _WHOLE_NORMAL_WORDS = 4
 
 _HEART = (
-    r"\b((?:the )?(?:heart(?: size)?|cardiac (?:size|silhouette|shadow)|cardio-?mediastinal (?:silhouette|contours?))"
-    r"(?: and (?:the )?mediastin\w+(?: contours?| silhouette)?)? (?:is|are|appears?|remains?)) "
+    r"\b((?:the )?(?:heart(?: size)?|cardiac (?:size|silhouette|shadow)|cardio-?mediastinal (?:silhouette|contours?)))"
+    r"((?: and (?:the )?mediastin\w+(?: contours?| silhouettes?)?)?)( (?:is|are|appears?|remains?))? "
 )
 _STATEMENTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(the )(?:heart|cardiac) size is normal\b", re.IGNORECASE), r"\1heart is enlarged"),
     (
-        re.compile(r"\b(the )heart is (?:normal|of normal size|normal in size)\b", re.IGNORECASE),
+        re.compile(r"\b(the )heart is (?:of normal size|normal in size|normal)\b(?! in\b)", re.IGNORECASE),
         r"\1heart is enlarged",
     ),
     (re.compile(r"\b(the )heart is enlarged\b", re.IGNORECASE), r"\1heart size is normal"),
 )
 # Wordings beyond these, each keeping its subject.
-_HEART_STATEMENTS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (
-        re.compile(
-            _HEART
-            + r"(?:normal(?: in (?:size|contour|configuration))?(?: and (?:contour|configuration))?|of normal size|"
-            r"within normal limits(?: in size)?|unremarkable|not enlarged|top[- ]normal(?: in size)?)\b",
-            re.IGNORECASE,
-        ),
-        r"\1 enlarged",
-    ),
-    (
-        re.compile(_HEART + r"(?:(?:mildly|moderately|severely|markedly) )?enlarged\b", re.IGNORECASE),
-        r"\1 normal in size",
-    ),
+_HEART_IS_NORMAL = re.compile(
+    _HEART + r"(?:of normal size|within normal limits(?: in size)?|not enlarged|top[- ]normal(?: in size)?|"
+    r"(?:normal|unremarkable)(?: in (?:size|contour|configuration))?(?: and (?:contour|configuration))?)\b",
+    re.IGNORECASE,
 )
+_HEART_IS_ENLARGED = re.compile(
+    _HEART + r"(?:(?:mildly|moderately|severely|markedly) )?enlarged\b", re.IGNORECASE
+)
+# "The lungs are within normal limits": the whole predicate is turned, its words make no other sense.
+_WITHIN_NORMAL_LIMITS = re.compile(r"\bwithin normal limits\b", re.IGNORECASE)
+_BE = re.compile(r"\b(?:is|are|was|were|appears?|remains?) (?:all |grossly |again )?$", re.IGNORECASE)
 _CLEAR_LUNGS = re.compile(
-    r"\b(lungs(?: fields)?) (?:are|appear|remain) (?:\w+ )?clear(?: bilaterally)?\b", re.IGNORECASE
+    r"\b(lungs(?: fields)?) (?:(?:are|appear|remain) )(?:\w+ )?clear(?: bilaterally)?\b", re.IGNORECASE
+)
+_EXPANDED_LUNGS = re.compile(
+    r"\b(lungs are (?:\w+ )?(?:well[- ])?(?:expanded|aerated|inflated)) and clear\b", re.IGNORECASE
 )
 
 
@@ -118,82 +183,250 @@ def _negate(statement: str, *, deny: bool) -> str:
 
 def negation_edits(answer: str) -> Iterator[Edit]:
     """ "There is a nodule" → "There is no nodule"; "No effusion or nodule" → "There is an effusion. No nodule"."""
-    for match in _THERE_IS.finditer(answer):
-        yield Edit(answer[: match.start()] + match.group(1) + " no " + answer[match.end() :], "negation")
-    for match in _THERE_IS_NO_LIST.finditer(answer):
-        for claim, rest in _claims(match.group(2)):
-            said = f"{_there_is(match.group(1), claim)}{' but no ' + rest if rest else ''}"
-            yield Edit(answer[: match.start()] + said + answer[match.end() :], "negation")
-    if len(lexicon.words(answer)) <= _WHOLE_NORMAL_WORDS:
-        return
-    for match in _DENIAL.finditer(answer):
-        lead, listed = match.groups()
-        predicate = _PREDICATE.search(listed)
-        tail = predicate.group(0) if predicate else ""
-        for claim, rest in _claims(listed.removesuffix(tail)):
-            said = capitalise(claim) + tail if tail else _there_is("There is", claim)
-            more = f". No {rest}{tail}" if rest else ""
-            yield Edit(answer[: match.start()] + lead + said + more + answer[match.end() :], "negation")
+    low = answer.lower()
+    if "there " in low:
+        for changed in _there_is_edits(answer):
+            yield Edit(changed, "negation")
+    if "no " in low or "neither " in low:
+        is_short = len(lexicon.words(answer)) <= _WHOLE_NORMAL_WORDS
+        for match in _DENIAL.finditer(answer):
+            for changed in _denial_turned(match, findings_only=is_short):
+                yield Edit(answer[: match.start()] + changed + answer[match.end() :], "negation")
     yield from _sentence_edits(answer)
+
+
+def _there_is_edits(answer: str) -> Iterator[str]:
+    spans = lexicon.sentence_spans(answer)
+    for match in _THERE_IS.finditer(answer):
+        end = next((end for _, end in spans if end >= match.end()), len(answer))
+        if _EXPLAINED.search(answer, match.end(), end) or not answer[match.end() : end].strip():
+            continue
+        if _AFTER_BUT.search(answer, 0, match.start()):
+            continue
+        start, adverb, still = match.group(1), match.group(2) or "", match.group(3)
+        denial = "no longer any " if still else adverb + "no "
+        yield f"{answer[: match.start()]}{start} {denial}{answer[match.end() :]}"
+    for match in _NO_LONGER_A.finditer(answer):
+        yield f"{answer[: match.start()]}{match.group(1)} still {answer[match.end() :]}"
+    for match in _THERE_IS_NO_LIST.finditer(answer):
+        listed, other = _without_other_statement(match.group(2))
+        if _BUT.match(other):
+            continue
+        for claim, rest in _claims(listed):
+            said = f"{_there_is(match.group(1), claim)}{' but no ' + rest if rest else ''}"
+            yield answer[: match.start()] + said + other + answer[match.end() :]
+
+
+def _denial_turned(match: re.Match[str], *, findings_only: bool) -> Iterator[str]:
+    """ "No A or B is seen" → "An A is seen. No B is seen"."""
+    lead, word, listed = match.groups()
+    listed, other = _without_other_statement(listed)
+    predicate = _PREDICATE.search(listed)
+    tail = predicate.group(0) if predicate else ""
+    is_capital = word[0].isupper()
+    for claim, rest in _claims(listed.removesuffix(tail)):
+        if (findings_only and not _findings(claim)) or (_BUT.match(other) and not rest):
+            continue
+        said = claim + _agreeing(tail, claim) if tail else _there_is("there is", claim)
+        more = f"{'. No' if is_capital else ', no'} {rest}{tail}" if rest else ""
+        said = capitalise(said) if is_capital else said
+        yield lead + said + more + other
+
+
+def _without_other_statement(listed: str) -> tuple[str, str]:
+    """A list of negatives, and what its sentence states behind it."""
+    other = _OTHER_STATEMENT.search(listed)
+    return (listed[: other.start()], listed[other.start() :]) if other else (listed, "")
 
 
 def _claims(listed: str) -> Iterator[tuple[str, str]]:
     """Each item of a denied list as a claim with its article, and what stays denied."""
     evidence = _EVIDENCE.match(listed)
     prefix = evidence.group(0) if evidence else ""
-    items = [item.strip() for item in _ITEMS.split(listed.removeprefix(prefix))]
-    if not all(items):
-        return
+    items = _items(listed.removeprefix(prefix))
     for index, item in enumerate(items):
         others = items[:index] + items[index + 1 :]
-        rest = prefix + (
-            ", ".join(others[:-1]) + ("," if len(others) > 2 else "") + " or " if others[1:] else ""
-        )
-        named = [mention for mention in mentions(item) if mention.concept.axis == "finding"]
+        named = _findings(item)
         if len(named) == 1:
             bare = is_bare(item[named[0].start : named[0].end], named[0])
         elif not named and _OVERALL.search(item):
-            bare = item.endswith(("s", "disease"))
+            bare = bool(_OVERALL_IN_PLURAL.search(item) or _OVERALL_UNCOUNTED.search(item))
         else:
             continue
+        if _PLAIN_AND.search(item) and not named:
+            continue
+        if not _PLACED.search(item):
+            # "mediastinal or hilar lymphadenopathy": both are denied, so both are claimed.
+            item = item.replace(" or ", " and ")
         claim = prefix + item if prefix else with_article(item, bare=bare)
-        yield claim, rest + others[-1] if others else ""
+        yield claim, prefix + _listed(others) if others else ""
+
+
+def _listed(items: list[str]) -> str:
+    comma = "," if len(items) > 2 else ""
+    return f"{', '.join(items[:-1])}{comma} or {items[-1]}" if items[1:] else items[0]
+
+
+def _items(listed: str) -> list[str]:
+    """The things that a denied list names; empty where its grammar is not known."""
+    items: list[str] = []
+    start = 0
+    ends = [match.span() for match in _SEPARATOR.finditer(listed)] + [(len(listed), len(listed))]
+    joint = ""
+    for end, following in ends:
+        item = _EVIDENCE.sub("", listed[start:end]) if items else listed[start:end]
+        if joint and _belongs_to_the_last(items[-1], item, joint):
+            items[-1] += joint + item
+        else:
+            items.append(item)
+        joint, start = listed[end:following], following
+    if any(not item.strip() or item != item.strip() or _STATEMENT.search(item) for item in items):
+        return []
+    placed = any(_PLACED.search(item) for item in items[:-1])
+    if placed and not all(_findings(item) for item in items):
+        return []
+    return items
+
+
+def _belongs_to_the_last(last: str, item: str, joint: str) -> bool:
+    """Whether an item goes on with the one before it instead of naming another thing."""
+    named = bool(_findings(item))
+    if not _findings(last) and _ADJECTIVE.search(last) and named:
+        return True
+    if named or _OVERALL.search(item):
+        return False
+    return bool(_PLAIN_AND.fullmatch(joint)) or bool(_PLACED.search(last) and mentions(item))
+
+
+def _findings(text: str) -> list[Mention]:
+    return [mention for mention in mentions(text) if mention.concept.axis == "finding"]
+
+
+def _is_many(claim: str) -> bool:
+    """Whether a claim stands in the plural."""
+    if _EVIDENCE.match(claim):
+        return False
+    named = _findings(claim)
+    if named:
+        return is_plural(claim[named[-1].start : named[-1].end], named[-1])
+    return _OVERALL_IN_PLURAL.search(claim) is not None
 
 
 def _there_is(start: str, claim: str) -> str:
     """ "There is" or "There are", by the claim."""
-    named = mentions(claim)
-    many = bool(named) and is_plural(claim[named[-1].start : named[-1].end], named[-1])
-    verb = "are" if many and not _EVIDENCE.match(claim) else "is"
-    return f"{start.rsplit(' ', 1)[0]} {verb} {claim}"
+    there, _, adverb = start.split(" ", 2) if start.count(" ") > 1 else (*start.split(" "), "")
+    return f"{there} {'are' if _is_many(claim) else 'is'} {adverb + ' ' if adverb else ''}{claim}"
+
+
+def _agreeing(tail: str, claim: str) -> str:
+    """ " is seen" or " are seen", by the claim."""
+    many = _is_many(claim)
+    numbers = {"is": "are", "was": "were"} if many else {"are": "is", "were": "was"}
+    return re.sub(r"^ (\w+)", lambda verb: f" {numbers.get(verb.group(1), verb.group(1))}", tail)
 
 
 def _sentence_edits(answer: str) -> Iterator[Edit]:
-    """Sentences with a single finding that neither begin with "No" nor with "There is"."""
+    """Sentences that neither begin with "No" nor with "There is"."""
     spans = [(start, end) for start, end in lexicon.sentence_spans(answer) if answer[start:end].strip()]
     for start, end in spans:
         sentence = answer[start:end]
-        found = sum(mention.concept.axis == "finding" for mention in mentions(sentence))
-        if found > 1 or (not found and not _OVERALL.search(sentence)):
+        found = len(_findings(sentence))
+        if not found and not _OVERALL.search(sentence):
             continue
-        for changed in _turned(sentence, alone=len(spans) == 1):
+        for changed in _turned(sentence, alone=len(spans) == 1, found=found):
             yield Edit(answer[:start] + changed + answer[end:], "negation")
 
 
-def _turned(sentence: str, *, alone: bool) -> Iterator[str]:
+def _turned(sentence: str, *, alone: bool, found: int) -> Iterator[str]:
     if not lexicon.is_negated(sentence):
-        if _IS_SEEN.search(sentence):
-            yield _IS_SEEN.sub(r"\1 not ", sentence, count=1)
+        seen = _IS_SEEN.search(sentence)
+        if found > 1:
+            return
+        if seen:
+            if not _EXPLAINED.search(sentence) and " with " not in sentence[seen.end() :]:
+                yield _IS_SEEN.sub(r"\1 not ", sentence, count=1)
         elif not alone and not _VERB.search(sentence):
             lead = sentence[: len(sentence) - len(sentence.lstrip(" \n\t0123456789.)-"))]
-            yield f"{lead}No {uncapitalise(sentence[len(lead) :])}"
+            said = uncapitalise(sentence[len(lead) :])
+            yield f"{lead}No {said[_asserted_end(said) :]}"
         return
-    for pattern, replacement in ((_IS_NOT_SEEN, r"\1 "), (_WITHOUT, "with ")):
+    yield from _lists_turned(sentence)
+    if found > 1:
+        return
+    for pattern, replacement in (
+        (_IS_NOT_SEEN, r"\1 "),
+        (_NO_LONGER_SEEN, r"\1 still "),
+        (_IS_ABSENT, r"\1 present"),
+    ):
         if len(pattern.findall(sentence)) == 1:
             yield pattern.sub(replacement, sentence)
-    match = _NEGATIVE_FOR.search(sentence)
-    if match:
-        yield sentence[: match.start()] + like(match.group(1), "positive") + sentence[match.end() :]
+    resolved = _RESOLVED.search(sentence)
+    if resolved:
+        persists = "persists" if resolved.group(1).lower() == "has" else "persist"
+        yield sentence[: resolved.start()] + persists + sentence[resolved.end() :]
+    absence = _ABSENCE_OF.search(sentence)
+    if absence:
+        yield sentence[: absence.start()] + like(absence.group(1), "presence") + sentence[absence.end() :]
+
+
+def _asserted_end(said: str) -> int:
+    match = _ASSERTED.match(said)
+    return match.end() if match else 0
+
+
+def _lists_turned(sentence: str) -> Iterator[str]:
+    """Lists of negatives inside a sentence: "without A or B", "show no A", "free of A", "negative for A"."""
+    for pattern, turned in (
+        (_WITHOUT_LIST, _with),
+        (_SHOWS_NO_LIST, _shows),
+        (_FREE_OF_LIST, _shows_instead),
+        (_NEGATIVE_FOR_LIST, _positive_for),
+    ):
+        match = pattern.search(sentence)
+        if match is None:
+            continue
+        before, after = sentence[: match.start()], sentence[match.end() :]
+        listed, other = _without_other_statement(match.group(2))
+        if _BUT.match(other):
+            continue
+        predicate = _PREDICATE.search(listed)
+        tail = predicate.group(0) if predicate else ""
+        for claim, rest in _claims(listed.removesuffix(tail)):
+            changed = turned(before, match.group(1), claim, rest)
+            if changed is not None:
+                yield changed + tail + other + after
+
+
+def _with(before: str, word: str, claim: str, rest: str) -> str | None:
+    be = _ENDS_IN_BE.search(before)
+    if be:
+        shows = "show" if be.group(1).lower() in ("are", "were", "remain", "appear") else "shows"
+        return f"{before[: be.start()]}{shows} {claim}{' but no ' + rest if rest else ''}"
+    word = word.lower() if before.strip() else word
+    if not lexicon.is_negated(before) and not _CLEAR.search(before):
+        return f"{before}{like(word, 'with')} {claim}{f' but {word} {rest}' if rest else ''}"
+    named = {mention.concept.name for mention in _findings(claim)}
+    lungs = _CLEAR_LUNGS.search(before)
+    if lungs and not named & _OUTSIDE_THE_LUNGS:
+        if before[lungs.end() :].strip(" ,"):
+            return None
+        said = f"{before[: lungs.start()]}{lungs.group(1)} show {claim}"
+        return f"{said} {word} {rest}" if rest else said
+    return f"{before}{word} {rest} but with {claim}" if rest else f"{before}but with {claim}"
+
+
+def _shows(before: str, verb: str, claim: str, rest: str) -> str:
+    return f"{before}{verb} {claim}{' but no ' + rest if rest else ''}"
+
+
+def _shows_instead(before: str, be: str, claim: str, rest: str) -> str:
+    return _shows(before, "shows" if be.lower() == "is" else "show", claim, rest)
+
+
+def _positive_for(before: str, word: str, claim: str, rest: str) -> str:
+    """No article: "positive for nodule", as "negative for nodule" had none."""
+    bare = re.sub(r"^an? ", "", claim)
+    return f"{before}{like(word, 'positive')} for {bare}{' but negative for ' + rest if rest else ''}"
 
 
 # ---------------------------------------------------------------------- overall statements
@@ -209,10 +442,32 @@ def statement_edits(answer: str) -> Iterator[Edit]:
             yield Edit(changed, "finding")
     if known:
         return
-    for pattern, replacement in _HEART_STATEMENTS:
-        changed, count = pattern.subn(replacement, answer, count=1)
-        if count:
-            yield Edit(changed, "finding")
+    normal = _HEART_IS_NORMAL.search(answer)
+    if normal:
+        yield Edit(answer[: normal.start()] + _heart_enlarged(normal) + answer[normal.end() :], "finding")
+    enlarged = _HEART_IS_ENLARGED.search(answer)
+    if enlarged and not enlarged.group(2):
+        subject, verb = enlarged.group(1), enlarged.group(3) or ""
+        size = "normal" if subject.lower().endswith("size") else "normal in size"
+        said = f"{subject}{verb} {size}"
+        yield Edit(answer[: enlarged.start()] + said + answer[enlarged.end() :], "finding")
+    for match in _WITHIN_NORMAL_LIMITS.finditer(answer):
+        if _BE.search(answer, 0, match.start()) and not (
+            normal and normal.start() < match.start() < normal.end()
+        ):
+            yield Edit(f"{answer[: match.start()]}abnormal{answer[match.end() :]}", "state")
+
+
+def _heart_enlarged(match: re.Match[str]) -> str:
+    """ "Heart size and mediastinal contours are normal" → "Heart size is enlarged and mediastinal contours are normal"."""
+    subject, beside, verb = match.group(1), match.group(2), match.group(3)
+    if not beside or not verb:
+        return f"{subject}{beside}{verb or ''} enlarged"
+    one = {"are": "is", "appear": "appears", "remain": "remains"}.get(verb.strip().lower(), verb.strip())
+    many = beside.endswith("s")
+    other = {"is": "are", "appears": "appear", "remains": "remain"}[one] if many else one
+    words = match.group(0)[match.end(3) - match.start() :]
+    return f"{subject} {one} enlarged{beside} {other}{words}"
 
 
 def clear_lung_edits(answer: str, findings: list[tuple[str, bool]]) -> Iterator[Edit]:
@@ -222,9 +477,10 @@ def clear_lung_edits(answer: str, findings: list[tuple[str, bool]]) -> Iterator[
         answer: reference answer.
         findings: names of lung findings to choose from, and whether each is a mass noun.
     """
-    match = _CLEAR_LUNGS.search(answer)
+    match = _CLEAR_LUNGS.search(answer) or _EXPANDED_LUNGS.search(answer)
     if match is None:
         return
+    verb = "show" if match.re is _CLEAR_LUNGS else "with"
     for name, bare in findings:
-        said = f"{match.group(1)} show {with_article(name, bare=bare)}"
+        said = f"{match.group(1)} {verb} {with_article(name, bare=bare)}"
         yield Edit(answer[: match.start()] + said + answer[match.end() :], "finding")

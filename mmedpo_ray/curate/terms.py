@@ -67,12 +67,20 @@ _FINDINGS: dict[str, list[tuple[str, str, float]]] = {
     "chest": [
         ("pleural effusion", "pleural effusion|effusion|pleural fluid|hydrothorax", 0.8),
         ("pneumothorax", "pneumothorax|pneumothoraces|hydropneumothorax", 1.0),
-        ("consolidation", "consolidation|consolidated lung|airspace disease|air space disease~", 0.8),
+        (
+            "consolidation",
+            "consolidation|consolidated lung|airspace disease|air space disease|airspace consolidation~",
+            0.8,
+        ),
         ("nodule", "nodule|pulmonary nodule|lung nodule|nodularity", 0.8),
         ("cardiomegaly", "cardiomegaly|enlarged heart|enlarged cardiac silhouette~", 0.7),
         ("pneumonia", "pneumonia|bronchopneumonia~", 0.9),
         ("atelectasis", "atelectasis|atelectases|collapse|volume loss~", 0.6),
-        ("pulmonary edema", "pulmonary edema|pulmonary oedema|vascular congestion~", 0.8),
+        (
+            "pulmonary edema",
+            "pulmonary edema|pulmonary oedema|vascular congestion|pulmonary vascular congestion~",
+            0.8,
+        ),
         ("opacity", "opacity|opacities|infiltrate|infiltration|opacification", 0.7),
         ("emphysema", "emphysema|copd|hyperinflation~", 0.6),
         ("pneumoperitoneum", "pneumoperitoneum|free air|free intraperitoneal air~", 1.0),

@@ -372,7 +372,7 @@ REPORTS = [
     (
         "The cardiac silhouette is enlarged. The lungs are without focal consolidation. No large pleural effusions are "
         "seen.",
-        "The lungs are with focal consolidation.",
+        "The lungs show focal consolidation.",
     ),
     (
         "Interval removal of the endotracheal tube. Right internal jugular central venous catheter terminates in the "
