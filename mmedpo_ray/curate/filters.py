@@ -26,10 +26,6 @@ _EXTRA_WORDS = 8
 _FOREIGN_LETTERS = 0.2
 _BARE_WORDS = 2
 _MODALITIES = frozenset(concept.name for concept in CONCEPTS.values() if concept.axis == "modality")
-# Turns down what follows, like a negation; the lexicon does not count these as one.
-_CONTRAST = re.compile(
-    r"\b(?:rather than|instead of|as opposed to|unlike|and not|but not)\s+(?:\w+\s+){0,2}$", re.I
-)
 # "No", "not", "without", "denies", "excluded" before it in the same clause.
 _DENIED_IN_CHINESE = re.compile(r"(?:[无無没沒未不非]|否认|否認|排除)[^，。；：！？、,.;:!?]*$")
 
@@ -95,6 +91,7 @@ def contains_truth(chosen: str, rejected: str, question: str = "") -> bool:
       knows, and are not denied there: "MRI" is stated by "This is an MRI of the brain", not by "This is a CT, not an MRI".
       Words of the question prove nothing, since every answer may repeat them.
     """
+    chosen, rejected, question = map(lexicon.canonical, (chosen, rejected, question))
     return _states(chosen, rejected, question) and not lexicon.conflicts(chosen, rejected, question)
 
 
@@ -102,18 +99,16 @@ def _states(chosen: str, rejected: str, question: str) -> bool:
     wanted, said = lexicon.terms(chosen), lexicon.terms(rejected)
     expected = lexicon.polarity(chosen)
     if expected is not None and len(lexicon.words(chosen)) <= _BARE_WORDS and len(wanted) == 1:
-        return lexicon.stated_polarity(question, rejected) == expected
+        return lexicon.implied_polarity(question, rejected) == expected
     if not wanted or len(wanted) > len(said):
         return False
     if _places(wanted, lexicon.terms(question)):
         options = [
             named[0].name for option in lexicon.choices(question) or () if (named := lexicon.terms(option))
         ]
-        names = {term.name for term in said}
+        names = {term.name for term in said if not _is_denied(rejected, term.start)}
         named_options = [option for option in options if option in names]
-        return named_options == [term.name for term in wanted] and not any(
-            _is_denied(rejected, place) for place in _places(wanted, said)
-        )
+        return named_options == [term.name for term in wanted]
     denies = lexicon.is_negated(chosen)
     return any(denies or not _is_denied(rejected, place) for place in _places(wanted, said))
 
@@ -132,7 +127,7 @@ def _places(wanted: tuple[lexicon.Term, ...], said: tuple[lexicon.Term, ...]) ->
 
 
 def _is_denied(text: str, position: int) -> bool:
-    if _CONTRAST.search(text, 0, position) or _DENIED_IN_CHINESE.search(text, 0, position):
+    if _DENIED_IN_CHINESE.search(text, 0, position):
         return True
     return any(start <= position < end for start, end in lexicon.negated_spans(text))
 

@@ -82,7 +82,7 @@ def is_wrong(reference: str, answer: str, question: str, answer_type: str) -> bo
     complete, so a finding that it leaves out is denied.
     """
     if answer_type == "closed":
-        expected = lexicon.polarity(reference)
+        expected = lexicon.implied_polarity(question, reference) if lexicon.polarity(reference) else None
         if expected is not None:
             stated = lexicon.implied_polarity(question, answer)
             return stated is not None and stated != expected
@@ -100,10 +100,11 @@ def is_wrong(reference: str, answer: str, question: str, answer_type: str) -> bo
 
 
 def _chooses_another(reference: str, answer: str, question: str) -> bool:
-    """Whether the answer names the other option of an "A or B" question, and that one alone."""
+    """Whether the answer states the other option of an "A or B" question, and that one alone."""
     options = lexicon.choices(question) or ()
     expected, stated = (
-        [option for option in options if _names(text, option)] for text in (reference, answer)
+        [option for option in options if _names(text, option)]
+        for text in map(lexicon.stated, (reference, answer))
     )
     return len(expected) == 1 and len(stated) == 1 and expected != stated
 

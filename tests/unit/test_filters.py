@@ -69,6 +69,8 @@ def test_each_filter_names_its_reason(chosen: str, rejected: str, reason: str | 
         ("Is there a nodule?", "No", "Yes, there is no doubt", False),
         ("Is this image normal?", "No", "It is normal and shows no signs of disease", False),
         ("Is there a nodule?", "No", "No nodule, but there is a pneumothorax", False),
+        ("Is this a CT scan?", "Yes", "This is a CT, not an MRI.", True),
+        ("Is this a CT scan?", "Yes", "This is an MRI, not a CT.", False),
         # Whole words.
         ("How is the heart?", "Normal", "Abnormal", False),
         ("What is it?", "Mass", "Massive bleeding", False),
@@ -77,6 +79,9 @@ def test_each_filter_names_its_reason(chosen: str, rejected: str, reason: str | 
         ("What study is it?", "MRI", "This is a CT, not an MRI", False),
         ("What study is it?", "MRI", "This is a CT rather than an MRI", False),
         ("What is seen?", "Pneumothorax", "There is no pneumothorax", False),
+        ("What study is it?", "CT", "This is not an MRI, it is a CT", True),
+        ("Is it a CT or an MRI?", "CT", "CT, not MRI", True),
+        ("Where is it?", "RLL", "It is in the right lower lobe", True),
         ("Where is it?", "Right lower lobe", "It is not visible in the right lower lobe", False),
         # Spellings that the lexicon knows.
         ("What study is it?", "MRI", "a magnetic resonance imaging study", True),

@@ -52,6 +52,38 @@ def test_polarity_is_a_whole_first_word(answer: str, expected: str | None) -> No
         ("Is the heart enlarged?", "The heart is enlarged.", "yes"),
         ("Is there a pneumothorax?", "Yes, there is no doubt.", "yes"),
         ("Is there a pneumothorax?", "Pleural effusion", None),
+        # What is denied is what was asked.
+        ("Is this a CT scan?", "This is a CT, not an MRI.", "yes"),
+        ("Is this a CT scan?", "This is an MRI, not a CT.", "no"),
+        ("Is this a CT scan?", "This is an MRI rather than a CT.", "no"),
+        ("Is this a CT scan?", "This is not an MRI, it is a CT.", "yes"),
+        ("Is this a CT scan?", "No, this is an MRI.", "no"),
+        ("Is this a CT scan?", "No this is an MRI.", "no"),
+        ("Is this a CT scan?", "It is not.", "no"),
+        ("Is the trachea midline?", "The trachea is midline, not deviated.", "yes"),
+        ("Is the trachea midline?", "The trachea is not midline.", "no"),
+        ("Is the trachea midline?", "The trachea is not deviated.", None),
+        ("Is the trachea midline?", "No deviation of the trachea.", None),
+        (
+            "Are the costophrenic angles sharp?",
+            "The costophrenic angles are sharp with no blunting.",
+            "yes",
+        ),
+        ("Are the costophrenic angles sharp?", "The costophrenic angles are blunted, not sharp.", "no"),
+        ("Is the heart normal?", "No cardiomegaly", "yes"),
+        ("Is the heart enlarged?", "No cardiomegaly", "no"),
+        ("Are the lungs free of effusion?", "There is no effusion.", "yes"),
+        ("Is there a nodule?", "No abnormality is seen.", "no"),
+        ("Is there a nodule?", "No.", "no"),
+        ("Is there a nodule?", "None seen", "no"),
+        # Something else is denied, or it is left open.
+        ("Is there a nodule in the left lung?", "There is no nodule in the right lung.", None),
+        ("Is there a nodule in the left lung?", "There is a nodule in the right lung.", None),
+        ("Is there an effusion?", "There is no large effusion.", None),
+        ("Is there a large effusion?", "There is a small effusion.", None),
+        ("Is there a pneumothorax?", "A pneumothorax cannot be excluded.", None),
+        ("Is there a pneumothorax?", "It cannot be determined whether there is a pneumothorax.", None),
+        ("Is the heart larger than the liver?", "The liver is larger than the heart.", None),
     ],
 )
 def test_a_statement_answers_a_closed_question(question: str, answer: str, expected: str | None) -> None:
@@ -149,6 +181,101 @@ def test_equivalent_answers() -> None:
     assert not lexicon.equivalent("Left lung", "Right lung")
     assert not lexicon.equivalent("left effusion and right nodule", "right effusion and left nodule")
     assert not lexicon.equivalent("Yes", "No")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("Normal", "No abnormality is seen.", True),
+        ("Healthy", "Normal", True),
+        ("Unremarkable", "The image shows no abnormalities.", True),
+        ("Normal", "Cardiomegaly", False),
+        ("Normal", "Abnormal", False),
+        ("Both", "Left and right", True),
+        ("Bilateral", "The left and the right side", True),
+        ("Both lungs", "Left lung and right lung", True),
+        ("Both", "Left", False),
+        ("Left and right", "Right", False),
+        ("0", "None", True),
+        ("Zero", "No", True),
+        ("0", "Two", False),
+        ("3", "Three", True),
+        ("RUL", "Right upper lobe", True),
+        ("LLL", "The left lower lobe.", True),
+        ("rml", "Right middle lobe", True),
+        ("RUL", "Left upper lobe", False),
+        ("RUL", "RLL", False),
+        ("Cardiomegaly", "The cardiac silhouette is enlarged", True),
+        ("Cardiomegaly", "Enlargement of the heart", True),
+        ("No cardiomegaly", "The heart size is normal.", True),
+        ("Cardiomegaly", "The heart size is normal.", False),
+        ("Clear lungs", "No lung abnormality", True),
+        ("Pleural effusion", "There is evidence of hydrothorax.", True),
+        ("Left psoas abscess", "Left iliac abscess", False),
+        ("CT", "CT, not MRI", False),
+        # Comparisons and signs.
+        ("<5 mm", ">5 mm", False),
+        ("<5 mm", "5 mm", False),
+        ("<5 mm", "< 5 mm", True),
+        ("<5 mm", "Less than 5 mm", True),
+        ("≥ 3", ">= 3", True),
+        ("+", "-", False),
+        ("+", "+.", True),
+        ("HER2+", "HER2-", False),
+        ("-5 HU", "5 HU", False),
+        ("−5 HU", "-5 HU", True),
+        ("- Left lung", "Left lung", True),
+        ("Left lung -", "Left lung", True),
+        ("left-sided effusion", "left sided effusion", True),
+        ("3-5 mm", "3-5 mm.", True),
+    ],
+)
+def test_equivalent_in_other_words(first: str, second: str, same: bool) -> None:
+    assert lexicon.equivalent(first, second) is same
+    assert lexicon.equivalent(second, first) is same
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "question"),
+    [
+        ("Axial", "Axial, not coronal", "In which plane?"),
+        ("CT", "A CT rather than an MRI", "Which modality?"),
+        ("Atelectasis", "Atelectasis rather than pneumonia", "What is seen?"),
+        ("Atelectasis", "This is not pneumonia, it is atelectasis.", "What is seen?"),
+        ("Left", "Left instead of right", "Which side?"),
+        ("Yes", "This is a CT, not an MRI.", "Is this a CT scan?"),
+        ("0", "None", "How many nodules?"),
+        ("None", "0", "How many nodules?"),
+        ("3", "Multiple", "How many nodules?"),
+        ("3", "At least two", "How many nodules?"),
+    ],
+)
+def test_what_is_ruled_out_is_not_stated(reference: str, answer: str, question: str) -> None:
+    assert lexicon.conflicts(reference, answer, question) == ()
+    assert lexicon.contradictions(reference, answer, question) == ()
+    assert not lexicon.names_another(reference, answer, question)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "question"),
+    [
+        ("Axial", "Coronal, not axial", "In which plane?"),
+        ("CT", "An MRI rather than a CT", "Which modality?"),
+        ("Left", "Right instead of left", "Which side?"),
+        ("Both", "Left", "Which side?"),
+        ("0", "Two", "How many nodules?"),
+        ("Two", "None", "How many nodules?"),
+        ("1", "Multiple", "How many nodules?"),
+        ("0", "Several nodules", "How many nodules?"),
+        ("<5 mm", ">5 mm", "How large?"),
+        ("5 cm", "< 10 mm", "How large?"),
+        ("<10%", "More than 50%", "What is the stenosis?"),
+        ("RUL", "Left upper lobe", "Where is the lesion?"),
+        ("Normal", "Cardiomegaly", "What is seen?"),
+    ],
+)
+def test_what_is_stated_still_conflicts(reference: str, answer: str, question: str) -> None:
+    assert lexicon.contradictions(reference, answer, question)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,71 @@ def test_a_right_answer_is_filled_in_or_dropped() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "question", "right", "same", "wrong"),
+    [
+        ("closed", "Is this a CT scan?", "Yes", "This is a CT, not an MRI.", "No, this is an MRI."),
+        ("closed", "Is this a CT scan?", "Yes", "It is a CT instead of an MRI", "This is not a CT."),
+        (
+            "closed",
+            "Is the trachea midline?",
+            "Yes",
+            "The trachea is midline, not deviated.",
+            "The trachea is deviated, not midline.",
+        ),
+        (
+            "closed",
+            "Are the costophrenic angles sharp?",
+            "Yes",
+            "The costophrenic angles are sharp with no blunting.",
+            "The costophrenic angles are not sharp.",
+        ),
+        ("closed", "Is the heart normal?", "Yes", "No cardiomegaly", "The heart is enlarged."),
+        ("closed", "Is it a CT or an MRI?", "MRI", "MRI, not CT", "CT, not MRI"),
+        ("open", "What abnormality is seen?", "Cardiomegaly", "The cardiac silhouette is enlarged", "Nodule"),
+        (
+            "open",
+            "What abnormality is seen?",
+            "Cardiomegaly",
+            "An increased heart size",
+            "Normal heart size",
+        ),
+        ("open", "What is seen?", "Normal", "No abnormality is seen.", "Cardiomegaly"),
+        ("open", "What is seen?", "No abnormality", "Normal", "A nodule"),
+        ("open", "What is seen?", "Healthy", "Normal", "Pneumonia"),
+        ("open", "How are the lungs?", "Healthy", "The lungs are unremarkable.", "Abnormal"),
+        ("open", "Which side?", "Both", "Left and right", "Left"),
+        ("open", "Which side?", "Bilateral", "Left and right", "Right"),
+        ("open", "How many nodules?", "0", "None", "Two"),
+        ("open", "How many nodules?", "0", "There are no nodules.", "There are two nodules."),
+        ("open", "How many nodules?", "Two", "2", "None"),
+        ("open", "How many nodules?", "3", "Several", "1"),
+        ("open", "How large is it?", "<5 mm", "3 mm", ">5 mm"),
+        ("open", "Is the test positive?", "+", "Positive", "-"),
+        ("open", "Where is the lesion?", "RUL", "Right upper lobe", "Left upper lobe"),
+        ("open", "Where is the lesion?", "Right upper lobe", "In the right upper lung zone", "RLL"),
+        ("open", "In which plane?", "Axial", "Axial, not coronal", "Coronal, not axial"),
+        ("open", "Which muscle?", "Psoas major", "Psoas major rather than psoas minor", "Psoas minor"),
+        *(
+            ("open", "Where is it?", short, f"In the {long} lobe.", f"In the {other} lobe.")
+            for short, long, other in (
+                ("RML", "right middle", "right lower"),
+                ("RLL", "right lower", "right upper"),
+                ("LUL", "left upper", "right upper"),
+                ("LLL", "left lower", "left upper"),
+            )
+        ),
+    ],
+)
+def test_only_what_contradicts_is_rejected(
+    kind: str, question: str, right: str, same: str, wrong: str
+) -> None:
+    row = sample(right, question) | {"answer_type": kind}
+    off = TextCurationConfig(fallback="none")
+    assert text_pair(row, material(same), off, frozenset(), 0).row.get("rejected") is None
+    assert text_pair(row, material(same, wrong), off, frozenset(), 0).row["rejected"] == wrong
+
+
+@pytest.mark.parametrize(
     ("answer", "candidates", "reason"),
     [
         ("Left", ["Left"], "same_answer"),

@@ -61,6 +61,13 @@ def test_an_unknown_difference_is_neither_nothing_nor_grave() -> None:
     assert 0.1 < judge("The zorble is florid.", "The zorble is quiescent.").score < 0.5
 
 
+def test_what_an_answer_denies_beside_the_truth_is_no_contradiction() -> None:
+    question = "Is this a CT scan?"
+    assert "polarity" not in judge("Yes", "This is a CT, not an MRI.", question).rationale
+    assert judge("Yes", "This is a CT, not an MRI.", question).score < judge("Yes", "This is not a CT.", question).score
+    assert judge("Normal", "No abnormality is seen.", "What is seen?").score == 0
+
+
 _TERMS = (
     "left",
     "right",

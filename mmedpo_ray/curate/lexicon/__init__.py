@@ -11,7 +11,7 @@ What texts say is kept for the last few thousand texts, since every text is look
 edit of it, a pair by each filter and each judge.
 """
 
-from mmedpo_ray.curate.lexicon.answers import choices, equivalent, implied_polarity, stated_polarity
+from mmedpo_ray.curate.lexicon.answers import choices, equivalent, implied_polarity
 from mmedpo_ray.curate.lexicon.conflicts import Conflict, conflicts, severity
 from mmedpo_ray.curate.lexicon.contraries import are_kin, contradictions, names_another
 from mmedpo_ray.curate.lexicon.facts import (
@@ -21,8 +21,10 @@ from mmedpo_ray.curate.lexicon.facts import (
     is_negated,
     negated_spans,
     sentence_spans,
+    stated,
 )
 from mmedpo_ray.curate.lexicon.meta import is_meta_text
+from mmedpo_ray.curate.lexicon.synonyms import canonical
 from mmedpo_ray.curate.lexicon.words import Term, content_words, numbers, polarity, terms, words
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Fact",
     "Term",
     "are_kin",
+    "canonical",
     "choices",
     "conflicts",
     "content_words",
@@ -46,7 +49,7 @@ __all__ = [
     "polarity",
     "sentence_spans",
     "severity",
-    "stated_polarity",
+    "stated",
     "terms",
     "words",
 ]

@@ -5,23 +5,67 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from mmedpo_ray.curate.lexicon.facts import NEGATION, facts, is_negated
-from mmedpo_ray.curate.lexicon.words import Polarity, content_words, polarity, words
+from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, facts, is_negated, negated_spans, restated
+from mmedpo_ray.curate.lexicon.synonyms import canonical, sense
+from mmedpo_ray.curate.lexicon.words import (
+    INTRODUCING,
+    Polarity,
+    Term,
+    content_words,
+    spoken_polarity,
+    terms,
+    words,
+)
 from mmedpo_ray.curate.terms import mentions
 
 _CHOICE = re.compile(r"([\w-]+),? or (?:an? |the )?([\w-]+)", re.IGNORECASE)
 
+_SIGN = re.compile(r"(?<![-=])[<>]=?|\+|(?<![\w)\].-])-(?=\.?\d)")
+_ITEMS = re.compile(r",|/|\b(?:or|and|nor)\b", re.IGNORECASE)
+# Words of questions and denials that name nothing.
+_DENYING = frozenset(
+    "no not nor neither without absent absence negative free never cannot isn't aren't rather than instead unlike opposed or "
+    "but such other new only it they i you can will should isn aren doesn don didn wasn weren t s".split()
+)
+UNDECIDED = re.compile(
+    r"\b(?:not sure|unsure|unclear|uncertain|unknown|difficult to|hard to|impossible to|not possible|depends on|"
+    r"(?:cannot|can ?not|can['’]t|could not) (?:be )?(?:\w+ly )?"
+    r"(?:tell|told|say|said|determined?|identif(?:y|ied)|assess(?:ed)?|seen?|excluded?|ruled? out)|not (?:excluded|ruled out)|"
+    r"(?:not enough|insufficient|no) information|not (?:provided|specified|mentioned|given))\b",
+    re.IGNORECASE,
+)
+
 
 def equivalent(first: str, second: str) -> bool:
-    """Whether two answers say the same in other words: equal polarity, numbers, content words and facts."""
-    if polarity(first) != polarity(second) or _other_letters(first) != _other_letters(second):
+    """Whether two answers say the same in other words.
+
+    They do where both say that all is normal, or that there is none; else where their yes or no, signs, numbers and facts are
+    equal, and their content words too, but for words that only introduce a fact.
+    """
+    if first == second:
+        return True
+    first, second = canonical(first), canonical(second)
+    if set(facts(first)) != set(facts(second)):
+        both = sense(first)
+        return both is not None and both == sense(second)
+    if _signs(first) != _signs(second) or _other_letters(first) != _other_letters(second):
+        return False
+    meaning = sense(first)
+    if meaning is not None and meaning == sense(second):
+        return True
+    first, second = restated(first), restated(second)
+    if spoken_polarity(first) != spoken_polarity(second):
         return False
     left, right = content_words(first), content_words(second)
     if not left and not right:
         return words(first) == words(second)
-    return (
-        left == right and set(facts(first)) == set(facts(second)) and _opposites(first) == _opposites(second)
-    )
+    is_same = left == right or (bool(facts(first)) and left ^ right <= INTRODUCING)
+    return is_same and _opposites(first) == _opposites(second)
+
+
+def _signs(text: str) -> list[str]:
+    """Comparisons, plus signs and the minus of a number; other hyphens and dashes mean nothing."""
+    return _SIGN.findall(text)
 
 
 @lru_cache(maxsize=2048)
@@ -41,34 +85,125 @@ def _other_letters(text: str) -> str:
     return "".join(letter for letter in text.casefold() if letter.isalnum() and not letter.isascii())
 
 
+@lru_cache(maxsize=4096)
 def implied_polarity(question: str, answer: str) -> Polarity | None:
-    """The answer to a yes/no question, also where it is a statement ("There is no effusion")."""
-    direct = polarity(answer)
+    """The answer to a yes/no question, also where it is a statement ("There is no effusion").
+
+    A negation is a "no" only where it denies what was asked: "This is a CT, not an MRI" answers "Is this a CT?" with yes, and
+    "The trachea is not deviated" leaves open whether it is midline. So does a statement about another side, size or place.
+    """
+    direct = spoken_polarity(answer)
     if direct is not None:
         return direct
+    if UNDECIDED.search(answer):
+        return None
+    question, answer = canonical(question).rstrip("? "), canonical(answer)
+    if _is_elsewhere(question, answer):
+        return None
     agreed = _agreement(question, answer)
-    if agreed is not None:
-        return "yes" if agreed else "no"
-    return "no" if NEGATION.search(answer) else None
-
-
-def stated_polarity(question: str, answer: str) -> Polarity | None:
-    """As :func:`implied_polarity`, only where the text leaves no doubt: a negation about something else is no "no"."""
-    direct = polarity(answer)
-    if direct is not None:
-        return direct
-    agreed = _agreement(question, answer)
-    if agreed is None or (agreed and is_negated(answer)):
+    if agreed is None:
+        agreed = _repeats(question, answer)
+    if agreed is None:
         return None
     return "yes" if agreed else "no"
 
 
+def _is_elsewhere(question: str, answer: str) -> bool:
+    """Whether the answer is about another side, size, study or part than the question, and not about the one asked for."""
+    asked, said = _named(question), _named(answer)
+    return any(group in said and not names & said[group] for group, names in asked.items())
+
+
+def _named(text: str) -> dict[str, set[str]]:
+    """What a text names beside findings, by the groups of what excludes each other."""
+    named: dict[str, set[str]] = {}
+    for mention in mentions(text):
+        concept = mention.concept
+        if concept.axis not in ("finding", "state"):
+            both = ("left", "right") if concept.name == "bilateral" else ()
+            named.setdefault(concept.group, set()).update((concept.name, *both))
+    return named
+
+
 def _agreement(question: str, answer: str) -> bool | None:
     """Whether question and answer say the same of the findings that both name; None where they disagree among each other."""
-    asked = _presence(question.rstrip("?"))
-    said = _presence(answer)
+    asked, said = _presence(question), _presence(answer)
     agreements = {asked[name] == said[name] for name in asked if name in said}
-    return agreements.pop() if len(agreements) == 1 else None
+    if not agreements:
+        # Who sees no abnormality sees none of them.
+        agreements = {not asked[name] for name in asked if _is_denied_overall(name, said)}
+    if len(agreements) != 1:
+        return None
+    return agreements.pop() if _denies_plainly(answer, set(asked)) else None
+
+
+def _is_denied_overall(finding: str, said: dict[str, bool]) -> bool:
+    return said.get("abnormality") is False or (
+        finding in LUNG_FINDINGS and said.get("lung abnormality") is False
+    )
+
+
+def _denies_plainly(answer: str, findings: set[str]) -> bool:
+    """Whether what the answer denies of the findings is all of it: "no large effusion" leaves a small one."""
+    return all(
+        term.name not in findings or place == 0
+        for item in _denied_items(answer)
+        for place, term in enumerate(item)
+    )
+
+
+def _denied_items(text: str) -> list[list[Term]]:
+    """The things that a text denies, each by its words: "no effusion or large nodule" has two."""
+    found = []
+    telling = None
+    for start, end in negated_spans(text):
+        telling = telling if telling is not None else _telling(text)
+        while start < end:
+            joint = _ITEMS.search(text, start, end)
+            stop = joint.start() if joint else end
+            found.append([term for term in telling if start <= term.start < stop])
+            start = joint.end() if joint else end
+    return [item for item in found if item]
+
+
+def _telling(text: str) -> list[Term]:
+    """The terms of a text, without words that only ask, deny or introduce."""
+    found = []
+    for term in terms(text):
+        if term.name in ("with contrast", "without contrast"):
+            found.append(Term("contrast", term.start + len("without"), is_concept=False))
+        elif term.name not in INTRODUCING and term.name not in _DENYING:
+            found.append(term)
+    return found
+
+
+def _repeats(question: str, answer: str) -> bool | None:
+    """Whether the answer says of the very words of the question that it is so, or denies one of them; else None.
+
+    It is so where all of them occur in their order; they are denied where a thing that the answer denies begins with one.
+    """
+    asked = _telling(question)
+    if not asked:
+        return None
+    said = _telling(answer)
+    denied_before = {item[0].name for item in _denied_items(question)}
+    denied = {item[0].name for item in _denied_items(answer)}
+    if not said and (denied or is_negated(answer) or sense(answer) == "none"):
+        return False
+    names = [term.name for term in asked]
+    spans = negated_spans(answer)
+    stated = [term.name for term in said if not any(start <= term.start < end for start, end in spans)]
+    turned = {name for name in names if (name in denied) != (name in denied_before)} & {t.name for t in said}
+    if turned:
+        return None if turned & set(stated) else False
+    if not denied_before and _in_order(names, stated):
+        return True
+    return None
+
+
+def _in_order(wanted: list[str], said: list[str]) -> bool:
+    rest = iter(said)
+    return all(name in rest for name in wanted)
 
 
 def choices(question: str) -> tuple[str, str] | None:

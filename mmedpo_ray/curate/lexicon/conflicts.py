@@ -8,7 +8,9 @@ from functools import lru_cache
 from typing import Literal
 
 from mmedpo_ray.curate.lexicon.answers import implied_polarity
-from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, Fact, facts, relevance_of
+from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, Fact, facts, relevance_of, stated_mentions
+from mmedpo_ray.curate.lexicon.quantities import asks_count, count, disjoint, is_compared, shown
+from mmedpo_ray.curate.lexicon.synonyms import canonical
 from mmedpo_ray.curate.lexicon.words import numbers, polarity
 from mmedpo_ray.curate.terms import CONCEPTS, Axis, mentions
 
@@ -18,6 +20,7 @@ ConflictAxis = Literal[Axis, "polarity", "choice", "number"]
 _MISSED_SHARE = 0.6
 _INVENTED_SHARE = 0.8
 _DEFAULT_POLARITY_SEVERITY = 0.7
+_NUMBER_SEVERITY = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,11 @@ def conflicts(reference: str, answer: str, question: str = "") -> tuple[Conflict
         answer: Answer to judge.
         question: What was asked: gives a bare "No" its subject, and a finding named in it is not "invented".
     """
+    reference, answer = canonical(reference), canonical(answer)
     found: list[Conflict] = []
-    expected, stated = polarity(reference), implied_polarity(question, answer)
+    # What a report denies first is no answer to a question.
+    expected = implied_polarity(question, reference) if polarity(reference) is not None else None
+    stated = implied_polarity(question, answer) if expected is not None else None
     if expected is not None and stated is not None and expected != stated:
         subject, relevance = _subject(question)
         found.append(Conflict("polarity", "contradicted", subject, expected, stated, relevance))
@@ -60,7 +66,7 @@ def conflicts(reference: str, answer: str, question: str = "") -> tuple[Conflict
     # Facts already compare their own sides and zones; an answer of a few words that names no finding has none.
     if not facts(reference) or not any(conflict.axis != "polarity" for conflict in found):
         found += _flat_conflicts(reference, answer, {c.subject for c in found})
-    found += _number_conflicts(reference, answer)
+    found += _number_conflicts(reference, answer, question)
     unique = {(c.axis, c.subject, c.expected, c.stated): c for c in found}
     return tuple(sorted(unique.values(), key=lambda c: (-c.severity, c.axis, c.subject)))
 
@@ -144,7 +150,7 @@ def _attribute_conflicts(expected: Fact, stated: Fact) -> list[Conflict]:
 
 
 def _flat_conflicts(reference: str, answer: str, known: set[str]) -> list[Conflict]:
-    """Compares everything but findings group by group, for short answers that name no finding ("Left upper zone")."""
+    """Compares everything stated but findings group by group, for short answers that name no finding ("Left upper zone")."""
     expected, stated = _by_group(reference), _by_group(answer)
     found: list[Conflict] = []
     for group, (axis, names, relevance) in expected.items():
@@ -162,16 +168,21 @@ def _flat_conflicts(reference: str, answer: str, known: set[str]) -> list[Confli
 @lru_cache(maxsize=2048)
 def _by_group(text: str) -> dict[str, tuple[ConflictAxis, set[str], float]]:
     grouped: dict[str, tuple[ConflictAxis, set[str], float]] = {}
-    for mention in mentions(text):
+    for mention in stated_mentions(text):
         concept = mention.concept
         if concept.axis != "finding":
             grouped.setdefault(concept.group, (concept.axis, set(), concept.relevance))[1].add(concept.name)
     return grouped
 
 
-def _number_conflicts(reference: str, answer: str) -> list[Conflict]:
+def _number_conflicts(reference: str, answer: str, question: str) -> list[Conflict]:
+    if asks_count(question):
+        wanted, given = count(reference), count(answer)
+        if wanted is None or given is None or not disjoint(wanted, given):
+            return []
+        return [Conflict("number", "swapped", "number", shown([wanted]), shown([given]), _NUMBER_SEVERITY)]
     expected, stated = numbers(reference), numbers(answer)
-    if not expected or not stated or expected == stated:
+    if not expected or not stated or expected == stated or is_compared(reference) or is_compared(answer):
         return []
     want, got = (", ".join(map(str, sorted(values))) for values in (expected, stated))
-    return [Conflict("number", "swapped", "number", want, got, 0.5)]
+    return [Conflict("number", "swapped", "number", want, got, _NUMBER_SEVERITY)]

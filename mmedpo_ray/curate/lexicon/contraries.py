@@ -13,6 +13,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import pairwise
 
+from mmedpo_ray.curate.lexicon.answers import UNDECIDED
 from mmedpo_ray.curate.lexicon.conflicts import Conflict, conflicts
 from mmedpo_ray.curate.lexicon.facts import (
     absent_subjects,
@@ -20,8 +21,13 @@ from mmedpo_ray.curate.lexicon.facts import (
     is_negated,
     negated_spans,
     relevance_of,
+    restated,
+    stated,
+    stated_mentions,
 )
-from mmedpo_ray.curate.lexicon.words import Term, folded, polarity, terms, words
+from mmedpo_ray.curate.lexicon.quantities import are_apart, asks_count, count, lengths, shares, shown
+from mmedpo_ray.curate.lexicon.synonyms import canonical
+from mmedpo_ray.curate.lexicon.words import INTRODUCING, Term, folded, polarity, spoken_polarity, terms, words
 from mmedpo_ray.curate.terms import CONCEPTS, Axis, mentions
 
 # A wider finding and those that it may stand for.
@@ -87,12 +93,10 @@ _ADJECTIVES = {
     "cervical": "neck",
 }
 _SIDES = frozenset({"left", "right", "bilateral"})
-_LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*-?(mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b", re.IGNORECASE)
-# Rounding, and two readers' measurements, differ by less.
-_SAME_LENGTH = 1.5
 _ALL_WELL = re.compile(
-    r"^\W*(?:it is |the \w+ (?:is|are|looks?|appears?) )?(?:nothing|normal|unremarkable|healthy|clear)\b",
-    re.I,
+    r"^\W*(?:(?:it|this|everything) (?:is|looks|appears) |(?:the|this) (?:\w+ )?(?:image|scan|study|film|radiograph|x-ray|picture|"
+    r"ct|mri|chest|brain|abdomen|patient) (?:is|looks|appears) )?(?:nothing|normal|unremarkable|clear)\b",
+    re.IGNORECASE,
 )
 # Words of place and kind, and of caution, that name nothing.
 _VAGUE = frozenset(
@@ -101,15 +105,9 @@ _VAGUE = frozenset(
         "abnormality abnormal area region part portion structure organ tissue body thoracic abdominal cranial pelvic cavity "
         "finding type kind form level section study could would may might can likely possibly probably appear suggest "
         "suggesting indicate indicating consistent which because using used not or but also some one more most such other "
-        "specifically somewhere within given based here only just i you he she we they",
+        "specifically somewhere within given based here only just i you he she we they lobe zone field",
     )
-)
-_UNDECIDED = re.compile(
-    r"\b(?:not sure|unsure|unclear|uncertain|unknown|difficult to|hard to|impossible to|not possible|depends on|"
-    r"(?:cannot|can ?not|can't|could not) (?:be )?(?:\w+ly )?(?:tell|told|say|said|determined?|identif(?:y|ied)|assess(?:ed)?|seen?)|"
-    r"(?:not enough|insufficient|no) information|not (?:provided|specified|mentioned|given))\b",
-    re.IGNORECASE,
-)
+) | INTRODUCING
 
 
 @lru_cache(maxsize=4096)
@@ -128,6 +126,7 @@ def contradictions(
         question: what was asked.
         is_complete: whether the answer claims to name every finding, as a report does: one that it leaves out is then denied.
     """
+    reference, answer = canonical(reference), canonical(answer)
     expected = {fact.finding for fact in facts(reference) if fact.present}
     stated = {fact.finding for fact in facts(answer) if fact.present}
     asked = {fact.finding for fact in facts(question)}
@@ -146,7 +145,7 @@ def contradictions(
         found += _denied(reference, expected, answer, question)
         found += _other_place(reference, answer, question)
         found += _other_study(reference, answer, question)
-        found += _other_length(reference, answer)
+        found += _other_quantity(reference, answer)
     return tuple(found)
 
 
@@ -154,13 +153,15 @@ def names_another(reference: str, answer: str, question: str = "") -> bool:
     """Whether a word beyond the lexicon stands in the place of one of the reference: "psoas minor" for "psoas major".
 
     Words are compared in order, without those of the question. A word that is only left out, or added, is no other one; nor is
-    what an undecided answer says. Where both sides are words of the lexicon, :func:`contradictions` has the say.
+    what an undecided answer says, or what one denies ("Axial, not coronal"). Where both sides are words of the lexicon, :func:`contradictions` has the say.
     """
-    if _UNDECIDED.search(answer) or (_millimetres(reference) and _millimetres(answer)):
+    if UNDECIDED.search(answer) or _are_quantities(reference, answer, question):
         return False
-    asked = {term.name for term in terms(question)}
-    wanted = _telling(reference, asked) or _telling(reference, set())
-    given = _telling(answer, asked - {term.name for term in wanted})
+    reference, answer = (restated(canonical(text)) for text in (reference, answer))
+    asked = {term.name for term in terms(canonical(question))}
+    positive = stated(reference)
+    wanted = _telling(positive, asked) or _telling(positive, set()) or _telling(reference, set())
+    given = _telling(stated(answer), asked - {term.name for term in wanted})
     names, said = [term.name for term in wanted], [term.name for term in given]
     known = {*names, *map(folded, words(reference))}
     for kind, first, last, start, stop in SequenceMatcher(None, names, said, autojunk=False).get_opcodes():
@@ -201,7 +202,7 @@ def _is_part(stated: str | None, expected: str | None) -> bool:
 
 def _denied(reference: str, expected: set[str], answer: str, question: str) -> list[Conflict]:
     """ "Normal" or "No" where the reference has a finding; "The liver is not visible" where it says where the liver is."""
-    if expected and not facts(answer) and (_ALL_WELL.search(answer) or polarity(answer) == "no"):
+    if expected and not facts(answer) and (_ALL_WELL.search(answer) or spoken_polarity(answer) == "no"):
         name = max(expected, key=relevance_of)
         return [Conflict("finding", "contradicted", name, "present", "absent", relevance_of(name))]
     if polarity(reference) == "no" or is_negated(reference):
@@ -234,24 +235,25 @@ def _other_study(reference: str, answer: str, question: str) -> list[Conflict]:
 
 def _modalities(text: str) -> set[str]:
     """The kinds of study that a text names; a sequence is one of MRI."""
-    concepts = [mention.concept for mention in mentions(text)]
+    concepts = [mention.concept for mention in stated_mentions(text)]
     named = {concept.name for concept in concepts if concept.axis == "modality"}
     return named | ({"mri"} if any(concept.axis == "sequence" for concept in concepts) else set())
 
 
-def _other_length(reference: str, answer: str) -> list[Conflict]:
-    expected, stated = _millimetres(reference), _millimetres(answer)
-    if not expected or not stated:
-        return []
-    if any(1 / _SAME_LENGTH < want / got < _SAME_LENGTH for want in expected for got in stated):
-        return []
-    want, got = (", ".join(f"{value:g} mm" for value in sorted(values)) for values in (expected, stated))
-    return [Conflict("number", "swapped", "length", want, got, 0.5)]
+def _other_quantity(reference: str, answer: str) -> list[Conflict]:
+    for subject, unit, read in (("length", " mm", lengths), ("share", "%", shares)):
+        expected, given = read(reference), read(answer)
+        if expected and given and are_apart(expected, given):
+            want, got = shown(expected, unit), shown(given, unit)
+            return [Conflict("number", "swapped", subject, want, got, 0.5)]
+    return []
 
 
-def _millimetres(text: str) -> set[float]:
-    found = ((float(number), unit.lower()) for number, unit in _LENGTH.findall(text))
-    return {value * 10 if unit.startswith("c") else value for value, unit in found if value}
+def _are_quantities(reference: str, answer: str, question: str) -> bool:
+    """Whether both answers are a measurement of one kind, or a count where one is asked for: numbers tell, not words."""
+    if asks_count(question) and count(reference) is not None and count(answer) is not None:
+        return True
+    return bool((lengths(reference) and lengths(answer)) or (shares(reference) and shares(answer)))
 
 
 def _swapped(axis: Axis, expected: set[str], stated: set[str]) -> Conflict:
@@ -260,7 +262,7 @@ def _swapped(axis: Axis, expected: set[str], stated: set[str]) -> Conflict:
 
 
 def _sides(text: str) -> set[str]:
-    return {mention.concept.name for mention in mentions(text)} & _SIDES
+    return {mention.concept.name for mention in stated_mentions(text)} & _SIDES
 
 
 def _places(text: str) -> set[str]:

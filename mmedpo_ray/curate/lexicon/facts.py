@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from mmedpo_ray.curate.lexicon.synonyms import canonical
 from mmedpo_ray.curate.terms import CONCEPTS, Concept, Mention, lowered, mentions
 
 # Texts, and sentences, whose findings are kept.
@@ -13,16 +14,32 @@ _KEPT = 2048
 _KEPT_SENTENCES = 4096
 
 # A quantity after "no" makes it a statement about that thing ("No pneumothorax."), still a negative answer.
+_CONTRAST = r"rather than|instead of|as opposed to|unlike"
 NEGATION = re.compile(
-    r"\b(no|not|without|absent|absence of|negative for|free of|never|neither|nor|cannot|isn't|aren't|doesn't|don't)\b",
+    r"\b(no(?! (?:doubt|question|(?:\w+ ){0,2}changes?)\b)|not(?! only\b)|without(?! (?:a |any )?doubt\b)|absent|absence of|"
+    r"negative for|free of|never|neither|nor|cannot|(?:is|are|was|were|do|does|did|has|have|ca)n['’]t|"
+    rf"{_CONTRAST})\b",
     re.IGNORECASE,
 )
+_IS_CONTRAST = re.compile(_CONTRAST, re.IGNORECASE)
 _AFTER_NEGATION = re.compile(
     r"\b(?:is|are|was|were)?\s*(?:absent|not (?:seen|present|identified|visible|evident|noted|visualized|enlarged)|ruled out|"
     r"excluded|resolved)\b",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[.;:!?\n]+(?:\s+|$)|\b(?:but|however|although|except)\b", re.IGNORECASE)
+# Where a sentence goes on with another statement, to which a negation before does not reach ("not an MRI, it is a CT").
+_TURN = re.compile(
+    r"(?:,|,? \band\b)\s*(?=(?:it|this|that|these|those|they|there|he|she|which)"
+    r"(?:['’]s\b|\s+(?:is|are|was|were|appears?|has|have|had|shows?)\b))|,\s*(?=(?:instead|rather)\b(?! (?:of|than)\b))",
+    re.IGNORECASE,
+)
+_ADDS = re.compile(r",|\band\b", re.IGNORECASE)
+_VERB = re.compile(r"\b(?:is|are|was|were|shows?|has|have|appears?)\b", re.IGNORECASE)
+# Neither there nor not there.
+_NOT_EXCLUDED = re.compile(
+    r"\b(?:can ?not|can['’]t|could not|couldn['’]t|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)\b", re.IGNORECASE
+)
 _JOINT = re.compile(r",|\band\b|\bwith\b", re.IGNORECASE)
 # Statements about the heart and the lungs that amount to a finding or to its absence.
 # Each: words of which one must be there, what is said, what it amounts to.
@@ -48,7 +65,16 @@ _REWRITES: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
             r"(?: (?:mildly|moderately|severely|markedly))? enlarged\b",
             "cardiomegaly",
         ),
-        (("enlarged ",), r"\benlarged (?:heart|cardiac silhouette)\b", "cardiomegaly"),
+        (
+            ("enlarged ", "increased "),
+            r"\b(?:enlarged|increased) (?:heart|cardiac|cardiomediastinal)(?: size| silhouette| shadow| contours?)*\b",
+            "cardiomegaly",
+        ),
+        (
+            ("enlargement",),
+            r"\b(?:enlargement of (?:the )?(?:heart|cardiac)(?: silhouette| shadow)?|(?:heart|cardiac) enlargement)\b",
+            "cardiomegaly",
+        ),
         (
             ("lung",),
             r"\blungs?(?: fields?)?(?: (?:is|are|appear|remain))? (?:clear|normal)(?: bilaterally)?\b",
@@ -116,22 +142,32 @@ class Fact:
 def facts(text: str) -> tuple[Fact, ...]:
     """The findings that a text asserts or denies, each with the side, zone and size said of it, in order, without repeats."""
     found: dict[Fact, None] = {}
-    for sentence in _SENTENCE.split(text):
+    for sentence in _SENTENCE.split(canonical(text)):
         if sentence and not sentence.isspace():
             found |= dict.fromkeys(_facts_of(sentence))
     return tuple(found)
 
 
+def restated(text: str) -> str:
+    """The text with statements about heart and lungs put as the finding that they amount to, or as its absence."""
+    return ". ".join(_restated(sentence) for sentence in _SENTENCE.split(text) if sentence)
+
+
 @lru_cache(maxsize=_KEPT_SENTENCES)
-def _facts_of(sentence: str) -> tuple[Fact, ...]:
+def _restated(sentence: str) -> str:
     low = lowered(sentence)
     for needed, pattern, replacement in _REWRITES:
         if any(word in low for word in needed):
             sentence, count = pattern.subn(replacement, sentence)
             if count:
                 low = lowered(sentence)
+    return sentence
+
+
+@lru_cache(maxsize=_KEPT_SENTENCES)
+def _facts_of(sentence: str) -> tuple[Fact, ...]:
     found = []
-    for clause, negated in _clauses(sentence):
+    for clause, negated in _clauses(_restated(sentence)):
         said = mentions(clause)
         named = [mention.concept.name for mention in said if mention.concept.axis == "finding"]
         named += [_overall_name(match.group(1)) for match in _OVERALL_PATTERN.finditer(clause)]
@@ -148,17 +184,70 @@ def is_negated(text: str) -> bool:
 
 @lru_cache(maxsize=2048)
 def negated_spans(text: str) -> tuple[tuple[int, int], ...]:
-    """Places ``text[start:end]`` whose statements the text denies: in a sentence, what follows a negation, and what stands
-    before "is absent" and the like."""
+    """Places ``text[start:end]`` whose statements the text denies or sets apart ("rather than"): in a statement, what follows
+    a negation, and what stands before "is absent" and the like."""
+    if not is_negated(text):
+        return ()
     spans: list[tuple[int, int]] = []
-    for start, end in sentence_spans(text):
-        after = _AFTER_NEGATION.search(text, start, end)
-        if after:
-            spans.append((start, after.start()))
-        before = NEGATION.search(text, start, end)
-        if before:
-            spans.append((before.end(), end))
+    for first, last in sentence_spans(text):
+        for start, end in _statements(text, first, last):
+            after = _AFTER_NEGATION.search(text, start, end)
+            if after:
+                spans.append((start, after.start()))
+            before = NEGATION.search(text, start, end)
+            if before:
+                spans.append((before.end(), _reach(text, before, end)))
     return tuple(spans)
+
+
+@lru_cache(maxsize=2048)
+def stated_mentions(text: str) -> tuple[Mention, ...]:
+    """The concepts that a text names and does not deny."""
+    denied = negated_spans(text)
+    if not denied:
+        return mentions(text)
+    return tuple(item for item in mentions(text) if not _lies_in(item.start, denied))
+
+
+def stated(text: str) -> str:
+    """The text with spaces in place of what it denies, so that every word keeps its place."""
+    for start, end in negated_spans(text):
+        text = text[:start] + " " * (end - start) + text[end:]
+    return text
+
+
+def _lies_in(place: int, spans: tuple[tuple[int, int], ...]) -> bool:
+    return any(start <= place < end for start, end in spans)
+
+
+def _statements(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """The statements of a sentence: what a negation in one says does not reach into another."""
+    found = []
+    for turn in _TURN.finditer(text, start, end):
+        found += _before_absent(text, start, turn.start())
+        start = turn.end()
+    return found + _before_absent(text, start, end)
+
+
+def _before_absent(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Parts "the heart is normal and an effusion is not seen" at the "and"."""
+    after = _AFTER_NEGATION.search(text, start, end)
+    if after is None:
+        return [(start, end)]
+    joints = [
+        joint
+        for joint in _ADDS.finditer(text, start, after.start())
+        if _VERB.search(text, start, joint.start()) and text[joint.end() : after.start()].strip()
+    ]
+    if not joints:
+        return [(start, end)]
+    return [(start, joints[-1].start()), (joints[-1].end(), end)]
+
+
+def _reach(text: str, negation: re.Match[str], end: int) -> int:
+    """Where what is denied ends: a contrast ends at the next comma."""
+    comma = text.find(",", negation.end(), end) if _IS_CONTRAST.match(negation.group()) else -1
+    return comma if comma >= 0 else end
 
 
 def absent_subjects(text: str) -> list[str]:
@@ -182,16 +271,31 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _clauses(sentence: str) -> list[tuple[str, bool]]:
-    """Splits a sentence so that each part has one polarity, and so that each finding keeps its own attributes."""
-    after = _AFTER_NEGATION.search(sentence)
-    if after:
-        return [(sentence[: after.start()], True), (sentence[after.end() :], False)]
-    before = NEGATION.search(sentence)
-    head, tail = (sentence, "") if before is None else (sentence[: before.start()], sentence[before.end() :])
-    parts = [(part, False) for part in _split_joints(head)]
-    if tail:
-        parts.append((tail, True))
+    """Splits a sentence so that each part has one polarity, and so that each finding keeps its own attributes.
+
+    What it cannot exclude is in none of the parts.
+    """
+    if not is_negated(sentence):
+        return [(part, False) for part in _split_joints(sentence)]
+    parts: list[tuple[str, bool]] = []
+    for start, end in _statements(sentence, 0, len(sentence)):
+        parts += _parts(sentence[start:end])
     return parts
+
+
+def _parts(statement: str) -> list[tuple[str, bool]]:
+    if _NOT_EXCLUDED.search(statement):
+        return []
+    after = _AFTER_NEGATION.search(statement)
+    if after:
+        return [(statement[: after.start()], True), (statement[after.end() :], False)]
+    before = NEGATION.search(statement)
+    if before is None:
+        return [(part, False) for part in _split_joints(statement)]
+    end = _reach(statement, before, len(statement))
+    parts = [(part, False) for part in _split_joints(statement[: before.start()])]
+    parts.append((statement[before.end() : end], True))
+    return parts + (_parts(statement[end:]) if end < len(statement) else [])
 
 
 def _split_joints(text: str) -> list[str]:

@@ -19,7 +19,14 @@ _KEPT = 2048
 
 _YES = re.compile(r"^\W*(yes|yeah|yep|true|correct)\b", re.IGNORECASE)
 _NO = re.compile(r"^\W*(no|nope|none|false|incorrect)\b", re.IGNORECASE)
-_ASCII_WORD = re.compile(r"[a-z0-9]+(?:[./-][a-z0-9]+)*", re.IGNORECASE)
+# "No nodule is seen", unlike "No, …" and "No it is …", is a statement.
+_NO_THING = re.compile(
+    r"^\W*no(?: one)?\s+(?!(?:it|this|that|there|these|those|they|the|not|because|since|he|she|we|i|you|as|but)\b)\w",
+    re.IGNORECASE,
+)
+# "<5" is another word than ">5" and "5".
+_BOUND = r"(?:(?<![-=])[<>]=?(?=\d))?"
+_ASCII_WORD = re.compile(rf"{_BOUND}[a-z0-9]+(?:[./-][a-z0-9]+)*", re.IGNORECASE)
 # Thai, Lao, Myanmar, Khmer, kana, Han.
 _UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -28,7 +35,7 @@ _UNSPACED = (
 # Accents of their own, vowel points, signs of the scripts of India: they belong to the letter before them.
 _MARKS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"
 _LETTER = rf"(?:[^\W_{_UNSPACED}]|[{_MARKS}])"
-_ANY_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:[./-]{_LETTER}+)*")
+_ANY_WORD = re.compile(rf"[{_UNSPACED}]|{_BOUND}{_LETTER}+(?:[./-]{_LETTER}+)*")
 _NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
@@ -129,9 +136,28 @@ def polarity(answer: str) -> Polarity | None:
     return "no" if _NO.match(answer) else None
 
 
+def spoken_polarity(answer: str) -> Polarity | None:
+    """A yes or no said as a word of its own: as :func:`polarity`, but "No nodule" is a statement."""
+    found = polarity(answer)
+    return None if found == "no" and _NO_THING.match(answer) else found
+
+
 def numbers(text: str) -> frozenset[int]:
     """Counts and ordinals of a text, in digits or words; measurements with units are left out."""
     return frozenset(
         _NUMBER_WORDS[m.group(1).lower()] if m.group(1).lower() in _NUMBER_WORDS else int(m.group(1))
         for m in _NUMBER.finditer(text)
     )
+
+
+# Words that only introduce what is said: to show it, to see it, to be more or less sure of it.
+INTRODUCING = frozenset(
+    folded(word)
+    for word in re.findall(
+        r"\w+",
+        "any evidence sign signs finding findings consistent compatible suggestive suggest suggests suggesting indicate "
+        "indicates indicating indicative appear appears likely probably possibly also some here you we i can could may might "
+        "would do does did noted identified demonstrated observed detected found evident demonstrate demonstrates reveal "
+        "reveals display displays depict depicts represent represents representing definite obvious apparent which really",
+    )
+)

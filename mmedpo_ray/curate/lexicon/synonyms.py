@@ -1,0 +1,129 @@
+"""One spelling for what is said in several ways, beyond the forms of single concepts in the vocabulary.
+
+canonical("RUL")             -> "right upper lobe"
+canonical("Left and right")  -> "bilateral"
+canonical("less than 5 mm")  -> "<5 mm"
+sense("No abnormality is seen.") == sense("Normal")
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Literal
+
+from mmedpo_ray.curate.terms import lowered
+
+_KEPT = 4096
+_SIDES = {"R": "right", "L": "left"}
+_LEVELS = {"U": "upper", "M": "middle", "L": "lower"}
+_ABBREVIATIONS = {
+    **{f"{side}{level}L": f"{_SIDES[side]} {_LEVELS[level]} lobe" for side in "RL" for level in "UML"},
+    **{f"{side}{level}Q": f"{_SIDES[side]} {_LEVELS[level]} quadrant" for side in "RL" for level in "UL"},
+    "CXR": "chest x-ray",
+    "PTX": "pneumothorax",
+    "SDH": "subdural hematoma",
+    "EDH": "epidural hematoma",
+    "SAH": "subarachnoid hemorrhage",
+    "WNL": "normal",
+}
+_ABBREVIATED = re.compile(rf"(?<![\w-])(?:{'|'.join(_ABBREVIATIONS)})(?![\w-])")
+_WHOLE_ABBREVIATION = re.compile(rf"\W*(?P<short>{'|'.join(_ABBREVIATIONS)})\W*", re.IGNORECASE)
+_AMOUNT = r"(?=\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)"
+# Each: pieces of which one must be there, since to look for those is quick; what is said; its one spelling.
+_SPELLINGS: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
+    (needed, re.compile(pattern, re.IGNORECASE), replacement)
+    for needed, pattern, replacement in (
+        (("healthy",), r"\bhealthy\b", "normal"),
+        (("normal limits",), r"\bwithin normal limits\b", "normal"),
+        (("nothing",), r"\bnothing (?:is )?abnormal\b", "no abnormality"),
+        (("not abnormal",), r"\bnot abnormal\b", "normal"),
+        (
+            ("left",),
+            r"\b(?:both )?(?:the )?(?:left (lung|side)s? and (?:the )?right \1s?|right (lung|side)s? and (?:the )?left \2s?)\b",
+            r"both \1\2s",
+        ),
+        (
+            ("left",),
+            r"\b(?:both )?(?:the )?(?:left(?:-sided)?(?: and|,? as well as| &) (?:the )?right|"
+            r"right(?:-sided)?(?: and|,? as well as| &) (?:the )?left)(?: (?:lung|side)s?)?\b",
+            "bilateral",
+        ),
+        (("both the ",), r"\bboth the (?=(?:lung|side)s\b)", "both "),
+        (
+            ("both",),
+            r"\bboth (?:the )?(?=(?:kidneys|hemispheres|breasts|hips|knees|hila|ventricles|orbits|eyes|adrenals?|"
+            r"apices|bases|hemithoraces|hemidiaphragms)\b)",
+            "bilateral ",
+        ),
+        (("both",), r"\A\W*(?:(?:it is|they are|on|in|at|the answer is) )*both(?: of them)?\W*\Z", "bilateral"),
+        (
+            (" than ", "under ", "below "),
+            rf"\b(?:(?:less|smaller|lower|fewer|shorter) than|under|below) {_AMOUNT}",
+            "<",
+        ),
+        (
+            (" than ", "over ", "above ", "exceeding "),
+            rf"\b(?:(?:more|greater|larger|bigger|higher|longer) than|over|above|exceeding) {_AMOUNT}",
+            ">",
+        ),
+        (("at least ",), rf"\bat least {_AMOUNT}", ">="),
+        (("at most ", "up to "), rf"\b(?:at most|up to) {_AMOUNT}", "<="),
+        (("≥",), "≥", ">="),
+        (("≤",), "≤", "<="),
+        (("< ", "> ", "= "), r"([<>]=?) +(?=\d)", r"\1"),
+        (("\u2212", "\u2013"), r"(?<![\w.])[\u2212\u2013](?=\d)", "-"),
+        (("+",), r"\A[\s(\[]*\+[\s)\].]*\Z", "positive"),
+        (("-", "\u2212", "\u2013"), r"\A[\s(\[]*[-\u2212\u2013][\s)\].]*\Z", "negative"),
+    )
+)
+
+_PICTURE = r"(?:image|scan|study|film|radiograph|x-ray|picture|examination|exam|ct|mri)"
+_SUBJECT = (
+    rf"(?:(?:it|this|that|everything|all|(?:the|this) (?:\w+ )?{_PICTURE}) "
+    r"(?:is|are|appears?|looks?|seems?|shows?|demonstrates?|reveals?|has|have)(?: to be)? |there (?:is|are) )?"
+)
+_SEEN = (
+    r"(?:,? (?:(?:is|are|was|were|can be) )?"
+    r"(?:seen|present|visible|identified|noted|detected|found|evident|observed|demonstrated|there))?"
+)
+_HERE = rf"(?: (?:in|on) (?:this|the) (?:\w+ )?{_PICTURE})?"
+_SENSES: dict[Literal["normal", "none"], re.Pattern[str]] = {
+    "normal": re.compile(
+        rf"\W*{_SUBJECT}(?:an? )?(?:completely |entirely |essentially |otherwise |grossly )?(?:"
+        rf"(?:normal|unremarkable)(?: (?:\w+ )?(?:{_PICTURE}|findings?|anatomy|appearance|limits))?|"
+        r"(?:no|without|not any) (?:any |(?:evidence|signs?) of |an? |acute |significant |obvious |visible |gross )*"
+        r"(?:abnormalit(?:y|ies)|abnormal findings?|diseases?|patholog(?:y|ies)|pathological findings?))"
+        rf"{_SEEN}{_HERE}\W*",
+        re.IGNORECASE,
+    ),
+    "none": re.compile(rf"\W*(?:there (?:is|are) )?(?:no|none|nil|zero|0|not any){_SEEN}{_HERE}\W*", re.IGNORECASE),
+}
+_LONGEST_SENSE = 100
+
+
+@lru_cache(maxsize=_KEPT)
+def canonical(text: str) -> str:
+    """The text with abbreviations, both sides, normality and comparisons in one spelling; places in it may move."""
+    whole = _WHOLE_ABBREVIATION.fullmatch(text)
+    if whole:
+        return _ABBREVIATIONS[whole["short"].upper()]
+    text = _ABBREVIATED.sub(lambda match: _ABBREVIATIONS[match.group()], text)
+    low = lowered(text)
+    for needed, pattern, replacement in _SPELLINGS:
+        if any(piece in low for piece in needed):
+            text, count = pattern.subn(replacement, text)
+            if count:
+                low = lowered(text)
+    return text
+
+
+def sense(text: str) -> Literal["normal", "none"] | None:
+    """What a whole answer amounts to, if it says no more than that all is normal ("normal") or that there is none ("none").
+
+    Args:
+        text: a canonical answer.
+    """
+    if len(text) > _LONGEST_SENSE:
+        return None
+    return next((name for name, pattern in _SENSES.items() if pattern.fullmatch(text)), None)
