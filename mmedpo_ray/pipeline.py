@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from mmedpo_ray import cluster, storage
 from mmedpo_ray.config import Config, dump, resolve_run_folder
 from mmedpo_ray.console import console
@@ -102,7 +104,7 @@ def run_all(config: Config) -> None:
     """
     started = time.monotonic()
     with _prepared(config) as resolved:
-        console.print(f"[bold]mmedpo[/bold] run folder {resolved.run.folder}", soft_wrap=True)
+        console.print(f"[bold]mmedpo[/bold] run folder {escape(resolved.run.folder)}", soft_wrap=True)
         for number, (name, step) in enumerate(STEPS.items(), start=1):
             console.print(f"[bold cyan]\\[{number}/{len(STEPS)}][/bold cyan] {name}")
             step(resolved)
@@ -150,7 +152,7 @@ def _print_end(config: Config, seconds: float) -> None:
 
     console.print(summary_table(summary))
     console.print(f"finished in {seconds / 60:.1f} min")
-    console.print(f"report   {run.report}", soft_wrap=True)
+    console.print(f"report   {escape(run.report)}", soft_wrap=True)
     models = sorted(path.name for path in run.model("aligned").iterdir() if path.is_dir())
-    console.print(f"models   {run.model('aligned')}/{{{','.join(models)}}}", soft_wrap=True)
-    console.print(f"serve it [bold]mmedpo serve run.folder={run.root}[/bold]", soft_wrap=True)
+    console.print(f"models   {escape(str(run.model('aligned')))}/{{{','.join(models)}}}", soft_wrap=True)
+    console.print(f"serve it [bold]mmedpo serve run.folder={escape(str(run.root))}[/bold]", soft_wrap=True)

@@ -45,7 +45,7 @@ __all__ = [
     "storable",
 ]
 
-UNREADABLE = "image_unreadable"
+UNREADABLE = images.UNREADABLE
 # Drop reasons that copying, mending or uploading an image file ends, or a store that answers again.
 IMAGE_REASONS = ("image_missing", UNREADABLE, "image_undecodable", "image_too_large", "image_multi_frame")
 # Files of a unit that are waited for in vain before the others get one try each.

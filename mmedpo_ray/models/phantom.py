@@ -151,7 +151,7 @@ def build_command(out: Path, seed: int = 0) -> None:
             f"{name} {score['value']:.3f} (n={score['n']})" for name, score in scores[world].items()
         )
         console.print(f"{world} world: {values}")
-    console.print(f"the model is in {out}")
+    console.print(f"the model is in {out}", soft_wrap=True, markup=False)
 
 
 def _silent(what: str, done: int, total: int) -> None:

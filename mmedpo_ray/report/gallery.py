@@ -40,7 +40,7 @@ class Thumbnails:
             image = images.load_rgb(uri)
             if heat_map_uri is not None:
                 image = overlay(image, images.load_image(heat_map_uri))
-        except images.ImageError:
+        except (images.ImageError, OSError):
             return None
         address = data_uri(image)
         self._left -= len(address)

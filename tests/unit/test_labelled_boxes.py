@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmedpo_ray import images, storage
 from mmedpo_ray.config import Config
 from mmedpo_ray.curate.tools.dataset_mask import DatasetMask
 from mmedpo_ray.curate.tools.labelled_boxes import asked_region, named_labels, parse
@@ -107,6 +108,20 @@ def test_boxes_cut_the_mask(
     assert found.heat_map is not None
     assert np.array_equal(found.heat_map, expected.astype(np.float32))
     assert (found.confidence, found.choice) == (1.0, choice)
+
+
+def test_boxes_that_a_store_withholds_are_no_reason_for_another_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = slake_image(tmp_path, LUNGS)
+    monkeypatch.setattr(images, "WAITS", ())
+
+    def withhold(uri: str, *_: Any) -> bytes:
+        raise OSError(5, "try later", uri)
+
+    monkeypatch.setattr(storage, "read_bytes", withhold)
+    with pytest.raises(OSError, match="try later"):
+        asked_region(np.ones((4, 4), bool), uri, "Is the heart seen?", "Yes")
 
 
 def test_masks_of_other_data_sets_are_whole(tmp_path: Path) -> None:

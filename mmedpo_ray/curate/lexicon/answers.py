@@ -24,8 +24,48 @@ _SIGN = re.compile(r"(?<![-=])[<>]=?|\+|(?<![\w)\].-])-(?=\.?\d)")
 _ITEMS = re.compile(r",|/|\b(?:or|and|nor)\b", re.IGNORECASE)
 # Words of questions and denials that name nothing.
 _DENYING = frozenset(
-    "no not nor neither without absent absence negative free never cannot isn't aren't rather than instead unlike opposed or "
-    "but such other new only it they i you can will should isn aren doesn don didn wasn weren t s".split()
+    [
+        "no",
+        "not",
+        "nor",
+        "neither",
+        "without",
+        "absent",
+        "absence",
+        "negative",
+        "free",
+        "never",
+        "cannot",
+        "isn't",
+        "aren't",
+        "rather",
+        "than",
+        "instead",
+        "unlike",
+        "opposed",
+        "or",
+        "but",
+        "such",
+        "other",
+        "new",
+        "only",
+        "it",
+        "they",
+        "i",
+        "you",
+        "can",
+        "will",
+        "should",
+        "isn",
+        "aren",
+        "doesn",
+        "don",
+        "didn",
+        "wasn",
+        "weren",
+        "t",
+        "s",
+    ]
 )
 UNDECIDED = re.compile(
     r"\b(?:not sure|unsure|unclear|uncertain|unknown|difficult to|hard to|impossible to|not possible|depends on|"

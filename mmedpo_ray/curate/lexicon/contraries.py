@@ -99,15 +99,18 @@ _ALL_WELL = re.compile(
     re.IGNORECASE,
 )
 # Words of place and kind, and of caution, that name nothing.
-_VAGUE = frozenset(
-    re.findall(
-        r"\w+",
-        "abnormality abnormal area region part portion structure organ tissue body thoracic abdominal cranial pelvic cavity "
-        "finding type kind form level section study could would may might can likely possibly probably appear suggest "
-        "suggesting indicate indicating consistent which because using used not or but also some one more most such other "
-        "specifically somewhere within given based here only just i you he she we they lobe zone field",
+_VAGUE = (
+    frozenset(
+        re.findall(
+            r"\w+",
+            "abnormality abnormal area region part portion structure organ tissue body thoracic abdominal cranial pelvic cavity "
+            "finding type kind form level section study could would may might can likely possibly probably appear suggest "
+            "suggesting indicate indicating consistent which because using used not or but also some one more most such other "
+            "specifically somewhere within given based here only just i you he she we they lobe zone field",
+        )
     )
-) | INTRODUCING
+    | INTRODUCING
+)
 
 
 @lru_cache(maxsize=4096)

@@ -38,7 +38,8 @@ _ADDS = re.compile(r",|\band\b", re.IGNORECASE)
 _VERB = re.compile(r"\b(?:is|are|was|were|shows?|has|have|appears?)\b", re.IGNORECASE)
 # Neither there nor not there.
 _NOT_EXCLUDED = re.compile(
-    r"\b(?:can ?not|can['’]t|could not|couldn['’]t|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)\b", re.IGNORECASE
+    r"\b(?:can ?not|can['’]t|could not|couldn['’]t|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)\b",
+    re.IGNORECASE,
 )
 _JOINT = re.compile(r",|\band\b|\bwith\b", re.IGNORECASE)
 # Statements about the heart and the lungs that amount to a finding or to its absence.

@@ -56,7 +56,11 @@ _SPELLINGS: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
             r"apices|bases|hemithoraces|hemidiaphragms)\b)",
             "bilateral ",
         ),
-        (("both",), r"\A\W*(?:(?:it is|they are|on|in|at|the answer is) )*both(?: of them)?\W*\Z", "bilateral"),
+        (
+            ("both",),
+            r"\A\W*(?:(?:it is|they are|on|in|at|the answer is) )*both(?: of them)?\W*\Z",
+            "bilateral",
+        ),
         (
             (" than ", "under ", "below "),
             rf"\b(?:(?:less|smaller|lower|fewer|shorter) than|under|below) {_AMOUNT}",
@@ -97,7 +101,9 @@ _SENSES: dict[Literal["normal", "none"], re.Pattern[str]] = {
         rf"{_SEEN}{_HERE}\W*",
         re.IGNORECASE,
     ),
-    "none": re.compile(rf"\W*(?:there (?:is|are) )?(?:no|none|nil|zero|0|not any){_SEEN}{_HERE}\W*", re.IGNORECASE),
+    "none": re.compile(
+        rf"\W*(?:there (?:is|are) )?(?:no|none|nil|zero|0|not any){_SEEN}{_HERE}\W*", re.IGNORECASE
+    ),
 }
 _LONGEST_SENSE = 100
 

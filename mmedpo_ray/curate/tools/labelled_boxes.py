@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from mmedpo_ray import images as image_files
 from mmedpo_ray import storage
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.terms import CONCEPTS
-from mmedpo_ray.errors import UserError
 
 _MASK = "mask.png"
 _BOXES = "detection.json"
@@ -51,14 +51,17 @@ def asked_region(
     Returns:
         bool (H, W), and the choice, for the column ``noise``: ``region`` is the list of the labels, or "whole" with
         ``region_reason``: ``no_boxes``, ``boxes_unreadable``, ``nothing_named`` or ``boxes_beside_mask``. Empty for other masks.
+
+    Raises:
+        OSError: a store does not give out the boxes now, but may another time.
     """
     if posixpath.basename(mask_uri) != _MASK:
         return mask, {}
     try:
-        boxes = parse(storage.read_bytes(storage.join(posixpath.dirname(mask_uri), _BOXES)))
-    except FileNotFoundError:
+        boxes = parse(image_files.read_file(storage.join(posixpath.dirname(mask_uri), _BOXES)))
+    except image_files.ImageError:
         return mask, _whole("no_boxes")
-    except (OSError, ValueError, UserError):
+    except ValueError:
         return mask, _whole("boxes_unreadable")
     names = named_labels(list(dict.fromkeys(box.label for box in boxes)), question, answer)
     if not names:

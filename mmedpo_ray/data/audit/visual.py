@@ -6,6 +6,7 @@ images are in memory at a time. Whether the noise hits the lesion `curate` recor
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -208,10 +209,12 @@ def _lesion(
             image = images.load_image(uri, max_pixels)
         except (images.ImageError, OSError):
             continue
-        marked = marked_pixels(image) if kind == "mask" else _hot(image)
+        region = marked_pixels(image) if kind == "mask" else _hot(image)
         if image.size != size:
-            marked = np.asarray(Image.fromarray(marked).resize(size, Image.Resampling.NEAREST))
-        region = asked_region(marked, uri, place.question, place.answer)[0] if kind == "mask" else marked
+            region = np.asarray(Image.fromarray(region).resize(size, Image.Resampling.NEAREST))
+        if kind == "mask":
+            with contextlib.suppress(OSError):
+                region, _ = asked_region(region, uri, place.question, place.answer)
         if region.any():
             return region, kind
     return None, None
