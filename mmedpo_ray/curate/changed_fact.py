@@ -67,7 +67,7 @@ _SAME: dict[str, str] = {
         "dark hypointense",
         "quickly rapidly",
         "picture image photograph",
-        "midline central",
+        "midline middle central",
         "unlikely improbable",
     )
     for word in group.split()

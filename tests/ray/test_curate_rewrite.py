@@ -236,7 +236,8 @@ def test_refused_rows_alone_do_not_stop_the_station(tmp_path: Path, server: Chat
     """What is left of a run that was stopped may be nothing but such rows."""
     write_samples(tmp_path, {f"s{number}": f"Left {number}" for number in range(9)})
     server.answer = lambda body, before: Reply(status=400, code="context_length_exceeded")
-    assert cli.main(["curate", *rewrite_overrides(tmp_path, server.url)]) == 0
+    overrides = rewrite_overrides(tmp_path, server.url, "curate.text.fallback=rule_edit")
+    assert cli.main(["curate", *overrides]) == 0
     sent = stage.read_manifest(RunFolder(str(tmp_path)).rewrites)
     assert sent is not None
     assert sent.dropped == {"endpoint_refused": 9}

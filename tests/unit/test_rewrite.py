@@ -124,6 +124,10 @@ SAME_FACTS = [
     ("No thymoma", "thymoma", "schwannoma"),
     ("Yes", "Yes", "Yeah"),
     ("Heart and liver", "Heart and liver", "Liver and heart"),
+    ("No pleural effusion or thymoma.", "pleural effusion or thymoma", "thymoma or pleural effusion"),
+    ("Stable", "Stable", "No change"),
+    ("The trachea is midline.", "midline", "central"),
+    ("The image shows a kidney", "shows", "depicts"),
 ]  # fmt: skip
 OTHER_FACTS = [
     ("Meningioma", "Meningioma", "Glioma"),
@@ -159,6 +163,13 @@ OTHER_FACTS = [
     ("Psoas major", "major", "minor"),
     ("Hyperintense", "Hyperintense", "Hypointense"),
     ("Meningitis", "Meningitis", "Meningioma"),
+    ("A sarcoma is seen.", "is seen", "is not seen"),
+    ("Hyperinflated", "Hyperinflated", "Hypoinflated"),
+    ("Resolved", "Resolved", "Resolving"),
+    ("Benign", "Benign", "Malignant"),
+    ("Intracranial", "Intracranial", "Extracranial"),
+    ("The renal artery", "renal", "splenic"),
+    ("Stable", "Stable", "Not stable"),
     ("Gram-negative rods", "Gram-negative", "Gram-positive"),
     ("左肺", "左", "右"),
 ]  # fmt: skip
