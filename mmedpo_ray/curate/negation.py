@@ -31,7 +31,7 @@ _THERE_IS = re.compile(
 _ASSERTED = re.compile(_UNDENIED, re.IGNORECASE)
 # "There is an opacity, suggestive of pneumonia" is not turned round by a word at its beginning.
 _EXPLAINED = re.compile(
-    r"\b(?:suggest\w*|consistent|compatible|represent\w*|reflect\w*|concerning|worrisome|may|could|which|but)\b",
+    r"\b(?:suggest\w*|consistent|compatible|represent\w*|reflect\w*|concerning|worrisome|may|could|which|without|but)\b",
     re.IGNORECASE,
 )
 _NO_LONGER_A = re.compile(r"\b(there (?:is|are)) no longer (?=an? )", re.IGNORECASE)
@@ -198,7 +198,8 @@ def negation_edits(answer: str) -> Iterator[Edit]:
 def _there_is_edits(answer: str, spans: list[tuple[int, int]]) -> Iterator[str]:
     for match in _THERE_IS.finditer(answer):
         end = next((end for _, end in spans if end >= match.end()), len(answer))
-        if _EXPLAINED.search(answer, match.end(), end) or not answer[match.end() : end].strip():
+        # "but" ends a span and still belongs to the sentence.
+        if _EXPLAINED.search(answer, match.end(), end + len("but ")) or not answer[match.end() : end].strip():
             continue
         if _AFTER_BUT.search(answer, max(0, match.start() - _NEAR), match.start()):
             continue
@@ -227,7 +228,7 @@ def _denial_turned(match: re.Match[str], *, findings_only: bool) -> Iterator[str
         if (findings_only and not _findings(claim)) or (_BUT.match(other) and not rest):
             continue
         said = claim + _agreeing(tail, claim) if tail else _there_is("there is", claim)
-        more = f"{'. No' if is_capital else ', no'} {rest}{tail}" if rest else ""
+        more = f"{'. No' if is_capital else ', no'} {rest}{_agreeing(tail, rest)}" if rest else ""
         said = capitalise(said) if is_capital else said
         yield lead + said + more + other
 
@@ -402,9 +403,8 @@ def _with(before: str, word: str, claim: str, rest: str) -> str | None:
     if be:
         shows = "show" if be.group(1).lower() in ("are", "were", "remain", "appear") else "shows"
         return f"{before[: be.start()]}{shows} {claim}{' but no ' + rest if rest else ''}"
-    word = word.lower() if before.strip() else word
     if not lexicon.is_negated(before) and not _CLEAR.search(before):
-        return f"{before}{like(word, 'with')} {claim}{f' but {word} {rest}' if rest else ''}"
+        return f"{before}{like(word, 'with')} {claim}{f' but {word.lower()} {rest}' if rest else ''}"
     named = {mention.concept.name for mention in _findings(claim)}
     lungs = _CLEAR_LUNGS.search(before)
     if lungs and not named & _OUTSIDE_THE_LUNGS:

@@ -153,7 +153,8 @@ _FAMILY = {name: family for family in _FAMILIES for name in family}
 # Words around a finding that fit its whole family only by chance: a measure, a lobe, a stage of healing.
 _FITTED = re.compile(
     r"\b(?:\d|lobe|lobar|segment\w*|calcified|compression|healed|displaced|simple|multiple|several|spiculated|cavitary|patchy|confluent|"
-    r"loculated|layering|tip|terminat\w*|leads?|amount)",
+    r"loculated|layering|one|two|three|four|small|large|tiny|trace|mild|minimal|moderate|severe|consistent|compatible|"
+    r"suggest\w*|tip|terminat\w*|leads?|amount)",
     re.IGNORECASE,
 )
 # "The lungs are clear", "the lungs show …": what is said of one organ makes no sense of another.
@@ -198,6 +199,9 @@ _ADJECTIVES = frozenset(
 # Groups of findings that belong to one part of the body, so that no other part can have them.
 _PLACED_GROUPS = frozenset({"chest", "brain", "bleeding", "abdomen", "device"})
 _MOVABLE_ANATOMY = frozenset({"lobe", "brain part", "matter"})
+_NOT_OF_THE_CHEST = re.compile(
+    r"\b(?:joint|pericardial|knee|hip|elbow|ankle|shoulder|mastoid|subdural|ear) $", re.IGNORECASE
+)
 # Names of views, vessels and chambers, in which a side or level is no fact of its own.
 _PART_OF_A_NAME = re.compile(
     r"(?:\s+and\s+\w+)?\s+(?:views?|projections?|radiographs?|films?|vena cava|limits?|ventric\w*|atri\w+|main\w*|"
@@ -205,12 +209,12 @@ _PART_OF_A_NAME = re.compile(
     re.IGNORECASE,
 )
 _LEVEL_OF_A_NAME = re.compile(
-    r"[\s-]+(?:normal|cerebral|cerebellar|communicating|mesenteric|meningeal|cranial|fossa|horns?|sagittal|venous|line|catheter|"
+    r"[\s-]+(?:normal|cerebral|cerebellar|communicating|mesenteric|meningeal|cisterns?|cranial|fossa|horns?|sagittal|venous|line|catheter|"
     r"canal|pontine|sulcus|descending|thyroid|pulmonary arter\w+|ear|to)\b",
     re.IGNORECASE,
 )
 _SIZE_OF_A_NAME = re.compile(
-    r"[\s-]+(?:bowel|intestine|vessels?|airways?|joints?|cell|field|degree)\b", re.IGNORECASE
+    r"[\s-]+(?:bowel|intestine|vessels?|airways?|joints|cell|field|degree)\b", re.IGNORECASE
 )
 # "normal limits", "normal variant": no state. "mildly enlarged": nothing is mildly normal. "limits of normal" neither.
 _STATE_OF_A_NAME = re.compile(
@@ -384,11 +388,14 @@ def _swaps(answer: str, question: str, vocabulary: frozenset[str]) -> Iterator[E
     is_short = len(lexicon.words(answer)) <= _SHORT_WORDS
     denied = lexicon.negated_spans(answer)
     ends = "no longer" in answer.lower()
+    is_normal_study = {"state", "modality"} <= {mention.concept.axis for mention in found}
     for index, mention in enumerate(found):
         axis = mention.concept.axis
         if not is_short and axis not in _SWAPPED_IN_REPORTS:
             continue
         if any(start <= mention.start < end for start, end in denied):
+            continue
+        if is_normal_study and axis in ("modality", "anatomy"):
             continue
         if not _is_fact_of_its_own(answer, mention, found):
             continue
@@ -420,6 +427,8 @@ def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...
             not _STATE_IN_A_PHRASE.search(answer, max(0, mention.start - _NEAR), mention.start)
             or _GROSSLY.search(answer, max(0, mention.start - _NEAR), mention.start) is not None
         )
+    if axis == "finding":
+        return not _NOT_OF_THE_CHEST.search(answer, max(0, mention.start - _NEAR), mention.start)
     if axis == "anatomy":
         return _stands_alone(answer, mention, found)
     return True
@@ -533,7 +542,13 @@ class _Slot:
             if uncounted:
                 return None
             return before + like(surface, plural(target, spelled)) + after
-        spelled = like(surface, spelled)
+        begins = not before.strip() or before.rstrip().endswith((".", ";", ":", "!", "?"))
+        if begins and surface[:1].isupper():
+            spelled = capitalise(like(surface, spelled))
+        else:
+            spelled = like(
+                surface if surface.isupper() or not surface[1:2].isupper() else surface.lower(), spelled
+            )
         article = self._article
         if article and not _CONNECTIVE.search(article.group(2)):
             described = article.group(2)
@@ -679,6 +694,9 @@ def _abnormal(answer: str, question: str, vocabulary: frozenset[str]) -> Iterato
     is_acute = denied is not None and "acute" in denied.group(2).lower().split()
     if denied and count > _WHOLE_NORMAL_WORDS - 2:
         yield Edit(denied.group(1) + capitalise(denied.group(2)), "finding")
+    if denied is None and count > _WHOLE_NORMAL_WORDS - 2:
+        # "Normal chest X-ray": its own words can be turned.
+        return
     end = "." if answer.endswith(".") else ""
     for name in _findings_of(_region(answer) or _region(question), vocabulary, is_acute):
         yield Edit(capitalise(f"acute {name}" if is_acute else name) + end, "finding")

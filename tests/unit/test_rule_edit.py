@@ -582,7 +582,7 @@ PLAUSIBLE = frozenset(
             "No pneumothorax or pleural effusions are seen.",
             {
                 "A pneumothorax is seen. No pleural effusions are seen.",
-                "Pleural effusions are seen. No pneumothorax are seen.",
+                "Pleural effusions are seen. No pneumothorax is seen.",
             },
         ),
         # Denied lists inside a sentence.
@@ -668,6 +668,22 @@ PLAUSIBLE = frozenset(
         ),
         ("There is a 3 mm stone in the left kidney.", {"There is a 3 mm stone in the right kidney."}),
         ("The lungs demonstrate no focal consolidation.", {"The lungs demonstrate focal consolidation."}),
+        (
+            "The NG tube is in the stomach.",
+            {"The endotracheal tube is in the stomach."},
+        ),
+        ("Normal chest x-ray.", {"Abnormal chest x-ray."}),
+        (
+            "Moderate joint effusion of the knee.",
+            {"Small joint effusion of the knee.", "Large joint effusion of the knee."},
+        ),
+        (
+            "Without evidence of pneumothorax or effusion.",
+            {
+                "With evidence of pneumothorax but without evidence of effusion.",
+                "With evidence of effusion but without evidence of pneumothorax.",
+            },
+        ),
         # Hedges and numbers are not denied.
         (
             "There is likely cardiomegaly.",
