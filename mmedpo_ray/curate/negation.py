@@ -13,6 +13,8 @@ from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.edits import Edit, capitalise, is_bare, is_plural, like, uncapitalise, with_article
 from mmedpo_ray.curate.terms import Mention, mentions
 
+# How far back words before a place are looked at.
+_NEAR = 32
 _POLARITY = re.compile(r"^(\W*)(yes|no)\b(.*)$", re.IGNORECASE | re.DOTALL)
 _DEGREE = r"(?:mild|mildly|moderate|moderately|severe|severely|minimal|slight|trace|marked|massive|extensive)"
 # What a denial leaves out: how sure, how many, how large, since when. "There is no likely a small effusion" says nothing.
@@ -29,13 +31,10 @@ _THERE_IS = re.compile(
 _ASSERTED = re.compile(_UNDENIED, re.IGNORECASE)
 # "There is an opacity, suggestive of pneumonia" is not turned round by a word at its beginning.
 _EXPLAINED = re.compile(
-    r"\b(?:suggest\w*|consistent|compatible|represent\w*|reflect\w*|concerning|worrisome|may|could|which|but)\b",
+    r"\b(?:suggest\w*|consistent|compatible|represent\w*|reflect\w*|concerning|worrisome|may|could|which|without|but)\b",
     re.IGNORECASE,
 )
 _NO_LONGER_A = re.compile(r"\b(there (?:is|are)) no longer (?=an? )", re.IGNORECASE)
-_NO_LONGER_SEEN = re.compile(
-    r"\b(is|are) no longer (?=seen|present|visible|visuali[sz]ed|identified|evident)", re.IGNORECASE
-)
 _THERE_IS_NO = re.compile(r"\b(there (?:is|are)) no ", re.IGNORECASE)
 _AUXILIARY = re.compile(
     r"\b(is|are|was|were|does|do|has|have|appears?|shows?)\b(?! not\b)(?: no\b)?", re.IGNORECASE
@@ -184,24 +183,25 @@ def _negate(statement: str, *, deny: bool) -> str:
 def negation_edits(answer: str) -> Iterator[Edit]:
     """ "There is a nodule" → "There is no nodule"; "No effusion or nodule" → "There is an effusion. No nodule"."""
     low = answer.lower()
+    spans = lexicon.sentence_spans(answer)
     if "there " in low:
-        for changed in _there_is_edits(answer):
+        for changed in _there_is_edits(answer, spans):
             yield Edit(changed, "negation")
     if "no " in low or "neither " in low:
         is_short = len(lexicon.words(answer)) <= _WHOLE_NORMAL_WORDS
         for match in _DENIAL.finditer(answer):
             for changed in _denial_turned(match, findings_only=is_short):
                 yield Edit(answer[: match.start()] + changed + answer[match.end() :], "negation")
-    yield from _sentence_edits(answer)
+    yield from _sentence_edits(answer, spans)
 
 
-def _there_is_edits(answer: str) -> Iterator[str]:
-    spans = lexicon.sentence_spans(answer)
+def _there_is_edits(answer: str, spans: list[tuple[int, int]]) -> Iterator[str]:
     for match in _THERE_IS.finditer(answer):
         end = next((end for _, end in spans if end >= match.end()), len(answer))
-        if _EXPLAINED.search(answer, match.end(), end) or not answer[match.end() : end].strip():
+        # "but" ends a span and still belongs to the sentence.
+        if _EXPLAINED.search(answer, match.end(), end + len("but ")) or not answer[match.end() : end].strip():
             continue
-        if _AFTER_BUT.search(answer, 0, match.start()):
+        if _AFTER_BUT.search(answer, max(0, match.start() - _NEAR), match.start()):
             continue
         start, adverb, still = match.group(1), match.group(2) or "", match.group(3)
         denial = "no longer any " if still else adverb + "no "
@@ -228,7 +228,7 @@ def _denial_turned(match: re.Match[str], *, findings_only: bool) -> Iterator[str
         if (findings_only and not _findings(claim)) or (_BUT.match(other) and not rest):
             continue
         said = claim + _agreeing(tail, claim) if tail else _there_is("there is", claim)
-        more = f"{'. No' if is_capital else ', no'} {rest}{tail}" if rest else ""
+        more = f"{'. No' if is_capital else ', no'} {rest}{_agreeing(tail, rest)}" if rest else ""
         said = capitalise(said) if is_capital else said
         yield lead + said + more + other
 
@@ -325,12 +325,13 @@ def _agreeing(tail: str, claim: str) -> str:
     return re.sub(r"^ (\w+)", lambda verb: f" {numbers.get(verb.group(1), verb.group(1))}", tail)
 
 
-def _sentence_edits(answer: str) -> Iterator[Edit]:
+def _sentence_edits(answer: str, spans: list[tuple[int, int]]) -> Iterator[Edit]:
     """Sentences that neither begin with "No" nor with "There is"."""
-    spans = [(start, end) for start, end in lexicon.sentence_spans(answer) if answer[start:end].strip()]
+    spans = [(start, end) for start, end in spans if answer[start:end].strip()]
+    named = [mention.start for mention in _findings(answer)]
     for start, end in spans:
         sentence = answer[start:end]
-        found = len(_findings(sentence))
+        found = sum(start <= place < end for place in named)
         if not found and not _OVERALL.search(sentence):
             continue
         for changed in _turned(sentence, alone=len(spans) == 1, found=found):
@@ -355,7 +356,6 @@ def _turned(sentence: str, *, alone: bool, found: int) -> Iterator[str]:
         return
     for pattern, replacement in (
         (_IS_NOT_SEEN, r"\1 "),
-        (_NO_LONGER_SEEN, r"\1 still "),
         (_IS_ABSENT, r"\1 present"),
     ):
         if len(pattern.findall(sentence)) == 1:
@@ -376,13 +376,14 @@ def _asserted_end(said: str) -> int:
 
 def _lists_turned(sentence: str) -> Iterator[str]:
     """Lists of negatives inside a sentence: "without A or B", "show no A", "free of A", "negative for A"."""
-    for pattern, turned in (
-        (_WITHOUT_LIST, _with),
-        (_SHOWS_NO_LIST, _shows),
-        (_FREE_OF_LIST, _shows_instead),
-        (_NEGATIVE_FOR_LIST, _positive_for),
+    low = sentence.lower()
+    for words, pattern, turned in (
+        (("without ", "with no "), _WITHOUT_LIST, _with),
+        ((" no ",), _SHOWS_NO_LIST, _shows),
+        ((" free of ",), _FREE_OF_LIST, _shows_instead),
+        (("negative for ",), _NEGATIVE_FOR_LIST, _positive_for),
     ):
-        match = pattern.search(sentence)
+        match = pattern.search(sentence) if any(word in low for word in words) else None
         if match is None:
             continue
         before, after = sentence[: match.start()], sentence[match.end() :]
@@ -402,9 +403,8 @@ def _with(before: str, word: str, claim: str, rest: str) -> str | None:
     if be:
         shows = "show" if be.group(1).lower() in ("are", "were", "remain", "appear") else "shows"
         return f"{before[: be.start()]}{shows} {claim}{' but no ' + rest if rest else ''}"
-    word = word.lower() if before.strip() else word
     if not lexicon.is_negated(before) and not _CLEAR.search(before):
-        return f"{before}{like(word, 'with')} {claim}{f' but {word} {rest}' if rest else ''}"
+        return f"{before}{like(word, 'with')} {claim}{f' but {word.lower()} {rest}' if rest else ''}"
     named = {mention.concept.name for mention in _findings(claim)}
     lungs = _CLEAR_LUNGS.search(before)
     if lungs and not named & _OUTSIDE_THE_LUNGS:
@@ -425,7 +425,7 @@ def _shows_instead(before: str, be: str, claim: str, rest: str) -> str:
 
 def _positive_for(before: str, word: str, claim: str, rest: str) -> str:
     """No article: "positive for nodule", as "negative for nodule" had none."""
-    bare = re.sub(r"^an? ", "", claim)
+    bare = claim.removeprefix("an ").removeprefix("a ")
     return f"{before}{like(word, 'positive')} for {bare}{' but negative for ' + rest if rest else ''}"
 
 
@@ -434,6 +434,9 @@ def _positive_for(before: str, word: str, claim: str, rest: str) -> str:
 
 def statement_edits(answer: str) -> Iterator[Edit]:
     """ "The heart size is normal" → "The heart is enlarged", and back."""
+    low = answer.lower()
+    if "heart" not in low and "cardi" not in low and "within normal" not in low:
+        return
     known = False
     for pattern, replacement in _STATEMENTS:
         changed, count = pattern.subn(replacement, answer, count=1)
@@ -452,7 +455,7 @@ def statement_edits(answer: str) -> Iterator[Edit]:
         said = f"{subject}{verb} {size}"
         yield Edit(answer[: enlarged.start()] + said + answer[enlarged.end() :], "finding")
     for match in _WITHIN_NORMAL_LIMITS.finditer(answer):
-        if _BE.search(answer, 0, match.start()) and not (
+        if _BE.search(answer, max(0, match.start() - _NEAR), match.start()) and not (
             normal and normal.start() < match.start() < normal.end()
         ):
             yield Edit(f"{answer[: match.start()]}abnormal{answer[match.end() :]}", "state")

@@ -141,16 +141,20 @@ _FAMILIES: tuple[frozenset[str], ...] = tuple(
         "subdural hematoma|epidural hematoma|subarachnoid hemorrhage",
         "appendicitis|diverticulitis|pancreatitis",
         "gallstone|kidney stone",
+        "inflammation|obstruction",
         "mass|lesion|cancer|cyst|abscess|metastasis|calcification",
         "endotracheal tube|nasogastric tube",
         "central line|chest tube",
     )
 )
+# Findings that stand in only for a whole answer: "two cancers" is no radiologist's phrase.
+_ONLY_ALONE = frozenset({"cancer"})
 _FAMILY = {name: family for family in _FAMILIES for name in family}
 # Words around a finding that fit its whole family only by chance: a measure, a lobe, a stage of healing.
 _FITTED = re.compile(
-    r"\b(?:\d|lobe|lobar|segment\w*|calcified|compression|healed|displaced|spiculated|cavitary|patchy|confluent|"
-    r"loculated|layering|tip|terminat\w*|leads?|amount)",
+    r"\b(?:\d|lobe|lobar|segment\w*|calcified|compression|healed|displaced|simple|multiple|several|spiculated|cavitary|patchy|confluent|"
+    r"loculated|layering|one|two|three|four|small|large|tiny|trace|mild|minimal|moderate|severe|consistent|compatible|"
+    r"suggest\w*|tip|terminat\w*|leads?|amount)",
     re.IGNORECASE,
 )
 # "The lungs are clear", "the lungs show …": what is said of one organ makes no sense of another.
@@ -161,7 +165,7 @@ _SUBJECT_OF = re.compile(
 # An anatomy can change only where it stands alone: neither has it a modifier of its own ("thoracic spine") nor is it one
 # ("lung base", "head of the pancreas", "heart size").
 _STANDS_ALONE_BEFORE = re.compile(
-    r"(?:^|[.,;:(/]\s*|\b(?:the|a|an|this|of|in|on|at|to|from|for|within|into|near|through|over|and|or|is|are|both|left|right|"
+    r"(?:^|[.,;:(/\n*]\s*|(?:^|\s)-\s*|\b(?:the|a|an|this|of|in|on|at|to|from|for|within|into|near|through|over|and|or|is|are|both|left|right|"
     r"bilateral|ct|mri|mr|pet|enlarged|normal|abnormal|entire|whole|scan|see|shows?)[\s:]+)$",
     re.IGNORECASE,
 )
@@ -195,6 +199,9 @@ _ADJECTIVES = frozenset(
 # Groups of findings that belong to one part of the body, so that no other part can have them.
 _PLACED_GROUPS = frozenset({"chest", "brain", "bleeding", "abdomen", "device"})
 _MOVABLE_ANATOMY = frozenset({"lobe", "brain part", "matter"})
+_NOT_OF_THE_CHEST = re.compile(
+    r"\b(?:joint|pericardial|knee|hip|elbow|ankle|shoulder|mastoid|subdural|ear) $", re.IGNORECASE
+)
 # Names of views, vessels and chambers, in which a side or level is no fact of its own.
 _PART_OF_A_NAME = re.compile(
     r"(?:\s+and\s+\w+)?\s+(?:views?|projections?|radiographs?|films?|vena cava|limits?|ventric\w*|atri\w+|main\w*|"
@@ -202,12 +209,12 @@ _PART_OF_A_NAME = re.compile(
     re.IGNORECASE,
 )
 _LEVEL_OF_A_NAME = re.compile(
-    r"[\s-]+(?:normal|cerebral|cerebellar|communicating|mesenteric|meningeal|cranial|fossa|horns?|sagittal|venous|line|catheter|"
+    r"[\s-]+(?:normal|cerebral|cerebellar|communicating|mesenteric|meningeal|cisterns?|cranial|fossa|horns?|sagittal|venous|line|catheter|"
     r"canal|pontine|sulcus|descending|thyroid|pulmonary arter\w+|ear|to)\b",
     re.IGNORECASE,
 )
 _SIZE_OF_A_NAME = re.compile(
-    r"[\s-]+(?:bowel|intestine|vessels?|airways?|joints?|cell|field|degree)\b", re.IGNORECASE
+    r"[\s-]+(?:bowel|intestine|vessels?|airways?|joints|cell|field|degree)\b", re.IGNORECASE
 )
 # "normal limits", "normal variant": no state. "mildly enlarged": nothing is mildly normal. "limits of normal" neither.
 _STATE_OF_A_NAME = re.compile(
@@ -224,7 +231,6 @@ _SIZABLE = re.compile(
     re.IGNORECASE,
 )
 _IN_SIZE = re.compile(r" in size\b(?! and\b)", re.IGNORECASE)
-_ANY_FOLLOWING = re.compile(r"\s*(?:in |and |$|[.,;:])", re.IGNORECASE)
 # Sides: "both lungs are" cannot become "the left lung are"; "left middle lobe" does not exist.
 _PLURAL_VERB = re.compile(r"\s+(?:are|were|have|show|demonstrate|appear|remain)\b", re.IGNORECASE)
 _MIDDLE_LOBE = re.compile(r"\s+mid(?:dle)? lobe", re.IGNORECASE)
@@ -233,6 +239,8 @@ _MANY = re.compile(
     r"\b(?:multiple|several|many|numerous|scattered|innumerable|two|three|few|some|these|all)\b",
     re.IGNORECASE,
 )
+# How far back words before a mention are looked at.
+_NEAR = 64
 # In running text other words hold sentences together ("the heart is …"), so only these are exchanged.
 _SWAPPED_IN_REPORTS = frozenset({"finding", "side", "zone", "size"})
 _SHORT_WORDS = 12
@@ -240,7 +248,8 @@ _SHORT_LETTERS = 64
 # What stands before a mention: an article, perhaps with words between; a verb that wants one.
 _ARTICLE = re.compile(r"\b(an?) ((?:\w+ )*)$", re.IGNORECASE)
 _ARTICLE_WANTED = re.compile(
-    r"\b(?:is|was|shows?|with|demonstrates?|reveals?|has|have|represents?|reflects?) ((?:(?!(?:the|no|any)\b)[\w-]+ ){0,4})$",
+    r"\b(?:is|was|shows?|with|demonstrates?|reveals?|has|have|represents?|reflects?) "
+    r"(?:(?:likely|probably|possibly|now|again|also|still) )?((?:(?!(?:the|no|any)\b)[\w-]+ ){0,4})$",
     re.IGNORECASE,
 )
 # Between the verb and the finding only what describes it.
@@ -248,6 +257,12 @@ _CONNECTIVE = re.compile(
     r"\b(?:in|of|at|on|by|for|to|from|and|or|with|the|an?|no|not|likely|due|is|are|within)\b", re.IGNORECASE
 )
 _OF = re.compile(r"\b(?:of|amount of|area of|mm of|cm of) (?:[\w-]+ )?$", re.IGNORECASE)
+_DEGREE = re.compile(
+    r"\b(mild|minimal|slight|small|large|moderate|severe|trace|tiny)\s(?:\w+ ){0,2}$", re.IGNORECASE
+)
+_AT_AN_END = re.compile(r"\s*(?:$|[.,;:])")
+# "The effusion is no longer seen" denies what stands before it.
+_NO_LONGER = re.compile(r"[^.;:]* no longer\b", re.IGNORECASE)
 _COMPOUND = re.compile(r"-\w|/\w")
 _NO_COUNT_OF = re.compile(r"\s+(?:views?|images?|projections?|films?|y/?o|yrs?)\b|-\d", re.IGNORECASE)
 _NUMBERED = re.compile(
@@ -372,16 +387,22 @@ def _swaps(answer: str, question: str, vocabulary: frozenset[str]) -> Iterator[E
     placed = any(mention.concept.axis in ("side", "zone") for mention in found)
     is_short = len(lexicon.words(answer)) <= _SHORT_WORDS
     denied = lexicon.negated_spans(answer)
+    ends = "no longer" in answer.lower()
+    is_normal_study = {"state", "modality"} <= {mention.concept.axis for mention in found}
     for index, mention in enumerate(found):
         axis = mention.concept.axis
         if not is_short and axis not in _SWAPPED_IN_REPORTS:
             continue
         if any(start <= mention.start < end for start, end in denied):
             continue
+        if is_normal_study and axis in ("modality", "anatomy"):
+            continue
         if not _is_fact_of_its_own(answer, mention, found):
             continue
+        if ends and _NO_LONGER.match(answer, mention.end, mention.end + _NEAR):
+            continue
         slot = _Slot(answer, found, index)
-        for target in _targets(mention.concept, vocabulary, options, slot):
+        for target in _targets(mention.concept, vocabulary, options, named, slot):
             if target.name in named or (placed and target.name in _MIDLINE):
                 continue
             changed = slot.filled(target)
@@ -403,9 +424,11 @@ def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...
         return not _SIZE_OF_A_NAME.match(answer, end)
     if axis == "state":
         return not _STATE_OF_A_NAME.match(answer, end) and (
-            not _STATE_IN_A_PHRASE.search(answer, 0, mention.start)
-            or _GROSSLY.search(answer, 0, mention.start) is not None
+            not _STATE_IN_A_PHRASE.search(answer, max(0, mention.start - _NEAR), mention.start)
+            or _GROSSLY.search(answer, max(0, mention.start - _NEAR), mention.start) is not None
         )
+    if axis == "finding":
+        return not _NOT_OF_THE_CHEST.search(answer, max(0, mention.start - _NEAR), mention.start)
     if axis == "anatomy":
         return _stands_alone(answer, mention, found)
     return True
@@ -420,13 +443,17 @@ def _stands_alone(answer: str, mention: Mention, found: tuple[Mention, ...]) -> 
         return False
     return bool(
         _STANDS_ALONE_AFTER.match(answer, mention.end)
-        and _STANDS_ALONE_BEFORE.search(answer, 0, mention.start)
-        and not _PART_OF.search(answer, 0, mention.start)
+        and _STANDS_ALONE_BEFORE.search(answer, max(0, mention.start - _NEAR), mention.start)
+        and not _PART_OF.search(answer, max(0, mention.start - _NEAR), mention.start)
     )
 
 
 def _targets(
-    concept: Concept, vocabulary: frozenset[str], options: tuple[str, str] | None, slot: _Slot
+    concept: Concept,
+    vocabulary: frozenset[str],
+    options: tuple[str, str] | None,
+    named: set[str],
+    slot: _Slot,
 ) -> tuple[Concept, ...]:
     """What may stand in for a concept: the question's other option, else what the data set talks about, else anything."""
     if options and concept.name in options:
@@ -435,11 +462,15 @@ def _targets(
     usual = _usual(concept.name, vocabulary)
     if concept.axis != "finding" or slot.is_whole:
         return usual
-    kin = _FAMILY.get(concept.name, frozenset())
+    if concept.name == "cyst" and slot.is_fitted:
+        return ()
+    kin = _FAMILY.get(concept.name, frozenset()) - _ONLY_ALONE - named
     alike = tuple(target for target in usual if target.name in kin)
-    if alike or slot.is_fitted or concept.group in ("device", "general"):
+    if not alike and concept.group == "device":
+        alike = tuple(target for target in group_of(concept) if target.name in kin)
+    if alike or slot.is_fitted or concept.group in ("device", "general") or vocabulary >= _EVERYTHING:
         return alike
-    return () if vocabulary >= CONCEPTS.keys() else usual
+    return tuple(target for target in usual if target.name in vocabulary)
 
 
 @lru_cache(maxsize=1024)
@@ -459,7 +490,12 @@ class _Slot:
         self._following = found[index + 1 :]
         self._surface = answer[mention.start : mention.end]
         self._before, self._after = answer[: mention.start], answer[mention.end :]
+        self._near = max(0, mention.start - _NEAR)
         self._many = is_plural(self._surface, mention)
+
+    @cached_property
+    def _article(self) -> re.Match[str] | None:
+        return _ARTICLE.search(self._before, self._near)
 
     @cached_property
     def is_whole(self) -> bool:
@@ -489,8 +525,10 @@ class _Slot:
             return self._with_finding(target, spelled)
         if axis == "state" and target.name == "enlarged":
             after = _IN_SIZE.sub("", after, count=1) if _IN_SIZE.match(after) else after
-        spelled = like(surface, plural(target, spelled) if self._many else spelled)
-        article = _ARTICLE.search(before)
+        # "Lungs" becomes "Kidneys", but "Heart".
+        many = self._many and (axis != "anatomy" or target.name in _PAIRED)
+        spelled = like(surface, plural(target, spelled) if many else spelled)
+        article = self._article
         if article and not article.group(2):
             word = like(article.group(1), article_of(spelled))
             return f"{before[: article.start()]}{word} {spelled}{after}"
@@ -504,8 +542,14 @@ class _Slot:
             if uncounted:
                 return None
             return before + like(surface, plural(target, spelled)) + after
-        spelled = like(surface, spelled)
-        article = _ARTICLE.search(before)
+        begins = not before.strip() or before.rstrip().endswith((".", ";", ":", "!", "?"))
+        if begins and surface[:1].isupper():
+            spelled = capitalise(like(surface, spelled))
+        else:
+            spelled = like(
+                surface if surface.isupper() or not surface[1:2].isupper() else surface.lower(), spelled
+            )
+        article = self._article
         if article and not _CONNECTIVE.search(article.group(2)):
             described = article.group(2)
             start = before[: article.start()]
@@ -515,9 +559,9 @@ class _Slot:
             return f"{start}{like(article.group(1), article_of(said))} {said}{after}"
         if uncounted or not is_bare(surface.lower(), self._mention):
             return before + spelled + after
-        if _OF.search(before):
+        if _OF.search(self._before, self._near):
             return None
-        wanted = _ARTICLE_WANTED.search(before)
+        wanted = _ARTICLE_WANTED.search(self._before, self._near)
         if wanted and not _CONNECTIVE.search(wanted.group(1)):
             said = wanted.group(1) + spelled
             return f"{before[: wanted.start(1)]}{article_of(said)} {said}{after}"
@@ -536,13 +580,13 @@ class _Slot:
             return target.name != "enlarged" or self.is_whole or self._is_sizable
         if axis == "anatomy":
             has_side = before.lower().endswith(("left ", "right ", "bilateral ", "both "))
-            return not (has_side or self._many) or target.name in _PAIRED
-        if axis == "finding" and self._degree and self._mention.concept.name not in _FAMILY:
-            return (target.name in _GRADED) == (self._mention.concept.name in _GRADED)
+            return not has_side or target.name in _PAIRED
+        if axis == "finding":
+            return self._takes_degree_of(target)
         return True
 
     def _takes_side(self, side: str) -> bool:
-        before, after = self._before, self._after
+        after = self._after
         if _MIDDLE_LOBE.match(after):
             return False
         many = next(
@@ -551,14 +595,14 @@ class _Slot:
         if self._mention.concept.name == "bilateral":
             if _PLURAL_VERB.match(after):
                 return False
-            return not many or _MANY.search(before) is not None
+            return not many or _MANY.search(self._before, self._near) is not None
         if side != "bilateral" or self.is_whole:
             return True
         finding = next((m for m in self._following if m.concept.axis == "finding"), None)
         return (
             finding is not None
             and is_bare(self._spelling(finding), finding)
-            and not _BEFORE_A_NAMED_SIDE.search(before)
+            and not _BEFORE_A_NAMED_SIDE.search(self._before, self._near)
         )
 
     def _spelling(self, mention: Mention) -> str:
@@ -568,10 +612,7 @@ class _Slot:
     @cached_property
     def _is_sizable(self) -> bool:
         if _SIZABLE.search(self._before):
-            return (
-                _IN_SIZE.match(self._after) is not None
-                or re.match(r"\s*(?:$|[.,;:])", self._after) is not None
-            )
+            return _IN_SIZE.match(self._after) is not None or _AT_AN_END.match(self._after) is not None
         following = self._following[:1]
         return bool(
             following
@@ -581,14 +622,15 @@ class _Slot:
             and not self._before.strip()
         )
 
-    @cached_property
-    def _degree(self) -> bool:
-        return (
-            re.search(
-                r"\b(?:mild|minimal|small|large|moderate|severe|trace|tiny)\s(?:\w+ )?$", self._before, re.I
-            )
-            is not None
-        )
+    def _takes_degree_of(self, target: Concept) -> bool:
+        """ "a small effusion" is no "small edema", "mild cardiomegaly" no "mild pneumothorax"."""
+        degree = _DEGREE.search(self._before, self._near)
+        if degree is None:
+            return True
+        if degree.group(1).lower() in ("small", "large", "tiny"):
+            return target.name not in _GRADED
+        name = self._mention.concept.name
+        return name in _FAMILY or name not in _GRADED or target.name in _GRADED
 
     def _counterpart(self, target: Concept) -> str | None:
         """How the target is spelled in the place of the mention; None where it has no such form."""
@@ -614,7 +656,9 @@ def _counts(answer: str) -> Iterator[Edit]:
     for match in _COUNT.finditer(answer):
         if any(start <= match.start() < end for start, end in listed):
             continue
-        if _NO_COUNT_OF.match(answer, match.end()) or _NUMBERED.search(answer, 0, match.start()):
+        if _NO_COUNT_OF.match(answer, match.end()) or _NUMBERED.search(
+            answer, max(0, match.start() - _NEAR), match.start()
+        ):
             continue
         spelled, ordinal = match.group(1), match.group(2)
         counts_things = not ordinal and _ONE_THING.match(answer, match.end()) is not None
@@ -650,6 +694,9 @@ def _abnormal(answer: str, question: str, vocabulary: frozenset[str]) -> Iterato
     is_acute = denied is not None and "acute" in denied.group(2).lower().split()
     if denied and count > _WHOLE_NORMAL_WORDS - 2:
         yield Edit(denied.group(1) + capitalise(denied.group(2)), "finding")
+    if denied is None and count > _WHOLE_NORMAL_WORDS - 2:
+        # "Normal chest X-ray": its own words can be turned.
+        return
     end = "." if answer.endswith(".") else ""
     for name in _findings_of(_region(answer) or _region(question), vocabulary, is_acute):
         yield Edit(capitalise(f"acute {name}" if is_acute else name) + end, "finding")

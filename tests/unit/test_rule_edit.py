@@ -17,6 +17,7 @@ from mmedpo_ray.curate import lexicon, turned_down
 from mmedpo_ray.curate.filters import problem
 from mmedpo_ray.curate.hallucinate import Candidate, Material, choose, is_wrong, pick, text_pair
 from mmedpo_ray.curate.rule_edit import rule_edit, vocabulary_of
+from mmedpo_ray.curate.terms import mentions
 from mmedpo_ray.curate.turned_down import TurnedDown
 from mmedpo_ray.data.phantom import generate
 from mmedpo_ray.data.texts import clean, infer_answer_type, text_problem
@@ -476,6 +477,52 @@ REPORTS = [
 WORDING = vocabulary_of(report for report, _ in REPORTS)
 
 
+# What no edit may say.
+BROKEN = (
+    *(
+        "  ",
+        " ,",
+        ",.",
+        " a a",
+        " is is ",
+        "pneumothoraxs",
+        "a pleural effusions",
+        "not not",
+        "no no ",
+        "of no ",
+        "a longer",
+    ),
+    *(
+        "but no but",
+        "or no ",
+        "No the ",
+        "a consolidation",
+        "a edema",
+        "an consolidation",
+        "no likely",
+        "no now",
+        "no two ",
+    ),
+    *(
+        "enlarged limits",
+        "abnormal limits",
+        "mildly normal",
+        "enlarged in size",
+        "one lesions",
+        "a cardiopulmonary process s",
+    ),
+    *(
+        "thoracic brain",
+        "thoracic chest",
+        "pulmonary pleural",
+        "heart base",
+        "left liver",
+        "Hearts",
+        "bilateral lung.",
+    ),
+)
+
+
 def changed_place(before: str, after: str) -> tuple[int, int]:
     """The smallest place of ``before`` outside which nothing differs."""
     start = 0
@@ -511,8 +558,289 @@ def test_real_reports_lose_one_fact_in_one_sentence(report: str, wanted: str) ->
             "with contrast",
         ):
             assert (kept in report) == (kept in text)
-        for broken in ("  ", " ,", ",.", " a a", "is is", "pneumothoraxs", "a pleural effusions", "not not"):
+        for broken in BROKEN:
             assert broken not in text
+
+
+QUESTION = "Write a radiology report of this image."
+PLAUSIBLE = frozenset(
+    {
+        "pneumothorax",
+        "pleural effusion",
+        "consolidation",
+        "cardiomegaly",
+        "left",
+        "right",
+        "upper",
+        "lower",
+        "small",
+        "moderate",
+    }
+    | {"large", "hemorrhage", "infarct", "liver", "kidney", "spleen"}
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        # An item of a list may repeat the denial.
+        (
+            "There is no pneumothorax, and no pleural effusion.",
+            {
+                "There is a pneumothorax but no pleural effusion.",
+                "There is a pleural effusion but no pneumothorax.",
+            },
+        ),
+        (
+            "There is no pneumothorax, no pleural effusion, and no consolidation.",
+            {
+                "There is a pneumothorax but no pleural effusion or consolidation.",
+                "There is a pleural effusion but no pneumothorax or consolidation.",
+                "There is consolidation but no pneumothorax or pleural effusion.",
+            },
+        ),
+        (
+            "No pneumothorax, no effusion, and no consolidation.",
+            {
+                "There is a pneumothorax. No effusion or consolidation.",
+                "There is an effusion. No pneumothorax or consolidation.",
+                "There is consolidation. No pneumothorax or effusion.",
+            },
+        ),
+        (
+            "No evidence of pneumothorax, and no evidence of pleural effusion.",
+            {
+                "There is evidence of pneumothorax. No evidence of pleural effusion.",
+                "There is evidence of pleural effusion. No evidence of pneumothorax.",
+            },
+        ),
+        (
+            "There is no pneumothorax and no pleural effusion.",
+            {
+                "There is a pneumothorax but no pleural effusion.",
+                "There is a pleural effusion but no pneumothorax.",
+            },
+        ),
+        (
+            "There is neither pneumothorax nor pleural effusion.",
+            {
+                "There is a pneumothorax but no pleural effusion.",
+                "There is a pleural effusion but no pneumothorax.",
+            },
+        ),
+        (
+            "Neither pneumothorax nor pleural effusion is seen.",
+            {
+                "A pneumothorax is seen. No pleural effusion is seen.",
+                "A pleural effusion is seen. No pneumothorax is seen.",
+            },
+        ),
+        (
+            "No pneumothorax, pleural effusion and consolidation.",
+            {
+                "There is a pneumothorax. No pleural effusion or consolidation.",
+                "There is a pleural effusion. No pneumothorax or consolidation.",
+                "There is consolidation. No pneumothorax or pleural effusion.",
+            },
+        ),
+        (
+            "No pneumothorax or pleural effusions are seen.",
+            {
+                "A pneumothorax is seen. No pleural effusions are seen.",
+                "Pleural effusions are seen. No pneumothorax is seen.",
+            },
+        ),
+        # Denied lists inside a sentence.
+        (
+            "The lungs are clear without focal consolidation, effusion or pneumothorax.",
+            {
+                "The lungs show focal consolidation without effusion or pneumothorax.",
+                "The lungs are clear without focal consolidation or pneumothorax but with an effusion.",
+                "The lungs are clear without focal consolidation or effusion but with a pneumothorax.",
+            },
+        ),
+        (
+            "The lungs show no consolidation or pneumothorax.",
+            {
+                "The lungs show consolidation but no pneumothorax.",
+                "The lungs show a pneumothorax but no consolidation.",
+            },
+        ),
+        ("The lungs are free of consolidation.", {"The lungs show consolidation."}),
+        (
+            "Negative for pneumothorax or effusion.",
+            {
+                "Positive for pneumothorax but negative for effusion.",
+                "Positive for effusion but negative for pneumothorax.",
+            },
+        ),
+        ("Lungs are clear without effusion.", {"Lungs are clear but with an effusion."}),
+        ("The previously seen pneumothorax has resolved.", {"The previously seen pneumothorax persists."}),
+        (
+            "There is no longer a pneumothorax in the right lung.",
+            {"There is still a pneumothorax in the right lung."},
+        ),
+        ("The pneumothorax is no longer seen.", {None}),
+        # Adjectives and places that belong to one item.
+        (
+            "There is no mediastinal or hilar lymphadenopathy.",
+            {"There is mediastinal and hilar lymphadenopathy."},
+        ),
+        (
+            "No evidence of metastatic disease in the chest, abdomen, or pelvis.",
+            {"There is evidence of metastatic disease in the chest, abdomen, or pelvis."},
+        ),
+        # What follows the list is not part of it.
+        (
+            "No pleural effusion, and the lungs are clear.",
+            {"There is a pleural effusion, and the lungs are clear."},
+        ),
+        (
+            "There is no consolidation or pneumothorax, nor is there a pleural effusion.",
+            {
+                "There is consolidation but no pneumothorax, nor is there a pleural effusion.",
+                "There is a pneumothorax but no consolidation, nor is there a pleural effusion.",
+            },
+        ),
+        ("There is no acute cardiopulmonary process.", {"There is an acute cardiopulmonary process."}),
+        ("No pneumothorax.", {"There is a pneumothorax."}),
+        (
+            "no pneumothorax or effusion",
+            {"there is a pneumothorax, no effusion", "there is an effusion, no pneumothorax"},
+        ),
+        # Normal limits.
+        ("The lungs are within normal limits.", {"The lungs are abnormal."}),
+        ("Heart size within normal limits.", {"Heart size enlarged."}),
+        ("Pulmonary vasculature is within normal limits.", {"Pulmonary vasculature is abnormal."}),
+        (
+            "The heart size is mildly enlarged.",
+            {
+                "The heart size is normal.",
+                "The heart size is moderately enlarged.",
+                "The heart size is severely enlarged.",
+            },
+        ),
+        ("The liver is normal in size.", {"The liver is enlarged.", "The liver is abnormal in size."}),
+        ("The osseous structures are normal.", {"The osseous structures are abnormal."}),
+        # A modifier and what it belongs to.
+        ("Degenerative changes of the thoracic spine.", {None}),
+        ("Tortuous thoracic aorta.", {None}),
+        ("The gray-white matter differentiation is preserved.", {None}),
+        ("Compression fracture of the lumbar spine.", {None}),
+        (
+            "Stable 4 mm pulmonary nodule in the right middle lobe.",
+            {f"Stable 4 mm pulmonary nodule in the right {zone} lobe." for zone in ("upper", "lower")},
+        ),
+        ("There is a 3 mm stone in the left kidney.", {"There is a 3 mm stone in the right kidney."}),
+        ("The lungs demonstrate no focal consolidation.", {"The lungs demonstrate focal consolidation."}),
+        (
+            "The NG tube is in the stomach.",
+            {"The endotracheal tube is in the stomach."},
+        ),
+        ("Normal chest x-ray.", {"Abnormal chest x-ray."}),
+        (
+            "Moderate joint effusion of the knee.",
+            {"Small joint effusion of the knee.", "Large joint effusion of the knee."},
+        ),
+        (
+            "Without evidence of pneumothorax or effusion.",
+            {
+                "With evidence of pneumothorax but without evidence of effusion.",
+                "With evidence of effusion but without evidence of pneumothorax.",
+            },
+        ),
+        # Hedges and numbers are not denied.
+        (
+            "There is likely cardiomegaly.",
+            {"There is no cardiomegaly.", "There is likely consolidation."}
+            | {f"There is likely a {other}." for other in ("pneumothorax", "pleural effusion")},
+        ),
+        ("There are two fractures.", {"There are no fractures.", "There are three fractures."}),
+    ],
+)
+def test_every_edit_of_a_common_sentence(text: str, wanted: set[str | None]) -> None:
+    assert {edit(text, QUESTION, seed, PLAUSIBLE) for seed in range(40)} == wanted
+
+
+@pytest.mark.parametrize("vocabulary", [None, PLAUSIBLE], ids=["anything", "vocabulary"])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("NO ACUTE CARDIOPULMONARY ABNORMALITY.", "chest"),
+        ("No acute intracranial abnormality.", "brain"),
+        ("No acute abdominal abnormality.", "abdomen"),
+    ],
+)
+def test_an_abnormality_is_one_of_the_same_part_of_the_body(
+    text: str, part: str, vocabulary: frozenset[str] | None
+) -> None:
+    edits = {edit(text, QUESTION, seed, vocabulary) for seed in range(40)}
+    assert text.partition(" ")[2].capitalize() in {found and found.capitalize() for found in edits}
+    for found in edits:
+        assert found is not None
+        assert found.isupper() == text.isupper()
+        named = [mention.concept for mention in mentions(found) if mention.concept.axis == "finding"]
+        assert all(concept.group == part for concept in named), found
+
+
+@pytest.mark.parametrize("vocabulary", [None, PLAUSIBLE], ids=["anything", "vocabulary"])
+def test_capitals_are_edited_like_small_letters(vocabulary: frozenset[str] | None) -> None:
+    text = "Small left pleural effusion. No pneumothorax, and no consolidation."
+    for seed in range(20):
+        small = edit(text, QUESTION, seed, vocabulary)
+        assert small is not None
+        assert edit(text.upper(), QUESTION, seed, vocabulary) == small.upper()
+
+
+SENTENCES = """
+Heart size within normal limits.
+Cardiac and mediastinal silhouettes are within normal limits.
+The heart size and mediastinal contours are normal.
+The heart is mildly enlarged.
+There is mild cardiomegaly with pulmonary vascular congestion.
+Minimal bibasilar atelectasis without pleural effusion.
+There is a small left pleural effusion with adjacent atelectasis.
+There are small bilateral pleural effusions.
+The endotracheal tube terminates 4 cm above the carina.
+Right lower lobe consolidation is compatible with pneumonia.
+There is a 5 mm nodule in the right upper lobe.
+No free air under the diaphragm.
+There are old healed right rib fractures.
+Multiple bilateral pulmonary nodules are present.
+No acute intracranial hemorrhage, mass effect, or midline shift.
+There is a large left subdural hematoma with 8 mm of midline shift to the right.
+There is hypodensity in the left frontal lobe.
+Acute infarct in the right middle cerebral artery territory.
+There is an acute infarct in the left cerebellum.
+The ventricles and sulci are normal in size.
+The liver, gallbladder, spleen, pancreas, and adrenal glands are unremarkable.
+There is a simple cyst in the left kidney.
+There is no hydronephrosis or nephrolithiasis.
+Small amount of free fluid in the pelvis.
+There is an ill-defined mass in the head of the pancreas.
+There has been interval removal of the right chest tube without pneumothorax.
+No pleural effusion is seen and there is no pneumothorax.
+There is no pleural effusion, but there is a small right pneumothorax.
+No focal infiltrate, no effusion, no pneumothorax seen.
+Patchy opacities in the left lung base may reflect atelectasis or pneumonia.
+There is probable left lower lobe pneumonia.
+There is now a moderate pneumothorax.
+There are two lesions in the right lobe of the liver.
+There is opacification of the left lung base.
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("sentence", SENTENCES, ids=lambda text: text[:32].strip())
+def test_no_edit_of_a_typical_sentence_is_broken(sentence: str) -> None:
+    for vocabulary in (None, PLAUSIBLE, WORDING):
+        edits = {edit(sentence, QUESTION, seed, vocabulary) for seed in range(40)}
+        assert None not in edits
+        for text in edits:
+            assert text is not None
+            assert not [broken for broken in BROKEN if broken in text], text
+            named = {mention.concept.name for mention in mentions(sentence)}
+            added = {mention.concept.name for mention in mentions(text)} - named - {"bilateral"}
+            assert len(added) <= 1, text
 
 
 _PIECES = (
