@@ -64,7 +64,10 @@ def test_an_unknown_difference_is_neither_nothing_nor_grave() -> None:
 def test_what_an_answer_denies_beside_the_truth_is_no_contradiction() -> None:
     question = "Is this a CT scan?"
     assert "polarity" not in judge("Yes", "This is a CT, not an MRI.", question).rationale
-    assert judge("Yes", "This is a CT, not an MRI.", question).score < judge("Yes", "This is not a CT.", question).score
+    assert (
+        judge("Yes", "This is a CT, not an MRI.", question).score
+        < judge("Yes", "This is not a CT.", question).score
+    )
     assert judge("Normal", "No abnormality is seen.", "What is seen?").score == 0
 
 

@@ -23,7 +23,8 @@ NEGATION = re.compile(
 )
 _IS_CONTRAST = re.compile(_CONTRAST, re.IGNORECASE)
 _AFTER_NEGATION = re.compile(
-    r"\b(?:is|are|was|were)?\s*(?:absent|not (?:seen|present|identified|visible|evident|noted|visualized|enlarged)|ruled out|"
+    r"\b(?:is|are|was|were)?\s*(?:absent|not (?:clearly |definitely )?(?:seen|present|identified|visible|evident|noted|visuali[sz]ed|"
+    r"observed|detected|found|demonstrated|appreciated|apparent|shown|displayed|depicted|featured|included|there)|ruled out|"
     r"excluded|resolved)\b",
     re.IGNORECASE,
 )
@@ -38,7 +39,8 @@ _ADDS = re.compile(r",|\band\b", re.IGNORECASE)
 _VERB = re.compile(r"\b(?:is|are|was|were|shows?|has|have|appears?)\b", re.IGNORECASE)
 # Neither there nor not there.
 _NOT_EXCLUDED = re.compile(
-    r"\b(?:can ?not|can['’]t|could not|couldn['’]t|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)\b", re.IGNORECASE
+    r"\b(?:can ?not|can['’]t|could not|couldn['’]t|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)\b",
+    re.IGNORECASE,
 )
 _JOINT = re.compile(r",|\band\b|\bwith\b", re.IGNORECASE)
 # Statements about the heart and the lungs that amount to a finding or to its absence.
@@ -157,10 +159,12 @@ def restated(text: str) -> str:
 def _restated(sentence: str) -> str:
     low = lowered(sentence)
     for needed, pattern, replacement in _REWRITES:
-        if any(word in low for word in needed):
-            sentence, count = pattern.subn(replacement, sentence)
-            if count:
-                low = lowered(sentence)
+        for piece in needed:
+            if piece in low:
+                sentence, count = pattern.subn(replacement, sentence)
+                if count:
+                    low = lowered(sentence)
+                break
     return sentence
 
 
