@@ -24,48 +24,24 @@ _SIGN = re.compile(r"(?<![-=])[<>]=?|\+|(?<![\w)\].-])-(?=\.?\d)")
 _ITEMS = re.compile(r",|/|\b(?:or|and|nor)\b", re.IGNORECASE)
 # Words of questions and denials that name nothing.
 _DENYING = frozenset(
-    [
-        "no",
-        "not",
-        "nor",
-        "neither",
-        "without",
-        "absent",
-        "absence",
-        "negative",
-        "free",
-        "never",
-        "cannot",
-        "isn't",
-        "aren't",
-        "rather",
-        "than",
-        "instead",
-        "unlike",
-        "opposed",
-        "or",
-        "but",
-        "such",
-        "other",
-        "new",
-        "only",
-        "it",
-        "they",
-        "i",
-        "you",
-        "can",
-        "will",
-        "should",
-        "isn",
-        "aren",
-        "doesn",
-        "don",
-        "didn",
-        "wasn",
-        "weren",
-        "t",
-        "s",
-    ]
+    re.findall(
+        r"[\w']+",
+        "no not nor neither without absent absence negative free never cannot isn't aren't rather than instead unlike opposed or "
+        "but such only it they i you can will should isn aren doesn don didn wasn weren t s",
+    )
+)
+# "No significant abnormality" is what is said of a normal image.
+_WEAK = frozenset({"significant", "other", "acute", "gross", "major", "noticeable"})
+_ASKS_OVERALL = re.compile(
+    r"\b(?:(?P<wrong>abnormal(?:ity|ities)?|anything (?:\w+ )?(?:wrong|irregular)|patholog(?:y|ies)|diseased?)|normal|"
+    r"unremarkable)\b",
+    re.IGNORECASE,
+)
+_LOOKS_NORMAL = re.compile(
+    r"\b(?:image|scan|study|film|radiograph|x-ray|picture|ct|mri|it)(?: (?:of|in) the \w+)?,? "
+    r"(?:is|appears|looks|seems)(?: to be| described as)?(?: an?)?(?: (?:completely|perfectly|entirely|essentially))?"
+    r" (?:normal|unremarkable)\b",
+    re.IGNORECASE,
 )
 UNDECIDED = re.compile(
     r"\b(?:not sure|unsure|unclear|uncertain|unknown|difficult to|hard to|impossible to|not possible|depends on|"
@@ -140,9 +116,11 @@ def implied_polarity(question: str, answer: str) -> Polarity | None:
     question, answer = canonical(question).rstrip("? "), canonical(answer)
     if _is_elsewhere(question, answer):
         return None
-    agreed = _agreement(question, answer)
+    repeats = _repeats(question, answer)
+    # "The lesion does not involve the vessels" names the lesion and denies what was asked of it.
+    agreed = False if repeats is False else _agreement(question, answer)
     if agreed is None:
-        agreed = _repeats(question, answer)
+        agreed = repeats
     if agreed is None:
         return None
     return "yes" if agreed else "no"
@@ -155,19 +133,22 @@ def _is_elsewhere(question: str, answer: str) -> bool:
 
 
 def _named(text: str) -> dict[str, set[str]]:
-    """What a text names beside findings, by the groups of what excludes each other."""
+    """What a text names beside findings, by the groups of what excludes each other; parts of the body are one."""
     named: dict[str, set[str]] = {}
     for mention in mentions(text):
         concept = mention.concept
         if concept.axis not in ("finding", "state"):
             both = ("left", "right") if concept.name == "bilateral" else ()
-            named.setdefault(concept.group, set()).update((concept.name, *both))
+            group = concept.axis if concept.axis == "anatomy" else concept.group
+            named.setdefault(group, set()).update((concept.name, *both))
     return named
 
 
 def _agreement(question: str, answer: str) -> bool | None:
     """Whether question and answer say the same of the findings that both name; None where they disagree among each other."""
-    asked, said = _presence(question), _presence(answer)
+    asked, said = _presence(question) or _asked_overall(question), _presence(answer)
+    if _LOOKS_NORMAL.search(answer):
+        said.setdefault("abnormality", False)
     agreements = {asked[name] == said[name] for name in asked if name in said}
     if not agreements:
         # Who sees no abnormality sees none of them.
@@ -175,6 +156,17 @@ def _agreement(question: str, answer: str) -> bool | None:
     if len(agreements) != 1:
         return None
     return agreements.pop() if _denies_plainly(answer, set(asked)) else None
+
+
+def _asked_overall(question: str) -> dict[str, bool]:
+    """What a question asks for that names no finding: whether there is anything abnormal, or none."""
+    asks = _ASKS_OVERALL.search(question)
+    if asks is None:
+        return {}
+    anatomy = _named(question).get("anatomy", set()) - {"chest", "brain", "abdomen"}
+    if anatomy - {"lung"}:
+        return {}
+    return {"lung abnormality" if anatomy else "abnormality": asks["wrong"] is not None}
 
 
 def _is_denied_overall(finding: str, said: dict[str, bool]) -> bool:
@@ -185,14 +177,17 @@ def _is_denied_overall(finding: str, said: dict[str, bool]) -> bool:
 
 def _denies_plainly(answer: str, findings: set[str]) -> bool:
     """Whether what the answer denies of the findings is all of it: "no large effusion" leaves a small one."""
-    return all(
-        term.name not in findings or place == 0
-        for item in _denied_items(answer)
-        for place, term in enumerate(item)
-    )
+    for item in denied_items(answer):
+        before: list[str] = []
+        for term in item:
+            is_weak = term.name == "abnormality" and _WEAK.issuperset(before)
+            if before and term.name in findings and not is_weak:
+                return False
+            before.append(term.name)
+    return True
 
 
-def _denied_items(text: str) -> list[list[Term]]:
+def denied_items(text: str) -> list[list[Term]]:
     """The things that a text denies, each by its words: "no effusion or large nodule" has two."""
     found = []
     telling = None
@@ -226,19 +221,27 @@ def _repeats(question: str, answer: str) -> bool | None:
     if not asked:
         return None
     said = _telling(answer)
-    denied_before = {item[0].name for item in _denied_items(question)}
-    denied = {item[0].name for item in _denied_items(answer)}
-    if not said and (denied or is_negated(answer) or sense(answer) == "none"):
+    heads = [item[0].name for item in denied_items(answer)]
+    if not said and (is_negated(answer) or sense(answer) == "none"):
         return False
-    names = [term.name for term in asked]
     spans = negated_spans(answer)
     stated = [term.name for term in said if not any(start <= term.start < end for start, end in spans)]
-    turned = {name for name in names if (name in denied) != (name in denied_before)} & {t.name for t in said}
-    if turned:
-        return None if turned & set(stated) else False
-    if not denied_before and _in_order(names, stated):
-        return True
-    return None
+    denied_before = {item[0].name for item in denied_items(question)}
+    names = {term.name for term in asked}
+    turned = (names - denied_before) & (set(heads) - set(stated)) | denied_before & (set(stated) - set(heads))
+    if turned or _is_opposite(names, stated, question, answer):
+        return False
+    is_so = not denied_before and _in_order([term.name for term in asked], stated)
+    return True if is_so else None
+
+
+def _is_opposite(asked: set[str], stated: list[str], question: str, answer: str) -> bool:
+    """Whether one says "normal" and the other "abnormal", of the same part of the body."""
+    for one, other in (("normal", "abnormal"), ("abnormal", "normal")):
+        if one in asked and other in stated and one not in stated:
+            place = _named(question).get("anatomy")
+            return bool(place) and _named(answer).get("anatomy") == place
+    return False
 
 
 def _in_order(wanted: list[str], said: list[str]) -> bool:

@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import pairwise
 
-from mmedpo_ray.curate.lexicon.answers import UNDECIDED
+from mmedpo_ray.curate.lexicon.answers import UNDECIDED, denied_items
 from mmedpo_ray.curate.lexicon.conflicts import Conflict, conflicts
 from mmedpo_ray.curate.lexicon.facts import (
     absent_subjects,
@@ -98,6 +98,9 @@ _ALL_WELL = re.compile(
     r"ct|mri|chest|brain|abdomen|patient) (?:is|looks|appears) )?(?:nothing|normal|unremarkable|clear)\b",
     re.IGNORECASE,
 )
+# "The right upper lobe", "zone" and "lung" are one place.
+_LUNG_PARTS = frozenset({"lobe", "zone", "field", "lung"})
+_UNKNOWN_RELEVANCE = 0.5
 # Words of place and kind, and of caution, that name nothing.
 _VAGUE = (
     frozenset(
@@ -106,7 +109,7 @@ _VAGUE = (
             "abnormality abnormal area region part portion structure organ tissue body thoracic abdominal cranial pelvic cavity "
             "finding type kind form level section study could would may might can likely possibly probably appear suggest "
             "suggesting indicate indicating consistent which because using used not or but also some one more most such other "
-            "specifically somewhere within given based here only just i you he she we they lobe zone field",
+            "specifically somewhere within given based here only just i you he she we they",
         )
     )
     | INTRODUCING
@@ -129,6 +132,7 @@ def contradictions(
         question: what was asked.
         is_complete: whether the answer claims to name every finding, as a report does: one that it leaves out is then denied.
     """
+    sides = _sides(reference)
     reference, answer = canonical(reference), canonical(answer)
     expected = {fact.finding for fact in facts(reference) if fact.present}
     stated = {fact.finding for fact in facts(answer) if fact.present}
@@ -138,6 +142,9 @@ def contradictions(
         if conflict.kind == "invented" and are_kin(conflict.subject, expected or asked):
             continue
         if conflict.kind == "swapped" and _is_part(conflict.stated, conflict.expected):
+            continue
+        # "Left" of "left and right", though not of "both".
+        if conflict.axis == "side" and conflict.expected == "bilateral" and conflict.stated in sides:
             continue
         if conflict.kind == "missed" and not (
             is_complete and conflict.axis == "finding" and not are_kin(conflict.subject, stated)
@@ -167,6 +174,8 @@ def names_another(reference: str, answer: str, question: str = "") -> bool:
     given = _telling(stated(answer), asked - {term.name for term in wanted})
     names, said = [term.name for term in wanted], [term.name for term in given]
     known = {*names, *map(folded, words(reference))}
+    if known & _LUNG_PARTS:
+        known |= _LUNG_PARTS
     for kind, first, last, start, stop in SequenceMatcher(None, names, said, autojunk=False).get_opcodes():
         lacking = [term for term in wanted[first:last] if term.name not in said]
         other = [term for term in given[start:stop] if term.name not in known]
@@ -215,7 +224,30 @@ def _denied(reference: str, expected: set[str], answer: str, question: str) -> l
         name = mention.concept.name
         if name in asked and mention.concept.axis in ("finding", "anatomy"):
             return [Conflict(mention.concept.axis, "contradicted", name, "present", "absent", asked[name])]
-    return []
+    denied = _denied_word(reference, answer, question)
+    if denied is None:
+        return []
+    return [
+        Conflict(
+            "polarity", "contradicted", denied, "present", "absent", asked.get(denied, _UNKNOWN_RELEVANCE)
+        )
+    ]
+
+
+def _denied_word(reference: str, answer: str, question: str) -> str | None:
+    """A word of the question, or the whole reference, that the answer denies and does not state; None where there is none."""
+    if not is_negated(answer) or (asks_count(question) and count(reference) == (0, 0)):
+        return None
+    kept = {term.name for term in terms(stated(answer))}
+    wanted = {term.name for term in _telling(reference, set())}
+    if wanted and wanted <= kept:
+        return None
+    heads = [item[0].name for item in denied_items(answer)]
+    asked = {term.name for term in terms(canonical(question))} - _VAGUE
+    for head in heads:
+        if head not in kept and (head in asked or {head} == wanted):
+            return head
+    return None
 
 
 def _other_place(reference: str, answer: str, question: str) -> list[Conflict]:

@@ -23,7 +23,8 @@ NEGATION = re.compile(
 )
 _IS_CONTRAST = re.compile(_CONTRAST, re.IGNORECASE)
 _AFTER_NEGATION = re.compile(
-    r"\b(?:is|are|was|were)?\s*(?:absent|not (?:seen|present|identified|visible|evident|noted|visualized|enlarged)|ruled out|"
+    r"\b(?:is|are|was|were)?\s*(?:absent|not (?:clearly |definitely )?(?:seen|present|identified|visible|evident|noted|visuali[sz]ed|"
+    r"observed|detected|found|demonstrated|appreciated|apparent|shown|displayed|depicted|featured|included|there)|ruled out|"
     r"excluded|resolved)\b",
     re.IGNORECASE,
 )
@@ -158,10 +159,12 @@ def restated(text: str) -> str:
 def _restated(sentence: str) -> str:
     low = lowered(sentence)
     for needed, pattern, replacement in _REWRITES:
-        if any(word in low for word in needed):
-            sentence, count = pattern.subn(replacement, sentence)
-            if count:
-                low = lowered(sentence)
+        for piece in needed:
+            if piece in low:
+                sentence, count = pattern.subn(replacement, sentence)
+                if count:
+                    low = lowered(sentence)
+                break
     return sentence
 
 

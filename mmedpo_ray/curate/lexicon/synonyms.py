@@ -29,7 +29,10 @@ _ABBREVIATIONS = {
 }
 _ABBREVIATED = re.compile(rf"(?<![\w-])(?:{'|'.join(_ABBREVIATIONS)})(?![\w-])")
 _WHOLE_ABBREVIATION = re.compile(rf"\W*(?P<short>{'|'.join(_ABBREVIATIONS)})\W*", re.IGNORECASE)
-_AMOUNT = r"(?=\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)"
+_AMOUNT = (
+    r"(?=\d+\b(?!(?:st|nd|rd|th))|\d+ ?(?:mm|cm|%)|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)"
+)
+_TWO_SIDES = (" and right", " and left", " and the right", " and the left", " as well as ", " & ")
 # Each: pieces of which one must be there, since to look for those is quick; what is said; its one spelling.
 _SPELLINGS: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
     (needed, re.compile(pattern, re.IGNORECASE), replacement)
@@ -39,16 +42,17 @@ _SPELLINGS: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
         (("nothing",), r"\bnothing (?:is )?abnormal\b", "no abnormality"),
         (("not abnormal",), r"\bnot abnormal\b", "normal"),
         (
-            ("left",),
+            _TWO_SIDES,
             r"\b(?:both )?(?:the )?(?:left (lung|side)s? and (?:the )?right \1s?|right (lung|side)s? and (?:the )?left \2s?)\b",
             r"both \1\2s",
         ),
         (
-            ("left",),
+            _TWO_SIDES,
             r"\b(?:both )?(?:the )?(?:left(?:-sided)?(?: and|,? as well as| &) (?:the )?right|"
             r"right(?:-sided)?(?: and|,? as well as| &) (?:the )?left)(?: (?:lung|side)s?)?\b",
             "bilateral",
         ),
+        (("both lung",), r"\bboth lung\b", "both lungs"),
         (("both the ",), r"\bboth the (?=(?:lung|side)s\b)", "both "),
         (
             ("both",),
@@ -106,21 +110,25 @@ _SENSES: dict[Literal["normal", "none"], re.Pattern[str]] = {
     ),
 }
 _LONGEST_SENSE = 100
+_LONGEST_ABBREVIATION = 8
 
 
 @lru_cache(maxsize=_KEPT)
 def canonical(text: str) -> str:
     """The text with abbreviations, both sides, normality and comparisons in one spelling; places in it may move."""
-    whole = _WHOLE_ABBREVIATION.fullmatch(text)
-    if whole:
-        return _ABBREVIATIONS[whole["short"].upper()]
+    if len(text) <= _LONGEST_ABBREVIATION:
+        whole = _WHOLE_ABBREVIATION.fullmatch(text)
+        if whole:
+            return _ABBREVIATIONS[whole["short"].upper()]
     text = _ABBREVIATED.sub(lambda match: _ABBREVIATIONS[match.group()], text)
     low = lowered(text)
     for needed, pattern, replacement in _SPELLINGS:
-        if any(piece in low for piece in needed):
-            text, count = pattern.subn(replacement, text)
-            if count:
-                low = lowered(text)
+        for piece in needed:
+            if piece in low:
+                text, count = pattern.subn(replacement, text)
+                if count:
+                    low = lowered(text)
+                break
     return text
 
 

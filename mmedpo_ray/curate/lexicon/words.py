@@ -125,7 +125,9 @@ def folded(word: str) -> str:
     if word in _FILLER:
         return ""
     is_plural = len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is"))
-    singular = word[:-1] if is_plural else word
+    singular = word
+    if is_plural:
+        singular = word[:-3] + "y" if len(word) > 4 and word.endswith("ies") else word[:-1]
     return str(_NUMBER_WORDS.get(singular, singular))
 
 
@@ -158,6 +160,6 @@ INTRODUCING = frozenset(
         "any evidence sign signs finding findings consistent compatible suggestive suggest suggests suggesting indicate "
         "indicates indicating indicative appear appears likely probably possibly also some here you we i can could may might "
         "would do does did noted identified demonstrated observed detected found evident demonstrate demonstrates reveal "
-        "reveals display displays depict depicts represent represents representing definite obvious apparent which really",
+        "reveals contain contains seem seems display displays depict depicts represent represents representing definite obvious apparent which really",
     )
 )
