@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from typing import Any
 
 import ray
@@ -118,6 +119,8 @@ def _quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # What has no other name yet: `max_restarts`, `scheduling_strategy`, and steps that are not to be joined (Ray 2.60).
+    warnings.filterwarnings("ignore", message="`ray_remote_args(_fn)?` is deprecated")
 
 
 def _learn_cpus_at_once() -> None:
