@@ -233,6 +233,9 @@ _SIZABLE = re.compile(
 _IN_SIZE = re.compile(r" in size\b(?! and\b)", re.IGNORECASE)
 # Sides: "both lungs are" cannot become "the left lung are"; "left middle lobe" does not exist.
 _PLURAL_VERB = re.compile(r"\s+(?:are|were|have|show|demonstrate|appear|remain)\b", re.IGNORECASE)
+_PLURAL_LUNGS = re.compile(
+    r"^(\s+(?:lung|kidney|hemisphere|breast|ventricle))s\b(?! (?:are|were|have|show))", re.IGNORECASE
+)
 _MIDDLE_LOBE = re.compile(r"\s+mid(?:dle)? lobe", re.IGNORECASE)
 _BEFORE_A_NAMED_SIDE = re.compile(r"\b(?:the|on|to|from|towards?|both|an?)\s+(?:\w+ )?$", re.IGNORECASE)
 _MANY = re.compile(
@@ -315,7 +318,10 @@ def _shouted(answer: str, question: str, rng: np.random.Generator, vocabulary: f
     if small.upper() != answer:
         return None
     found = _drawn_edit(small, question, rng, vocabulary)
-    return Edit(found.text.upper(), found.axis) if found else None
+    if found is None:
+        return None
+    # "R ct" has a side, "R CT" may be anything.
+    return _first_fitting(answer, question, [Edit(found.text.upper(), found.axis)])
 
 
 def _lower(match: re.Match[str]) -> str:
@@ -523,6 +529,8 @@ class _Slot:
         axis = self._mention.concept.axis
         if axis == "finding":
             return self._with_finding(target, spelled)
+        if axis == "side" and self._mention.concept.name == "bilateral":
+            after = _PLURAL_LUNGS.sub(r"\1", after, count=1)
         if axis == "state" and target.name == "enlarged":
             after = _IN_SIZE.sub("", after, count=1) if _IN_SIZE.match(after) else after
         # "Lungs" becomes "Kidneys", but "Heart".
@@ -540,7 +548,8 @@ class _Slot:
         uncounted = is_uncounted(target, spelled)
         if self._many:
             if uncounted:
-                return None
+                # "Gallstones" as a whole answer becomes "Pancreatitis"; a sentence has a verb for many.
+                return before + like(surface, spelled) + after if self.is_whole else None
             return before + like(surface, plural(target, spelled)) + after
         begins = not before.strip() or before.rstrip().endswith((".", ";", ":", "!", "?"))
         if begins and surface[:1].isupper():

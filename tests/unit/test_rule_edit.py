@@ -754,6 +754,7 @@ PLAUSIBLE = frozenset(
                 "With evidence of effusion but without evidence of pneumothorax.",
             },
         ),
+        ("Bilateral lungs", {"Left lung", "Right lung"}),
         # Hedges and numbers are not denied.
         (
             "There is likely cardiomegaly.",
@@ -795,6 +796,8 @@ def test_capitals_are_edited_like_small_letters(vocabulary: frozenset[str] | Non
         small = edit(text, QUESTION, seed, vocabulary)
         assert small is not None
         assert edit(text.upper(), QUESTION, seed, vocabulary) == small.upper()
+        # A single capital is a side only before small letters.
+        assert edit("R CT", "What is seen?", seed, vocabulary) != "L CT"
 
 
 SENTENCES = """
