@@ -11,7 +11,7 @@ from mmedpo_ray.curate.lexicon.answers import implied_polarity
 from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, Fact, facts, relevance_of, stated_mentions
 from mmedpo_ray.curate.lexicon.quantities import asks_count, count, disjoint, is_compared, shown
 from mmedpo_ray.curate.lexicon.synonyms import canonical
-from mmedpo_ray.curate.lexicon.words import numbers, polarity
+from mmedpo_ray.curate.lexicon.words import numbers, polarity, spoken_polarity
 from mmedpo_ray.curate.terms import CONCEPTS, Axis, mentions
 
 ConflictAxis = Literal[Axis, "polarity", "choice", "number"]
@@ -21,6 +21,7 @@ _MISSED_SHARE = 0.6
 _INVENTED_SHARE = 0.8
 _DEFAULT_POLARITY_SEVERITY = 0.7
 _NUMBER_SEVERITY = 0.5
+_LONGEST_ANSWER = 120
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def conflicts(reference: str, answer: str, question: str = "") -> tuple[Conflict
     reference, answer = canonical(reference), canonical(answer)
     found: list[Conflict] = []
     # What a report denies first is no answer to a question.
-    expected = implied_polarity(question, reference) if polarity(reference) is not None else None
+    is_answer = polarity(reference) is not None and len(reference) <= _LONGEST_ANSWER
+    expected = implied_polarity(question, reference) if is_answer else spoken_polarity(reference)
     stated = implied_polarity(question, answer) if expected is not None else None
     if expected is not None and stated is not None and expected != stated:
         subject, relevance = _subject(question)

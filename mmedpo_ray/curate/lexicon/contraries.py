@@ -132,7 +132,8 @@ def contradictions(
         question: what was asked.
         is_complete: whether the answer claims to name every finding, as a report does: one that it leaves out is then denied.
     """
-    sides = _sides(reference)
+    # "Left" is part of "left and right", though another than "both".
+    is_one_of_two = _sides(reference) == {"left", "right"} and len(_sides(answer)) == 1
     reference, answer = canonical(reference), canonical(answer)
     expected = {fact.finding for fact in facts(reference) if fact.present}
     stated = {fact.finding for fact in facts(answer) if fact.present}
@@ -143,8 +144,7 @@ def contradictions(
             continue
         if conflict.kind == "swapped" and _is_part(conflict.stated, conflict.expected):
             continue
-        # "Left" of "left and right", though not of "both".
-        if conflict.axis == "side" and conflict.expected == "bilateral" and conflict.stated in sides:
+        if is_one_of_two and conflict.axis == "side" and conflict.expected == "bilateral":
             continue
         if conflict.kind == "missed" and not (
             is_complete and conflict.axis == "finding" and not are_kin(conflict.subject, stated)
@@ -153,7 +153,7 @@ def contradictions(
         found.append(conflict)
     if not found:
         found += _denied(reference, expected, answer, question)
-        found += _other_place(reference, answer, question)
+        found += _other_place(reference, answer, question, compares_sides=not is_one_of_two)
         found += _other_study(reference, answer, question)
         found += _other_quantity(reference, answer)
     return tuple(found)
@@ -250,8 +250,8 @@ def _denied_word(reference: str, answer: str, question: str) -> str | None:
     return None
 
 
-def _other_place(reference: str, answer: str, question: str) -> list[Conflict]:
-    if not facts(answer):
+def _other_place(reference: str, answer: str, question: str, *, compares_sides: bool) -> list[Conflict]:
+    if compares_sides and not facts(answer):
         expected, stated = _sides(reference), _sides(answer) - _sides(question)
         if expected and stated and not expected & stated:
             return [_swapped("side", expected, stated)]

