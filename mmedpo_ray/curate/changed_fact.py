@@ -84,6 +84,7 @@ _ALL_NORMAL = re.compile(
     r"(?:no|not|without)(?: any| an)?(?: \w+)? (?:abnormality|abnormalities|abnormal))\b",
     re.IGNORECASE,
 )
+_NO_CHANGE = re.compile(r"\b(?:no|without)(?: \w+)? changes?\b", re.IGNORECASE)
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*-?(mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b", re.IGNORECASE)
 _FRACTION = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
 _LISTED = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
@@ -131,10 +132,10 @@ def _contradicts(reference: str, edited: str, question: str = "") -> bool:
 
 
 def _plain(text: str) -> str:
-    """The text with lengths in millimetres, numbers without empty decimals, and one word for "nothing abnormal"."""
+    """The text with lengths in millimetres, numbers without empty decimals, and one word for "nothing abnormal" or "no change"."""
     text = _LENGTH.sub(lambda match: f"{float(match[1]) * (10 if match[2][0] in 'cC' else 1):g} mm", text)
     text = _FRACTION.sub(lambda match: f"{float(match[0]):g}", text)
-    return _ALL_NORMAL.sub("normal", text)
+    return _NO_CHANGE.sub("unchanged", _ALL_NORMAL.sub("normal", text))
 
 
 def _place(before: list[str], after: list[str]) -> tuple[int, list[str], list[str]]:

@@ -267,7 +267,7 @@ def iu_xray(tmp_path: Path) -> Path:
 
 
 def test_r2gen(iu_xray: Path) -> None:
-    rows = read(iu_xray, "r2gen", "data.report_instruction='Describe.'")
+    rows = read(iu_xray, "r2gen", "data.report_instruction=Describe.")
     assert reasons(rows) == {
         "train/CXR1": None,
         "train/CXR2": "image_missing",

@@ -69,6 +69,8 @@ def equivalent(first: str, second: str) -> bool:
     meaning = sense(first)
     if meaning is not None and meaning == sense(second):
         return True
+    if _sizes(first) != _sizes(second):
+        return False
     first, second = restated(first), restated(second)
     if spoken_polarity(first) != spoken_polarity(second):
         return False
@@ -82,6 +84,11 @@ def equivalent(first: str, second: str) -> bool:
 def _signs(text: str) -> list[str]:
     """Comparisons, plus signs and the minus of a number; other hyphens and dashes mean nothing."""
     return _SIGN.findall(text)
+
+
+def _sizes(text: str) -> list[str]:
+    """Sizes and degrees in their order; a heart that is restated as its finding would lose them."""
+    return [mention.concept.name for mention in mentions(text) if mention.concept.axis == "size"]
 
 
 @lru_cache(maxsize=2048)
