@@ -34,6 +34,8 @@ _DAMAGED, _OTHER = ".damaged-", ".other-run-"
 _TEMPORARY = ".tmp"
 _STATE = "state.json"
 
+CHECKPOINTS = "checkpoints"
+"""Name of the folder that holds them."""
 PARAMETER = "parameter"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -292,4 +294,4 @@ def _step(path: Path) -> int:
 
 
 def _root(folder: Path) -> Path:
-    return folder / "checkpoints"
+    return folder / CHECKPOINTS
