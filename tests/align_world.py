@@ -177,6 +177,17 @@ def train(launches: Sequence[Launch], world_size: int = 1) -> None:
     torch.multiprocessing.spawn(_rank, args=arguments, nprocs=world_size, join=True)
 
 
+@contextlib.contextmanager
+def single_rank(folder: Path) -> Iterator[None]:
+    """A process group of this process alone; ``folder`` is an empty one for its store."""
+    store = f"file://{folder / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class _CrashError(Exception):
     pass
 

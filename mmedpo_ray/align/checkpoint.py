@@ -3,7 +3,8 @@
     <folder>/checkpoints/step-000050/{shard-00001.safetensors, …, index.json, state.json}
 
 Tensors are stored whole, so a run may go on with another number of workers, and in shards, so that no rank holds all of them.
-A checkpoint is written under a temporary name and renamed: what carries a step's name is complete. ``state.json`` has the step
+A checkpoint is written under a temporary name and renamed: what carries a step's name is complete. One that is found damaged
+all the same is renamed (``.damaged-step-000050``) and never deleted while the run lasts. ``state.json`` has the step
 and, where the held-out images were evaluated at it, their loss: the best checkpoint is the one with the lowest.
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mmedpo_ray.align.attempt import check_claim
@@ -26,11 +29,23 @@ from mmedpo_ray.models.shards import SHARD_BYTES, ShardReader, ShardWriter, flus
 log = logging.getLogger(__name__)
 
 _PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}([0-9]+)")
+_DAMAGED, _OTHER = ".damaged-", ".other-run-"
 _TEMPORARY = ".tmp"
 _STATE = "state.json"
 
+CHECKPOINTS = "checkpoints"
+"""Name of the folder that holds them."""
 PARAMETER = "parameter"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+# What readers raise of a file that is cut off or holds something else.
+_WRONG_CONTENT = (ValueError, LookupError, TypeError, AttributeError, SafetensorError)
+
+
+class DamagedCheckpointError(Exception):
+    """A folder with the name of a checkpoint does not hold one."""
 
 
 class Checkpoint:
@@ -45,16 +60,24 @@ class Checkpoint:
         validation_loss: of the held-out images at this step; ``None`` where they were not evaluated.
 
     Raises:
-        OSError, ValueError, KeyError, SafetensorError: it is damaged.
+        DamagedCheckpointError: a file is missing, cut off or not what it should be.
+        OSError: a file that is there cannot be read, which says nothing about what is in it.
     """
 
     def __init__(self, path: Path) -> None:
-        state = json.loads((path / _STATE).read_text())
-        self.path = path
-        self.step: int = state["step"]
-        self.key: str = state["key"]
-        self.validation_loss: float | None = state["validation_loss"]
-        self._shards = ShardReader(path)
+        try:
+            # safetensors says of any file that it cannot open that it is missing.
+            for file in sorted(path.iterdir()):
+                with file.open("rb") as opened:
+                    opened.read(1)
+            state = json.loads((path / _STATE).read_text())
+            self.path = path
+            self.step: int = state["step"]
+            self.key: str = state["key"]
+            self.validation_loss: float | None = state["validation_loss"]
+            self._shards = ShardReader(path)
+        except (FileNotFoundError, *_WRONG_CONTENT) as error:
+            raise DamagedCheckpointError(f"{path} ({type(error).__name__})") from error
 
     @property
     def names(self) -> list[str]:
@@ -153,12 +176,19 @@ def load_last_checkpoint(folder: Path, key: str) -> Checkpoint | None:
     Args:
         folder: of the run.
         key: identity of the run; checkpoints of another are ignored.
+
+    Raises:
+        OSError: names a file that is there and cannot be read.
     """
     return next(_readable(folder, key), None)
 
 
 def load_best_checkpoint(folder: Path, key: str) -> Checkpoint | None:
-    """The readable checkpoint with the lowest validation loss, the earliest of equals; ``None`` without validation."""
+    """The readable checkpoint with the lowest validation loss, the earliest of equals; ``None`` without validation.
+
+    Raises:
+        OSError: names a file that is there and cannot be read.
+    """
     measured = [
         (found.validation_loss, found.step, found)
         for found in _readable(folder, key)
@@ -168,8 +198,17 @@ def load_best_checkpoint(folder: Path, key: str) -> Checkpoint | None:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(_root(folder).glob(f"{_PREFIX}*"), key=_step)
+    """Complete checkpoints, oldest first; what else lies beside them is left out.
+
+    Raises:
+        OSError: the folder is there and cannot be read.
+    """
+    try:
+        # Not a pattern: pathlib takes a folder that it may not read for an empty one.
+        found = [path for path in _root(folder).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    return sorted(found, key=_step)
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -177,40 +216,76 @@ def remove_checkpoints(folder: Path) -> None:
     shutil.rmtree(_root(folder), ignore_errors=True)
 
 
-def remove_checkpoints_after(folder: Path, step: int) -> None:
-    """Deletes what a resumed run passed over: checkpoints of later steps, which it will write again."""
+def set_aside_passed_over(folder: Path, key: str) -> list[Path]:
+    """Takes the step's name from what a resumed run passes over, so that it is neither kept for one nor written over.
+
+    Args:
+        folder: of the run.
+        key: identity of the run.
+
+    Returns:
+        Where the damaged checkpoints (``.damaged-step-…``) and those of another run (``.other-run-step-…``) are now.
+
+    Raises:
+        OSError: names a file that is there and cannot be read.
+    """
+    aside = []
     for path in checkpoint_folders(folder):
-        if _step(path) > step:
-            shutil.rmtree(path)
+        found = _read(path)
+        if found is not None and found.key == key:
+            continue
+        target = path.with_name(f"{_OTHER if found else _DAMAGED}{path.name}")
+        if target.exists():
+            shutil.rmtree(target)
+        path.rename(target)
+        log.warning(
+            "align: %s is %s; it is kept as %s", path, "of another run" if found else "damaged", target
+        )
+        aside.append(target)
+    return aside
 
 
 def _readable(folder: Path, key: str) -> Iterator[Checkpoint]:
     """Readable checkpoints of this run, newest first."""
     for path in reversed(checkpoint_folders(folder)):
-        try:
-            found = Checkpoint(path)
-        except (
-            Exception
-        ) as error:  # safetensors raises its own types; any unreadable checkpoint is passed over
-            log.warning("checkpoint %s is unreadable (%s) and is passed over", path, type(error).__name__)
-            continue
-        if found.key == key:
+        found = _read(path)
+        if found is None:
+            log.warning("align: the checkpoint %s is damaged and is passed over", path)
+        elif found.key == key:
             yield found
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """The checkpoint; ``None`` if it is damaged."""
+    try:
+        return Checkpoint(path)
+    except DamagedCheckpointError:
+        return None
+    except OSError as error:
+        # With its number an error keeps its class.
+        why = f"the checkpoint cannot be read ({error.strerror or error}); nothing was changed"
+        raise OSError(error.errno, why, error.filename or str(path)) from error
 
 
 def _remove_old(folder: Path, keep: int) -> None:
     """Removes all but the last ``keep`` checkpoints and the best."""
     paths = checkpoint_folders(folder)
-    best = min(((loss, path) for path in paths if (loss := _validation_loss(path)) is not None), default=None)
+    try:
+        measured = [(loss, path) for path in paths if (loss := _validation_loss(path)) is not None]
+    except OSError as error:
+        log.warning("align: all checkpoints stay, since which of them is the best cannot be read: %s", error)
+        return
+    best = min(measured, default=None)
     for path in paths[:-keep]:
         if best is None or path != best[1]:
             shutil.rmtree(path)
 
 
 def _validation_loss(path: Path) -> float | None:
+    """Of a checkpoint; ``None`` where it was not measured or the file is missing or damaged."""
     try:
         return json.loads((path / _STATE).read_text())["validation_loss"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, *_WRONG_CONTENT):
         return None
 
 
@@ -219,4 +294,4 @@ def _step(path: Path) -> int:
 
 
 def _root(folder: Path) -> Path:
-    return folder / "checkpoints"
+    return folder / CHECKPOINTS

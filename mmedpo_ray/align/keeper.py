@@ -16,7 +16,7 @@ from mmedpo_ray.align.checkpoint import (
     State,
     load_best_checkpoint,
     load_last_checkpoint,
-    remove_checkpoints_after,
+    set_aside_passed_over,
 )
 from mmedpo_ray.align.engine import Engine
 from mmedpo_ray.align.policy import TrainingSpec
@@ -42,10 +42,11 @@ class CheckpointKeeper:
         self._lowest = math.inf
 
     def resume(self) -> Checkpoint | None:
-        """The checkpoint to go on from.
+        """The checkpoint to go on from; damaged ones lose their names and are kept.
 
         Raises:
             UserError: the ranks see different ones.
+            OSError: names a file of a checkpoint that is there and cannot be read; nothing was changed.
         """
         folder, key = self._spec.folder, self._spec.key
         found, best = load_last_checkpoint(folder, key), load_best_checkpoint(folder, key)
@@ -58,7 +59,7 @@ class CheckpointKeeper:
                 "must share this folder (NFS, Lustre, FSx); set run.folder to one they share."
             )
         if self._rank == 0:
-            remove_checkpoints_after(folder, here[0])
+            set_aside_passed_over(folder, key)
         if best is not None and best.validation_loss is not None:
             self._lowest = best.validation_loss
         if found is not None:

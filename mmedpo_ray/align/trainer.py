@@ -25,31 +25,44 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from rich.markup import escape
 
 from mmedpo_ray import storage
 from mmedpo_ray.align.attempt import STOP_FILE, ask_to_stop, claim, is_told_to_stop
-from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints
+from mmedpo_ray.align.checkpoint import checkpoint_folders, remove_checkpoints, set_aside_passed_over
+from mmedpo_ray.align.earlier import (
+    has_earlier,
+    read_identity,
+    remove_earlier,
+    set_aside,
+    take_up,
+    write_identity,
+)
 from mmedpo_ray.align.expected import announce
-from mmedpo_ray.align.made_with import MADE_WITH
-from mmedpo_ray.align.metrics import METRICS_FILE, read_metrics
+from mmedpo_ray.align.made_with import MADE_WITH, Parts, changes
+from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.policy import TrainingSpec
-from mmedpo_ray.align.prepare_station import needs_stored_reference, preparation_settings, prepare
+from mmedpo_ray.align.prepare_station import (
+    made_with,
+    needs_stored_reference,
+    preparation_settings,
+    prepare,
+)
 from mmedpo_ray.align.resources import check_cluster, rank_resources, wants_gpu
 from mmedpo_ray.align.stoppable import StoppableTorchConfig, training
-from mmedpo_ray.align.trackers import TRACKER_FILES, check_trackers, tracker_environment
+from mmedpo_ray.align.trackers import check_trackers, tracker_environment
 from mmedpo_ray.align.trained import find_trained
 from mmedpo_ray.align.watch import PLAN_FILE, watch
 from mmedpo_ray.config import AlignConfig, Config, LoraConfig
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import resolve_model
-from mmedpo_ray.run_folder import ADAPTER, WEIGHTS, Role, RunFolder
+from mmedpo_ray.run_folder import Role, RunFolder
 from mmedpo_ray.stage import Manifest, Station
 
 log = logging.getLogger(__name__)
 
 _ERROR_FILE = "error.json"
-_KEY_FILE = "key.json"
 # Settings that change how a run is carried out and not what comes out of it.
 _OPERATIONAL = {
     "num_workers",
@@ -93,6 +106,8 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
     settings = _role_settings(config, role)
     identity = [settings.model_dump(exclude=_OPERATIONAL), preparation_settings(config), config.run.seed]
     station = Station(_station_name(role), str(folder), config, settings=identity, inputs=[run.prepared])
+    if has_earlier(folder, station.key):
+        _take_up(folder, station.key)
     if (done := station.finished()) is not None:
         # A driver may have died between the manifest and this.
         remove_checkpoints(folder)
@@ -101,7 +116,7 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
     check_cluster(settings, use_gpu=spec.use_gpu)
     announce(station.name, settings, config)
     claim(folder, spec.attempt)
-    _prepare_folder(folder, station.key)
+    _prepare_folder(folder, station.key, _made_with(settings, config))
     with watch(station.name, folder):
         _fit(spec)
     return _finish(station, folder)
@@ -136,20 +151,71 @@ def _training_spec(
     )
 
 
-def _prepare_folder(folder: Path, key: str) -> None:
-    """Clears what another run left; what an interrupted attempt of this run left is kept and said so."""
+def _made_with(settings: AlignConfig, config: Config) -> dict[str, Any]:
+    """All that the key is a hash of, by the names that a message gives it."""
+    chosen = _by_name("align", settings.model_dump(mode="json", exclude=_OPERATIONAL))
+    return {**made_with(config), **chosen, "run.seed": config.run.seed}
+
+
+def _by_name(name: str, value: Any) -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` → ``{"name.a.b": 1}``."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {
+        full: leaf for key, part in value.items() for full, leaf in _by_name(f"{name}.{key}", part).items()
+    }
+
+
+def _take_up(folder: Path, key: str) -> None:
+    """Goes back to an earlier training of the folder, finished or not."""
+    # Ranks of a driver that was killed may still write into the folder.
+    claim(folder, uuid.uuid4().hex[:12])
+    aside = take_up(folder, key)
+    kept = f"; what the last ones trained is kept in {aside}" if aside else ""
+    _say(f"align: taking up again what was trained with these settings before{kept}")
+
+
+def _prepare_folder(folder: Path, key: str, settings: Parts) -> None:
+    """Makes room for this run: what an interrupted attempt of it left stays, what other settings left is set aside.
+
+    Args:
+        folder: of the run.
+        key: its identity.
+        settings: what the key stands for, by name.
+
+    Raises:
+        UserError: a checkpoint cannot be read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stored = _read_json(folder / _KEY_FILE)
-    if stored == key:
-        if found := checkpoint_folders(folder):
-            console.print(f"[dim]align: resuming from {found[-1].name}[/dim]")
+    before, settings_before = read_identity(folder)
+    if before == key:
+        _find_checkpoints(folder, key)
     else:
-        remove_checkpoints(folder)
-        for name in (METRICS_FILE, *TRACKER_FILES, ADAPTER, WEIGHTS, "manifest.json"):
-            storage.remove(str(folder / name))
-        (folder / _KEY_FILE).write_text(json.dumps(key))
+        aside = set_aside(folder)
+        if before is not None or aside is not None:
+            kept = f"what was trained before is kept in {aside}" if aside else "nothing had been trained"
+            _say(f"align: beginning anew; {kept}. Changed: {changes(settings_before, settings)}")
+        for removed in remove_earlier(folder, aside) if aside else ():
+            _say(f"align: removed {removed}, of settings before those")
+    write_identity(folder, key, settings)
     for name in (_ERROR_FILE, PLAN_FILE, STOP_FILE):
         storage.remove(str(folder / name))
+
+
+def _find_checkpoints(folder: Path, key: str) -> None:
+    """Says where the run resumes, and what it passes over."""
+    try:
+        for aside in set_aside_passed_over(folder, key):
+            _say(f"align: a checkpoint is damaged or of another run; it is passed over and kept as {aside}")
+        found = checkpoint_folders(folder)
+    except OSError as error:
+        raise UserError(f"align: {error}. Run align again when the file can be read.") from error
+    if found:
+        _say(f"align: resuming from {found[-1].name}")
+
+
+def _say(line: str) -> None:
+    console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
 
 
 def _fit(spec: TrainingSpec) -> None:

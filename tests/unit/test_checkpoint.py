@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from align_world import single_rank, training_spec
 
+from mmedpo_ray.align import checkpoint
 from mmedpo_ray.align.attempt import claim
 from mmedpo_ray.align.checkpoint import (
     Checkpoint,
@@ -18,8 +26,9 @@ from mmedpo_ray.align.checkpoint import (
     load_best_checkpoint,
     load_last_checkpoint,
     remove_checkpoints,
-    remove_checkpoints_after,
+    set_aside_passed_over,
 )
+from mmedpo_ray.align.keeper import CheckpointKeeper
 from mmedpo_ray.align.metrics import MetricsWriter, read_metrics
 from mmedpo_ray.align.policy import learning_rate_factor
 from mmedpo_ray.errors import UserError
@@ -41,6 +50,16 @@ def save(
             weight = torch.full((2, 3), float(step))
             writer.add(name, {"parameter": weight, "exp_avg": weight / 2, "exp_avg_sq": weight / 4})
         return writer.finish().result()
+
+
+@pytest.fixture
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with single_rank(tmp_path_factory.mktemp("store")):
+        yield
+
+
+def keeper_of(folder: Path, key: str) -> CheckpointKeeper:
+    return CheckpointKeeper(replace(training_spec(folder, folder / "model", folder), key=key))
 
 
 def names(folder: Path) -> list[str]:
@@ -81,8 +100,95 @@ def test_a_damaged_checkpoint_is_passed_over(
     best = load_best_checkpoint(tmp_path, "run")
     assert best is not None and best.step == 2
     assert "step-000004" in caplog.text
-    remove_checkpoints_after(tmp_path, found.step)
+    (aside,) = set_aside_passed_over(tmp_path, "run")
+    assert aside.name == ".damaged-step-000004" and aside.is_dir()
+    assert str(aside) in caplog.text
     assert names(tmp_path) == ["step-000002"]
+
+
+@pytest.mark.parametrize("name", ["shard-00002.safetensors", "index.json", "state.json"])
+@pytest.mark.parametrize(
+    "load",
+    [
+        load_last_checkpoint,
+        load_best_checkpoint,
+        set_aside_passed_over,
+        lambda folder, key: keeper_of(folder, key).resume(),
+    ],
+)
+def test_a_read_error_is_no_damage(tmp_path: Path, one_rank: None, name: str, load: Any) -> None:
+    """Neither are its checkpoints taken for gone: the run would begin anew."""
+    save(tmp_path, 2, loss=3.0)
+    save(tmp_path, 4, loss=1.0)
+    file = tmp_path / "checkpoints/step-000004" / name
+    content = file.read_bytes()
+    file.unlink()
+    # It is there and cannot be opened, whoever asks.
+    file.symlink_to(file)
+    with pytest.raises(OSError, match=re.escape(f"'{file}'")):
+        load(tmp_path, "run")
+    assert names(tmp_path) == ["step-000002", "step-000004"]
+    file.unlink()
+    file.write_bytes(content)
+    found = keeper_of(tmp_path, "run").resume()
+    assert found is not None and found.step == 4
+
+
+def test_an_error_of_the_reader_is_no_damage(
+    tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4):
+        save(tmp_path, step)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "ShardReader", fail)
+    with pytest.raises(OSError, match=r"Input/output error.*step-000004") as raised:
+        keeper_of(tmp_path, "run").resume()
+    assert raised.value.errno == errno.EIO
+    assert names(tmp_path) == ["step-000002", "step-000004"]
+
+
+def test_a_resumed_run_sets_aside_what_it_passes_over(tmp_path: Path, one_rank: None) -> None:
+    """A damaged checkpoint in the middle would count as one of those to keep, and as the best."""
+    for step, loss in ((2, 0.5), (4, 0.1), (6, 0.9)):
+        save(tmp_path, step, keep=9, loss=loss)
+    (tmp_path / "checkpoints/step-000004/shard-00001.safetensors").write_bytes(b"{")
+    save(tmp_path, 8, keep=9, key="other")
+    found = keeper_of(tmp_path, "run").resume()
+    assert found is not None and found.step == 6
+    assert names(tmp_path) == ["step-000002", "step-000006"]
+    hidden = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert sorted(hidden) == [".damaged-step-000004", ".other-run-step-000008"]
+    save(tmp_path, 8, keep=1)
+    assert names(tmp_path) == ["step-000002", "step-000008"]
+
+
+def test_the_best_checkpoint_outlives_a_read_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, 2, keep=1, loss=0.1)
+    state = tmp_path / "checkpoints/step-000002/state.json"
+    content = state.read_bytes()
+    state.unlink()
+    state.symlink_to(state)
+    save(tmp_path, 4, keep=1, loss=0.5)
+    save(tmp_path, 6, keep=1, loss=0.5)
+    assert str(state) in caplog.text
+    state.unlink()
+    state.write_bytes(content)
+    save(tmp_path, 8, keep=1, loss=0.5)
+    assert names(tmp_path) == ["step-000002", "step-000008"]
+
+
+@pytest.mark.parametrize("name", ["step-000010 (copy)", "step-", "step-last", "notes"])
+def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 2, keep=1)
+    (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints/step-000099").write_text("a file")
+    save(tmp_path, 4, keep=1)
+    assert set_aside_passed_over(tmp_path, "run") == []
+    assert names(tmp_path) == ["step-000004"]
+    assert (tmp_path / "checkpoints" / name).is_dir()
 
 
 def test_what_a_crash_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
