@@ -23,7 +23,7 @@ from mmedpo_ray.models.engine import read_model_config
 from mmedpo_ray.models.loading import load_model, load_processor, model_fingerprint, resolve_model
 from mmedpo_ray.models.shards import ShardReader
 from mmedpo_ray.run_folder import ADAPTER, WEIGHTS, Role, RunFolder
-from mmedpo_ray.stage import Manifest, Station
+from mmedpo_ray.stage import MANIFEST, Manifest, Station
 
 if TYPE_CHECKING:
     import torch
@@ -97,13 +97,16 @@ def merge(base: str, adapter: Path, folder: Path) -> float:
         means that it is as if nothing had been trained.
 
     Raises:
-        UserError: the adapter's layers are not those of the base.
+        UserError: the adapter is damaged, or its layers are not those of the base.
     """
     from peft import PeftModel
 
+    # Before the model is loaded, which takes minutes.
+    _adapter_settings(adapter)
+    shapes = _adapter_shapes(adapter)
     dtype = _dtype_of(base)
     model = load_model(base, dtype)
-    _check_layers(model, adapter, base)
+    _check_layers(model, shapes, adapter, base)
     adapted = PeftModel.from_pretrained(model, str(adapter))
     rounding = _rounding(adapted)
     merged = adapted.merge_and_unload(safe_merge=True)
@@ -155,14 +158,9 @@ def put_weights(base: str, weights: Path, folder: Path) -> None:
         UserError: the weights are damaged, or are not those of the base.
     """
     import torch
-    from safetensors import SafetensorError
 
-    try:
+    with _naming_damage(weights):
         reader = ShardReader(weights)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"the trained weights in {weights} are damaged ({type(error).__name__}). Run `mmedpo align` again."
-        ) from error
     model = load_model(base, _dtype_of(base))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -211,7 +209,7 @@ def copy_adapter(source: Path, folder: Path, base: str) -> None:
     """Copies an adapter; its record of the base model becomes ``model.path`` rather than a place on this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / _ADAPTER_WEIGHTS, folder / _ADAPTER_WEIGHTS)
-    settings = json.loads((source / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = _adapter_settings(source)
     settings["base_model_name_or_path"] = base
     (folder / _ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
@@ -220,20 +218,75 @@ def _check_adapter(folder: Path) -> None:
     for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"there is no adapter in {folder} ({name} is missing). Run `mmedpo align` first.")
+    # Before the copy that an endpoint would load.
+    _adapter_settings(folder)
+    _adapter_shapes(folder)
 
 
 def _trains_more(adapter: Path) -> bool:
     """Whether it carries whole modules (a projector) besides LoRA, which an endpoint would not load."""
-    settings = json.loads((adapter / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return bool(settings.get("modules_to_save"))
+    return bool(_adapter_settings(adapter).get("modules_to_save"))
 
 
-def _check_layers(model: LlavaForConditionalGeneration, adapter: Path, base: str) -> None:
-    """peft only warns about adapter weights that find no layer, and then merges nothing."""
+def _adapter_settings(folder: Path) -> dict[str, Any]:
+    """What peft wrote beside the weights of an adapter.
+
+    Raises:
+        UserError: the file is damaged or cannot be read.
+    """
+    file = folder / _ADAPTER_CONFIG
+    with _naming_damage(file):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or "peft_type" not in settings:
+            raise ValueError("not the settings of an adapter")
+    return settings
+
+
+def _adapter_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of an adapter's tensors by their names.
+
+    Raises:
+        UserError: the file is damaged or cannot be read.
+    """
     from safetensors import safe_open
 
-    with safe_open(adapter / _ADAPTER_WEIGHTS, "pt") as opened:
-        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    file = folder / _ADAPTER_WEIGHTS
+    with _naming_damage(file), safe_open(file, "pt") as opened:
+        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Reading ``path``, a file or folder of what `align` left, ends in a ``UserError`` that says what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        if path.is_file():
+            # safetensors says of any file that it cannot open that it is missing.
+            with path.open("rb"):
+                pass
+        yield
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        # Without the manifest `align` counts as unfinished.
+        raise UserError(
+            f"the trained weights cannot be exported: {path} is damaged ({type(error).__name__}). Delete "
+            f"{path if path.is_dir() else path.parent} and {_manifest_beside(path)}, and run `mmedpo align` again: it trains anew."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}). Run `mmedpo export` again when it can be."
+        ) from error
+
+
+def _manifest_beside(path: Path) -> Path:
+    """That of the station which wrote ``adapter/<file>`` or ``weights/``."""
+    return (path.parent if path.is_dir() else path.parent.parent) / MANIFEST
+
+
+def _check_layers(
+    model: LlavaForConditionalGeneration, shapes: dict[str, list[int]], adapter: Path, base: str
+) -> None:
+    """peft only warns about adapter weights that find no layer, and then merges nothing."""
     layers: dict[str, Any] = dict(model.named_modules())
     parameters = dict(model.named_parameters())
     for name, shape in shapes.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from mmedpo_ray.align.policy import build_policy
 from mmedpo_ray.align.trained import write_trained
 from mmedpo_ray.config import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.export import export, hub_name, use_hub_names
+from mmedpo_ray.models.export import export, hub_name, merge, put_weights, use_hub_names
 from mmedpo_ray.run_folder import Role, RunFolder
 from mmedpo_ray.serving import run_models
 from mmedpo_ray.stage import Station
@@ -286,6 +288,57 @@ def test_what_can_be_wrong_with_an_adapter(tmp_path):
     with pytest.raises(UserError, match=r"no layer .*layers\.2"):
         export(config)
     assert not (RunFolder(config.run.folder).model() / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_model.safetensors", b""),
+        ("adapter_model.safetensors", bytes(20)),
+        ("adapter_model.safetensors", None),
+        ("adapter_config.json", b""),
+        ("adapter_config.json", b"{"),
+        ("adapter_config.json", b"\xff"),
+        ("adapter_config.json", b"[]"),
+        ("adapter_config.json", b"{}"),
+    ],
+)
+def test_a_damaged_adapter_is_named(tmp_path, exported, name, content):
+    """``None``: the last byte is missing."""
+    base, _ = exported
+    config = make_config(tmp_path, base)
+    shutil.copytree(base.parent / "run/align/adapter", RunFolder(config.run.folder).align() / "adapter")
+    Station("align", str(RunFolder(config.run.folder).align()), config).finish()
+    file = RunFolder(config.run.folder).align() / "adapter" / name
+    file.write_bytes(file.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))} is damaged.*manifest\.json.*mmedpo align"):
+        export(config)
+    assert not any(RunFolder(config.run.folder).model().glob("[!.]*"))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_read_error_of_an_adapter_is_no_damage(tmp_path, exported, name, monkeypatch):
+    base, _ = exported
+    adapter = tmp_path / "adapter"
+    shutil.copytree(base.parent / "run/align/adapter", adapter)
+    real = Path.open
+
+    def fail(path, *arguments, **options):
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} cannot be read .*Input/output error"):
+        merge(str(base), adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b'{"weight_map": []}'])
+def test_a_damaged_index_of_whole_weights_is_refused(tmp_path, content):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/index.json").write_bytes(content)
+    with pytest.raises(UserError, match="weights is damaged"):
+        put_weights("no model", tmp_path / "weights", tmp_path / "merged")
 
 
 def test_what_can_be_wrong_with_whole_weights(tmp_path):

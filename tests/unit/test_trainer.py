@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,10 +133,8 @@ def test_a_crash_while_files_move_loses_none(
         left = moves
         with monkeypatch.context() as patched:
             patched.setattr(earlier.storage, "move", crash)
-            try:
+            with contextlib.suppress(KeyboardInterrupt):
                 begin(tmp_path, key)
-            except KeyboardInterrupt:
-                pass
     begin(tmp_path, "one")
     assert files(tmp_path) == before
     assert kept(tmp_path) == []
