@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def convert(
     original = read_original(source)
     _check_out(out)
     tower, vision = vision_config(original, source, vision_tower)
-    config = llava_config(original, vision)
+    config = llava_config(original, vision, source)
     moves, notes = _plan(source, original, config, tower, replace_tower=vision_tower is not None)
     target = _target_dtype(dtype, moves)
     wider = [move for move in moves if move.tensor.dtype.itemsize > target.itemsize]
@@ -133,9 +133,8 @@ def convert(
     processor = make_processor(source, vision, tower=tower, pad=pad, vocab_size=text.vocab_size)
     config.image_token_index = processor.image_token_id
     config.dtype = target
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(out.parent, sum(move.tensor.size for move in moves) * target.itemsize)
     with _completed(out) as folder:
+        _check_space(folder, sum(move.tensor.size for move in moves) * target.itemsize)
         config.save_pretrained(folder)
         generation_config(config).save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -239,17 +238,34 @@ def _check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def _completed(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` once it is complete, and is removed if it never is."""
+    """A folder to fill that becomes ``out`` once it is complete; if it never is, all that was made for it is removed.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
     temporary = out.with_name(f".{out.name}.converting")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    made: list[Path] = []
     try:
+        for folder in [folder for folder in reversed(out.parents) if not folder.exists()]:
+            folder.mkdir()
+            made.append(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         yield temporary
         if out.exists():
             out.rmdir()
         temporary.rename(out)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out}: {error.strerror or error}. Mend that or name another folder with --out."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not out.exists():
+            for folder in reversed(made):
+                # Somebody else may have put something there meanwhile.
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def _name(dtype: torch.dtype) -> str:
