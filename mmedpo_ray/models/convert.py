@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import LlavaConfig
 
 from mmedpo_ray import __version__
@@ -29,6 +30,7 @@ from mmedpo_ray.models.convert_config import (
     read_original,
     vision_config,
 )
+from mmedpo_ray.models.convert_json import one_line
 from mmedpo_ray.models.convert_names import TOWER, converted_name, is_clip_text, is_recomputed, tower_name
 from mmedpo_ray.models.convert_processor import make_processor
 from mmedpo_ray.models.convert_weights import (
@@ -131,6 +133,7 @@ def convert(
     )
     text: Any = config.text_config
     processor = make_processor(source, vision, tower=tower, pad=pad, vocab_size=text.vocab_size)
+    _check_special_tokens(source, processor.tokenizer, text)
     config.image_token_index = processor.image_token_id
     config.dtype = target
     with _completed(out) as folder:
@@ -187,6 +190,17 @@ def _tower_moves(folder: Path) -> list[Move]:
             raise UserError(f"{folder} is no CLIP: it has a tensor {tensor.name}.")
         moves.append(Move(target, tensor))
     return moves
+
+
+def _check_special_tokens(source: Path, tokenizer: Any, text: Any) -> None:
+    """That tokenizer and model mean the same tokens by the beginning and the end of a text."""
+    for key in ("bos_token", "eos_token"):
+        token, expected = getattr(tokenizer, f"{key}_id"), getattr(text, f"{key}_id")
+        if expected is not None and token not in (expected if isinstance(expected, list) else [expected]):
+            raise UserError(
+                f"the tokenizer ({source / 'tokenizer_config.json'}) has the {key} {getattr(tokenizer, key)}, id {token}, "
+                f"but {source / 'config.json'} says {key}_id={expected}. Correct one or download both again."
+            )
 
 
 def _target_dtype(dtype: str | None, moves: list[Move]) -> torch.dtype:
@@ -255,9 +269,9 @@ def _completed(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write {out}: {error.strerror or error}. Mend that or name another folder with --out."
+            f"cannot write {out}: {one_line(error)}. Mend that or name another folder with --out."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

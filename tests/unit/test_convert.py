@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_llava_med import (
     NUM_PATCHES,
@@ -592,6 +593,17 @@ def test_settings_of_the_tokenizer_that_cannot_be(original: Original, tmp_path: 
     fails(folder, tmp_path, rf"tokenizer_config\.json cannot be understood: {next(iter(changed))}=")
 
 
+@pytest.mark.parametrize(("key", "token"), [("eos_token", "<s>"), ("bos_token", "</s>")])
+def test_special_tokens_on_which_two_files_disagree(
+    original: Original, tmp_path: Path, key: str, token: str
+) -> None:
+    folder = copied(original, tmp_path)
+    path = folder / "tokenizer_config.json"
+    write_json(folder / "tokenizer.json", fast_tokenizer(folder))
+    write_json(path, json.loads(path.read_text()) | {key: token})
+    fails(folder, tmp_path, rf"tokenizer_config\.json.*{key}.*{token}.*config\.json.*{key}_id")
+
+
 @pytest.mark.parametrize(
     "weight_map", [[], {}, {"a": 5}, {"a": "../x.safetensors"}, {"a": "config.json"}, {"a": ""}, {"a": "\0"}]
 )
@@ -607,9 +619,14 @@ def test_a_place_below_a_file(original: Original, tmp_path: Path) -> None:
         convert(original.folder, tmp_path / "file/deeper/out")
 
 
-def test_folders_made_for_an_output_that_never_came_are_removed(original: Original, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_folders_made_for_an_output_that_never_came_are_removed(
+    original: Original, tmp_path: Path, error: Exception
+) -> None:
     def full(done: int, total: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     with pytest.raises(UserError, match=r"No space left.*--out"):
         convert(original.folder, tmp_path / "new/deeper/out", progress=full)
