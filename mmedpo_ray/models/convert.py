@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import LlavaConfig
 
 from mmedpo_ray import __version__
@@ -29,6 +30,7 @@ from mmedpo_ray.models.convert_config import (
     read_original,
     vision_config,
 )
+from mmedpo_ray.models.convert_json import one_line
 from mmedpo_ray.models.convert_names import TOWER, converted_name, is_clip_text, is_recomputed, tower_name
 from mmedpo_ray.models.convert_processor import make_processor
 from mmedpo_ray.models.convert_weights import (
@@ -115,7 +117,7 @@ def convert(
     original = read_original(source)
     _check_out(out)
     tower, vision = vision_config(original, source, vision_tower)
-    config = llava_config(original, vision)
+    config = llava_config(original, vision, source)
     moves, notes = _plan(source, original, config, tower, replace_tower=vision_tower is not None)
     target = _target_dtype(dtype, moves)
     wider = [move for move in moves if move.tensor.dtype.itemsize > target.itemsize]
@@ -131,11 +133,11 @@ def convert(
     )
     text: Any = config.text_config
     processor = make_processor(source, vision, tower=tower, pad=pad, vocab_size=text.vocab_size)
+    _check_special_tokens(source, processor.tokenizer, text)
     config.image_token_index = processor.image_token_id
     config.dtype = target
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(out.parent, sum(move.tensor.size for move in moves) * target.itemsize)
     with _completed(out) as folder:
+        _check_space(folder, sum(move.tensor.size for move in moves) * target.itemsize)
         config.save_pretrained(folder)
         generation_config(config).save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -190,6 +192,17 @@ def _tower_moves(folder: Path) -> list[Move]:
     return moves
 
 
+def _check_special_tokens(source: Path, tokenizer: Any, text: Any) -> None:
+    """That tokenizer and model mean the same tokens by the beginning and the end of a text."""
+    for key in ("bos_token", "eos_token"):
+        token, expected = getattr(tokenizer, f"{key}_id"), getattr(text, f"{key}_id")
+        if expected is not None and token not in (expected if isinstance(expected, list) else [expected]):
+            raise UserError(
+                f"the tokenizer ({source / 'tokenizer_config.json'}) has the {key} {getattr(tokenizer, key)}, id {token}, "
+                f"but {source / 'config.json'} says {key}_id={expected}. Correct one or download both again."
+            )
+
+
 def _target_dtype(dtype: str | None, moves: list[Move]) -> torch.dtype:
     if dtype is None:
         return next(move.tensor.dtype for move in moves if move.target == _EMBEDDING)
@@ -239,17 +252,34 @@ def _check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def _completed(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` once it is complete, and is removed if it never is."""
+    """A folder to fill that becomes ``out`` once it is complete; if it never is, all that was made for it is removed.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
     temporary = out.with_name(f".{out.name}.converting")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    made: list[Path] = []
     try:
+        for folder in [folder for folder in reversed(out.parents) if not folder.exists()]:
+            folder.mkdir()
+            made.append(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         yield temporary
         if out.exists():
             out.rmdir()
         temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {out}: {one_line(error)}. Mend that or name another folder with --out."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not out.exists():
+            for folder in reversed(made):
+                # Somebody else may have put something there meanwhile.
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,6 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.convert_json import (
+    LIST,
+    OBJECT,
+    TEXT,
+    Kind,
+    bad_setting,
+    is_vector,
+    maybe,
+    one_line,
+    one_of,
+    read_object,
+    take,
+    whole,
+)
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
@@ -63,6 +77,31 @@ CHAT_TEMPLATE = """{{- bos_token }}
 
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+_PIXELS = {
+    "image_mean": maybe(Kind(lambda value: is_vector(value, 3), "three numbers")),
+    "image_std": maybe(Kind(lambda value: is_vector(value, 3, above=0.0), "three numbers above 0")),
+}
+
+_ID = whole(0, 2**24)
+_VOCABULARY = Kind(
+    lambda value: (
+        isinstance(value, dict)
+        and all(map(_ID.fits, value.values()))
+        and len(set(value.values())) == len(value)
+    ),
+    "an object that gives each token an id of its own",
+)
+_SPECIAL = maybe(
+    Kind(
+        lambda token: TEXT.fits(token.get("content") if isinstance(token, dict) else token),
+        "a text, or an object with content, a text",
+    )
+)
+# What is read of tokenizer_config.json. Without a limit transformers writes 10^30.
+_SETTINGS = {
+    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), _SPECIAL),
+    "model_max_length": maybe(whole(1, 10**31)),
+}
 
 
 def make_processor(
@@ -105,20 +144,20 @@ def _tokenizer(source: Path, vocab_size: int) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    content, settings = _read_tokenizer(source)
-    image_id = _place_image(content, vocab_size, source)
+    content, settings, path = _read_tokenizer(source)
+    known = _check_vocabulary(content, path)
+    special = _special_tokens(settings, known, source / "tokenizer_config.json")
+    image_id = _place_image(content, vocab_size, path)
     content["normalizer"] = _BLANK_BEFORE_EACH_PIECE
     content["pre_tokenizer"] = content["post_processor"] = content["padding"] = content["truncation"] = None
-    special = {
-        key: _text_of(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")
-    }
-    bos, eos, unknown = special["bos_token"] or "<s>", special["eos_token"] or "</s>", special["unk_token"]
+    try:
+        backend = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:
+        # tokenizers raises Exception itself.
+        raise UserError(f"{path} cannot be understood: {one_line(error)}. Download it again.") from error
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unknown or "<unk>",
-        pad_token=special["pad_token"] or unknown or "<unk>",
+        tokenizer_object=backend,
+        **special,
         extra_special_tokens={"image_token": IMAGE},
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
@@ -134,11 +173,48 @@ def _tokenizer(source: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
-def _place_image(content: dict[str, Any], vocab_size: int, source: Path) -> int:
+def _check_vocabulary(content: dict[str, Any], path: Path) -> dict[str, int]:
+    """The ids of all tokens in the content of a ``tokenizer.json``.
+
+    Raises:
+        UserError: it is not that of a byte-fallback BPE, or parts of it are missing or damaged.
+    """
+    parts = take(content, {"model": OBJECT, "added_tokens": LIST}, path, required=["model", "added_tokens"])
+    kinds = {"type": one_of("BPE"), "vocab": _VOCABULARY, "merges": LIST}
+    model = take(parts["model"], kinds, path, required=kinds, within="model.")
+    known = dict(model["vocab"])
+    for number, token in enumerate(parts["added_tokens"]):
+        if (
+            not isinstance(token, dict)
+            or not TEXT.fits(token.get("content"))
+            or not _ID.fits(token.get("id"))
+        ):
+            raise bad_setting(
+                path, f"added_tokens[{number}]", token, "an object with content, a text, and id"
+            )
+        known[token["content"]] = token["id"]
+    return known
+
+
+def _special_tokens(settings: dict[str, Any], known: dict[str, int], path: Path) -> dict[str, str]:
+    """The special tokens by what they are for, those of Mistral where ``tokenizer_config.json`` names none.
+
+    Raises:
+        UserError: one is no text, or not in the vocabulary.
+    """
+    given = {key: _text_of(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    unknown = given["unk_token"] or "<unk>"
+    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": unknown, "pad_token": unknown}
+    special = {key: given[key] or default for key, default in defaults.items()}
+    for key, token in special.items():
+        if token not in known:
+            raise bad_setting(path, key, settings.get(key), f"a token of the vocabulary ({token} is none)")
+    return special
+
+
+def _place_image(content: dict[str, Any], vocab_size: int, path: Path) -> int:
     """Gives the image a token id that no text has, in place; returns the id."""
-    vocabulary = content["model"].get("vocab")
-    if content["model"].get("type") != "BPE" or not isinstance(vocabulary, dict):
-        raise UserError(f"the tokenizer in {source} is not Mistral's byte-fallback BPE.")
+    vocabulary = content["model"]["vocab"]
     added = {token["content"]: token["id"] for token in content["added_tokens"]}
     known = {**vocabulary, **added}
     if IMAGE in known:
@@ -148,11 +224,13 @@ def _place_image(content: dict[str, Any], vocab_size: int, source: Path) -> int:
         vocabulary[IMAGE] = image_id
     else:
         raise UserError(
-            f"the tokenizer in {source} has no token {_FREE_TOKEN} to stand for images; it is not Mistral's."
+            f"the tokenizer in {path} has no token {_FREE_TOKEN} to stand for images; it is not Mistral's. Download the "
+            "checkpoint's own."
         )
     if image_id >= vocab_size:
         raise UserError(
-            f"the tokenizer in {source} gives {IMAGE} the id {image_id}, but the embedding has {vocab_size} rows."
+            f"the tokenizer in {path} gives {IMAGE} the id {image_id}, but the embedding has {vocab_size} rows (vocab_size). "
+            "Are they of the same checkpoint?"
         )
     content["added_tokens"] = sorted(
         [token for token in content["added_tokens"] if token["content"] != IMAGE] + [_added(image_id)],
@@ -166,13 +244,17 @@ def _added(token_id: int) -> dict[str, Any]:
     return {"id": token_id, "content": IMAGE, **flags}
 
 
-def _read_tokenizer(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The contents of ``tokenizer.json``, read or made from ``tokenizer.model``, and of ``tokenizer_config.json``."""
+def _read_tokenizer(source: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """The tokenizer as ``tokenizer.json`` has it, the settings beside it, and the file it was read from.
+
+    ``tokenizer.json`` itself goes before ``tokenizer.model``. A missing ``tokenizer_config.json`` has no settings.
+    """
     path = source / "tokenizer_config.json"
-    settings = _read_json(path) if path.is_file() else {}
-    if (source / "tokenizer.json").is_file():
-        return _read_json(source / "tokenizer.json"), settings
-    if not (source / "tokenizer.model").is_file():
+    settings = take(read_object(path), _SETTINGS, path) if path.exists() else {}
+    saved, pieces = source / "tokenizer.json", source / "tokenizer.model"
+    if saved.exists():
+        return read_object(saved), settings, saved
+    if not pieces.is_file():
         raise UserError(
             f"{source} has no tokenizer (tokenizer.model or tokenizer.json). Download the checkpoint again."
         )
@@ -184,22 +266,15 @@ def _read_tokenizer(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         # SentencePiece and protobuf raise their own kinds on a damaged file.
         first = str(error).strip().split("\n", 1)[0]
         raise UserError(f"cannot read the tokenizer in {source}: {first}. Download it again.") from error
-    return json.loads(read.backend_tokenizer.to_str()), settings
+    return json.loads(read.backend_tokenizer.to_str()), settings, pieces
 
 
 def _normalisation(tower: Path | None) -> tuple[list[float], list[float]]:
     path = tower / "preprocessor_config.json" if tower is not None else None
-    settings = _read_json(path) if path is not None and path.is_file() else {}
+    settings = take(read_object(path), _PIXELS, path) if path is not None and path.exists() else {}
     return settings.get("image_mean") or _CLIP_MEAN, settings.get("image_std") or _CLIP_STD
 
 
 def _text_of(token: Any) -> str | None:
     """A special token, which ``tokenizer_config.json`` gives as text or with its flags."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Download it again.") from error
+    return token["content"] if isinstance(token, dict) else token

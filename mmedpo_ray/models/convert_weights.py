@@ -8,7 +8,6 @@ full, so memory holds about one shard however large the model is.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.convert_json import is_lfs_pointer, lfs_message, read_object, shorten
 from mmedpo_ray.models.convert_names import is_recomputed, original_name
 
 MAX_SHARD_BYTES = 2 * 1024**3
@@ -246,7 +246,8 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     """A torch file whose tensors stay on disk until they are used."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:
+        # Zip, pickle and torch raise kinds of their own on damaged files.
         raise UserError(_damaged(file, error)) from error
     if not isinstance(content, dict) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
@@ -256,23 +257,37 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(weight_map, dict) or not all(
-            Path(name).name == name for name in weight_map.values()
+    weight_map = read_object(path).get("weight_map")
+    suffix = path.name.removesuffix(".index.json").rpartition(".")[2]
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _no_index(path, f"weight_map={shorten(weight_map)}, expected is an object of names")
+    for tensor, name in weight_map.items():
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or Path(name).suffix != f".{suffix}"
+            or "\0" in name
         ):
-            raise TypeError("weight_map does not name files beside the index")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no index of shards ({error}). Download the checkpoint again.") from error
+            raise _no_index(
+                path,
+                f"weight_map has {shorten(tensor)}: {shorten(name)}, expected is a .{suffix} file beside the index",
+            )
     return weight_map
 
 
+def _no_index(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is no index of shards ({reason}). Download the checkpoint again.")
+
+
 def _damaged(file: Path, error: Exception) -> str:
-    """What to say about a file that cannot be opened; a checkout without git lfs leaves pointers in its place."""
-    with file.open("rb") as opened:
-        pointer = opened.read(64).startswith(b"version https://git-lfs")
-    if pointer:
-        return f"{file} is a git lfs pointer, not the file itself. Run `git lfs pull` in the checkpoint."
+    """What to say about a file that cannot be opened."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(64)
+    except OSError:
+        start = b""
+    if is_lfs_pointer(start):
+        return lfs_message(file)
     first = str(error).strip().split("\n", 1)[0].rstrip(".")
     return f"cannot read {file}: {first}. It is damaged or not wholly downloaded; download it again."
 
