@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mmedpo_ray.align import fast_layers, head, lora, tree_attention
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.losses import Side
+from mmedpo_ray.models.loading import image_mismatch
 
 
 class LogpOutput(NamedTuple):
@@ -93,14 +95,39 @@ def _embeddings(llava: Any, batch: Forest) -> Tensor:
 
     An image's tokens stand side by side and all of them, so the k-th image token of the batch is number k mod P of its image.
     Without a trained projector or embedding no graph is recorded: the tower has no weights that want a gradient.
+
+    Raises:
+        UserError: the ids of an image are not as many as its features.
     """
     features = image_features(llava, batch.pixel_values)
     embeddings = llava.get_input_embeddings()(batch.input_ids)
     is_image = batch.input_ids == llava.config.image_token_id
     count = features.shape[1]
+    _check_image_ids(llava, is_image, count)
     within = (is_image.flatten().cumsum(0).view_as(is_image) - 1) % count
     shown = nn.functional.embedding(batch.token_image * count + within, features.flatten(0, 1))
     return torch.where(is_image.unsqueeze(-1), shown.to(embeddings.dtype), embeddings)
+
+
+# Models whose prompts were seen to fit: the number of ids is the processor's, and to look at every batch would stall a GPU.
+_FITTING: WeakSet[Any] = WeakSet()
+
+
+def _check_image_ids(llava: Any, is_image: Tensor, count: int) -> None:
+    """Every run of image ids in the rows of (R, T) must be ``count`` long; looks at a model's first batch with images.
+
+    Raises:
+        UserError: one is not.
+    """
+    if llava in _FITTING:
+        return
+    flags = nn.functional.pad(is_image.cpu(), (1, 1)).int().diff(dim=1)
+    lengths = flags.flatten().eq(-1).nonzero() - flags.flatten().eq(1).nonzero()
+    if not len(lengths):
+        return
+    if (wrong := lengths[lengths != count]).numel():
+        raise image_mismatch(int(wrong[0]), count)
+    _FITTING.add(llava)
 
 
 def _attention(llava: Any, batch: Forest) -> dict[str, Any]:

@@ -33,6 +33,10 @@ _NEEDED_FOR_ANOTHER = (
     "forward pass (tree packing), LoRA names of its language model (align), and a spelling of its weights that vLLM loads "
     "(export)."
 )
+_MEND_THE_PROCESSOR = (
+    "Mend patch_size, num_additional_image_tokens (1 for a tower with a class token such as CLIP, 0 for SigLIP) and "
+    "vision_feature_select_strategy (that of config.json) in processor_config.json."
+)
 # Questions whose prompts are kept (each with all its image tokens), and the same of answers.
 _CACHED_PROMPTS = 4_096
 _CACHED_RESPONSES = 16_384
@@ -80,7 +84,8 @@ def load_processor(path: str) -> LlavaProcessor:
     """Loads image processing, tokenizer and chat template.
 
     Raises:
-        UserError: another architecture, or the model has no processor or no chat template.
+        UserError: another architecture, the model has no processor or no chat template, or processor and model do not agree on
+            the images.
     """
     from transformers import LlavaProcessor
 
@@ -96,6 +101,7 @@ def load_processor(path: str) -> LlavaProcessor:
         raise UserError(
             f"{path} has no chat template, so its prompts cannot be written. Add chat_template.jinja to it."
         )
+    _check_images(processor, source, path)
     return processor
 
 
@@ -161,7 +167,8 @@ class PromptWriter:
         pad_token_id: id to fill rows with.
 
     Raises:
-        UserError: the template does not place exactly one image, or the tokenizer has no end token.
+        UserError: the template does not place exactly one image, the tokenizer has no end token, or the processor does not say
+            how many ids an image has.
     """
 
     def __init__(self, processor: LlavaProcessor) -> None:
@@ -178,7 +185,7 @@ class PromptWriter:
         self.eos_token_id: int = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else self.eos_token_id
-        self.num_image_tokens = self._count_image_tokens()
+        self.num_image_tokens = _count_image_tokens(processor)
         if self.prompt("?") is None:
             raise UserError(
                 "the chat template does not write the image placeholder for {'type': 'image'} content exactly once. "
@@ -248,12 +255,83 @@ class PromptWriter:
             messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
         )
 
-    def _count_image_tokens(self) -> int:
-        """Asks the processor itself, with a blank image."""
-        from PIL import Image
 
-        encoded = self._processor(images=Image.new("RGB", (32, 32)), text=self._processor.image_token)
-        return list(encoded["input_ids"][0]).count(self.image_token_id)
+def image_mismatch(ids: int, features: int) -> UserError:
+    """What to say where prompts have another number of ids for an image than the vision tower gives features."""
+    return UserError(
+        f"a prompt has {ids} ids for an image, but the vision tower gives {features} features for it. {_MEND_THE_PROCESSOR}"
+    )
+
+
+def _check_images(processor: LlavaProcessor, source: str, name: str) -> None:
+    """Compares what the processor makes of an image with what the configured model takes.
+
+    Args:
+        processor: of the model.
+        source: folder or hub name of the model.
+        name: the same for messages.
+
+    Raises:
+        UserError: they differ in the image's size, in its number of ids or in the id.
+    """
+    from transformers import LlavaConfig
+
+    try:
+        config: Any = LlavaConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {name}: {_first_line(error)}.") from error
+    if processor.image_token_id != config.image_token_id:
+        raise UserError(
+            f"the processor of {name} writes an image as id {processor.image_token_id} ({processor.image_token}), but the "
+            f"model's image_token_index is {config.image_token_id}. Set image_token in processor_config.json, or "
+            "image_token_index in config.json."
+        )
+    ids = _count_image_tokens(processor)
+    side = config.vision_config.image_size
+    made = tuple(processor.image_processor(_blank_image(), return_tensors="pt")["pixel_values"].shape[-2:])
+    if made != (side, side):
+        raise UserError(
+            f"the image processor of {name} makes images of {made[0]} x {made[1]} pixels, but its vision tower takes "
+            f"{side} x {side}. Mend size and crop_size in preprocessor_config.json (or in image_processor of "
+            "processor_config.json)."
+        )
+    if ids != (features := _count_features(config)):
+        raise image_mismatch(ids, features)
+
+
+def _count_image_tokens(processor: LlavaProcessor) -> int:
+    """Asks the processor itself, with a blank image.
+
+    Raises:
+        UserError: it cannot tell.
+    """
+    try:
+        encoded = processor(images=_blank_image(), text=processor.image_token)
+    except TypeError as error:
+        missing = [
+            name for name in ("patch_size", "num_additional_image_tokens") if getattr(processor, name) is None
+        ]
+        if not missing:
+            raise
+        raise UserError(
+            f"the processor lacks {' and '.join(missing)}, so it cannot tell how many ids an image has. {_MEND_THE_PROCESSOR}"
+        ) from error
+    return list(encoded["input_ids"][0]).count(processor.image_token_id)
+
+
+def _count_features(config: Any) -> int:
+    """Features of an image that the model of a ``LlavaConfig`` puts in the places of its ids."""
+    tower = config.vision_config
+    has_class_token = tower.model_type == "clip_vision_model"
+    dropped = config.vision_feature_select_strategy == "default"
+    return (tower.image_size // tower.patch_size) ** 2 + has_class_token - dropped
+
+
+def _blank_image() -> Image.Image:
+    """Not square, so that processing that keeps the sides of an image shows."""
+    from PIL import Image
+
+    return Image.new("RGB", (48, 32))
 
 
 def _messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch
+from mmedpo_ray.align.forest import TokenSequence, pack
 from mmedpo_ray.align.logps import response_logps
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import (
@@ -232,6 +233,75 @@ def test_a_long_answer_is_cut_and_its_prompt_is_not(writer: PromptWriter, tmp_pa
     cut = next(pair for pair in pairs if pair.pair_id == "s000-2:text")
     assert len(cut.prompt) + len(cut.chosen) == 128
     assert cut.prompt == writer.prompt(rows[-1]["question"])
+
+
+def with_settings(model: Path, folder: Path, file: str, **changes: Any) -> Path:
+    """A copy of a model with other settings in one of its JSON files; ``None`` removes a setting, dicts are merged."""
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / file).read_text())
+    for name, value in changes.items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    kept = {name: value for name, value in settings.items() if value is not None}
+    (folder / file).write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("processor_config.json", {"num_additional_image_tokens": None}, "15 ids .* 16 features.*patch_size"),
+        ("processor_config.json", {"patch_size": 16}, "4 ids .* 16 features.*num_additional_image_tokens"),
+        ("processor_config.json", {"vision_feature_select_strategy": "full"}, "17 ids .* 16 features"),
+        ("processor_config.json", {"patch_size": None}, "lacks patch_size.*num_additional_image_tokens"),
+        ("config.json", {"vision_feature_select_strategy": "full"}, "16 ids .* 17 features"),
+        ("config.json", {"image_token_index": 7}, "image_token_index is 7"),
+        (
+            "processor_config.json",
+            {"image_processor": {"do_center_crop": False}},
+            "makes images of 32 x 48 pixels.*takes 32 x 32",
+        ),
+    ],
+)
+def test_a_processor_that_does_not_fit_the_tower_is_refused_before_weights_load(
+    model_folder: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str
+) -> None:
+    folder = with_settings(model_folder, tmp_path / "other", file, **changes)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=message):
+        load_processor(str(folder))
+
+
+def test_a_writer_whose_processor_cannot_count_image_ids_is_refused(model_folder: Path) -> None:
+    processor = load_processor(str(model_folder))
+    processor.patch_size = None
+    with pytest.raises(UserError, match="lacks patch_size"):
+        PromptWriter(processor)
+
+
+def test_a_siglip_tower_has_no_class_token(model_folder: Path, tmp_path: Path) -> None:
+    folder = with_settings(
+        model_folder,
+        tmp_path / "siglip",
+        "config.json",
+        vision_config={"model_type": "siglip_vision_model"},
+        vision_feature_select_strategy="full",
+    )
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
+    path.write_text(json.dumps(settings))
+    assert PromptWriter(load_processor(str(folder))).num_image_tokens == 16
+
+
+@pytest.mark.parametrize("ids", [15, 17, 32])
+def test_ids_that_do_not_meet_as_many_features_are_refused(
+    model_folder: Path, writer: PromptWriter, ids: int
+) -> None:
+    model = load_model(str(model_folder), torch.float32)
+    prompt = [1] + [writer.image_token_id] * ids + [5, 6]
+    batch = pack([TokenSequence(prompt, [7, 8], image) for image in (0, 1)], torch.zeros(2, 3, 32, 32), 0)
+    with pytest.raises(UserError, match=rf"{ids} ids .* 16 features"):
+        response_logps(model, batch)
 
 
 @pytest.mark.parametrize("weight", [-0.5, float("nan")])
