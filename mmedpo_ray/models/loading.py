@@ -1,8 +1,9 @@
 """Loading a LLaVA and writing its prompts, the same way for training, reference and inference.
 
-The token ids made here are those a chat request to the vLLM endpoint is answered from: the processor's own chat
-template with the image where it puts it, no extra beginning token, and the image placeholder widened to as many ids as the vision
-tower yields features. What training sees is therefore what the model meets when it is served.
+The token ids made here are those of transformers' own ``apply_chat_template``: the processor's chat template with the image
+where it puts it, one beginning token where the template writes it or the tokenizer adds it, and the image placeholder widened to
+as many ids as the vision tower yields features. A chat request to the vLLM endpoint is answered from the same ids where the
+template writes the beginning.
 """
 
 from __future__ import annotations
@@ -178,6 +179,7 @@ class PromptWriter:
         self._render = functools.lru_cache(_CACHED_PROMPTS)(self._encode_prompt)
         self._response = functools.lru_cache(_CACHED_RESPONSES)(self._encode_response)
         self.image_token_id: int = processor.image_token_id
+        self._adds_bos = _adds_bos(self._tokenizer)
         if self._tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no eos_token, so an answer would never end. Add it to the model."
@@ -239,7 +241,7 @@ class PromptWriter:
         # Only the template's own end token counts: what follows it (a newline) is never generated.
         head, separator, _ = text.rpartition(eos)
         text = (head if separator else text.rstrip()) + eos
-        joint = self._tokenizer(prompt_text + text, add_special_tokens=False)["input_ids"]
+        joint = self._encode(prompt_text + text)
         if joint[: len(single)] == single:
             return joint[len(single) :]
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -247,13 +249,26 @@ class PromptWriter:
     def _encode_prompt(self, question: str) -> tuple[str, list[int], list[int]]:
         """Prompt text, its ids with one id an image, and with all of them."""
         text = self._apply(_messages(question), generation_prompt=True)
-        single = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        single = self._encode(text)
         return text, single, self.widen(single)
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text that stands at the beginning, with one beginning token if the tokenizer adds one."""
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self._adds_bos and not text.startswith(self._tokenizer.bos_token):
+            return [self._tokenizer.bos_token_id, *ids]
+        return ids
 
     def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
         return self._tokenizer.apply_chat_template(
             messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
         )
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer begins a text with its beginning token by itself."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("?")["input_ids"][:1] == [bos]
 
 
 def image_mismatch(ids: int, features: int) -> UserError:

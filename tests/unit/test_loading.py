@@ -13,6 +13,7 @@ from align_world import write_scored
 from pairs_in_memory import prepare_pairs
 from PIL import Image
 from tiny_llava import build_tiny_llava
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedConfig
 
 from mmedpo_ray import tables
@@ -164,6 +165,39 @@ def test_a_template_without_end_token_still_ends_the_answer(model_folder: Path, 
     assert response[-1] == writer.eos_token_id and response.count(writer.eos_token_id) == 1
     tokenizer = load_processor(str(folder)).tokenizer
     assert tokenizer.decode(response) == " Yes</s>"
+
+
+VICUNA_TEMPLATE = (
+    "{% for m in messages %}{{ m.role.upper() }}: {% for c in m.content if c.type == 'image' %}<image>\n{% endfor %}"
+    "{% for c in m.content if c.type == 'text' %}{{ c.text }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("added", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
+@pytest.mark.parametrize("template", ["", "{{ bos_token }}"])
+def test_a_prompt_begins_as_the_tokenizer_begins_its_texts(
+    model_folder: Path, added: str, template: str
+) -> None:
+    """Once, whether the template writes the beginning or not; an end token belongs to the answer alone."""
+    processor = load_processor(str(model_folder))
+    tokenizer = processor.tokenizer
+    processor.chat_template = template + VICUNA_TEMPLATE
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=added, special_tokens=special)
+    writer = PromptWriter(processor)
+    question, answer = "Is there a nodule?", "Yes."
+    content = [{"type": "image", "image": Image.new("RGB", (32, 32))}, {"type": "text", "text": question}]
+    expected = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )["input_ids"][0]
+    expected = [int(token) for token in expected if token != tokenizer.eos_token_id]
+    prompt, response = writer.prompt(question), writer.response(question, answer)
+    assert prompt is not None and response is not None
+    assert prompt == expected
+    assert prompt.count(tokenizer.bos_token_id) == (1 if template or added.startswith("<s>") else 0)
+    assert tokenizer.decode(response) == " Yes.</s>"
+    assert writer.widen(writer.narrow(prompt)) == prompt
 
 
 def test_logps_equal_the_model_s_own_on_every_row(
