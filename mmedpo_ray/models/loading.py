@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mmedpo_ray.errors import UserError
 
@@ -41,8 +41,12 @@ _MEND_THE_PROCESSOR = (
 # Questions whose prompts are kept (each with all its image tokens), and the same of answers.
 _CACHED_PROMPTS = 4_096
 _CACHED_RESPONSES = 16_384
-# Below this a model is identified by its bytes, above by the sizes and times of its files.
+# Below this a model is identified by all its bytes, above by samples of its weights.
 _HASH_WHOLE_BYTES = 256 * 1024**2
+# Blocks of a large file, evenly spread from its first byte to its last, and the same of every tensor.
+_SAMPLES = 64
+_SAMPLE_BYTES = 64 * 1024
+_TENSOR_BYTES = 4 * 1024
 _WEIGHTS = (".safetensors", ".bin")
 # Configuration, template, image processing and tokenizer.
 _TEXTS = (".json", ".jinja", ".model")
@@ -135,7 +139,7 @@ def model_fingerprint(path: str) -> str:
 def model_files(path: str) -> dict[str, str]:
     """The files that say what a model computes and how its input is made, each with a hash of 16 hex digits.
 
-    Small local models are hashed whole; of large ones the weights by size and time. A hub name counts as its own hash: a
+    Small local models are hashed whole; of large ones the weights by samples, so that a copy is the same model. A hub name counts as its own hash: a
     published revision does not change under its name.
     """
     source = resolve_model(path)
@@ -153,9 +157,41 @@ def model_files(path: str) -> dict[str, str]:
 
 
 def _hash_file(file: Path, *, whole: bool) -> str:
-    info = file.stat()
-    content = file.read_bytes() if whole else f"{info.st_size} {info.st_mtime_ns}".encode()
-    return hashlib.sha256(content).hexdigest()[:16]
+    if whole:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return _hash_samples(file)
+
+
+def _hash_samples(file: Path) -> str:
+    """16 hex digits of a large file's size, its safetensors header, blocks spread over it and the middle of every tensor.
+
+    The last block of a ``.bin`` is the directory of a zip, which has a checksum of every tensor.
+    """
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as content:
+        header, middles = _read_header(content, size) if file.suffix == ".safetensors" else (b"", [])
+        digest.update(header)
+        last = max(0, size - _SAMPLE_BYTES)
+        blocks = [(last * number // (_SAMPLES - 1), _SAMPLE_BYTES) for number in range(_SAMPLES)]
+        blocks += [(max(0, middle - _TENSOR_BYTES // 2), _TENSOR_BYTES) for middle in middles]
+        for start, length in blocks:
+            content.seek(start)
+            digest.update(content.read(length))
+    return digest.hexdigest()[:16]
+
+
+def _read_header(content: BinaryIO, size: int) -> tuple[bytes, list[int]]:
+    """The header of a safetensors file and where the middles of its tensors are; nothing of a damaged one."""
+    length = int.from_bytes(content.read(8), "little")
+    if length > size:
+        return b"", []
+    header = content.read(length)
+    try:
+        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        return header, sorted(8 + length + sum(entry["data_offsets"]) // 2 for entry in entries)
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return header, []
 
 
 class PromptWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from align_world import write_scored
 from pairs_in_memory import prepare_pairs
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_llava import build_tiny_llava
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedConfig
@@ -21,6 +23,7 @@ from mmedpo_ray.align.batch import ImageLoader, forest_batch
 from mmedpo_ray.align.forest import TokenSequence, pack
 from mmedpo_ray.align.logps import response_logps
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models import loading
 from mmedpo_ray.models.loading import (
     PromptWriter,
     load_model,
@@ -122,6 +125,33 @@ def test_the_fingerprint_follows_every_file_of_a_model(model_folder: Path, tmp_p
         (other / name).write_text(content)
         found.add(model_fingerprint(str(other)))
     assert len(found - {model_fingerprint(str(model_folder))}) == 2
+
+
+def test_large_weights_are_known_by_their_content(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy is the same model; other values are not, in whichever tensor, nor other shapes of the same bytes."""
+    monkeypatch.setattr(loading, "_HASH_WHOLE_BYTES", 0)
+    monkeypatch.setattr(loading, "_SAMPLE_BYTES", 64)
+    original = model_fingerprint(str(model_folder))
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    path = other / "model.safetensors"
+    os.utime(path, ns=(1, 1))
+    assert model_fingerprint(str(other)) == original
+    tensors = load_file(path)
+    names = sorted(tensors)
+    changes = [{name: tensors[name] + 1} for name in names[:: len(names) // 8]]
+    matrix = next(name for name in names if tensors[name].ndim == 2)
+    changes.append({matrix: tensors[matrix].reshape(-1)})
+    for change in changes:
+        save_file({**tensors, **change}, path, {"format": "pt"})
+        assert model_fingerprint(str(other)) != original
+    save_file(tensors, path, {"format": "pt"})
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:4], b"\xff" * 64):
+        path.write_bytes(damaged)
+        assert model_fingerprint(str(other)) != original
 
 
 def test_prompt_and_response_are_what_the_processor_makes_of_the_turn(
