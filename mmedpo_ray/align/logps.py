@@ -182,9 +182,13 @@ def make_fast(model: Any, *, attention: str = "tree", sharded: bool = False) -> 
         model: a ``LlavaForConditionalGeneration`` or a peft model of one.
         attention: ``tree`` (:mod:`~mmedpo_ray.align.tree_attention`), ``sdpa`` (a dense mask) or ``flex`` (FlexAttention).
         sharded: weights will be sharded over ranks (ZeRO-3).
+
+    Raises:
+        UserError: the language model is of a family that this attention would not compute rightly.
     """
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
     language_model = llava.model.language_model
+    tree_attention.check_family(language_model.config, along_tree=attention == "tree")
     if attention == "tree":
         tree_attention.install(language_model)
     else:

@@ -125,7 +125,8 @@ def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     source = _checked(path)
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        # AttributeError: a language model without the parts that transformers' LLaVA reads of it, such as OPT.
         raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
     model.requires_grad_(False)
     return model.eval()
