@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mmedpo_ray.align import fast_layers, head, lora, tree_attention
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.losses import Side
+from mmedpo_ray.models.loading import image_mismatch
 
 
 class LogpOutput(NamedTuple):
@@ -93,14 +95,39 @@ def _embeddings(llava: Any, batch: Forest) -> Tensor:
 
     An image's tokens stand side by side and all of them, so the k-th image token of the batch is number k mod P of its image.
     Without a trained projector or embedding no graph is recorded: the tower has no weights that want a gradient.
+
+    Raises:
+        UserError: the ids of an image are not as many as its features.
     """
     features = image_features(llava, batch.pixel_values)
     embeddings = llava.get_input_embeddings()(batch.input_ids)
     is_image = batch.input_ids == llava.config.image_token_id
     count = features.shape[1]
+    _check_image_ids(llava, is_image, count)
     within = (is_image.flatten().cumsum(0).view_as(is_image) - 1) % count
     shown = nn.functional.embedding(batch.token_image * count + within, features.flatten(0, 1))
     return torch.where(is_image.unsqueeze(-1), shown.to(embeddings.dtype), embeddings)
+
+
+# Models whose prompts were seen to fit: the number of ids is the processor's, and to look at every batch would stall a GPU.
+_FITTING: WeakSet[Any] = WeakSet()
+
+
+def _check_image_ids(llava: Any, is_image: Tensor, count: int) -> None:
+    """Every run of image ids in the rows of (R, T) must be ``count`` long; looks at a model's first batch with images.
+
+    Raises:
+        UserError: one is not.
+    """
+    if llava in _FITTING:
+        return
+    flags = nn.functional.pad(is_image.cpu(), (1, 1)).int().diff(dim=1)
+    lengths = flags.flatten().eq(-1).nonzero() - flags.flatten().eq(1).nonzero()
+    if not len(lengths):
+        return
+    if (wrong := lengths[lengths != count]).numel():
+        raise image_mismatch(int(wrong[0]), count)
+    _FITTING.add(llava)
 
 
 def _attention(llava: Any, batch: Forest) -> dict[str, Any]:
@@ -155,9 +182,13 @@ def make_fast(model: Any, *, attention: str = "tree", sharded: bool = False) -> 
         model: a ``LlavaForConditionalGeneration`` or a peft model of one.
         attention: ``tree`` (:mod:`~mmedpo_ray.align.tree_attention`), ``sdpa`` (a dense mask) or ``flex`` (FlexAttention).
         sharded: weights will be sharded over ranks (ZeRO-3).
+
+    Raises:
+        UserError: the language model is of a family that this attention would not compute rightly.
     """
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
     language_model = llava.model.language_model
+    tree_attention.check_family(language_model.config, along_tree=attention == "tree")
     if attention == "tree":
         tree_attention.install(language_model)
     else:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,9 @@ from mmedpo_ray.align.losses import Objective
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PROJECTOR, load_model, resolve_model
+
+# Of a name of a layer to one that may have been meant, as difflib measures it.
+_LEAST_LIKENESS = 0.6
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def build_policy(spec: TrainingSpec) -> Policy:
     Equal on every rank and for every number of ranks. The vision tower is always frozen.
 
     Raises:
-        UserError: the language model has none of ``align.lora.target_modules``.
+        UserError: the language model lacks one of ``align.lora.target_modules``, or is of a family that is not supported.
     """
     model = load_model(spec.model, spec.dtype)
     _check_window(model, spec)
@@ -147,30 +152,63 @@ def _with_lora(model: Any, spec: TrainingSpec) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = spec.align.lora
-    # CLIP towers have a q_proj too: the pattern keeps to the language model.
-    pattern = rf".*\.language_model\..*\.({'|'.join(lora.target_modules)})"
+    _check_targets(model, lora.target_modules, spec.model)
     torch.manual_seed(spec.seed)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=_target_pattern(lora.target_modules),
+            # The original stays: with the adapter off, the model is the reference.
+            modules_to_save=[PROJECTOR] if spec.align.train_projector else None,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=resolve_model(spec.model),
+        ),
+        # ZeRO-3 wants one dtype; the exact fp32 copy lives in the optimizer.
+        autocast_adapter_dtype=False,
+    )
+
+
+def _target_pattern(names: Sequence[str]) -> str:
+    """What the full names of the layers match; CLIP towers have a q_proj too, so it keeps to the language model."""
+    return rf".*\.language_model\..*\.({'|'.join(names)})"
+
+
+def _check_targets(model: Any, names: Sequence[str], model_name: str) -> None:
+    """Every name must be that of linear layers of the language model, and of nothing else in it.
+
+    Raises:
+        UserError: names the wrong ones and those they may stand for.
+    """
+    inside = {
+        name: isinstance(module, nn.Linear)
+        for name, module in model.named_modules()
+        if ".language_model." in name
+    }
+    known = sorted({name.rpartition(".")[2] for name, is_linear in inside.items() if is_linear})
+    wrong = [name for name in names if not _is_target(name, inside)]
+    if names and not wrong:
+        return
+    described = []
+    for name in wrong:
+        near = difflib.get_close_matches(name, known, cutoff=_LEAST_LIKENESS)
+        described.append(f"{name} (did you mean {' or '.join(near)}?)" if near else name)
+    raise UserError(
+        f"align.lora.target_modules names no layer of the language model of {model_name}"
+        f"{' with ' if described else ''}{', '.join(described)}. Its linear layers are {', '.join(known)}."
+    )
+
+
+def _is_target(name: str, inside: Mapping[str, bool]) -> bool:
+    """Whether a name of ``align.lora.target_modules`` matches linear layers only (module → whether it is one)."""
     try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]
-                lora_dropout=lora.dropout,
-                target_modules=pattern,
-                # The original stays: with the adapter off, the model is the reference.
-                modules_to_save=[PROJECTOR] if spec.align.train_projector else None,
-                task_type="CAUSAL_LM",
-                base_model_name_or_path=resolve_model(spec.model),
-            ),
-            # ZeRO-3 wants one dtype; the exact fp32 copy lives in the optimizer.
-            autocast_adapter_dtype=False,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"align.lora.target_modules={lora.target_modules} names no layer of the language model of {spec.model}. "
-            "Use the names of its linear layers, such as q_proj and down_proj."
-        ) from error
+        pattern = re.compile(_target_pattern([name]))
+    except re.error:
+        return False
+    found = [is_linear for module, is_linear in inside.items() if pattern.fullmatch(module)]
+    return bool(found) and all(found)
 
 
 def _unfrozen(model: Any, spec: TrainingSpec) -> Any:

@@ -23,6 +23,11 @@ def check_cluster(align: AlignConfig, *, use_gpu: bool) -> None:
     Raises:
         UserError: there is no GPU, or no room for the fewest ranks.
     """
+    if align.attention == "flex" and not use_gpu:
+        raise UserError(
+            "align.attention=flex needs a GPU for every worker, and training here has none (align.use_gpu, or a cluster without "
+            "GPUs). Set align.attention=tree, which gives equal values."
+        )
     if use_gpu and align.use_gpu and not cluster.has_gpu() and not cluster.may_grow():
         raise UserError("align.use_gpu is true but the cluster has no GPU. Set it to null or false.")
     resources = rank_resources(align, use_gpu=use_gpu)

@@ -24,9 +24,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmedpo_ray.errors import UserError
+
 NAME = "packed_tree"
 # Most queries in a block: each block has a copy of the keys of its trunk, and more queries see more keys that are not theirs.
 QUERIES_PER_BLOCK = 192
+# By model_type: their layers pass the tree on and compute plain scaled dot products.
+KNOWN_FAMILIES = frozenset(
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "mixtral",
+        "cohere",
+        "granite",
+        "olmo2",
+        "smollm3",
+        "starcoder2",
+    ]
+)
+_KNOWN_TO_WORK = f"Known to work are {', '.join(sorted(KNOWN_FAMILIES))}."
+_UNSUPPORTED = f"which attention along trees does not support. {_KNOWN_TO_WORK}"
+# Arguments of transformers' attention interface that change what is computed.
+_OF_OTHER_ATTENTION = ("softcap", "s_aux", "position_bias", "dropout")
 
 
 @dataclass(frozen=True)
@@ -284,7 +309,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     return output.transpose(1, 2)
 
 
-def _attention_of_a_layer(
+def attention_of_a_layer(
     module: Any,  # noqa: ARG001 - transformers' signature
     query: Tensor,
     key: Tensor,
@@ -292,14 +317,44 @@ def _attention_of_a_layer(
     attention_mask: None,  # noqa: ARG001
     *,
     scaling: float,
-    tree: LayerTree,
-    dropout: float = 0.0,
-    **_: Any,
+    tree: LayerTree | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; ``tree`` comes from the keywords of the model's forward."""
-    if dropout:
-        raise ValueError("attention dropout is not supported on packed trees")
+    """transformers' attention interface; ``tree`` comes from the keywords of the model's forward.
+
+    Raises:
+        UserError: the layer asks for another kind of attention, or was not given the tree.
+    """
+    if asked := [name for name in _OF_OTHER_ATTENTION if _is_on(others.get(name))]:
+        raise UserError(f"a layer of the language model asks for {', '.join(asked)}, {_UNSUPPORTED}")
+    if tree is None:
+        raise UserError(f"the language model does not pass the tree to its layers, {_UNSUPPORTED}")
     return tree_attention(query, key, value, tree, scaling), None
+
+
+def _is_on(value: Any) -> bool:
+    """Whether an argument has an effect: a tensor always, a number unless it is 0."""
+    return isinstance(value, Tensor) or bool(value)
+
+
+def check_family(config: Any, *, along_tree: bool) -> None:
+    """Refuses language models whose attention would be computed otherwise than they define it.
+
+    Args:
+        config: of the language model.
+        along_tree: whether it is to attend along trees; else under a dense or a block mask.
+
+    Raises:
+        UserError: scores are capped, or the family is not known to pass the tree on.
+    """
+    family = config.model_type
+    if along_tree and family not in KNOWN_FAMILIES:
+        raise UserError(f"the language model is a {family}, {_UNSUPPORTED}")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UserError(
+            f"the language model is a {family} with attn_logit_softcapping, which attention on packed trees does not compute. "
+            f"{_KNOWN_TO_WORK}"
+        )
 
 
 def install(language_model: Any) -> None:
@@ -307,7 +362,7 @@ def install(language_model: Any) -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention_of_a_layer)
+    AttentionInterface.register(NAME, attention_of_a_layer)
     # The mask is in the layout.
     AttentionMaskInterface.register(NAME, lambda *_, **__: None)
     language_model.set_attn_implementation(NAME)

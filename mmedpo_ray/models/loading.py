@@ -1,8 +1,9 @@
 """Loading a LLaVA and writing its prompts, the same way for training, reference and inference.
 
-The token ids made here are those a chat request to the vLLM endpoint is answered from: the processor's own chat
-template with the image where it puts it, no extra beginning token, and the image placeholder widened to as many ids as the vision
-tower yields features. What training sees is therefore what the model meets when it is served.
+The token ids made here are those of transformers' own ``apply_chat_template``: the processor's chat template with the image
+where it puts it, one beginning token where the template writes it or the tokenizer adds it, and the image placeholder widened to
+as many ids as the vision tower yields features. A chat request to the vLLM endpoint is answered from the same ids where the
+template writes the beginning.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mmedpo_ray.errors import UserError
 
@@ -33,11 +34,19 @@ _NEEDED_FOR_ANOTHER = (
     "forward pass (tree packing), LoRA names of its language model (align), and a spelling of its weights that vLLM loads "
     "(export)."
 )
+_MEND_THE_PROCESSOR = (
+    "Mend patch_size, num_additional_image_tokens (1 for a tower with a class token such as CLIP, 0 for SigLIP) and "
+    "vision_feature_select_strategy (that of config.json) in processor_config.json."
+)
 # Questions whose prompts are kept (each with all its image tokens), and the same of answers.
 _CACHED_PROMPTS = 4_096
 _CACHED_RESPONSES = 16_384
-# Below this a model is identified by its bytes, above by the sizes and times of its files.
+# Below this a model is identified by all its bytes, above by samples of its weights.
 _HASH_WHOLE_BYTES = 256 * 1024**2
+# Blocks of a large file, evenly spread from its first byte to its last, and the same of every tensor.
+_SAMPLES = 64
+_SAMPLE_BYTES = 64 * 1024
+_TENSOR_BYTES = 4 * 1024
 _WEIGHTS = (".safetensors", ".bin")
 # Configuration, template, image processing and tokenizer.
 _TEXTS = (".json", ".jinja", ".model")
@@ -80,7 +89,8 @@ def load_processor(path: str) -> LlavaProcessor:
     """Loads image processing, tokenizer and chat template.
 
     Raises:
-        UserError: another architecture, or the model has no processor or no chat template.
+        UserError: another architecture, the model has no processor or no chat template, or processor and model do not agree on
+            the images.
     """
     from transformers import LlavaProcessor
 
@@ -96,6 +106,7 @@ def load_processor(path: str) -> LlavaProcessor:
         raise UserError(
             f"{path} has no chat template, so its prompts cannot be written. Add chat_template.jinja to it."
         )
+    _check_images(processor, source, path)
     return processor
 
 
@@ -114,7 +125,8 @@ def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     source = _checked(path)
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        # AttributeError: a language model without the parts that transformers' LLaVA reads of it, such as OPT.
         raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
     model.requires_grad_(False)
     return model.eval()
@@ -128,7 +140,7 @@ def model_fingerprint(path: str) -> str:
 def model_files(path: str) -> dict[str, str]:
     """The files that say what a model computes and how its input is made, each with a hash of 16 hex digits.
 
-    Small local models are hashed whole; of large ones the weights by size and time. A hub name counts as its own hash: a
+    Small local models are hashed whole; of large ones the weights by samples, so that a copy is the same model. A hub name counts as its own hash: a
     published revision does not change under its name.
     """
     source = resolve_model(path)
@@ -146,9 +158,41 @@ def model_files(path: str) -> dict[str, str]:
 
 
 def _hash_file(file: Path, *, whole: bool) -> str:
-    info = file.stat()
-    content = file.read_bytes() if whole else f"{info.st_size} {info.st_mtime_ns}".encode()
-    return hashlib.sha256(content).hexdigest()[:16]
+    if whole:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return _hash_samples(file)
+
+
+def _hash_samples(file: Path) -> str:
+    """16 hex digits of a large file's size, its safetensors header, blocks spread over it and the middle of every tensor.
+
+    The last block of a ``.bin`` is the directory of a zip, which has a checksum of every tensor.
+    """
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as content:
+        header, middles = _read_header(content, size) if file.suffix == ".safetensors" else (b"", [])
+        digest.update(header)
+        last = max(0, size - _SAMPLE_BYTES)
+        blocks = [(last * number // (_SAMPLES - 1), _SAMPLE_BYTES) for number in range(_SAMPLES)]
+        blocks += [(max(0, middle - _TENSOR_BYTES // 2), _TENSOR_BYTES) for middle in middles]
+        for start, length in blocks:
+            content.seek(start)
+            digest.update(content.read(length))
+    return digest.hexdigest()[:16]
+
+
+def _read_header(content: BinaryIO, size: int) -> tuple[bytes, list[int]]:
+    """The header of a safetensors file and where the middles of its tensors are; nothing of a damaged one."""
+    length = int.from_bytes(content.read(8), "little")
+    if length > size:
+        return b"", []
+    header = content.read(length)
+    try:
+        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        return header, sorted(8 + length + sum(entry["data_offsets"]) // 2 for entry in entries)
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return header, []
 
 
 class PromptWriter:
@@ -161,7 +205,8 @@ class PromptWriter:
         pad_token_id: id to fill rows with.
 
     Raises:
-        UserError: the template does not place exactly one image, or the tokenizer has no end token.
+        UserError: the template does not place exactly one image, the tokenizer has no end token, or the processor does not say
+            how many ids an image has.
     """
 
     def __init__(self, processor: LlavaProcessor) -> None:
@@ -171,6 +216,7 @@ class PromptWriter:
         self._render = functools.lru_cache(_CACHED_PROMPTS)(self._encode_prompt)
         self._response = functools.lru_cache(_CACHED_RESPONSES)(self._encode_response)
         self.image_token_id: int = processor.image_token_id
+        self._adds_bos = _adds_bos(self._tokenizer)
         if self._tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no eos_token, so an answer would never end. Add it to the model."
@@ -178,7 +224,7 @@ class PromptWriter:
         self.eos_token_id: int = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else self.eos_token_id
-        self.num_image_tokens = self._count_image_tokens()
+        self.num_image_tokens = _count_image_tokens(processor)
         if self.prompt("?") is None:
             raise UserError(
                 "the chat template does not write the image placeholder for {'type': 'image'} content exactly once. "
@@ -232,7 +278,7 @@ class PromptWriter:
         # Only the template's own end token counts: what follows it (a newline) is never generated.
         head, separator, _ = text.rpartition(eos)
         text = (head if separator else text.rstrip()) + eos
-        joint = self._tokenizer(prompt_text + text, add_special_tokens=False)["input_ids"]
+        joint = self._encode(prompt_text + text)
         if joint[: len(single)] == single:
             return joint[len(single) :]
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -240,20 +286,104 @@ class PromptWriter:
     def _encode_prompt(self, question: str) -> tuple[str, list[int], list[int]]:
         """Prompt text, its ids with one id an image, and with all of them."""
         text = self._apply(_messages(question), generation_prompt=True)
-        single = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        single = self._encode(text)
         return text, single, self.widen(single)
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text that stands at the beginning, with one beginning token if the tokenizer adds one."""
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self._adds_bos and not text.startswith(self._tokenizer.bos_token):
+            return [self._tokenizer.bos_token_id, *ids]
+        return ids
 
     def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
         return self._tokenizer.apply_chat_template(
             messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
         )
 
-    def _count_image_tokens(self) -> int:
-        """Asks the processor itself, with a blank image."""
-        from PIL import Image
 
-        encoded = self._processor(images=Image.new("RGB", (32, 32)), text=self._processor.image_token)
-        return list(encoded["input_ids"][0]).count(self.image_token_id)
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer begins a text with its beginning token by itself."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("?")["input_ids"][:1] == [bos]
+
+
+def image_mismatch(ids: int, features: int) -> UserError:
+    """What to say where prompts have another number of ids for an image than the vision tower gives features."""
+    return UserError(
+        f"a prompt has {ids} ids for an image, but the vision tower gives {features} features for it. {_MEND_THE_PROCESSOR}"
+    )
+
+
+def _check_images(processor: LlavaProcessor, source: str, name: str) -> None:
+    """Compares what the processor makes of an image with what the configured model takes.
+
+    Args:
+        processor: of the model.
+        source: folder or hub name of the model.
+        name: the same for messages.
+
+    Raises:
+        UserError: they differ in the image's size, in its number of ids or in the id.
+    """
+    from transformers import LlavaConfig
+
+    try:
+        config: Any = LlavaConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {name}: {_first_line(error)}.") from error
+    if processor.image_token_id != config.image_token_id:
+        raise UserError(
+            f"the processor of {name} writes an image as id {processor.image_token_id} ({processor.image_token}), but the "
+            f"model's image_token_index is {config.image_token_id}. Set image_token in processor_config.json, or "
+            "image_token_index in config.json."
+        )
+    ids = _count_image_tokens(processor)
+    side = config.vision_config.image_size
+    made = tuple(processor.image_processor(_blank_image(), return_tensors="pt")["pixel_values"].shape[-2:])
+    if made != (side, side):
+        raise UserError(
+            f"the image processor of {name} makes images of {made[0]} x {made[1]} pixels, but its vision tower takes "
+            f"{side} x {side}. Mend size and crop_size in preprocessor_config.json (or in image_processor of "
+            "processor_config.json)."
+        )
+    if ids != (features := _count_features(config)):
+        raise image_mismatch(ids, features)
+
+
+def _count_image_tokens(processor: LlavaProcessor) -> int:
+    """Asks the processor itself, with a blank image.
+
+    Raises:
+        UserError: it cannot tell.
+    """
+    try:
+        encoded = processor(images=_blank_image(), text=processor.image_token)
+    except TypeError as error:
+        missing = [
+            name for name in ("patch_size", "num_additional_image_tokens") if getattr(processor, name) is None
+        ]
+        if not missing:
+            raise
+        raise UserError(
+            f"the processor lacks {' and '.join(missing)}, so it cannot tell how many ids an image has. {_MEND_THE_PROCESSOR}"
+        ) from error
+    return list(encoded["input_ids"][0]).count(processor.image_token_id)
+
+
+def _count_features(config: Any) -> int:
+    """Features of an image that the model of a ``LlavaConfig`` puts in the places of its ids."""
+    tower = config.vision_config
+    has_class_token = tower.model_type == "clip_vision_model"
+    dropped = config.vision_feature_select_strategy == "default"
+    return (tower.image_size // tower.patch_size) ** 2 + has_class_token - dropped
+
+
+def _blank_image() -> Image.Image:
+    """Not square, so that processing that keeps the sides of an image shows."""
+    from PIL import Image
+
+    return Image.new("RGB", (48, 32))
 
 
 def _messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ import torch
 from align_world import write_scored
 from pairs_in_memory import prepare_pairs
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_llava import build_tiny_llava
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedConfig
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.batch import ImageLoader, forest_batch
+from mmedpo_ray.align.forest import TokenSequence, pack
 from mmedpo_ray.align.logps import response_logps
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models import loading
 from mmedpo_ray.models.loading import (
     PromptWriter,
     load_model,
@@ -122,6 +127,33 @@ def test_the_fingerprint_follows_every_file_of_a_model(model_folder: Path, tmp_p
     assert len(found - {model_fingerprint(str(model_folder))}) == 2
 
 
+def test_large_weights_are_known_by_their_content(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy is the same model; other values are not, in whichever tensor, nor other shapes of the same bytes."""
+    monkeypatch.setattr(loading, "_HASH_WHOLE_BYTES", 0)
+    monkeypatch.setattr(loading, "_SAMPLE_BYTES", 64)
+    original = model_fingerprint(str(model_folder))
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    path = other / "model.safetensors"
+    os.utime(path, ns=(1, 1))
+    assert model_fingerprint(str(other)) == original
+    tensors = load_file(path)
+    names = sorted(tensors)
+    changes = [{name: tensors[name] + 1} for name in names[:: len(names) // 8]]
+    matrix = next(name for name in names if tensors[name].ndim == 2)
+    changes.append({matrix: tensors[matrix].reshape(-1)})
+    for change in changes:
+        save_file({**tensors, **change}, path, {"format": "pt"})
+        assert model_fingerprint(str(other)) != original
+    save_file(tensors, path, {"format": "pt"})
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:4], b"\xff" * 64):
+        path.write_bytes(damaged)
+        assert model_fingerprint(str(other)) != original
+
+
 def test_prompt_and_response_are_what_the_processor_makes_of_the_turn(
     model_folder: Path, writer: PromptWriter
 ) -> None:
@@ -163,6 +195,39 @@ def test_a_template_without_end_token_still_ends_the_answer(model_folder: Path, 
     assert response[-1] == writer.eos_token_id and response.count(writer.eos_token_id) == 1
     tokenizer = load_processor(str(folder)).tokenizer
     assert tokenizer.decode(response) == " Yes</s>"
+
+
+VICUNA_TEMPLATE = (
+    "{% for m in messages %}{{ m.role.upper() }}: {% for c in m.content if c.type == 'image' %}<image>\n{% endfor %}"
+    "{% for c in m.content if c.type == 'text' %}{{ c.text }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("added", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
+@pytest.mark.parametrize("template", ["", "{{ bos_token }}"])
+def test_a_prompt_begins_as_the_tokenizer_begins_its_texts(
+    model_folder: Path, added: str, template: str
+) -> None:
+    """Once, whether the template writes the beginning or not; an end token belongs to the answer alone."""
+    processor = load_processor(str(model_folder))
+    tokenizer = processor.tokenizer
+    processor.chat_template = template + VICUNA_TEMPLATE
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=added, special_tokens=special)
+    writer = PromptWriter(processor)
+    question, answer = "Is there a nodule?", "Yes."
+    content = [{"type": "image", "image": Image.new("RGB", (32, 32))}, {"type": "text", "text": question}]
+    expected = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )["input_ids"][0]
+    expected = [int(token) for token in expected if token != tokenizer.eos_token_id]
+    prompt, response = writer.prompt(question), writer.response(question, answer)
+    assert prompt is not None and response is not None
+    assert prompt == expected
+    assert prompt.count(tokenizer.bos_token_id) == (1 if template or added.startswith("<s>") else 0)
+    assert tokenizer.decode(response) == " Yes.</s>"
+    assert writer.widen(writer.narrow(prompt)) == prompt
 
 
 def test_logps_equal_the_model_s_own_on_every_row(
@@ -232,6 +297,75 @@ def test_a_long_answer_is_cut_and_its_prompt_is_not(writer: PromptWriter, tmp_pa
     cut = next(pair for pair in pairs if pair.pair_id == "s000-2:text")
     assert len(cut.prompt) + len(cut.chosen) == 128
     assert cut.prompt == writer.prompt(rows[-1]["question"])
+
+
+def with_settings(model: Path, folder: Path, file: str, **changes: Any) -> Path:
+    """A copy of a model with other settings in one of its JSON files; ``None`` removes a setting, dicts are merged."""
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / file).read_text())
+    for name, value in changes.items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    kept = {name: value for name, value in settings.items() if value is not None}
+    (folder / file).write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("processor_config.json", {"num_additional_image_tokens": None}, "15 ids .* 16 features.*patch_size"),
+        ("processor_config.json", {"patch_size": 16}, "4 ids .* 16 features.*num_additional_image_tokens"),
+        ("processor_config.json", {"vision_feature_select_strategy": "full"}, "17 ids .* 16 features"),
+        ("processor_config.json", {"patch_size": None}, "lacks patch_size.*num_additional_image_tokens"),
+        ("config.json", {"vision_feature_select_strategy": "full"}, "16 ids .* 17 features"),
+        ("config.json", {"image_token_index": 7}, "image_token_index is 7"),
+        (
+            "processor_config.json",
+            {"image_processor": {"do_center_crop": False}},
+            "makes images of 32 x 48 pixels.*takes 32 x 32",
+        ),
+    ],
+)
+def test_a_processor_that_does_not_fit_the_tower_is_refused_before_weights_load(
+    model_folder: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str
+) -> None:
+    folder = with_settings(model_folder, tmp_path / "other", file, **changes)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=message):
+        load_processor(str(folder))
+
+
+def test_a_writer_whose_processor_cannot_count_image_ids_is_refused(model_folder: Path) -> None:
+    processor = load_processor(str(model_folder))
+    processor.patch_size = None
+    with pytest.raises(UserError, match="lacks patch_size"):
+        PromptWriter(processor)
+
+
+def test_a_siglip_tower_has_no_class_token(model_folder: Path, tmp_path: Path) -> None:
+    folder = with_settings(
+        model_folder,
+        tmp_path / "siglip",
+        "config.json",
+        vision_config={"model_type": "siglip_vision_model"},
+        vision_feature_select_strategy="full",
+    )
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
+    path.write_text(json.dumps(settings))
+    assert PromptWriter(load_processor(str(folder))).num_image_tokens == 16
+
+
+@pytest.mark.parametrize("ids", [15, 17, 32])
+def test_ids_that_do_not_meet_as_many_features_are_refused(
+    model_folder: Path, writer: PromptWriter, ids: int
+) -> None:
+    model = load_model(str(model_folder), torch.float32)
+    prompt = [1] + [writer.image_token_id] * ids + [5, 6]
+    batch = pack([TokenSequence(prompt, [7, 8], image) for image in (0, 1)], torch.zeros(2, 3, 32, 32), 0)
+    with pytest.raises(UserError, match=rf"{ids} ids .* 16 features"):
+        response_logps(model, batch)
 
 
 @pytest.mark.parametrize("weight", [-0.5, float("nan")])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mmedpo_ray.align import tree_attention
 from mmedpo_ray.align.forest import Forest, TokenSequence, pack
+from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.tree_attention import LayerTree, attention_bias
+from mmedpo_ray.errors import UserError
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 SCALING = SIZE**-0.5
@@ -73,3 +78,104 @@ def test_filling_is_no_tree_and_a_trunk_is_in_no_block() -> None:
     assert layout.owner.tolist() == [0], "three branch tokens of the first tree are one block"
     assert layout.sees.shape == (1, 3, 22 + 3)
     assert layout.filling.tolist() == [45], "the second row lacks one token"
+
+
+BASE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What the defaults of a family's configuration have of another size.
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "gemma2": {"attn_logit_softcapping": 2.0},
+    "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 2, "sliding_window": None},
+    "phi3": {"sliding_window": None},
+    "starcoder2": {"sliding_window": None},
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+}
+
+
+def llava_around(family: str) -> Any:
+    """A tiny LLaVA whose language model is of another family; random weights, several times the usual scale."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        ),
+        text_config=AutoConfig.for_model(family, **(BASE | OTHERWISE.get(family, {}))),
+        image_token_index=299,
+        vision_feature_select_strategy="default",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config).float().eval().requires_grad_(False)
+    for parameter in model.model.language_model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(5)
+    model.lm_head.weight.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize("family", sorted(tree_attention.KNOWN_FAMILIES))
+def test_a_known_family_computes_as_transformers_own_attention_does(family: str) -> None:
+    model = llava_around(family)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, 32, 32, generator=generator)
+    drawn = torch.randint(3, 298, (4, 20), generator=generator).tolist()
+    sequences = [
+        TokenSequence([1, *[299] * 4, *drawn[number][:6]], drawn[other][6 : 9 + 6 * number], 0)
+        for number in range(2)
+        for other in (2, 3)
+    ]
+    model.set_attn_implementation("eager")
+    expected = []
+    for prompt, response in ((sequence.prompt, sequence.response) for sequence in sequences):
+        ids = torch.tensor([prompt + response])
+        logits = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits[0]
+        logps = torch.log_softmax(logits[len(prompt) - 1 : -1].float(), -1)
+        expected.append(logps.gather(1, torch.tensor(response)[:, None]).sum())
+    make_fast(model)
+    found = response_logps(model, pack(sequences, pixels, pad_token_id=0)).logps
+    assert torch.allclose(found, torch.stack(expected), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "stablelm", "gpt_neox", "ministral"])
+def test_a_family_that_is_not_known_to_attend_along_trees_is_refused(family: str) -> None:
+    with pytest.raises(UserError, match=rf"{family}.*Known to work are .*llama.*qwen3"):
+        make_fast(llava_around(family))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_soft_capping_is_refused_by_every_attention(attention: str) -> None:
+    with pytest.raises(UserError, match=r"gemma2.*attn_logit_softcapping"):
+        make_fast(llava_around("gemma2"), attention=attention)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "dropout"])
+def test_an_attention_of_another_kind_is_refused(name: str) -> None:
+    states = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(UserError, match=name):
+        tree_attention.attention_of_a_layer(
+            None, states, states, states, None, scaling=1.0, tree=None, **{name: 2.0}
+        )
+
+
+def test_a_layer_that_is_not_given_the_tree_says_so() -> None:
+    states = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(UserError, match="does not pass"):
+        tree_attention.attention_of_a_layer(
+            None, states, states, states, None, scaling=1.0, softcap=None, sliding_window=4
+        )

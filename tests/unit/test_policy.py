@@ -1,0 +1,61 @@
+"""What a policy refuses to train, before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from align_world import align_settings, training_spec
+from tiny_llava import build_tiny_llava
+
+from mmedpo_ray import cluster
+from mmedpo_ray.align.policy import build_policy
+from mmedpo_ray.align.resources import check_cluster
+from mmedpo_ray.config import LoraConfig
+from mmedpo_ray.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llava(tmp_path_factory.mktemp("model") / "llava")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["q_proj", "k_porj"], r"k_porj \(did you mean k_proj"),
+        (["q_proj", "gate-proj", "lm_head"], r"gate-proj \(did you mean gate_proj.*lm_head"),
+        (["linear_1"], r"linear_1.*down_proj, gate_proj"),
+        (["mlp"], "mlp"),
+        (["q_proj", "k_("], r"k_\("),
+        ([], "names no layer"),
+    ],
+)
+def test_every_target_of_lora_must_be_a_layer_of_the_language_model(
+    model_folder: Path, tmp_path: Path, names: list[str], message: str
+) -> None:
+    spec = training_spec(
+        tmp_path, model_folder, tmp_path / "run", lora=LoraConfig(rank=2, target_modules=names)
+    )
+    with pytest.raises(UserError, match=message):
+        build_policy(spec)
+
+
+@pytest.mark.parametrize("names", [["q_proj", "down_proj"], ["self_attn.q_proj"]])
+def test_the_layers_named_are_trained(model_folder: Path, tmp_path: Path, names: list[str]) -> None:
+    spec = training_spec(
+        tmp_path, model_folder, tmp_path / "run", lora=LoraConfig(rank=2, target_modules=names)
+    )
+    layers = {name.split(".lora_")[0] for name in build_policy(spec).trained_parameters()}
+    assert len(layers) == 2 * len(names)
+    assert all(".language_model." in layer and layer.endswith(tuple(names)) for layer in layers)
+
+
+def test_flex_attention_without_gpu_is_refused_where_the_cluster_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "room_for", lambda _: 8)
+    check_cluster(align_settings(attention="tree"), use_gpu=False)
+    check_cluster(align_settings(attention="flex"), use_gpu=True)
+    with pytest.raises(UserError, match=r"align\.attention=flex needs a GPU"):
+        check_cluster(align_settings(attention="flex"), use_gpu=False)
