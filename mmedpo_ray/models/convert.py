@@ -137,7 +137,7 @@ def convert(
     config.image_token_index = processor.image_token_id
     config.dtype = target
     with _completed(out) as folder:
-        _check_space(folder, sum(move.tensor.size for move in moves) * target.itemsize)
+        _check_space(out.parent, sum(move.tensor.size for move in moves) * target.itemsize)
         config.save_pretrained(folder)
         generation_config(config).save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -198,8 +198,8 @@ def _check_special_tokens(source: Path, tokenizer: Any, text: Any) -> None:
         token, expected = getattr(tokenizer, f"{key}_id"), getattr(text, f"{key}_id")
         if expected is not None and token not in (expected if isinstance(expected, list) else [expected]):
             raise UserError(
-                f"the tokenizer ({source / 'tokenizer_config.json'}) has the {key} {getattr(tokenizer, key)}, id {token}, "
-                f"but {source / 'config.json'} says {key}_id={expected}. Correct one or download both again."
+                f"the tokenizer ({source / 'tokenizer_config.json'}) has the {key} {getattr(tokenizer, key)}, "
+                f"id {token}, but {source / 'config.json'} says {key}_id={expected}. Correct one or download both again."
             )
 
 

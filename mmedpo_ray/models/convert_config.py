@@ -133,8 +133,10 @@ def read_original(source: Path) -> dict[str, Any]:
             f"{source} is a LlavaForConditionalGeneration already: use it as it is, model.path={source}."
         )
     if found != _MODEL_TYPE:
+        named = found if isinstance(found, str) else shorten(found)
         raise UserError(
-            f"{source} has model_type {found if isinstance(found, str) else shorten(found)}. Only {_MODEL_TYPE}, the layout of LLaVA-Med 1.5, can be converted."
+            f"{source} has model_type {named}. Only {_MODEL_TYPE}, the layout of LLaVA-Med 1.5, can "
+            "be converted."
         )
     expected = {
         "mm_projector_type": ("mlp2x_gelu",),

@@ -224,13 +224,13 @@ def _place_image(content: dict[str, Any], vocab_size: int, path: Path) -> int:
         vocabulary[IMAGE] = image_id
     else:
         raise UserError(
-            f"the tokenizer in {path} has no token {_FREE_TOKEN} to stand for images; it is not Mistral's. Download the "
-            "checkpoint's own."
+            f"the tokenizer in {path} has no token {_FREE_TOKEN} to stand for images; it is not Mistral's. Download "
+            "the checkpoint's own."
         )
     if image_id >= vocab_size:
         raise UserError(
-            f"the tokenizer in {path} gives {IMAGE} the id {image_id}, but the embedding has {vocab_size} rows (vocab_size). "
-            "Are they of the same checkpoint?"
+            f"the tokenizer in {path} gives {IMAGE} the id {image_id}, but the embedding has {vocab_size} rows "
+            "(vocab_size). Are they of the same checkpoint?"
         )
     content["added_tokens"] = sorted(
         [token for token in content["added_tokens"] if token["content"] != IMAGE] + [_added(image_id)],
