@@ -184,7 +184,7 @@ def test_what_a_model_may_answer_is_taken_or_dropped_with_its_reason(
         "other words": (
             "No mass identified.",
             edit("identified", "observed", "No mass identified."),
-            "rewrite_not_wrong",
+            "same_answer",
         ),
         "synonym": ("Well expanded", edit("expanded", "inflated", "Well expanded"), "rewrite_not_wrong"),
         "chatty": ("Rib", Reply("Sure!"), "rewrite_unreadable"),
