@@ -34,6 +34,7 @@ from mmedpo_ray.config import Config, ServeConfig
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.engine import EngineSettings, engine_settings, read_model_config
+from mmedpo_ray.models.loading import load_processor, template_with_bos
 from mmedpo_ray.run_folder import ADAPTER, RunFolder
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def is_adapter(path: str | Path) -> bool:
 def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[str, str]) -> dict[str, Any]:
     """Arguments of ``ray.serve.llm.LLMConfig``, plain data so that only the replica imports vLLM."""
     arguments = dict(settings.engine_kwargs)
+    if (template := _chat_template(path)) is not None:
+        arguments["chat_template"] = template
     if adapters:
         arguments |= {
             "enable_lora": True,
@@ -156,6 +159,12 @@ def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[s
     if settings.device == "cpu":
         result["accelerator_config"] = {"kind": "cpu"}
     return result
+
+
+def _chat_template(path: str) -> str | None:
+    """What a LLaVA's prompts are written with where its own template leaves out the beginning token."""
+    settings = read_model_config(path) or {}
+    return template_with_bos(load_processor(path)) if settings.get("model_type") == "llava" else None
 
 
 def _deployment_options(serve: ServeConfig, settings: EngineSettings) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     MistralConfig,
 )
 
@@ -93,6 +95,17 @@ def put_the_image_last(folder: Path) -> None:
         "{{ c.text }}\n{% endif %}{% endfor %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% endif %}{% endfor %}"
         " [/INST]{% else %} {{ m.content[0].text }}</s>{% endif %}{% endfor %}"
     )
+
+
+def leave_the_beginning_to_the_tokenizer(folder: Path) -> None:
+    """The beginning token no longer comes from the chat template, as in the models of llava-hf."""
+    processor = LlavaProcessor.from_pretrained(folder)
+    tokenizer = processor.tokenizer
+    processor.chat_template = processor.chat_template.replace("{{- bos_token }}", "")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    processor.save_pretrained(folder)
 
 
 def _hub_name(name: str) -> str:

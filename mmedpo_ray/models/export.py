@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 from mmedpo_ray.config import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.engine import read_model_config
-from mmedpo_ray.models.loading import load_model, load_processor, model_fingerprint, resolve_model
+from mmedpo_ray.models.loading import (
+    load_model,
+    load_processor,
+    model_fingerprint,
+    resolve_model,
+    template_with_bos,
+)
 from mmedpo_ray.models.shards import ShardReader
 from mmedpo_ray.run_folder import ADAPTER, WEIGHTS, Role, RunFolder
 from mmedpo_ray.stage import MANIFEST, Manifest, Station
@@ -171,9 +177,13 @@ def put_weights(base: str, weights: Path, folder: Path) -> None:
 
 
 def save_for_serving(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:
-    """Saves a LLaVA and its processor in the spelling that vLLM and transformers both load."""
+    """Saves a LLaVA and its processor in the spelling that vLLM and transformers both load.
+
+    A chat template that leaves the beginning token to the tokenizer gets it, as an endpoint adds none to a chat.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    processor.chat_template = template_with_bos(processor) or processor.chat_template
     processor.save_pretrained(folder)
     use_hub_names(folder)
 

@@ -140,7 +140,8 @@ def model_fingerprint(path: str) -> str:
 def model_files(path: str) -> dict[str, str]:
     """The files that say what a model computes and how its input is made, each with a hash of 16 hex digits.
 
-    Small local models are hashed whole; of large ones the weights by samples, so that a copy is the same model. A hub name counts as its own hash: a
+    Small local models are hashed whole; of large ones the weights by samples, so that a copy is the same model. A hub name counts
+    as its own hash: a
     published revision does not change under its name.
     """
     source = resolve_model(path)
@@ -306,6 +307,20 @@ def _adds_bos(tokenizer: Any) -> bool:
     """Whether a tokenizer begins a text with its beginning token by itself."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("?")["input_ids"][:1] == [bos]
+
+
+def template_with_bos(processor: LlavaProcessor) -> str | None:
+    """The chat template that begins as the tokenizer begins its texts; ``None`` where the model's own does.
+
+    A tokenizer that adds the beginning token by itself needs no template that writes it, but an endpoint adds none to a chat,
+    and its prompts would not be those of training.
+    """
+    tokenizer = processor.tokenizer
+    template: Any = processor.chat_template or tokenizer.chat_template
+    text = tokenizer.apply_chat_template(_messages("?"), chat_template=template, tokenize=False)
+    if not _adds_bos(tokenizer) or text.startswith(tokenizer.bos_token):
+        return None
+    return "{{- bos_token }}" + template
 
 
 def image_mismatch(ids: int, features: int) -> UserError:

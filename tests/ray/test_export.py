@@ -172,7 +172,9 @@ def greedy_tokens(model: Any, processor_folder: Path) -> list[list[int]]:
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        inputs = processor(images=image(), text=text, add_special_tokens=False, return_tensors="pt")
+        # As apply_chat_template tokenises: once, whether the template or the tokenizer writes the beginning.
+        begins = text.startswith(processor.tokenizer.bos_token)
+        inputs = processor(images=image(), text=text, add_special_tokens=not begins, return_tensors="pt")
         answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         tokens.append(answer[0, inputs["input_ids"].shape[1] :].tolist())
     return tokens

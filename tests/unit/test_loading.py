@@ -30,6 +30,7 @@ from mmedpo_ray.models.loading import (
     load_processor,
     model_fingerprint,
     resolve_model,
+    template_with_bos,
 )
 
 
@@ -228,6 +229,12 @@ def test_a_prompt_begins_as_the_tokenizer_begins_its_texts(
     assert prompt.count(tokenizer.bos_token_id) == (1 if template or added.startswith("<s>") else 0)
     assert tokenizer.decode(response) == " Yes.</s>"
     assert writer.widen(writer.narrow(prompt)) == prompt
+    served = template_with_bos(processor) or processor.chat_template
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=served, add_generation_prompt=True
+    )
+    # Endpoints add no token to what the template writes.
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == writer.narrow(prompt)
 
 
 def test_logps_equal_the_model_s_own_on_every_row(
