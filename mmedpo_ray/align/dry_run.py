@@ -9,6 +9,7 @@ from rich.table import Table
 from mmedpo_ray.align.expected import Expectation, expect, rank_in_words, tokenise
 from mmedpo_ray.align.pair_index import ensure_index
 from mmedpo_ray.align.pair_source import PairSource, StoredPairs
+from mmedpo_ray.align.policy import check_model
 from mmedpo_ray.align.prepare_station import finished_table
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console
@@ -24,8 +25,9 @@ def dry_run(config: Config) -> dict[str, Any]:
     takes about half a millisecond a pair. Loads no weights and starts nothing.
 
     Raises:
-        UserError: `scored` is missing, or no pair can be trained on.
+        UserError: `scored` is missing, no pair can be trained on, or training would refuse the model.
     """
+    check_model(config.model.path, config.align)
     source, dropped = _pairs(config)
     expected = expect(source, config.align, config)
     figures = {**expected.figures, "dropped": dropped}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.losses import Objective
+from mmedpo_ray.align.tree_attention import check_family
 from mmedpo_ray.config import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PROJECTOR, load_model, resolve_model
@@ -132,7 +133,7 @@ def build_policy(spec: TrainingSpec) -> Policy:
         UserError: the language model lacks one of ``align.lora.target_modules``, or is of a family that is not supported.
     """
     model = load_model(spec.model, spec.dtype)
-    _check_window(model, spec)
+    _check_window(model, spec.align, spec.model)
     trained = _with_lora(model, spec) if spec.align.train == "lora" else _unfrozen(model, spec)
     make_fast(trained, attention=spec.align.attention, sharded=spec.align.strategy == "zero3")
     if spec.align.gradient_checkpointing:
@@ -145,6 +146,27 @@ def build_policy(spec: TrainingSpec) -> Policy:
         if spec.align.kl_coefficient and spec.with_reference
         else None,
     )
+
+
+def check_model(model: str, align: AlignConfig) -> None:
+    """Says before any weight is loaded what :func:`build_policy` would refuse.
+
+    Args:
+        model: as ``model.path``.
+        align: the settings.
+
+    Raises:
+        UserError: as :func:`build_policy`.
+    """
+    from transformers import AutoConfig, LlavaForConditionalGeneration
+
+    settings = AutoConfig.from_pretrained(resolve_model(model))
+    check_family(settings.text_config, along_tree=align.attention == "tree")
+    with torch.device("meta"):
+        empty = LlavaForConditionalGeneration(settings)
+    _check_window(empty, align, model)
+    if align.train == "lora":
+        _check_targets(empty, align.lora.target_modules, model)
 
 
 def _with_lora(model: Any, spec: TrainingSpec) -> Any:
@@ -220,13 +242,13 @@ def _unfrozen(model: Any, spec: TrainingSpec) -> Any:
     return model
 
 
-def _check_window(model: Any, spec: TrainingSpec) -> None:
+def _check_window(model: Any, align: AlignConfig, model_name: str) -> None:
     """A tree sees all its ancestors; a model that attends to a window only must be given sequences inside it."""
     window = getattr(model.config.text_config, "sliding_window", None)
-    if window is not None and spec.align.max_length > window:
+    if window is not None and align.max_length > window:
         raise UserError(
-            f"{spec.model} attends to the last {window} tokens only (sliding_window), align.max_length is "
-            f"{spec.align.max_length}. Lower align.max_length to {window}."
+            f"{model_name} attends to the last {window} tokens only (sliding_window), align.max_length is "
+            f"{align.max_length}. Lower align.max_length to {window}."
         )
 
 

@@ -25,7 +25,7 @@ from mmedpo_ray.align.expected import announce_ahead
 from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.made_with import MADE_WITH, MODEL_FILES, SCORED, changes
 from mmedpo_ray.align.pair_index import TEXT, VISUAL, ensure_index, index_pairs
-from mmedpo_ray.align.policy import objective_of
+from mmedpo_ray.align.policy import check_model, objective_of
 from mmedpo_ray.align.prepare import (
     COLUMNS,
     WEIGHT_ZERO,
@@ -75,6 +75,7 @@ def prepare(config: Config) -> Manifest:
     station = _station(config)
     manifest = station.finished()
     if manifest is None:
+        check_model(config.model.path, config.align)
         # The same workers train afterwards.
         check_cluster(config.align, use_gpu=wants_gpu(config.align))
         parts = made_with(config)

@@ -41,7 +41,7 @@ from mmedpo_ray.align.earlier import (
 from mmedpo_ray.align.expected import announce
 from mmedpo_ray.align.made_with import MADE_WITH, Parts, changes
 from mmedpo_ray.align.metrics import read_metrics
-from mmedpo_ray.align.policy import TrainingSpec
+from mmedpo_ray.align.policy import TrainingSpec, check_model
 from mmedpo_ray.align.prepare_station import (
     made_with,
     needs_stored_reference,
@@ -113,6 +113,7 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
         remove_checkpoints(folder)
         return done
     spec = _training_spec(config, settings, folder, station.key, prepared)
+    check_model(config.model.path, settings)
     check_cluster(settings, use_gpu=spec.use_gpu)
     announce(station.name, settings, config)
     claim(folder, spec.attempt)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from align_world import align_settings, training_spec
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray import cluster
-from mmedpo_ray.align.policy import build_policy
+from mmedpo_ray.align.policy import build_policy, check_model
 from mmedpo_ray.align.resources import check_cluster
 from mmedpo_ray.config import LoraConfig
 from mmedpo_ray.errors import UserError
@@ -39,6 +41,29 @@ def test_every_target_of_lora_must_be_a_layer_of_the_language_model(
     )
     with pytest.raises(UserError, match=message):
         build_policy(spec)
+    with pytest.raises(UserError, match=message):
+        check_model(spec.model, spec.align)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sliding_window": 64}, "align.max_length to 64"),
+        ({"model_type": "gpt2"}, "is a gpt2"),
+    ],
+)
+def test_what_training_would_refuse_is_said_from_the_configuration(
+    model_folder: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    """Without the weights, which the folder lacks."""
+    check_model(str(model_folder), align_settings())
+    settings = json.loads((model_folder / "config.json").read_text())
+    settings["text_config"] |= changed
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        check_model(str(folder), align_settings())
 
 
 @pytest.mark.parametrize("names", [["q_proj", "down_proj"], ["self_attn.q_proj"]])
