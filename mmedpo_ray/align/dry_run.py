@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mmedpo_ray.align.expected import Expectation, expect, rank_in_words, tokenise
+from mmedpo_ray.align.expected import Expectation, expect, rank_in_words, tokenise, warn_of_idle_ranks
 from mmedpo_ray.align.pair_index import ensure_index
 from mmedpo_ray.align.pair_source import PairSource, StoredPairs
 from mmedpo_ray.align.policy import check_model
@@ -32,6 +32,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     expected = expect(source, config.align, config)
     figures = {**expected.figures, "dropped": dropped}
     console.print(_table(figures, expected, config.align))
+    warn_of_idle_ranks(expected, config.align)
     return figures
 
 

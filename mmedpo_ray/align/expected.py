@@ -6,6 +6,7 @@ autograd keeps); the allocator's losses, the vision tower's and NCCL's buffers c
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console
 from mmedpo_ray.models.loading import PromptWriter, load_processor, resolve_model
 from mmedpo_ray.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 _GIB = 2**30
 _FLOAT32 = 4
@@ -117,7 +120,22 @@ def announce(name: str, align: AlignConfig, config: Config) -> None:
     """
     writer = PromptWriter(load_processor(config.model.path))
     source = StoredPairs(RunFolder(config.run.folder).prepared, writer, align)
-    console.print(plan_line(name, expect(source, align, config), align), soft_wrap=True)
+    expected = expect(source, align, config)
+    console.print(plan_line(name, expected, align), soft_wrap=True)
+    warn_of_idle_ranks(expected, align)
+
+
+def warn_of_idle_ranks(expected: Expectation, align: AlignConfig) -> None:
+    """A rank without an image of the step computes a filler; only an image of many pairs is shared among ranks."""
+    images = min(align.images_per_step, expected.figures["images"])
+    if images < align.max_workers:
+        log.warning(
+            "align: a step has %d images for %d ranks, so %d of them may have nothing to do. Lower align.num_workers%s",
+            images,
+            align.max_workers,
+            align.max_workers - images,
+            " or raise align.images_per_step" if expected.figures["images"] > images else "",
+        )
 
 
 def announce_ahead(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,26 @@ def test_the_plan_is_printed_before_a_model_is_loaded(
         f"memory of a rank of 1, the fewest of align.num_workers, about {figures['memory_gib_per_rank']:.2f} GiB"
         in line
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"num_workers": (1, 3)}, None),
+        ({"num_workers": (1, 4)}, r"3 images for 4 ranks, so 1 of them .* Lower align\.num_workers$"),
+        (
+            {"num_workers": 4, "images_per_step": 2},
+            r"2 images for 4 ranks.* or raise align\.images_per_step$",
+        ),
+    ],
+)
+def test_ranks_without_an_image_are_spoken_of(
+    config: Config, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], warning: str | None
+) -> None:
+    config.align = config.align.model_copy(update=changes)
+    dry_run(config)
+    found = "\n".join(caplog.messages)
+    assert re.search(warning, found) if warning else not found
 
 
 def test_of_a_large_table_some_images_are_looked_at(
