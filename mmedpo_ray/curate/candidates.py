@@ -1,7 +1,8 @@
 """The table `candidates`: answers of the target model to the train questions, sampled with vLLM under Ray Data.
 
 One engine an actor, in the actor's own process. The prompts are token for token those of training; the questions of an
-image are neighbours, so the engine processes an image once and computes its prefix once.
+image are neighbours, so the engine processes an image once and computes its prefix once. The stages of ``ray.data.llm`` would
+carry the decoded image in every row, write the prompt of a row that fails beside it, and lose the reason why it was dropped.
 """
 
 from __future__ import annotations
