@@ -13,6 +13,17 @@ _REPORT_INSTRUCTION = re.compile(
     r"\b(?:write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(?:report|findings|impression)\b",
     re.IGNORECASE,
 )
+# A whole image is described; "Describe the lesion in the image" asks for less.
+_DESCRIPTION = re.compile(
+    r"^\W*(?:please\s+)?(?:(?:can|could|would) you (?:please\s+)?)?"
+    r"(?:describe|interpret|summari[sz]e|caption"
+    r"|(?:write|give|provide)\s+(?:me\s+)?an?\s+(?:\w+\s+)?(?:description|summary|caption|interpretation)\s+of)\s+"
+    r"(?:(?:the|this|these|given|following|provided|attached|above|medical|radiolog\w+|chest|abdominal|brain|frontal|lateral"
+    r"|ap|pa|ct|mri?|x-?ray)\s+)*"
+    r"(?:image|radiograph|x-?ray|scan|film|picture|photo|study|ct|mri)s?"
+    r"(?:\s+(?:in (?:\w+\s+)?detail|briefly|concisely|for me|in (?:one|a few|your own) (?:sentences?|words)))*\W*$",
+    re.IGNORECASE,
+)
 _YES_NO_QUESTION = re.compile(
     r"^\W*(?:is|are|was|were|does|do|did|has|have|can|could|should|will|would|any)\b", re.I
 )
@@ -61,9 +72,9 @@ def infer_answer_type(question: str, answer: str) -> str:
     """closed, open or report, for formats that do not say.
 
     Closed is a question answered by yes or no, or by one of the two options that it names; a report is what an
-    instruction asks for, or anything long.
+    instruction asks for (to write one, or to describe the image), or an answer of more than 25 words.
     """
-    if _REPORT_INSTRUCTION.search(question):
+    if _REPORT_INSTRUCTION.search(question) or _DESCRIPTION.match(question):
         return "report"
     count = len(lexicon.words(answer))
     if lexicon.polarity(answer) is not None and (
