@@ -300,6 +300,72 @@ def test_samples_tell_truth_and_leakage(tmp_path: Path) -> None:
     assert result["images_shared_with_test"]["severity"] == "high"
 
 
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ({"image_id": "held"}, "images_shared_with_test"),
+        (
+            {"image_uri": "/images/held.png", "rejected_image_uri": "/images/held.png"},
+            "images_shared_with_test",
+        ),
+        ({"rejected_image_uri": "/images/held.png"}, "images_shared_with_test"),
+        # A copy of the test image elsewhere, under a name of its own.
+        ({"image_uri": "/images/copy.png"}, "images_shared_with_test"),
+        ({"image_uri": "/images/kept.png"}, "images_shared_with_validation"),
+        ({"image_id": "elsewhere"}, None),
+        ({"image_id": "", "image_uri": "", "rejected_image_uri": ""}, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["set/train/1", "s9"])
+def test_an_image_that_is_held_out_now_is_found_whatever_sample_its_pair_names(
+    tmp_path: Path, shown: dict[str, str], expected: str | None, name: str
+) -> None:
+    """The split is part of a sample's id, so that a pair made before the data was split anew finds no sample."""
+    rows = [pair(i) for i in range(9)] + [visual(9, sample_id=name, **shown)]
+    known: list[dict[str, Any]] = [{"sample_id": f"s{i}", "answer": rows[i]["chosen"]} for i in range(10)]
+    known += [
+        {"sample_id": "set/test/1", "image_id": "held", "image_uri": "/images/held.png", "split": "test"},
+        {"sample_id": "set/train/2", "image_uri": "/images/copy.png", "image_sha256": "same"},
+        {"sample_id": "set/validate/3", "image_uri": "/images/kept.png", "split": "validate"},
+        {"sample_id": "set/test/4", "image_id": "", "image_uri": "", "image_sha256": "", "split": "test"},
+    ]
+    known = [{"answer": "x"} | row for row in known]
+    known[10]["image_sha256"] = "same"
+    result = run(tmp_path, write(tmp_path / "t", rows), samples(tmp_path / "known", known))
+    faults = {check: item for check, item in found(result).items() if check.startswith("images_shared")}
+    assert {check: item["examples"] for check, item in faults.items()} == (
+        {expected: ["v9"]} if expected else {}
+    )
+    assert ("unknown_sample" in found(result)) == (name != "s9")
+
+
+def test_pairs_of_another_samples_table_are_a_finding(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(30)]
+    known = [{"sample_id": f"other{i}", "answer": "x", "split": ("train", "test")[i % 2]} for i in range(30)]
+    result = run(tmp_path, write(tmp_path / "t", rows), samples(tmp_path / "known", known))
+    item = found(result)["unknown_sample"]
+    assert (item["count"], item["severity"], item["examples"][0]) == (30, "high", "p0")
+    assert "mmedpo curate" in item["remedy"]
+    assert {"chosen_against_truth", "pairs_of_test_samples"} <= {
+        row["check"] for row in result["not_checked"]
+    }
+    assert "images_shared_with_test" in {row["check"] for row in result["passed"]}
+
+
+def test_a_samples_table_without_a_test_part_lets_no_check_of_it_pass(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(30)]
+    known = samples(
+        tmp_path / "known", [{"sample_id": f"s{i}", "answer": rows[i]["chosen"]} for i in range(30)]
+    )
+    for drop in ([], ["split"]):
+        path = Path(known, "part-0.parquet")
+        pq.write_table(pq.read_table(path).drop_columns(drop), path)
+        result = run(tmp_path, write(tmp_path / "t", rows), known)
+        unchecked = {row["check"]: row["reason"] for row in result["not_checked"]}
+        assert "split test" in unchecked["images_shared_with_test"]
+        assert "split test" in unchecked["pairs_of_test_samples"]
+
+
 def test_weights_that_follow_the_question_are_found(tmp_path: Path) -> None:
     rows = [pair(i, weight=1.2 if i % 3 else 0.8 + 0.001 * (i % 2)) for i in range(120)]
     item = found(run(tmp_path, write(tmp_path / "t", rows)))["weights_by_question"]
@@ -517,6 +583,29 @@ def test_pairs_without_ids_find_their_sample_by_image_and_question(tmp_path: Pat
     assert result["chosen_against_truth"]["details"] == {"opposite_polarity": 1}
     assert result["unknown_sample"]["examples"] == ["2", "5"]
     assert result["pairs_of_test_samples"]["examples"] == ["1"]
+
+
+def test_an_image_of_the_released_layout_is_held_out_whatever_is_asked_about_it(tmp_path: Path) -> None:
+    images = (
+        "xmlab1/source.jpg",
+        "xmlab2/source.jpg",
+        "source.jpg",
+        "synpic1.jpg",
+        "/data/imgs/xmlab1/source.jpg",
+    )
+    rows = [
+        released(i, image, "Another question?", f"Left {i}", f"Right {i}") for i, image in enumerate(images)
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    known = [
+        {"sample_id": "a", "image_uri": "/data/imgs/xmlab1/source.jpg", "split": "test"},
+        # A name that an image for training has too tells nothing.
+        {"sample_id": "b", "image_uri": "/data/imgs/xmlab2/source.jpg"},
+        {"sample_id": "c", "image_uri": "s3://bucket/images/synpic1.jpg", "split": "test"},
+    ]
+    table = samples(tmp_path / "known", [{"answer": "x"} | row for row in known])
+    result = found(run(tmp_path, str(tmp_path / "pairs.json"), table))
+    assert result["images_shared_with_test"]["examples"] == ["0", "3", "4"]
 
 
 # ---------------------------------------------------------------------- figures against brute force

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.data.audit.hashing import hashes, normalised
-from mmedpo_ray.data.audit.samples import Samples
+from mmedpo_ray.data.audit.samples import HELD_OUT, Samples, SplitImages
 
 # One bit each of `format_chosen` and `format_rejected`: what a model could tell the sides apart by without the image.
 FORMATS: dict[str, str] = {
@@ -56,6 +56,8 @@ class Features:
 
     Attributes:
         columns: columns that the table has; checks ask here whether they apply.
+        has_samples: there is a samples table.
+        held_out: those of test and validate that the samples table has rows of.
         visual: (N,) bool, kind is visual.
         words_chosen, words_rejected: (N,) int32, runs of non-space.
         chars_chosen, chars_rejected: (N,) int32, code points.
@@ -80,11 +82,13 @@ class Features:
         sample_row: (N,) int64, row of the samples table, -1 where unknown.
         truth: (N,) int8, `UNKNOWN`, `AGREES`, `DIFFERS` or `OPPOSITE` (yes for no).
         of_test: (N,) bool, the pair's sample is of split test.
-        image_in_test: (N,) bool, it is not, but its image is also one of split test.
+        image_in_test: (N,) bool, it is not, but one of the pair's images is also one of split test.
+        image_in_validation: (N,) bool, neither is so, but one of the pair's images, or its sample, is of split validate.
     """
 
     columns: frozenset[str]
     has_samples: bool
+    held_out: frozenset[str]
     visual: np.ndarray
     words_chosen: np.ndarray
     words_rejected: np.ndarray
@@ -113,6 +117,7 @@ class Features:
     truth: np.ndarray
     of_test: np.ndarray
     image_in_test: np.ndarray
+    image_in_validation: np.ndarray
     first_words: tuple[str, ...]
     answer_types: tuple[str, ...]
 
@@ -287,7 +292,8 @@ def _against_samples(
     size = batch.num_rows
     rows = np.full(size, -1, np.int64)
     truth = np.full(size, UNKNOWN, np.int8)
-    of_test, image_in_test = np.zeros(size, bool), np.zeros(size, bool)
+    of_test = np.zeros(size, bool)
+    image_in = {split: np.zeros(size, bool) for split in HELD_OUT}
     if samples is not None and size:
         if _has(batch, "sample_id"):
             rows = samples.rows_of(_text(batch, "sample_id"))
@@ -300,5 +306,22 @@ def _against_samples(
         opposite = expected * polarity[known] < 0
         truth[known] = np.where(same, AGREES, np.where(opposite, OPPOSITE, DIFFERS))
         of_test[known] = samples.in_test[rows[known]]
-        image_in_test[known] = samples.image_in_test[rows[known]]
-    return {"sample_row": rows, "truth": truth, "of_test": of_test, "image_in_test": image_in_test}
+        for split, images in samples.held_out.items():
+            image_in[split] = _shows(batch, images)
+            image_in[split][known] |= images.of_rows[rows[known]]
+    image_in_test = image_in["test"] & ~of_test
+    return {
+        "sample_row": rows,
+        "truth": truth,
+        "of_test": of_test,
+        "image_in_test": image_in_test,
+        "image_in_validation": image_in["validate"] & ~of_test & ~image_in_test,
+    }
+
+
+def _shows(batch: pa.Table, images: SplitImages) -> np.ndarray:
+    """(N,) bool: a pair's image, or that of its rejected side, is one of a split, whatever sample the pair names."""
+    shown = images.with_id(_text(batch, "image_id"))
+    for name in ("image_uri", "rejected_image_uri"):
+        shown |= images.at(_text(batch, name))
+    return shown

@@ -54,6 +54,7 @@ RULES: dict[str, Callable[[Features, np.ndarray], np.ndarray]] = {
     "same_image": lambda f, _: f.visual & f.same_image & ("rejected_image_uri" in f.columns),
     "pairs_of_test_samples": lambda f, _: f.of_test,
     "images_shared_with_test": lambda f, _: f.image_in_test,
+    "images_shared_with_validation": lambda f, _: f.image_in_validation,
     "contradicting_chosen": lambda f, alive: contradictions(f, alive)[0],
     "duplicate_pair": lambda f, alive: _not_alone(np.where(f.asked == 0, 0, f.content), alive),
 }

@@ -30,6 +30,7 @@ _TEXT_COLUMNS = (
     *_REQUIRED,
     "pair_id",
     "sample_id",
+    "image_id",
     "image_uri",
     "rejected_image_uri",
     "kind",
