@@ -46,6 +46,8 @@ QUESTION_FORMS: dict[str, str] = {
 
 # Bits of `leak`.
 LEAK_CHOSEN, LEAK_REJECTED, COMMENT_CHOSEN, COMMENT_REJECTED = 1, 2, 4, 8
+# Values of `noise_bound`: what decides how much of the image the noise covers.
+AREA_SHARE, GIVEN_MASK, EVEN_MAP, RELEASED_SCRIPT = range(4)
 # Values of `truth`.
 UNKNOWN, AGREES, DIFFERS, OPPOSITE = -1, 0, 1, 2
 
@@ -78,6 +80,8 @@ class Features:
         first_word: (N,) int32, index in ``first_words``.
         answer_type: (N,) int32, index in ``answer_types``.
         noise_share: (N,) float32, share of the image that the noise covers, NaN where unknown.
+        noise_bound: (N,) int8, `AREA_SHARE` (also where nothing is recorded), `GIVEN_MASK` (the data set's), `EVEN_MAP` (the tool's map
+            has one value over more than that share, so that it is kept whole) or `RELEASED_SCRIPT`.
         lesion_covered: (N,) float32, share of the lesion that lies under the noise, as recorded with the pair; NaN where unknown.
         sample_row: (N,) int64, row of the samples table, -1 where unknown.
         truth: (N,) int8, `UNKNOWN`, `AGREES`, `DIFFERS` or `OPPOSITE` (yes for no).
@@ -112,6 +116,7 @@ class Features:
     first_word: np.ndarray
     answer_type: np.ndarray
     noise_share: np.ndarray
+    noise_bound: np.ndarray
     lesion_covered: np.ndarray
     sample_row: np.ndarray
     truth: np.ndarray
@@ -188,6 +193,7 @@ def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarra
         "first_word": first,
         "answer_type": _text(batch, "answer_type"),
         "noise_share": _noise_share(batch),
+        "noise_bound": _noise_bound(batch),
         "lesion_covered": _noise_parameter(batch, "lesion_covered").astype(np.float32),
     }
     return found | _against_samples(batch, samples, norm_chosen, polarity)
@@ -263,6 +269,15 @@ def _noise_share(batch: pa.Table) -> np.ndarray:
     """Changed share where the noise parameters give it, else the mask's."""
     changed, masked = (_noise_parameter(batch, key) for key in ("changed_share", "mask_share"))
     return np.where(np.isnan(changed), masked, changed).astype(np.float32)
+
+
+def _noise_bound(batch: pa.Table) -> np.ndarray:
+    released = pc.match_substring_regex(_text(batch, "noise"), r'"mode":\s*"released"')
+    even = _noise_parameter(batch, "mask_share") > _noise_parameter(batch, "area_share")
+    given = pc.equal(_text(batch, "tool"), "dataset_mask")
+    bounds = np.where(even, EVEN_MAP, AREA_SHARE)
+    bounds = np.where(_numpy(given), GIVEN_MASK, bounds)
+    return np.where(_numpy(released), RELEASED_SCRIPT, bounds).astype(np.int8)
 
 
 def _noise_parameter(batch: pa.Table, key: str) -> np.ndarray:

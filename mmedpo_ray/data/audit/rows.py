@@ -134,7 +134,7 @@ def confounded_pair(features: Features, _: AuditConfig) -> Finding:
         of,
         share_severity(int(mask.sum()), of, high=0.01, least="medium"),
         f"{noun(int(mask.sum()), 'pair')} that change image and answer at once: which of them is preferred?",
-        "text pairs need one image, visual pairs one answer: curate again",
+        "give text pairs one image and visual pairs one answer",
     )
 
 

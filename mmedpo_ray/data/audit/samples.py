@@ -171,8 +171,8 @@ def open_samples(path: str, *, with_questions: bool = False) -> Samples:
     Raises:
         UserError: it is missing, or lacks sample_id or answer.
     """
+    source = open_parquet(path, "samples", ("sample_id", "answer"))
     try:
-        source = open_parquet(path)
         wanted = ["sample_id", "split", "answer", "image_sha256", "image_id", "image_uri", "mask_uri"]
         wanted += ["question"] if with_questions else []
         table = source.to_table(columns=[name for name in wanted if name in source.schema.names])
@@ -180,11 +180,6 @@ def open_samples(path: str, *, with_questions: bool = False) -> Samples:
         raise UserError(
             f"cannot read {path} as Parquet: {type(error).__name__}. Run `mmedpo ingest` again."
         ) from error
-    for name in ("sample_id", "answer"):
-        if name not in table.column_names:
-            raise UserError(
-                f"{path} has no column {name!r}, so it is no samples table. Give the folder that ingest wrote."
-            )
     table = pa.table({name: table[name].cast(pa.string()) for name in table.column_names}).combine_chunks()
     of_split = {name: _of_split(table, name) for name in HELD_OUT}
     return Samples(
