@@ -484,6 +484,18 @@ def test_what_the_pairs_record_counts_for_all_of_them(tmp_path: Path) -> None:
     assert "noise_beside_lesion" not in {item["check"] for item in result["not_checked"]}
 
 
+@pytest.mark.parametrize(
+    ("tool", "named"),
+    [("medklip", "curate.visual.noise.area_share"), ("dataset_mask", "curate.visual.noise.steps")],
+)
+def test_noise_beside_the_lesion_has_a_remedy_for_what_made_it(tmp_path: Path, tool: str, named: str) -> None:
+    noise = json.dumps({"area_share": 0.15, "mask_share": 0.1, "lesion_covered": 0.01})
+    rows = [visual(i, tool=tool, noise=noise) for i in range(10)]
+    remedy = found(run(tmp_path, write(tmp_path / "t", rows)))["noise_beside_lesion"]["remedy"]
+    assert named in remedy
+    assert ("area_share" in remedy) == (tool == "medklip")
+
+
 def test_images_contradict_what_the_pairs_record(tmp_path: Path) -> None:
     mask = np.zeros((40, 40), np.uint8)
     mask[:10, :10] = 255

@@ -46,6 +46,13 @@ _LESS_NOISE = {
     "curate.visual.tool; where lesions are as large as that, raise audit.max_noise_share",
     RELEASED_SCRIPT: "curate.visual.noise.mode=diffusion: mode released noises most of any image",
 }
+_ON_THE_LESION = {
+    AREA_SHARE: "a larger curate.visual.noise.area_share, or another curate.visual.tool",
+    GIVEN_MASK: "the noise lies on the mask and changes little: more of it (curate.visual.noise.steps; of mode additive "
+    "curate.visual.noise.std, of blur curate.visual.noise.blur_sigma)",
+    EVEN_MAP: "another curate.visual.tool",
+    RELEASED_SCRIPT: "another curate.visual.tool",
+}
 # What a heat map marks: at least half of its highest value.
 _HOT = 0.5
 
@@ -88,8 +95,15 @@ def noise_area(features: Features, settings: AuditConfig) -> Finding:
         share_severity(int(mask.sum()), of, high=0.5, medium=0.1),
         f"the noise of {noun(int(mask.sum()), 'visual pair')} covers more than {percent(settings.max_noise_share)} of the image (median {percent(median)}): "
         "any model sees it without reading the lesion",
-        "; ".join(_LESS_NOISE[bound] for bound in np.unique(features.noise_bound[mask]).tolist()),
+        _remedies(_LESS_NOISE, features, mask),
         details={"median_share": round(median, 6)},
+    )
+
+
+def _remedies(remedies: dict[int, str], features: Features, mask: np.ndarray) -> str:
+    """What to do about the pairs of a mask, (N,) bool, given what bounded their noise."""
+    return "; ".join(
+        dict.fromkeys(remedies[bound] for bound in np.unique(features.noise_bound[mask]).tolist())
     )
 
 
@@ -269,7 +283,7 @@ def _unchanged(drawn: np.ndarray, measured: list[Measured]) -> Finding:
         count=int(identical.sum()),
         of=int(readable.sum()),
         rows=drawn[identical],
-        remedy="more noise (curate.visual.noise.steps, curate.visual.noise.area_share), or leave out pairs whose tool was not sure "
+        remedy="more noise (curate.visual.noise.steps; of mode additive curate.visual.noise.std, of blur curate.visual.noise.blur_sigma), or leave out pairs whose tool was not sure "
         "(curate.visual.min_confidence)",
         details={"median_changed_share": round(median, 6)},
     )
@@ -320,7 +334,7 @@ def _beside_lesion(features: Features, drawn: np.ndarray, measured: list[Measure
         count=int(missed.sum()),
         of=int(checked.sum()),
         rows=np.flatnonzero(missed),
-        remedy="another visual tool (curate.visual.tool), or a larger curate.visual.noise.area_share",
+        remedy=_remedies(_ON_THE_LESION, features, missed),
         details={"recorded": shares[0][1], **medians, "regions": sources},
     )
 

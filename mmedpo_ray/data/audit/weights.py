@@ -153,7 +153,7 @@ def weights_by_question(features: Features, _: AuditConfig) -> Finding:
         count=found.rows,
         of=found.rows,
         rows=np.zeros(0, np.int64),
-        remedy="relevance may differ by question; where it should not, judge again with the answer in view, or set score.weights.mode=none",
+        remedy="relevance may differ by question; where it should not, take other judges (score.agents), or set score.weights.mode=none",
         details={
             "factor": best,
             # A first word could name a person; the forms are ours.
