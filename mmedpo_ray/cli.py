@@ -134,7 +134,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="findings as JSON (default: audit.json beside a folder, FILE.audit.json beside a file)",
+        help="findings as JSON (default: beside the table, audit.json of a run's scored/, else NAME.audit.json)",
     )
     parser.add_argument(
         "--fail-on",

@@ -63,7 +63,7 @@ def write_samples(folder: Path) -> str:
     rng = np.random.default_rng(1)
     columns = {
         "sample_id": [f"s{number}" for number in range(90)],
-        "split": [("train", "test")[number % 2] for number in range(90)],
+        "split": [("train", "test", "validate")[number % 3] for number in range(90)],
         "image_uri": [f"/images/{number % 50}.png" for number in range(90)],
         "question": texts(rng, 90, 1),
         "answer": texts(rng, 90, 3),
@@ -100,7 +100,8 @@ def test_tasks_find_what_one_process_finds(
         for path in Path(table).iterdir():
             pq.write_table(pq.read_table(path).drop_columns(["sample_id"]), path, row_group_size=700)
     quiet = in_one_process(monkeypatch, table, samples, with_questions=not with_ids)
-    assert (quiet.sample_row >= 0).any()
+    for found in (quiet.sample_row >= 0, quiet.image_in_test, quiet.image_in_validation):
+        assert found.any()
     assert len(quiet) == 5039
     assert_same(extract(open_pairs(table), open_samples(samples, with_questions=not with_ids)), quiet)
 

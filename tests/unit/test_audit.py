@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from PIL import Image
 from scipy import stats
 
 from mmedpo_ray import cli, tables
-from mmedpo_ray.config import load
+from mmedpo_ray.config import Config, dump, known_keys, load
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.data.audit import audit, audit_command
@@ -31,6 +36,7 @@ from mmedpo_ray.data.audit.fix import removals, write_fixed
 from mmedpo_ray.data.audit.statistics import explained, separation
 from mmedpo_ray.data.audit.table import open_pairs
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.manifest import read_manifest
 
 _QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -300,6 +306,72 @@ def test_samples_tell_truth_and_leakage(tmp_path: Path) -> None:
     assert result["images_shared_with_test"]["severity"] == "high"
 
 
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ({"image_id": "held"}, "images_shared_with_test"),
+        (
+            {"image_uri": "/images/held.png", "rejected_image_uri": "/images/held.png"},
+            "images_shared_with_test",
+        ),
+        ({"rejected_image_uri": "/images/held.png"}, "images_shared_with_test"),
+        # A copy of the test image elsewhere, under a name of its own.
+        ({"image_uri": "/images/copy.png"}, "images_shared_with_test"),
+        ({"image_uri": "/images/kept.png"}, "images_shared_with_validation"),
+        ({"image_id": "elsewhere"}, None),
+        ({"image_id": "", "image_uri": "", "rejected_image_uri": ""}, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["set/train/1", "s9"])
+def test_an_image_that_is_held_out_now_is_found_whatever_sample_its_pair_names(
+    tmp_path: Path, shown: dict[str, str], expected: str | None, name: str
+) -> None:
+    """The split is part of a sample's id, so that a pair made before the data was split anew finds no sample."""
+    rows = [pair(i) for i in range(9)] + [visual(9, sample_id=name, **shown)]
+    known: list[dict[str, Any]] = [{"sample_id": f"s{i}", "answer": rows[i]["chosen"]} for i in range(10)]
+    known += [
+        {"sample_id": "set/test/1", "image_id": "held", "image_uri": "/images/held.png", "split": "test"},
+        {"sample_id": "set/train/2", "image_uri": "/images/copy.png", "image_sha256": "same"},
+        {"sample_id": "set/validate/3", "image_uri": "/images/kept.png", "split": "validate"},
+        {"sample_id": "set/test/4", "image_id": "", "image_uri": "", "image_sha256": "", "split": "test"},
+    ]
+    known = [{"answer": "x"} | row for row in known]
+    known[10]["image_sha256"] = "same"
+    result = run(tmp_path, write(tmp_path / "t", rows), samples(tmp_path / "known", known))
+    faults = {check: item for check, item in found(result).items() if check.startswith("images_shared")}
+    assert {check: item["examples"] for check, item in faults.items()} == (
+        {expected: ["v9"]} if expected else {}
+    )
+    assert ("unknown_sample" in found(result)) == (name != "s9")
+
+
+def test_pairs_of_another_samples_table_are_a_finding(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(30)]
+    known = [{"sample_id": f"other{i}", "answer": "x", "split": ("train", "test")[i % 2]} for i in range(30)]
+    result = run(tmp_path, write(tmp_path / "t", rows), samples(tmp_path / "known", known))
+    item = found(result)["unknown_sample"]
+    assert (item["count"], item["severity"], item["examples"][0]) == (30, "high", "p0")
+    assert "mmedpo curate" in item["remedy"]
+    assert {"chosen_against_truth", "pairs_of_test_samples"} <= {
+        row["check"] for row in result["not_checked"]
+    }
+    assert "images_shared_with_test" in {row["check"] for row in result["passed"]}
+
+
+def test_a_samples_table_without_a_test_part_lets_no_check_of_it_pass(tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(30)]
+    known = samples(
+        tmp_path / "known", [{"sample_id": f"s{i}", "answer": rows[i]["chosen"]} for i in range(30)]
+    )
+    for drop in ([], ["split"]):
+        path = Path(known, "part-0.parquet")
+        pq.write_table(pq.read_table(path).drop_columns(drop), path)
+        result = run(tmp_path, write(tmp_path / "t", rows), known)
+        unchecked = {row["check"]: row["reason"] for row in result["not_checked"]}
+        assert "split test" in unchecked["images_shared_with_test"]
+        assert "split test" in unchecked["pairs_of_test_samples"]
+
+
 def test_weights_that_follow_the_question_are_found(tmp_path: Path) -> None:
     rows = [pair(i, weight=1.2 if i % 3 else 0.8 + 0.001 * (i % 2)) for i in range(120)]
     item = found(run(tmp_path, write(tmp_path / "t", rows)))["weights_by_question"]
@@ -360,6 +432,31 @@ def test_noise_is_looked_at(tmp_path: Path) -> None:
     assert result["noise_beside_lesion"]["details"]["regions"] == {"mask": 3, "heat map": 0}
 
 
+@pytest.mark.parametrize(
+    ("tool", "noise", "named", "useless"),
+    [
+        ("medklip", {"mode": "diffusion", "area_share": 0.9, "mask_share": 0.8}, "a smaller curate.visual.noise.area_share", "--preview"),
+        ("dataset_mask", {"mode": "diffusion", "area_share": 0.15, "mask_share": 0.8}, "mmedpo curate --preview", "a smaller"),
+        ("dataset_mask", {"mode": "diffusion", "area_share": 1.0, "mask_share": 0.8}, "mmedpo curate --preview", "a smaller"),
+        ("text_prompted", {"mode": "blur", "area_share": 0.15, "mask_share": 0.8}, "curate.visual.tool", "a smaller"),
+        ("dataset_mask", {"mode": "released", "mask_share": 0.8}, "curate.visual.noise.mode=diffusion", "a smaller"),
+    ],
+)  # fmt: skip
+def test_noise_over_most_of_the_image_has_a_remedy_for_what_made_it(
+    tmp_path: Path, tool: str, noise: dict[str, Any], named: str, useless: str
+) -> None:
+    rows = [visual(i) for i in range(10)] + [visual(10, tool=tool, noise=json.dumps(noise))]
+    item = found(run(tmp_path, write(tmp_path / "t", rows)))["noise_area"]
+    assert item["examples"] == ["v10"]
+    assert named in item["remedy"]
+    assert useless not in item["remedy"]
+    # Of several causes each has its remedy.
+    both = [*rows, visual(11, tool="medklip", noise='{"area_share": 0.7, "mask_share": 0.7}')]
+    remedy = found(run(tmp_path, write(tmp_path / "both", both)))["noise_area"]["remedy"]
+    assert named in remedy
+    assert "a smaller curate.visual.noise.area_share" in remedy
+
+
 def test_what_the_pairs_record_counts_for_all_of_them(tmp_path: Path) -> None:
     """Far more pairs than are looked at, and no image there."""
     rows = [
@@ -385,6 +482,18 @@ def test_what_the_pairs_record_counts_for_all_of_them(tmp_path: Path) -> None:
     assert found(result)["noise_beside_lesion"]["count"] == 100
     assert {item["check"] for item in result["not_checked"]} >= {"unreadable_image", "unchanged_image"}
     assert "noise_beside_lesion" not in {item["check"] for item in result["not_checked"]}
+
+
+@pytest.mark.parametrize(
+    ("tool", "named"),
+    [("medklip", "curate.visual.noise.area_share"), ("dataset_mask", "curate.visual.noise.steps")],
+)
+def test_noise_beside_the_lesion_has_a_remedy_for_what_made_it(tmp_path: Path, tool: str, named: str) -> None:
+    noise = json.dumps({"area_share": 0.15, "mask_share": 0.1, "lesion_covered": 0.01})
+    rows = [visual(i, tool=tool, noise=noise) for i in range(10)]
+    remedy = found(run(tmp_path, write(tmp_path / "t", rows)))["noise_beside_lesion"]["remedy"]
+    assert named in remedy
+    assert ("area_share" in remedy) == (tool == "medklip")
 
 
 def test_images_contradict_what_the_pairs_record(tmp_path: Path) -> None:
@@ -519,6 +628,29 @@ def test_pairs_without_ids_find_their_sample_by_image_and_question(tmp_path: Pat
     assert result["pairs_of_test_samples"]["examples"] == ["1"]
 
 
+def test_an_image_of_the_released_layout_is_held_out_whatever_is_asked_about_it(tmp_path: Path) -> None:
+    images = (
+        "xmlab1/source.jpg",
+        "xmlab2/source.jpg",
+        "source.jpg",
+        "synpic1.jpg",
+        "/data/imgs/xmlab1/source.jpg",
+    )
+    rows = [
+        released(i, image, "Another question?", f"Left {i}", f"Right {i}") for i, image in enumerate(images)
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    known = [
+        {"sample_id": "a", "image_uri": "/data/imgs/xmlab1/source.jpg", "split": "test"},
+        # A name that an image for training has too tells nothing.
+        {"sample_id": "b", "image_uri": "/data/imgs/xmlab2/source.jpg"},
+        {"sample_id": "c", "image_uri": "s3://bucket/images/synpic1.jpg", "split": "test"},
+    ]
+    table = samples(tmp_path / "known", [{"answer": "x"} | row for row in known])
+    result = found(run(tmp_path, str(tmp_path / "pairs.json"), table))
+    assert result["images_shared_with_test"]["examples"] == ["0", "3", "4"]
+
+
 # ---------------------------------------------------------------------- figures against brute force
 
 _LENGTHS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=25)
@@ -644,6 +776,7 @@ def test_fix_logs_every_change_and_leaves_the_rest_alone(tmp_path: Path) -> None
     table = write(tmp_path / "scored", rows, files=2)
     (tmp_path / "scored" / "manifest.json").write_text(json.dumps({"station": "score", "key": "k1"}))
     config = load(None, [f"run.folder={tmp_path}"])
+    before = time.monotonic()
     for _ in range(2):  # an earlier fixed table may be replaced
         assert audit_command(config, table, None, None, str(tmp_path / "fixed")) == 0
     log = [json.loads(line) for line in (tmp_path / "fixed" / "changes.jsonl").read_text().splitlines()]
@@ -656,6 +789,9 @@ def test_fix_logs_every_change_and_leaves_the_rest_alone(tmp_path: Path) -> None
     manifest = json.loads((tmp_path / "fixed" / "manifest.json").read_text())
     assert manifest["rows_in"] == manifest["rows_out"] + sum(manifest["dropped"].values()) == 21
     assert manifest["key"] != "k1"
+    assert 0 < manifest["seconds"] <= time.monotonic() - before
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(manifest["finished_at"])) < timedelta(minutes=1)
+    assert manifest["versions"]["mmedpo-ray"]
     expected = [row for row in rows if row["pair_id"] not in ("p2", "p7", "copy")]
     expected[1]["chosen"] = "padded"
     written = tables.check(pq.read_table(tmp_path / "fixed" / "part-00000.parquet"), tables.SCORED, "fixed")
@@ -818,8 +954,13 @@ station.audit_command(load(None, [f"run.folder={sys.argv[1]}"]), sys.argv[2], No
     assert audit_command(config, table, None, None, str(tmp_path / "quiet")) == 0
     names = {path.name for path in (tmp_path / "fixed").iterdir()}
     assert names == {"part-00000.parquet", "changes.jsonl", "manifest.json"}
-    for name in names:
+    for name in names - {"manifest.json"}:
         assert (tmp_path / "fixed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
+    again, quiet = (read_manifest(str(tmp_path / name)) for name in ("fixed", "quiet"))
+    assert again is not None
+    assert quiet is not None
+    when = {"seconds": 0.0, "finished_at": ""}
+    assert again.model_copy(update=when) == quiet.model_copy(update=when)
 
 
 def test_json_rows_that_are_no_pairs_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -927,6 +1068,149 @@ def test_unusable_tables_are_named(tmp_path: Path, make: Any, message: str) -> N
     make(path)
     with pytest.raises(UserError, match=message):
         audit_command(load(None, [f"run.folder={tmp_path}"]), str(path), None, None, None)
+
+
+def _texts_of_the_audit() -> list[str]:
+    """Every text in the audit's code but the docstrings; what is filled in stands as X."""
+    texts = []
+    for path in Path(examine.__code__.co_filename).parent.glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                said = (part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
+                texts.append("".join(map(str, said)))
+            elif isinstance(node, ast.Constant) and id(node) not in parts | docstrings:
+                texts.append(str(node.value))
+    return texts
+
+
+def test_what_the_remedies_name_exists() -> None:
+    """Settings (also their values), commands and options."""
+    sections = "|".join(Config.model_fields)
+    keys = {key.rsplit(".", depth)[0] for key in known_keys() for depth in range(3)}
+    (verbs,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    options = {name: set(verb._option_string_actions) for name, verb in verbs.choices.items()}
+    seen: set[str] = set()
+    for text in _texts_of_the_audit():
+        for key, value in re.findall(rf"\b((?:{sections})(?:\.[a-z_]+)+)(?:=([a-z_]+))?", text):
+            if key == "audit.json":
+                continue
+            assert key in keys, text
+            if value:
+                load(None, [f"{key}={value}"])
+            seen.add(key)
+        for verb, rest in re.findall(r"mmedpo ([a-z]+)([^`;]*)", text):
+            assert verb in options, text
+            assert set(re.findall(r"--[a-z-]+", rest)) <= options[verb], text
+            seen.add(verb)
+        bare = re.sub(r"mmedpo [a-z]+[^`;]*", "", text)
+        assert set(re.findall(r"--[a-z-]+", bare)) <= options["audit"], text
+    assert {
+        "curate.visual.noise.area_share",
+        "data.test_share",
+        "score.weights.mode",
+        "curate",
+        "audit",
+    } <= seen
+
+
+def test_each_table_has_a_result_of_its_own(tmp_path: Path) -> None:
+    """The report reads ``audit.json``, which stays that of the scored pairs."""
+    rows = [pair(i) for i in range(30)]
+    config = load(None, [f"run.folder={tmp_path}"])
+    for name in ("scored", "pairs", "visual"):
+        write(tmp_path / name, rows)
+    audit(config)
+    scored = (tmp_path / "audit.json").read_bytes()
+    for name in ("pairs", "visual/", "pairs/part-0.parquet"):
+        assert audit_command(config, str(tmp_path / name), None, None, None) == 0
+    assert (tmp_path / "audit.json").read_bytes() == scored
+    for name in ("pairs", "visual", "pairs/part-0.parquet"):
+        assert json.loads((tmp_path / f"{name}.audit.json").read_text())["table"] == str(tmp_path / name)
+    assert audit_command(config, str(tmp_path / "scored"), None, None, None) == 0
+    assert json.loads((tmp_path / "audit.json").read_text())["table"] == str(tmp_path / "scored")
+
+
+def test_a_fixed_table_of_a_run_goes_on_with_its_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, new = tmp_path / "mine", tmp_path / "new"
+    table = write(mine / "scored", [pair(i) for i in range(10)])
+    config = load(None, [f"run.folder={mine}", "align.beta=0.7"])
+
+    def said(fix: Path) -> str:
+        assert audit_command(config, table, None, None, str(fix)) == 0
+        return capsys.readouterr().err
+
+    assert "mmedpo align" not in said(tmp_path / "of_no_run" / "scored")
+    (mine / "config.yaml").write_text(dump(config))
+    assert "--fix NEW/scored" in said(tmp_path / "clean")
+    command = f"mmedpo align --config {mine}/config.yaml run.folder={new}"
+    assert command in said(new / "scored")
+    settings_of_new = cli.settings_of(cli._parse(command.split()[1:]))
+    assert settings_of_new.align.beta == 0.7
+    assert settings_of_new.run.folder == str(new)
+    # What `align` asks of the table that it reads.
+    manifest = read_manifest(str(new / "scored"))
+    assert manifest is not None
+    assert manifest.rows_out == 10
+
+
+_ELSEWHERE = [
+    ("nowhere", "there is no nowhere"),
+    ("no.json", "there is no no.json. Give a folder"),
+    ("note.txt", "note.txt is no Parquet file"),
+    ("run", "run is the folder of a run, not a table. Give run/pairs"),
+    ("run/scored", "`mmedpo score run.folder=[^ ]*/run` writes it"),
+    ("new", "`mmedpo score run.folder=new` writes it"),
+    ("run/samples", "table of samples, not of pairs"),
+    ("empty", "empty is an empty folder"),
+    ("other", "no Parquet file directly in it"),
+    ("half", "unfinished table"),
+    ("columns.parquet", "it has a; needed are question, chosen and rejected"),
+    ("object.json", "not a list of rows .* released layout"),
+]
+
+
+@pytest.mark.parametrize(("path", "message"), _ELSEWHERE)
+def test_a_path_to_no_table_of_pairs_is_told_with_what_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run", "new", "empty", "other", "half/.parts"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("note.txt", "run/config.yaml", "new/config.yaml", "other/Johnsonville.csv"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "object.json").write_text('{"a": 1}')
+    pq.write_table(pa.table({"a": [1]}), "columns.parquet")
+    samples(tmp_path / "run" / "samples", [{"sample_id": "s0", "answer": "x"}])
+    write(tmp_path / "run" / "pairs", [pair(0)])
+    with pytest.raises(UserError, match=message) as raised:
+        audit_command(load(None), path, None, None, None)
+    assert "data.train_file" not in str(raised.value)
+    assert "Johnsonville" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", "there is no nowhere. Give with --samples"),
+        ("run", "Give run/samples"),
+        ("run/pairs", "table of pairs, not of samples"),
+        ("pairs.json", "no Parquet file. Give with --samples"),
+    ],
+)
+def test_a_path_to_no_samples_is_told_with_what_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    samples(tmp_path / "run" / "samples", [{"sample_id": "s0", "answer": "x"}])
+    table = write(tmp_path / "run" / "pairs", [pair(0)])
+    (tmp_path / "pairs.json").write_text("[]")
+    with pytest.raises(UserError, match=message):
+        audit_command(load(None), table, path, None, None)
 
 
 def test_every_check_is_documented(repository: Path) -> None:

@@ -51,7 +51,8 @@ def extract(pairs: PairTable, samples: Samples | None, *, num_cpus: float = 1.0)
             found[name], found[_WORDS[name]] = _coded(table[name])
         else:
             found[name] = table[name].to_numpy()
-    return Features(columns=pairs.columns, has_samples=samples is not None, **found)
+    held_out = frozenset(samples.held_out) if samples is not None else frozenset()
+    return Features(columns=pairs.columns, has_samples=samples is not None, held_out=held_out, **found)
 
 
 def _here(pairs: PairTable, samples: Samples | None) -> Iterator[tuple[int, pa.Table]]:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.data.audit.hashing import hashes, normalised
-from mmedpo_ray.data.audit.samples import Samples
+from mmedpo_ray.data.audit.samples import HELD_OUT, Samples, SplitImages
 
 # One bit each of `format_chosen` and `format_rejected`: what a model could tell the sides apart by without the image.
 FORMATS: dict[str, str] = {
@@ -46,6 +46,8 @@ QUESTION_FORMS: dict[str, str] = {
 
 # Bits of `leak`.
 LEAK_CHOSEN, LEAK_REJECTED, COMMENT_CHOSEN, COMMENT_REJECTED = 1, 2, 4, 8
+# Values of `noise_bound`: what decides how much of the image the noise covers.
+AREA_SHARE, GIVEN_MASK, EVEN_MAP, RELEASED_SCRIPT = range(4)
 # Values of `truth`.
 UNKNOWN, AGREES, DIFFERS, OPPOSITE = -1, 0, 1, 2
 
@@ -56,6 +58,8 @@ class Features:
 
     Attributes:
         columns: columns that the table has; checks ask here whether they apply.
+        has_samples: there is a samples table.
+        held_out: those of test and validate that the samples table has rows of.
         visual: (N,) bool, kind is visual.
         words_chosen, words_rejected: (N,) int32, runs of non-space.
         chars_chosen, chars_rejected: (N,) int32, code points.
@@ -76,15 +80,19 @@ class Features:
         first_word: (N,) int32, index in ``first_words``.
         answer_type: (N,) int32, index in ``answer_types``.
         noise_share: (N,) float32, share of the image that the noise covers, NaN where unknown.
+        noise_bound: (N,) int8, `AREA_SHARE` (also where nothing is recorded), `GIVEN_MASK` (the data set's), `EVEN_MAP` (the tool's map
+            has one value over more than that share, so that it is kept whole) or `RELEASED_SCRIPT`.
         lesion_covered: (N,) float32, share of the lesion that lies under the noise, as recorded with the pair; NaN where unknown.
         sample_row: (N,) int64, row of the samples table, -1 where unknown.
         truth: (N,) int8, `UNKNOWN`, `AGREES`, `DIFFERS` or `OPPOSITE` (yes for no).
         of_test: (N,) bool, the pair's sample is of split test.
-        image_in_test: (N,) bool, it is not, but its image is also one of split test.
+        image_in_test: (N,) bool, it is not, but one of the pair's images is also one of split test.
+        image_in_validation: (N,) bool, neither is so, but one of the pair's images, or its sample, is of split validate.
     """
 
     columns: frozenset[str]
     has_samples: bool
+    held_out: frozenset[str]
     visual: np.ndarray
     words_chosen: np.ndarray
     words_rejected: np.ndarray
@@ -108,11 +116,13 @@ class Features:
     first_word: np.ndarray
     answer_type: np.ndarray
     noise_share: np.ndarray
+    noise_bound: np.ndarray
     lesion_covered: np.ndarray
     sample_row: np.ndarray
     truth: np.ndarray
     of_test: np.ndarray
     image_in_test: np.ndarray
+    image_in_validation: np.ndarray
     first_words: tuple[str, ...]
     answer_types: tuple[str, ...]
 
@@ -183,6 +193,7 @@ def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarra
         "first_word": first,
         "answer_type": _text(batch, "answer_type"),
         "noise_share": _noise_share(batch),
+        "noise_bound": _noise_bound(batch),
         "lesion_covered": _noise_parameter(batch, "lesion_covered").astype(np.float32),
     }
     return found | _against_samples(batch, samples, norm_chosen, polarity)
@@ -260,6 +271,15 @@ def _noise_share(batch: pa.Table) -> np.ndarray:
     return np.where(np.isnan(changed), masked, changed).astype(np.float32)
 
 
+def _noise_bound(batch: pa.Table) -> np.ndarray:
+    released = pc.match_substring_regex(_text(batch, "noise"), r'"mode":\s*"released"')
+    even = _noise_parameter(batch, "mask_share") > _noise_parameter(batch, "area_share")
+    given = pc.equal(_text(batch, "tool"), "dataset_mask")
+    bounds = np.where(even, EVEN_MAP, AREA_SHARE)
+    bounds = np.where(_numpy(given), GIVEN_MASK, bounds)
+    return np.where(_numpy(released), RELEASED_SCRIPT, bounds).astype(np.int8)
+
+
 def _noise_parameter(batch: pa.Table, key: str) -> np.ndarray:
     """A number of the column ``noise``, float64; NaN where it has none."""
     found = pc.extract_regex(_text(batch, "noise"), rf'"{key}":\s*(?P<value>[0-9][0-9.eE+-]*)')
@@ -287,7 +307,8 @@ def _against_samples(
     size = batch.num_rows
     rows = np.full(size, -1, np.int64)
     truth = np.full(size, UNKNOWN, np.int8)
-    of_test, image_in_test = np.zeros(size, bool), np.zeros(size, bool)
+    of_test = np.zeros(size, bool)
+    image_in = {split: np.zeros(size, bool) for split in HELD_OUT}
     if samples is not None and size:
         if _has(batch, "sample_id"):
             rows = samples.rows_of(_text(batch, "sample_id"))
@@ -300,5 +321,22 @@ def _against_samples(
         opposite = expected * polarity[known] < 0
         truth[known] = np.where(same, AGREES, np.where(opposite, OPPOSITE, DIFFERS))
         of_test[known] = samples.in_test[rows[known]]
-        image_in_test[known] = samples.image_in_test[rows[known]]
-    return {"sample_row": rows, "truth": truth, "of_test": of_test, "image_in_test": image_in_test}
+        for split, images in samples.held_out.items():
+            image_in[split] = _shows(batch, images)
+            image_in[split][known] |= images.of_rows[rows[known]]
+    image_in_test = image_in["test"] & ~of_test
+    return {
+        "sample_row": rows,
+        "truth": truth,
+        "of_test": of_test,
+        "image_in_test": image_in_test,
+        "image_in_validation": image_in["validate"] & ~of_test & ~image_in_test,
+    }
+
+
+def _shows(batch: pa.Table, images: SplitImages) -> np.ndarray:
+    """(N,) bool: a pair's image, or that of its rejected side, is one of a split, whatever sample the pair names."""
+    shown = images.with_id(_text(batch, "image_id"))
+    for name in ("image_uri", "rejected_image_uri"):
+        shown |= images.at(_text(batch, name))
+    return shown

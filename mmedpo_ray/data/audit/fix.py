@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import posixpath
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import IO, Any
 from uuid import uuid4
 
@@ -25,6 +27,7 @@ from mmedpo_ray.data.audit.samples import Samples
 from mmedpo_ray.data.audit.table import PairTable
 from mmedpo_ray.data.audit.weights import bad_weight
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.manifest import Manifest, versions, write_manifest
 
 STATION = "audit --fix"
 CHANGES = "changes.jsonl"
@@ -54,6 +57,7 @@ RULES: dict[str, Callable[[Features, np.ndarray], np.ndarray]] = {
     "same_image": lambda f, _: f.visual & f.same_image & ("rejected_image_uri" in f.columns),
     "pairs_of_test_samples": lambda f, _: f.of_test,
     "images_shared_with_test": lambda f, _: f.image_in_test,
+    "images_shared_with_validation": lambda f, _: f.image_in_validation,
     "contradicting_chosen": lambda f, alive: contradictions(f, alive)[0],
     "duplicate_pair": lambda f, alive: _not_alone(np.where(f.asked == 0, 0, f.content), alive),
 }
@@ -111,7 +115,14 @@ def _station(folder: str) -> str | None:
     return found.get("station") if isinstance(found, dict) else None
 
 
-def write_fixed(pairs: PairTable, features: Features, samples: Samples | None, folder: str) -> Fixed:
+def write_fixed(
+    pairs: PairTable,
+    features: Features,
+    samples: Samples | None,
+    folder: str,
+    *,
+    started: float | None = None,
+) -> Fixed:
     """Writes the cleaned table, ``changes.jsonl`` and, last, ``manifest.json``.
 
     Args:
@@ -119,10 +130,12 @@ def write_fixed(pairs: PairTable, features: Features, samples: Samples | None, f
         features: its numbers.
         samples: the samples table that was given, for the key of the manifest.
         folder: new folder, or one of an earlier ``--fix``.
+        started: when the audit began (`time.monotonic`), for the manifest; None: now.
 
     Raises:
         UserError: the folder is in use or cannot be written, or no row would stay.
     """
+    started = time.monotonic() if started is None else started
     check_folder(folder, pairs)
     rule_of = removals(features)
     counts = {name: int((rule_of == index).sum()) for index, name in enumerate(RULES)}
@@ -141,7 +154,7 @@ def write_fixed(pairs: PairTable, features: Features, samples: Samples | None, f
                 else _write_parquet(pairs, rule_of, folder, log)
             )
         fixed = Fixed(folder, len(features) + len(pairs.malformed), kept, removed, trimmed)
-        _write_manifest(fixed, pairs, samples)
+        _write_manifest(fixed, pairs, samples, started)
         storage.remove(storage.join(folder, _UNFINISHED))
     except OSError as error:
         raise UserError(
@@ -335,9 +348,9 @@ def _trimmed_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 # ---------------------------------------------------------------------- manifest
 
 
-def _write_manifest(fixed: Fixed, pairs: PairTable, samples: Samples | None) -> None:
+def _write_manifest(fixed: Fixed, pairs: PairTable, samples: Samples | None, started: float) -> None:
     """The manifest of a table, so that stations can read it; its key is new, because its rows are."""
-    from mmedpo_ray.stage import MANIFEST, Manifest, digest
+    from mmedpo_ray.stage import digest
 
     manifest = Manifest(
         station=STATION,
@@ -345,6 +358,9 @@ def _write_manifest(fixed: Fixed, pairs: PairTable, samples: Samples | None) -> 
         rows_in=fixed.rows_in,
         rows_out=fixed.rows_out,
         dropped=fixed.removed,
+        seconds=round(time.monotonic() - started, 2),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
         extra={"source": storage.absolute(pairs.path), "trimmed": fixed.trimmed},
     )
-    storage.write_bytes(storage.join(fixed.folder, MANIFEST), manifest.model_dump_json(indent=2).encode())
+    write_manifest(fixed.folder, manifest)

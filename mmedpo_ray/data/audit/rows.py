@@ -134,35 +134,55 @@ def confounded_pair(features: Features, _: AuditConfig) -> Finding:
         of,
         share_severity(int(mask.sum()), of, high=0.01, least="medium"),
         f"{noun(int(mask.sum()), 'pair')} that change image and answer at once: which of them is preferred?",
-        "text pairs need one image, visual pairs one answer: curate again",
+        "give text pairs one image and visual pairs one answer",
     )
 
 
 # ---------------------------------------------------------------------- against the samples
 
+_HOLD_OUT = (
+    "remove them (--fix); a split that shares no image is drawn by `mmedpo ingest` into a new run.folder where the data states no "
+    "test part: all rows in one data.train_file, data.test_file unset, data.test_share above 0"
+)
 
-def _matched(features: Features) -> np.ndarray:
+
+def _known(features: Features) -> np.ndarray:
+    """(N,) bool, the pair's sample is in the samples table."""
     if not features.has_samples:
         raise NotCheckedError("no samples table (give one with --samples)")
-    known = features.sample_row >= 0
+    if "sample_id" not in features.columns and not features.asked.any():
+        raise NotCheckedError("the table names neither samples (sample_id) nor images (image_uri)")
+    return features.sample_row >= 0
+
+
+def _matched(features: Features) -> np.ndarray:
+    """The same where there is any."""
+    known = _known(features)
     if not known.any():
-        raise NotCheckedError(
-            "no pair is in the samples table, neither by sample_id nor, without one, by image file and question"
-        )
+        raise NotCheckedError("no pair is of a row of the samples table (see unknown_sample)")
     return known
+
+
+def _held_out(features: Features, split: str) -> None:
+    if features.has_samples and split not in features.held_out:
+        raise NotCheckedError(f"the samples table has no row of split {split}")
 
 
 def unknown_sample(features: Features, _: AuditConfig) -> Finding:
     """Pairs whose sample is not in the samples table."""
-    known = _matched(features)
-    of = len(features)
+    unknown, of = ~_known(features), len(features)
+    named = "sample_id" in features.columns
     return finding_of_rows(
         "unknown_sample",
-        ~known,
+        unknown,
         of,
-        share_severity(int((~known).sum()), of, medium=0.01),
-        f"{noun(int((~known).sum()), 'pair')} of no row of the samples table",
-        "give the samples table that the pairs were made of",
+        share_severity(int(unknown.sum()), of, high=0.5, medium=0.01),
+        f"{noun(int(unknown.sum()), 'pair')} of no row of the samples table: their answer and split cannot be checked",
+        "the samples table is another one, or was ingested anew after the pairs were made: give the one that they were made of "
+        "(--samples), or make them again (`mmedpo curate`, `mmedpo score`)"
+        if named
+        else "give the samples table of these images and questions (--samples); a question that it has twice with different answers "
+        "is found for neither",
     )
 
 
@@ -191,8 +211,8 @@ def chosen_against_truth(features: Features, _: AuditConfig) -> Finding:
 
 def pairs_of_test_samples(features: Features, _: AuditConfig) -> Finding:
     """Pairs made of samples that evaluation uses."""
-    known = _matched(features)
-    of = int(known.sum())
+    _held_out(features, "test")
+    of = int(_matched(features).sum())
     return finding_of_rows(
         "pairs_of_test_samples",
         features.of_test,
@@ -205,16 +225,32 @@ def pairs_of_test_samples(features: Features, _: AuditConfig) -> Finding:
 
 
 def images_shared_with_test(features: Features, _: AuditConfig) -> Finding:
-    """Pairs whose image is also one of the test split."""
-    known = _matched(features)
-    of = int(known.sum())
+    """Pairs with an image that is also one of the test split, whatever sample they name."""
+    _known(features)
+    _held_out(features, "test")
     return finding_of_rows(
         "images_shared_with_test",
         features.image_in_test,
-        of,
+        len(features),
         "high" if features.image_in_test.any() else None,
         f"{noun(int(features.image_in_test.sum()), 'pair')} with an image (same content, id or file) that split test has too",
-        "remove them (--fix), or split by image",
+        _HOLD_OUT,
+        fixed=True,
+    )
+
+
+def images_shared_with_validation(features: Features, _: AuditConfig) -> Finding:
+    """Pairs with an image that is also one of split validate, and not of split test."""
+    _known(features)
+    _held_out(features, "validate")
+    return finding_of_rows(
+        "images_shared_with_validation",
+        features.image_in_validation,
+        len(features),
+        "medium" if features.image_in_validation.any() else None,
+        f"{noun(int(features.image_in_validation.sum()), 'pair')} with an image (same content, id or file) that split validate has "
+        "too",
+        _HOLD_OUT,
         fixed=True,
     )
 
@@ -229,4 +265,5 @@ ROW_CHECKS: dict[str, Check] = {
     "chosen_against_truth": chosen_against_truth,
     "pairs_of_test_samples": pairs_of_test_samples,
     "images_shared_with_test": images_shared_with_test,
+    "images_shared_with_validation": images_shared_with_validation,
 }

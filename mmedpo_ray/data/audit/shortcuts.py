@@ -55,8 +55,8 @@ def length_shortcut(features: Features, settings: AuditConfig) -> Finding:
         count=len(order),
         of=best.pairs,
         rows=order,
-        remedy="match lengths: rewrite the rejected side as a minimal edit (curate.text.method rewrite or rule_edit), or lower "
-        "curate.text.max_length_ratio",
+        remedy="match lengths: rewrite the rejected side as a minimal edit (curate.text.method=rewrite or "
+        "curate.text.method=rule_edit), or lower curate.text.max_length_ratio",
         details={name: _separation_dict(item) for name, item in measured.items()}
         | {
             "median_words_chosen": float(np.median(features.words_chosen[text])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import time
 from typing import Any
 
 from rich import box
@@ -18,12 +19,15 @@ from mmedpo_ray.data.audit.extract import extract
 from mmedpo_ray.data.audit.finding import SEVERITIES, noun
 from mmedpo_ray.data.audit.fix import CHANGES, Fixed, check_folder, write_fixed
 from mmedpo_ray.data.audit.samples import open_samples
-from mmedpo_ray.data.audit.table import is_json, open_pairs
+from mmedpo_ray.data.audit.table import open_pairs
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.run_folder import RunFolder
 
 # From so many rows on the command starts a cluster of its own, which takes seconds.
 _CLUSTER_ROWS = 2_000_000
+_SCORED = posixpath.basename(RunFolder("").scored)
+# Table of a run → the station that reads it.
+_NEXT = {"pairs": "score", _SCORED: "align"}
 _COLOURS = {"high": "bold red", "medium": "yellow", "low": "cyan", "info": "dim"}
 
 
@@ -64,7 +68,8 @@ def audit_command(
         config: all settings.
         table: folder of Parquet files, a Parquet file, or a released MMedPO JSON; the run's scored/ where None.
         samples: samples table; where None, a folder ``samples`` beside the table is used if there is one.
-        out: file of the findings; where None, ``audit.json`` beside a folder, ``<file>.audit.json`` beside a file.
+        out: file of the findings; where None, ``audit.json`` beside a folder ``scored``, ``<name>.audit.json`` beside any other
+            table.
         fix: folder of a cleaned table, or None.
 
     Returns:
@@ -73,6 +78,7 @@ def audit_command(
     Raises:
         UserError: a table cannot be read or a result cannot be written.
     """
+    started = time.monotonic()
     path = (table or RunFolder(config.run.folder).scored).rstrip("/")
     pairs = open_pairs(path)
     if fix is not None:
@@ -89,7 +95,7 @@ def audit_command(
     _write(place, result)
     show(result, place, fix_offered=fix is None)
     if fix is not None:
-        _show_fixed(write_fixed(pairs, features, known, fix))
+        _show_fixed(write_fixed(pairs, features, known, fix, started=started), path)
     return int(reached(result, config.audit.fail_on))
 
 
@@ -100,9 +106,9 @@ def reached(result: dict[str, Any], fail_on: str) -> bool:
 
 
 def _beside(path: str) -> str:
+    """Each table has a file of its own: a run's ``audit.json`` is that of its scored pairs, which the report reads."""
     folder, name = posixpath.split(storage.absolute(path))
-    is_file = is_json(name) or name.endswith(".parquet")
-    return storage.join(folder, f"{name}.audit.json" if is_file else "audit.json")
+    return storage.join(folder, "audit.json" if name == _SCORED else f"{name}.audit.json")
 
 
 def _read(uri: str) -> dict[str, Any] | None:
@@ -174,11 +180,12 @@ def _next_step(result: dict[str, Any], fix_offered: bool) -> str:
         return "none needed"
     fixable = sum(item["fixable"] for item in result["findings"])
     if fixable and fix_offered:
-        return f"[bold]mmedpo audit {escape(result['table'])} --fix DIR[/bold] mends {fixable} of them"
+        given = f" --samples {escape(result['samples'])}" if result["samples"] else ""
+        return f"[bold]mmedpo audit {escape(result['table'])}{given} --fix DIR[/bold] mends {fixable} of them"
     return "the remedies above"
 
 
-def _show_fixed(fixed: Fixed) -> None:
+def _show_fixed(fixed: Fixed, source: str) -> None:
     reasons = ", ".join(f"{name} {count:,}" for name, count in fixed.removed.items())
     total = sum(fixed.removed.values())
     console.print(
@@ -187,3 +194,17 @@ def _show_fixed(fixed: Fixed) -> None:
         + f"; {noun(fixed.trimmed, 'pair')} trimmed. Every change: {escape(storage.join(fixed.folder, CHANGES))}",
         soft_wrap=True,
     )
+    if step := _step_after(fixed.folder, source):
+        console.print(f"next step: {escape(step)}", soft_wrap=True)
+
+
+def _step_after(fixed: str, source: str) -> str | None:
+    """What goes on with a fixed table of a run, under this run's settings; None where the table is of no run."""
+    run, name = posixpath.split(storage.absolute(source))
+    settings = RunFolder(run).config
+    if name not in _NEXT or not storage.exists(settings):
+        return None
+    folder, given = posixpath.split(storage.absolute(fixed).rstrip("/"))
+    if given != name:
+        return f"for a table to go on with, write it into a folder of its own as that of a new run: --fix NEW/{name}"
+    return f"mmedpo {_NEXT[name]} --config {settings} run.folder={folder}"

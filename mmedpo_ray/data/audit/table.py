@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from mmedpo_ray import storage
+from mmedpo_ray.data.audit.place import Wanted, why_no_table, why_other_columns
 from mmedpo_ray.data.json_rows import layout_of, read_json_list
 from mmedpo_ray.data.reader import storable
 from mmedpo_ray.errors import UserError
@@ -30,12 +31,14 @@ _TEXT_COLUMNS = (
     *_REQUIRED,
     "pair_id",
     "sample_id",
+    "image_id",
     "image_uri",
     "rejected_image_uri",
     "kind",
     "dataset",
     "task",
     "answer_type",
+    "tool",
     "heat_map_uri",
     "noise",
 )
@@ -160,21 +163,10 @@ def open_pairs(path: str) -> PairTable:
     Raises:
         UserError: nothing is there, it is none of these, or a required column is missing.
     """
-    if is_json(path):
+    if is_json(path) and parquet_files(path) == [path]:
         return _open_json(path)
-    try:
-        source = open_parquet(path)
-        num_rows = source.count_rows()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"cannot read {path} as Parquet: {type(error).__name__}. Write the table again."
-        ) from error
-    names = set(source.schema.names)
-    missing = [name for name in _REQUIRED if name not in names]
-    if missing:
-        raise UserError(
-            f"{path} has no column {missing[0]!r}, so it is no table of preference pairs (it has {', '.join(source.schema.names)})."
-        )
+    source = open_parquet(path, "pairs", _REQUIRED)
+    names, num_rows = set(source.schema.names), source.count_rows()
     used = frozenset(names & {*_TEXT_COLUMNS, *_NUMBER_COLUMNS})
     return PairTable(path, num_rows, used, parquet_fingerprint(path), (), source)
 
@@ -184,22 +176,33 @@ def is_json(path: str) -> bool:
     return path.lower().endswith(".json") or layout_of(path, "list") == "lines"
 
 
-def open_parquet(path: str) -> pads.Dataset:
+def open_parquet(path: str, wanted: Wanted, required: Sequence[str]) -> pads.Dataset:
     """Opens a Parquet file or the Parquet files directly in a folder.
 
+    Args:
+        path: the file or folder.
+        wanted: what it should be, for the message where it is something else.
+        required: columns that it must have.
+
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, it cannot be read, or it lacks a column.
     """
-    if not path.endswith(".parquet"):
-        return storage.dataset(path)
-    if not storage.exists(path):
-        raise UserError(
-            f"no file {path}. Give a folder of Parquet files, a Parquet file or a released MMedPO JSON (.json, .jsonl)."
+    files, (filesystem, _) = parquet_files(path), storage.resolve(path)
+    if not files or not files[0].endswith(".parquet"):
+        raise UserError(why_no_table(path, wanted))
+    try:
+        source = pads.dataset(
+            [storage.resolve(name)[1] for name in files], filesystem=filesystem, format="parquet"
         )
-    filesystem, inside = storage.resolve(path)
-    if filesystem.get_file_info(inside).is_file:
-        return pads.dataset([inside], filesystem=filesystem, format="parquet")
-    return storage.dataset(path)
+        source.count_rows()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"cannot read {path} as Parquet: {type(error).__name__}. Write the table again."
+        ) from error
+    for name in required:
+        if name not in source.schema.names:
+            raise UserError(why_other_columns(path, source.schema.names, name, wanted))
+    return source
 
 
 def parquet_fingerprint(path: str) -> str:
@@ -233,7 +236,12 @@ def _readable(batches: Iterator[pa.RecordBatch], path: str) -> Iterator[pa.Recor
 
 
 def _open_json(path: str) -> PairTable:
-    rows = read_json_list(storage.absolute(path))
+    try:
+        rows = read_json_list(storage.absolute(path))
+    except UserError as error:
+        # What reads annotation files speaks of the settings that name them.
+        said = str(error).partition(" Check data.format")[0]
+        raise UserError(f"{said} The audit reads the released layout, or Parquet.") from error
     pairs, kept, malformed = [], [], []
     for position, row in enumerate(rows):
         pair = _json_pair(row, position)

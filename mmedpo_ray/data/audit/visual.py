@@ -16,7 +16,7 @@ from PIL import Image
 from mmedpo_ray import images
 from mmedpo_ray.curate.tools.dataset_mask import marked_pixels
 from mmedpo_ray.curate.tools.labelled_boxes import asked_region
-from mmedpo_ray.data.audit.features import Features
+from mmedpo_ray.data.audit.features import AREA_SHARE, EVEN_MAP, GIVEN_MASK, RELEASED_SCRIPT, Features
 from mmedpo_ray.data.audit.finding import (
     Check,
     Finding,
@@ -36,6 +36,23 @@ _LEVELS = 4
 # Noise that changes less of the lesion than this leaves it as it is. Clipping at black hides about half of the noise
 # on a dark lesion, so that a half-changed lesion is no fault.
 _LEAST_COVER = 0.1
+# By what decides how much of the image the noise covers, as recorded with the pair.
+_LESS_NOISE = {
+    AREA_SHARE: "a smaller curate.visual.noise.area_share",
+    GIVEN_MASK: "the data set's masks are noised whole (curate.visual.noise.area_share is for other tools): look at them with "
+    "`mmedpo curate --preview 8`, mend those that mark more than the lesion, or take another curate.visual.tool; where lesions are as "
+    "large as that, raise audit.max_noise_share",
+    EVEN_MAP: "the tool marks one even region, which is noised whole whatever curate.visual.noise.area_share is: take another "
+    "curate.visual.tool; where lesions are as large as that, raise audit.max_noise_share",
+    RELEASED_SCRIPT: "curate.visual.noise.mode=diffusion: mode released noises most of any image",
+}
+_ON_THE_LESION = {
+    AREA_SHARE: "a larger curate.visual.noise.area_share, or another curate.visual.tool",
+    GIVEN_MASK: "the noise lies on the mask and changes little: more of it (curate.visual.noise.steps; of mode additive "
+    "curate.visual.noise.std, of blur curate.visual.noise.blur_sigma)",
+    EVEN_MAP: "another curate.visual.tool",
+    RELEASED_SCRIPT: "another curate.visual.tool",
+}
 # What a heat map marks: at least half of its highest value.
 _HOT = 0.5
 
@@ -58,7 +75,7 @@ def same_image(features: Features, _: AuditConfig) -> Finding:
         of,
         share_severity(int(mask.sum()), of, high=0.01, least="medium"),
         f"{noun(int(mask.sum()), 'visual pair')} with the original as the rejected image: nothing to prefer",
-        "remove them (--fix), or curate again",
+        "remove them (--fix)",
         fixed=True,
     )
 
@@ -78,8 +95,15 @@ def noise_area(features: Features, settings: AuditConfig) -> Finding:
         share_severity(int(mask.sum()), of, high=0.5, medium=0.1),
         f"the noise of {noun(int(mask.sum()), 'visual pair')} covers more than {percent(settings.max_noise_share)} of the image (median {percent(median)}): "
         "any model sees it without reading the lesion",
-        "a smaller curate.visual.noise.area_share, mask: hard, and mode: diffusion instead of released",
+        _remedies(_LESS_NOISE, features, mask),
         details={"median_share": round(median, 6)},
+    )
+
+
+def _remedies(remedies: dict[int, str], features: Features, mask: np.ndarray) -> str:
+    """What to do about the pairs of a mask, (N,) bool, given what bounded their noise."""
+    return "; ".join(
+        dict.fromkeys(remedies[bound] for bound in np.unique(features.noise_bound[mask]).tolist())
     )
 
 
@@ -239,7 +263,7 @@ def _unreadable(drawn: np.ndarray, measured: list[Measured]) -> Finding:
         count=int(bad.sum()),
         of=len(drawn),
         rows=drawn[bad],
-        remedy="put the images back where the table names them, or curate again",
+        remedy="put the images back where the table names them, or make the pairs again in a new run.folder",
         details={"reasons": {reason: sum(item.problem == reason for item in measured) for reason in reasons}},
     )
 
@@ -259,7 +283,8 @@ def _unchanged(drawn: np.ndarray, measured: list[Measured]) -> Finding:
         count=int(identical.sum()),
         of=int(readable.sum()),
         rows=drawn[identical],
-        remedy="more noise (curate.visual.noise.steps, area_share), or leave out pairs whose tool found nothing (min_confidence)",
+        remedy="more noise (curate.visual.noise.steps; of mode additive curate.visual.noise.std, of blur curate.visual.noise.blur_sigma), or leave out pairs whose tool was not sure "
+        "(curate.visual.min_confidence)",
         details={"median_changed_share": round(median, 6)},
     )
 
@@ -309,7 +334,7 @@ def _beside_lesion(features: Features, drawn: np.ndarray, measured: list[Measure
         count=int(missed.sum()),
         of=int(checked.sum()),
         rows=np.flatnonzero(missed),
-        remedy="another visual tool (curate.visual.tool), or a larger curate.visual.noise.area_share",
+        remedy=_remedies(_ON_THE_LESION, features, missed),
         details={"recorded": shares[0][1], **medians, "regions": sources},
     )
 

@@ -36,7 +36,7 @@ def invalid_weight(features: Features, _: AuditConfig) -> Finding:
         len(features),
         "high" if mask.any() else None,
         f"{noun(int(mask.sum()), 'weight')} missing, negative or no finite number",
-        "remove these rows (--fix), or score again",
+        "remove these rows (--fix), or give the pairs weights (`mmedpo score`)",
         fixed=True,
     )
 
@@ -108,7 +108,7 @@ def effective_sample_size(features: Features, _: AuditConfig) -> Finding:
         count=len(usable),
         of=len(features),
         rows=np.argsort(-np.nan_to_num(weight), kind="stable")[:100],
-        remedy="clip the weights (score.weights.clip) or use mode match_moments",
+        remedy="clip the weights (score.weights.clip) or use score.weights.mode=match_moments",
     )
 
 
@@ -153,7 +153,7 @@ def weights_by_question(features: Features, _: AuditConfig) -> Finding:
         count=found.rows,
         of=found.rows,
         rows=np.zeros(0, np.int64),
-        remedy="relevance may differ by question; where it should not, judge again with the answer in view, or set score.weights.mode=none",
+        remedy="relevance may differ by question; where it should not, take other judges (score.agents), or set score.weights.mode=none",
         details={
             "factor": best,
             # A first word could name a person; the forms are ours.
