@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 from uuid import uuid4
@@ -337,14 +337,20 @@ def _trimmed_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _write_manifest(fixed: Fixed, pairs: PairTable, samples: Samples | None) -> None:
     """The manifest of a table, so that stations can read it; its key is new, because its rows are."""
-    from mmedpo_ray.stage import MANIFEST, Manifest, digest
+    from mmedpo_ray.stage import MANIFEST, Manifest, digest, read_manifest
 
+    inputs: dict[str, str] = {}
+    # A file, or a folder whose manifest is not ours.
+    with suppress(OSError, ValueError):
+        source = read_manifest(pairs.path)
+        inputs = source.inputs if source is not None else {}
     manifest = Manifest(
         station=STATION,
         key=digest(STATION, list(RULES), pairs.fingerprint, samples.fingerprint if samples else None),
         rows_in=fixed.rows_in,
         rows_out=fixed.rows_out,
         dropped=fixed.removed,
+        inputs=inputs,
         extra={"source": storage.absolute(pairs.path), "trimmed": fixed.trimmed},
     )
     storage.write_bytes(storage.join(fixed.folder, MANIFEST), manifest.model_dump_json(indent=2).encode())

@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mmedpo_ray import cluster, storage
+from mmedpo_ray import cluster, lineage, storage
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.data.audit.examine import audit_key, examine
@@ -71,9 +71,12 @@ def audit_command(
         1 where a finding of the table reaches ``audit.fail_on`` (whether or not ``fix`` mends it), else 0.
 
     Raises:
-        UserError: a table cannot be read or a result cannot be written.
+        UserError: a table cannot be read, the run's own is stale, or a result cannot be written.
     """
-    path = (table or RunFolder(config.run.folder).scored).rstrip("/")
+    run = RunFolder(config.run.folder)
+    if table is None:
+        lineage.refuse_stale("audit", run.root, run.scored)
+    path = (table or run.scored).rstrip("/")
     pairs = open_pairs(path)
     if fix is not None:
         check_folder(fix, pairs)
