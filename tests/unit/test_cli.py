@@ -102,8 +102,8 @@ def test_the_value_of_an_option_is_taken_as_it_is(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_text_in_a_setting_is_taken_as_it_is(path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [f"data.root={path}", f"run.folder={path}", f"data.columns.image={path}"]
-    config = cli.settings_of(cli._parse(["ingest", "data.format=slake", *given]))
+    given = ["data.format=slake", f"data.root={path}", f"run.folder={path}", f"data.columns.image={path}"]
+    config = cli.settings_of(cli._parse(["ingest", *given]))
     assert (config.data.root, config.run.folder, config.data.columns.image) == (path, path, path)
     assert cli.main(["config", "show", *given]) == 0
     assert Config.model_validate(yaml.safe_load(capsys.readouterr().out)).data.root == path
