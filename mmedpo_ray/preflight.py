@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from mmedpo_ray.config import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import EMBEDDED_NAME, resolve_model
+
+log = logging.getLogger(__name__)
 
 _RUNS_MODEL = ("run", "curate", "align", "export", "evaluate", "serve")
 
@@ -27,10 +30,9 @@ def announce(verb: str, config: Config) -> None:
         soft_wrap=True,
     )
     if is_embedded and data.format != "phantom" and verb in _RUNS_MODEL:
-        console.print(
-            "[yellow]warning: model.path is 'phantom', the embedded tiny LLaVA, which knows nothing but its synthetic world: on "
-            "these data its answers and scores mean nothing. Set model.path to your model.[/yellow]",
-            soft_wrap=True,
+        log.warning(
+            "model.path is 'phantom': the embedded tiny LLaVA knows nothing but its synthetic world, so on these data its "
+            "answers and scores mean nothing. Set model.path to your model."
         )
 
 
