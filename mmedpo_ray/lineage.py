@@ -119,6 +119,12 @@ def refuse_stale(station: str, root: str, folder: str) -> None:
         )
 
 
+def identities(root: str, folders: Sequence[str]) -> dict[str, str]:
+    """Name in the run → identity, of those of these tables that are finished."""
+    found = {name_of(root, folder): read_manifest(folder) for folder in folders}
+    return {name: manifest.identity for name, manifest in found.items() if manifest is not None}
+
+
 def name_of(root: str, folder: str) -> str:
     """The name of a folder in the run; its whole address where it lies elsewhere."""
     whole, inner = storage.absolute(root).rstrip("/"), storage.absolute(folder)

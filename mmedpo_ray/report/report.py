@@ -51,6 +51,8 @@ def report(config: Config) -> Manifest:
     stale = {name: lineage.find_stale(run.root, run.stations[name]) for name in manifests}
     summary = {} if stale.get("evaluate") else _read_json(storage.join(run.evaluate, "summary.json")) or {}
     audit = _read_json(run.audit)
+    audited = (audit or {}).get("inputs", {})
+    audit_is_stale = bool(audited) and audited != lineage.identities(run.root, [run.samples, run.scored])
     station = Station(
         "report",
         storage.join(run.root, ".report"),
@@ -60,14 +62,15 @@ def report(config: Config) -> Manifest:
             {name: [item.key, item.finished_at] for name, item in manifests.items()},
             {name: str(reason) for name, reason in stale.items()},
             digest(summary),
-            digest(audit),
+            digest(None if audit_is_stale else audit),
             digest(dump(config)),
             digest(_load(_TEMPLATE), _load(_STYLE)),
         ],
     )
     if (manifest := station.finished()) and storage.exists(run.report):
         return manifest
-    page = render(_gather(config, run, manifests, summary) | {"audit": audit, "stale": stale})
+    content = _gather(config, run, manifests, summary) | {"stale": stale, "audit_is_stale": audit_is_stale}
+    page = render(content | {"audit": None if audit_is_stale else audit})
     storage.write_bytes(run.report, page.encode("utf-8"))
     return station.finish(extra={"bytes": len(page.encode("utf-8"))})
 

@@ -180,6 +180,25 @@ def test_the_plan_is_printed_before_a_model_is_loaded(
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"beta": 0.25, "loss": "ipo"}, ("dpo: loss ipo, beta 0.25", "LoRA of rank")),
+        ({"nll_coefficient": 0.75, "learning_rate": 3e-5}, ("nll_coefficient 0.75", "3e-05")),
+        ({"objective": "sft"}, ("sft: the likelihood of the chosen answers",)),
+        ({"train": "full"}, ("all weights of the language model",)),
+    ],
+)
+def test_a_dry_run_names_model_and_objective(
+    config: Config, settings: dict, said: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.align = config.align.model_copy(update=settings)
+    dry_run(config)
+    shown = "".join(capsys.readouterr().err.replace("│", " ").split())
+    for words in (*said, config.model.path):
+        assert "".join(words.split()) in shown
+
+
 def test_of_a_large_table_some_images_are_looked_at(
     config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_ray import storage, tables
+from mmedpo_ray import lineage, storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.judge import weights
@@ -339,3 +339,16 @@ def test_settings_are_those_that_the_tables_were_made_with(tmp_path: Path) -> No
     text, _ = page_of(config_of(tmp_path, "align.beta=0.875", "report.gallery=3", "model.path=/typo"))
     assert "beta: 0.625" in text and "0.875" not in text and "max_rounds: 3" in text
     assert "seed 7" in text and "gallery: 3" in text and "/typo" not in text
+
+
+def test_findings_about_earlier_pairs_are_not_shown(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    build_chain(config)
+    run = RunFolder(config.run.folder)
+    audit = {"rows": 4321, "findings": [], "passed": [], "not_checked": []}
+    audit["inputs"] = lineage.identities(run.root, [run.samples, run.scored])
+    storage.write_bytes(run.audit, json.dumps(audit).encode())
+    assert "4,321 scored pairs" in words(page_of(config)[1].text)
+    Station("s", run.scored, config, settings=[1], inputs=[run.pairs]).finish()
+    shown = words(page_of(config)[1].text)
+    assert "4,321" not in shown and "have not been audited since they were made anew" in shown

@@ -45,6 +45,7 @@ def audit(config: Config) -> dict[str, Any]:
     result = _read(run.audit)
     if result is None or result.get("key") != audit_key(config, pairs, samples):
         result = examine(config, pairs, extract(pairs, samples, num_cpus=config.ray.data_cpus), samples)
+        result["inputs"] = lineage.identities(run.root, [run.samples, run.scored])
         _write(run.audit, result)
     show(result, run.audit)
     if reached(result, config.audit.fail_on):
@@ -88,6 +89,8 @@ def audit_command(
         cluster.start(config.ray)
     features = extract(pairs, known, num_cpus=config.ray.data_cpus)
     result = examine(config, pairs, features, known)
+    if table is None:
+        result["inputs"] = lineage.identities(run.root, [run.samples, run.scored])
     place = out or _beside(path)
     _write(place, result)
     show(result, place, fix_offered=fix is None)
