@@ -88,8 +88,8 @@ def table_pages() -> str:
     lines = [
         HEADER + "# Tables\n",
         "The Parquet tables between the stations, from `mmedpo_ray/tables.py`. Every table folder also has `manifest.json`",
-        "(input key, versions, rows in and out, dropped by reason, seconds) and, where rows were left out, `dropped/` with",
-        "the same columns plus `drop_reason` and `drop_detail`. Rows in = rows out + dropped, always.\n",
+        "(key, the tables it was made of, settings, versions, rows in and out, dropped by reason, seconds) and, where rows were",
+        "left out, `dropped/` with the same columns plus `drop_reason` and `drop_detail`. Rows in = rows out + dropped, always.\n",
     ]
     for name, schema in (
         ("samples", tables.SAMPLES),

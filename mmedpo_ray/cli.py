@@ -13,6 +13,7 @@ from rich.text import Text
 from mmedpo_ray import __version__, console
 from mmedpo_ray.config import Config, dump, load, resolve_run_folder
 from mmedpo_ray.errors import user_message
+from mmedpo_ray.preflight import announce
 
 _EPILOG = """\
 start here
@@ -270,7 +271,9 @@ def _execute(arguments: argparse.Namespace) -> int:
             sys.stdout.write(dump(config))
         else:
             console.console.print("the settings are valid")
-    elif arguments.verb == "serve":
+        return 0
+    announce(arguments.verb, resolve_run_folder(config))
+    if arguments.verb == "serve":
         from mmedpo_ray.serving import serve
 
         serve(resolve_run_folder(config))

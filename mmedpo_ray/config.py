@@ -133,6 +133,16 @@ class Config(Section):
     def _combinations(self) -> Config:
         if self.data.format != "phantom" and self.data.root is None:
             raise ValueError(f"data.root is required with data.format={self.data.format}")
+        if self.data.format == "phantom" and self.data.root is not None:
+            formats = [
+                name
+                for name in typing.get_args(DataConfig.model_fields["format"].annotation)
+                if name != "phantom"
+            ]
+            raise ValueError(
+                f"data.root={self.data.root} would be ignored with data.format=phantom, which makes its own images: set "
+                f"data.format (--format) to that of your data ({', '.join(formats)}), or data.root=null for phantoms"
+            )
         if self.data.format in ("mmedpo_json", "llava_json") and self.data.train_file is None:
             raise ValueError(f"data.train_file is required with data.format={self.data.format}")
         visual = self.curate.visual
@@ -235,13 +245,34 @@ def resolve_run_folder(config: Config) -> Config:
     return resolved
 
 
+class _OncePerKey(yaml.SafeLoader):
+    """YAML as the standard has it: a key that occurs twice is an error. PyYAML itself drops the first in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, getattr(key, "value", None)
+            if isinstance(name, str) and name in lines:
+                raise yaml.YAMLError(
+                    f"the key {name!r} occurs twice in one section, in line {lines[name]} and in line {line}. The first would "
+                    "be ignored: make one of the two."
+                )
+            lines[name if isinstance(name, str) else id(key)] = line
+        return node
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _OncePerKey)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"no configuration file {path}. Give an existing YAML with --config; configs/ has examples."
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         # ValueError: a date that there is not, or bytes that are no UTF-8.
         raise UserError(f"{path} is not valid YAML: {error}") from error
@@ -272,7 +303,7 @@ def _value(key: str, text: str) -> Any:
         is_null = not text or (text == "null" and type(None) in declared)
         return None if is_null else text
     try:
-        value = yaml.safe_load(text) if text else None
+        value = _load_yaml(text) if text else None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"cannot read the value of {f'{key}={text}'!r}: {error}") from error
     if isinstance(value, str):

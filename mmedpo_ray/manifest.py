@@ -34,6 +34,18 @@ class Manifest(BaseModel):
     revision: str = Field(
         "", description="set when rows tried again changed the table; stations after it then run again"
     )
+    inputs: dict[str, str] = Field(
+        default_factory=dict,
+        description="tables that this one was made of, those that they were made of first: folder in the run → identity",
+    )
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="all settings of the command that made this"
+    )
+
+    @property
+    def identity(self) -> str:
+        """Equal for tables made with the same settings of the same inputs, rows tried again included."""
+        return f"{self.key}+{self.revision}" if self.revision else self.key
 
     def to_retry(self) -> dict[str, int]:
         """Dropped rows that the next run tries again, by reason."""

@@ -14,10 +14,11 @@ from typing import Any
 
 from rich.markup import escape
 
-from mmedpo_ray import cluster, storage
+from mmedpo_ray import cluster, preflight, storage
 from mmedpo_ray.config import Config, dump, resolve_run_folder
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.recorded import changes_since, read_manifests
 from mmedpo_ray.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ STEPS: dict[str, Step] = {
 
 def run_step(name: str, config: Config) -> None:
     """Runs one station of the road on a cluster joined or started for it."""
-    with _prepared(config) as resolved:
+    with _prepared(name, config) as resolved:
         STEPS[name](resolved)
 
 
@@ -103,8 +104,7 @@ def run_all(config: Config) -> None:
     At the end the summary table, the path of the report and the next step are printed.
     """
     started = time.monotonic()
-    with _prepared(config) as resolved:
-        console.print(f"[bold]mmedpo[/bold] run folder {escape(resolved.run.folder)}", soft_wrap=True)
+    with _prepared("run", config) as resolved:
         for number, (name, step) in enumerate(STEPS.items(), start=1):
             console.print(f"[bold cyan]\\[{number}/{len(STEPS)}][/bold cyan] {name}")
             step(resolved)
@@ -112,14 +112,32 @@ def run_all(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _prepared(config: Config) -> Iterator[Config]:
-    """Resolves and locks the run folder, saves the settings there and connects to Ray."""
+def _prepared(verb: str, config: Config) -> Iterator[Config]:
+    """Checks what can be checked at once, locks the run folder, connects to Ray, and saves the settings of what succeeds.
+
+    The settings are in the folder from the first command on, so that its name is enough to go on; once something has finished
+    there they are replaced by those of commands that succeed alone.
+    """
     config = resolve_run_folder(config)
+    preflight.check(verb, config)
     folder = storage.local_folder(config.run.folder, "run.folder")
+    run = RunFolder(config.run.folder)
     with _exclusive(folder):
-        storage.write_bytes(RunFolder(config.run.folder).config, dump(config).encode())
+        manifests = read_manifests(run)
+        if not manifests:
+            _save(config, run)
+        elif changed := changes_since(config, manifests):
+            console.print(
+                f"[yellow]settings differ from those that finished tables here were made with: {escape(changed)}[/yellow]",
+                soft_wrap=True,
+            )
         cluster.start(config.ray)
         yield config
+        _save(config, run)
+
+
+def _save(config: Config, run: RunFolder) -> None:
+    storage.write_bytes(run.config, dump(config).encode())
 
 
 @contextlib.contextmanager

@@ -92,6 +92,27 @@ class RunFolder:
     def report(self) -> str:
         return join(self.root, "report.html")
 
+    @property
+    def stations(self) -> dict[str, str]:
+        """Station → folder of its manifest, in the order of the road. Asking creates no folder."""
+        control = join(self.root, "control")
+        return {
+            "ingest": self.samples,
+            "ingest, released pairs": self.released,
+            "curate, sampled answers": self.candidates,
+            "curate, chosen answers": self.choices,
+            "curate, rewrites": self.rewrites,
+            "curate, visual pairs": self.visual,
+            "curate": self.pairs,
+            "score": self.scored,
+            "prepare": self.prepared,
+            "align": join(self.root, "align"),
+            "align, control": join(control, "align"),
+            "export": join(self.root, "model"),
+            "export, control": join(control, "model"),
+            "evaluate": self.evaluate,
+        }
+
     def _of(self, role: Role) -> str:
         return self.root if role == "aligned" else join(self.root, "control")
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import ray
 from pydantic import BaseModel
 
-from mmedpo_ray import parts, publication, storage, tables
+from mmedpo_ray import lineage, parts, publication, storage, tables
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import DroppedShareError, UserError
@@ -91,10 +91,11 @@ class Station:
         folder: folder it writes (its table, ``dropped/`` and ``manifest.json``).
         config: all settings.
         settings: the settings its result depends on; changing any of them makes it run again.
-        inputs: folders of the stations it reads; they must be finished, and their keys enter this one's.
+        inputs: folders of the stations it reads; they must be finished and belong to what they were made of
+            (:mod:`mmedpo_ray.lineage`), and their identities enter this one's key.
 
     Raises:
-        UserError: an input is missing.
+        UserError: an input is missing, or is stale.
     """
 
     def __init__(
@@ -110,15 +111,8 @@ class Station:
         self.folder = str(folder)
         self.config = config
         self.run = RunFolder(config.run.folder)
-        keys = []
-        for path in inputs:
-            manifest = read_manifest(str(path))
-            if manifest is None:
-                raise UserError(
-                    f"{name} needs {path}, which is missing or unfinished. Run the station that writes it first "
-                    "(`mmedpo run` runs all in order)."
-                )
-            keys.append(f"{manifest.key}+{manifest.revision}" if manifest.revision else manifest.key)
+        self.inputs = lineage.check(name, config.run.folder, [str(path) for path in inputs])
+        keys = [self.inputs[lineage.name_of(config.run.folder, str(path))] for path in inputs]
         values = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in settings]
         self.key = digest(name, values, keys)
         self._started = time.monotonic()
@@ -377,6 +371,8 @@ class Station:
         return Manifest(
             station=self.name,
             key=self.key,
+            inputs=self.inputs,
+            settings=self.config.model_dump(mode="json"),
             seconds=round(time.monotonic() - self._started, 2),
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),

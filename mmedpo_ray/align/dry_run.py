@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mmedpo_ray.align.expected import Expectation, expect, rank_in_words, tokenise, warn_of_idle_ranks
@@ -14,8 +15,16 @@ from mmedpo_ray.align.prepare_station import finished_table
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import EMBEDDED_NAME, PromptWriter, load_processor
 from mmedpo_ray.run_folder import RunFolder
+
+_COEFFICIENTS = {
+    "nll_coefficient",
+    "visual_coefficient",
+    "reversed_visual_coefficient",
+    "anchor_coefficient",
+    "kl_coefficient",
+}
 
 
 def dry_run(config: Config) -> dict[str, Any]:
@@ -31,7 +40,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     source, dropped = _pairs(config)
     expected = expect(source, config.align, config)
     figures = {**expected.figures, "dropped": dropped}
-    console.print(_table(figures, expected, config.align))
+    console.print(_table(figures, expected, config))
     warn_of_idle_ranks(expected, config.align)
     return figures
 
@@ -49,9 +58,18 @@ def _pairs(config: Config) -> tuple[PairSource, int]:
     return source, dropped
 
 
-def _table(figures: dict[str, Any], expected: Expectation, align: AlignConfig) -> Table:
+def _table(figures: dict[str, Any], expected: Expectation, config: Config) -> Table:
+    align = config.align
     table = Table(title="what `mmedpo align` would do", show_header=False)
     rows = {
+        "model": escape(config.model.path)
+        if config.model.path != EMBEDDED_NAME
+        else "the embedded tiny LLaVA",
+        "objective": _objective(align),
+        "trained": f"LoRA of rank {align.lora.rank}"
+        if align.train == "lora"
+        else "all weights of the language model",
+        "learning rate": f"{align.learning_rate:g}, {align.scheduler}",
         "pairs": f"{figures['pairs']:,} ({figures['visual_pairs']:,} visual; {figures['dropped']:,} dropped)",
         "images (trees)": f"{figures['images']:,}",
         "optimizer steps": f"{figures['steps']:,} ({figures['epochs']:g} epochs)",
@@ -67,3 +85,14 @@ def _table(figures: dict[str, Any], expected: Expectation, align: AlignConfig) -
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _objective(align: AlignConfig) -> str:
+    """``dpo: loss sigmoid, beta 0.1, visual_coefficient 0.1``: the terms that have a weight."""
+    if align.objective == "sft":
+        return "sft: the likelihood of the chosen answers"
+    terms = [f"loss {align.loss}", f"beta {align.beta:g}"]
+    for name, value in align.model_dump(include=_COEFFICIENTS).items():
+        if value:
+            terms.append(f"{name} {value:g}")
+    return f"dpo: {', '.join(terms)}"

@@ -38,6 +38,15 @@ def changes(before: Parts | None, now: Parts | None) -> str:
     return ", ".join(found) or "the kind of table or of `scored`"
 
 
+def by_name(name: str, value: Any) -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` → ``{"name.a.b": 1}``."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {
+        full: leaf for key, part in value.items() for full, leaf in by_name(f"{name}.{key}", part).items()
+    }
+
+
 def check_prepared(folder: str, key: str | None, now: Parts | None) -> Manifest:
     """The manifest of a `prepared` table, which must be that of a key.
 

@@ -132,7 +132,7 @@ def made_with(config: Config) -> dict[str, Any]:
     scored = read_manifest(RunFolder(config.run.folder).scored)
     return {
         **preparation_settings(config),
-        SCORED: f"{scored.key}+{scored.revision}" if scored is not None else None,
+        SCORED: scored.identity if scored is not None else None,
     }
 
 

@@ -39,7 +39,7 @@ from mmedpo_ray.align.earlier import (
     write_identity,
 )
 from mmedpo_ray.align.expected import announce
-from mmedpo_ray.align.made_with import MADE_WITH, Parts, changes
+from mmedpo_ray.align.made_with import MADE_WITH, Parts, by_name, changes
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.policy import TrainingSpec, check_model
 from mmedpo_ray.align.prepare_station import (
@@ -154,17 +154,8 @@ def _training_spec(
 
 def _made_with(settings: AlignConfig, config: Config) -> dict[str, Any]:
     """All that the key is a hash of, by the names that a message gives it."""
-    chosen = _by_name("align", settings.model_dump(mode="json", exclude=_OPERATIONAL))
+    chosen = by_name("align", settings.model_dump(mode="json", exclude=_OPERATIONAL))
     return {**made_with(config), **chosen, "run.seed": config.run.seed}
-
-
-def _by_name(name: str, value: Any) -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` → ``{"name.a.b": 1}``."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {
-        full: leaf for key, part in value.items() for full, leaf in _by_name(f"{name}.{key}", part).items()
-    }
 
 
 def _take_up(folder: Path, key: str) -> None:

@@ -7,6 +7,7 @@ leaves the heat maps and the noised images as they are.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,13 @@ from mmedpo_ray.config import Config
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.curate.tools import TOOLS
 from mmedpo_ray.curate.visual import RETRY_REASONS, VisualPairs
+from mmedpo_ray.manifest import counts_in_words
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.slices import Skip, map_slices
-from mmedpo_ray.stage import MANIFEST, Station
+from mmedpo_ray.stage import MANIFEST, Manifest, Station
+
+log = logging.getLogger(__name__)
 
 _IMAGES_PER_TASK = 256
 # The key of the images in `noised`.
@@ -45,7 +49,8 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
     if config.curate.visual.tool == "none":
         return []
     station = Station("visual", run.visual, config, settings=_key_settings(config), inputs=[run.samples])
-    if station.finished() is not None:
+    if (manifest := station.finished()) is not None:
+        _warn_of_none(manifest, config)
         return [run.visual]
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
@@ -54,7 +59,7 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
         return _planned_pairs(config, train_samples(), done)
 
     # How many may be dropped is about all pairs, so `pairs` looks after it.
-    station.write_rows(
+    manifest = station.write_rows(
         build,
         schema=tables.PAIRS,
         id_column="pair_id",
@@ -64,7 +69,29 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
     )
     # What a killed task was writing.
     storage.remove_temporary(run.noised)
+    _warn_of_none(manifest, config)
     return [run.visual]
+
+
+def _warn_of_none(manifest: Manifest, config: Config) -> None:
+    """Says that a tool gave no pair at all: training on text pairs alone is another method."""
+    if manifest.rows_out or not manifest.rows_in:
+        return
+    tool = config.curate.visual.tool
+    others = ", ".join(name for name in TOOLS if name != "dataset_mask")
+    remedy = (
+        f"The data name no lesion masks: add them to the rows, or find lesions with curate.visual.tool={others}"
+        if set(manifest.dropped) == {"no_mask"}
+        else f"{storage.join(RunFolder(config.run.folder).visual, 'dropped')} has the reason of each"
+    )
+    log.warning(
+        "curate: none of the %s visual pairs of curate.visual.tool=%s could be made (%s), so training would see text pairs "
+        "alone. %s; curate.visual.tool=none if that is meant.",
+        f"{manifest.rows_in:,}",
+        tool,
+        counts_in_words(manifest.dropped),
+        remedy,
+    )
 
 
 def finished_visual_pairs(config: Config, done: DoneIds) -> ray.data.Dataset | None:

@@ -30,6 +30,7 @@ from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate import statistics
 from mmedpo_ray.evaluate.client import Endpoint, Question, Reply
 from mmedpo_ray.evaluate.metrics import METRICS, Answer, Metric
+from mmedpo_ray.models.loading import model_fingerprint
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.serving import engine_groups, run_models, start_endpoint
 from mmedpo_ray.stage import Manifest, Station, digest, read_manifest, read_table
@@ -86,6 +87,7 @@ def _station(config: Config, run: RunFolder) -> tuple[Station, list[str]]:
         settings["endpoint"] = config.evaluate.endpoint
     else:
         names = list(run_models(config))
+        settings["model_files"] = model_fingerprint(config.model.path)
         if config.evaluate.aligned_name not in names:
             raise UserError(
                 f"there is no aligned model in {run.model('aligned')} to evaluate. Run `mmedpo export` first, or set "

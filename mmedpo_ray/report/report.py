@@ -15,12 +15,13 @@ import jinja2
 import pyarrow as pa
 from markupsafe import Markup
 
-from mmedpo_ray import storage, tables
+from mmedpo_ray import lineage, storage, tables
 from mmedpo_ray.config import Config, dump
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.recorded import read_manifests, settings_of_tables
 from mmedpo_ray.report import gallery, plots, verdict
 from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Manifest, Station, digest, read_manifest
+from mmedpo_ray.stage import Manifest, Station, digest
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,9 @@ _STYLE = "report.css"
 
 
 def report(config: Config) -> Manifest:
-    """Writes ``report.html``; parts of the run that are missing are said to be missing.
+    """Writes ``report.html``; parts of the run that are missing are said to be missing, stale tables to be stale.
+
+    The settings shown are those that the tables were made with. Scores of another model than the present one are left out.
 
     Returns:
         The manifest (in ``.report/``); ``extra`` holds the size of the page in bytes.
@@ -38,15 +41,18 @@ def report(config: Config) -> Manifest:
         UserError: there is nothing to report on.
     """
     run = RunFolder(config.run.folder)
-    found = {name: read_manifest(folder) for name, folder in _stations(run).items()}
-    manifests = {name: manifest for name, manifest in found.items() if manifest is not None}
+    manifests = read_manifests(run)
     if not manifests:
         raise UserError(
             f"report: nothing has run in {run.root} yet. Give the folder of a run with run.folder=DIR, or start one with "
             "`mmedpo run`."
         )
-    summary = _read_json(storage.join(run.evaluate, "summary.json")) or {}
+    config = settings_of_tables(config, manifests)
+    stale = {name: lineage.find_stale(run.root, run.stations[name]) for name in manifests}
+    summary = {} if stale.get("evaluate") else _read_json(storage.join(run.evaluate, "summary.json")) or {}
     audit = _read_json(run.audit)
+    audited = (audit or {}).get("inputs", {})
+    audit_is_stale = bool(audited) and audited != lineage.identities(run.root, [run.samples, run.scored])
     station = Station(
         "report",
         storage.join(run.root, ".report"),
@@ -54,15 +60,17 @@ def report(config: Config) -> Manifest:
         settings=[
             config.report,
             {name: [item.key, item.finished_at] for name, item in manifests.items()},
+            {name: str(reason) for name, reason in stale.items()},
             digest(summary),
-            digest(audit),
+            digest(None if audit_is_stale else audit),
             digest(dump(config)),
             digest(_load(_TEMPLATE), _load(_STYLE)),
         ],
     )
     if (manifest := station.finished()) and storage.exists(run.report):
         return manifest
-    page = render(_gather(config, run, manifests, summary) | {"audit": audit})
+    content = _gather(config, run, manifests, summary) | {"stale": stale, "audit_is_stale": audit_is_stale}
+    page = render(content | {"audit": None if audit_is_stale else audit})
     storage.write_bytes(run.report, page.encode("utf-8"))
     return station.finish(extra={"bytes": len(page.encode("utf-8"))})
 
@@ -105,7 +113,7 @@ def _gather(
         "finished_at": latest.finished_at,
         **_findings(config, summary),
         "stations": [(name, manifest, _adds_up(manifest)) for name, manifest in manifests.items()],
-        "absent": [name for name in _stations(run) if name not in manifests and name in _ROAD],
+        "absent": [name for name in run.stations if name not in manifests and name in _ROAD],
         "weights": weighted.get("weights"),
         "debate": weighted.get("debate"),
         "weights_plot": plots.weights_histogram(weighted["weights"]["kinds"])
@@ -125,27 +133,6 @@ def _gather(
 
 # Without these the road is not complete.
 _ROAD = ("ingest", "curate", "score", "align", "evaluate")
-
-
-def _stations(run: RunFolder) -> dict[str, str]:
-    """Station → folder of its manifest, in the order of the road. Asking creates no folder."""
-    control = storage.join(run.root, "control")
-    return {
-        "ingest": run.samples,
-        "ingest, released pairs": run.released,
-        "curate, sampled answers": run.candidates,
-        "curate, chosen answers": run.choices,
-        "curate, rewrites": run.rewrites,
-        "curate, visual pairs": run.visual,
-        "curate": run.pairs,
-        "score": run.scored,
-        "prepare": run.prepared,
-        "align": storage.join(run.root, "align"),
-        "align, control": storage.join(control, "align"),
-        "export": storage.join(run.root, "model"),
-        "export, control": storage.join(control, "model"),
-        "evaluate": run.evaluate,
-    }
 
 
 def _adds_up(manifest: Manifest) -> bool:

@@ -14,6 +14,8 @@ from PIL import Image
 from mmedpo_ray import cli, pipeline, storage
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.stage import Station
 
 VERBS = ["run", "ingest", "curate", "score", "audit", "align", "export", "serve", "evaluate", "report"]
 
@@ -102,8 +104,8 @@ def test_the_value_of_an_option_is_taken_as_it_is(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_text_in_a_setting_is_taken_as_it_is(path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [f"data.root={path}", f"run.folder={path}", f"data.columns.image={path}"]
-    config = cli.settings_of(cli._parse(["ingest", "data.format=slake", *given]))
+    given = ["data.format=slake", f"data.root={path}", f"run.folder={path}", f"data.columns.image={path}"]
+    config = cli.settings_of(cli._parse(["ingest", *given]))
     assert (config.data.root, config.run.folder, config.data.columns.image) == (path, path, path)
     assert cli.main(["config", "show", *given]) == 0
     assert Config.model_validate(yaml.safe_load(capsys.readouterr().out)).data.root == path
@@ -185,6 +187,109 @@ def test_settings_of_an_existing_run(tmp_path: Path) -> None:
     config = cli.settings_of(arguments)
     assert config.align.beta == 0.7
     assert config.run.folder == str(tmp_path)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Config | None]:
+    """Stations that do nothing, or fail where they are set to ``None``; no cluster is started."""
+    reached: dict[str, Config | None] = {}
+
+    def step_of(name: str) -> pipeline.Step:
+        def step(config: Config) -> None:
+            if reached.get(name, config) is None:
+                raise UserError(f"{name} failed")
+            reached[name] = config
+            if name in ("ingest", "align"):
+                folder = getattr(RunFolder(config.run.folder), "samples" if name == "ingest" else name)
+                Station(name, str(folder() if callable(folder) else folder), config).finish()
+
+        return step
+
+    monkeypatch.setattr(pipeline, "STEPS", {name: step_of(name) for name in pipeline.STEPS})
+    monkeypatch.setattr(pipeline, "_print_end", lambda *_: None)
+    monkeypatch.setattr(pipeline.cluster, "start", lambda _: None)
+    return reached
+
+
+def saved(folder: Path) -> Config:
+    return load(folder / "config.yaml")
+
+
+def test_the_settings_of_a_first_command_are_kept_to_go_on_from(tmp_path: Path, steps: dict) -> None:
+    steps["ingest"] = None
+    assert cli.main(["run", f"run.folder={tmp_path}", "align.beta=0.7"]) == 2
+    assert saved(tmp_path).align.beta == 0.7
+
+
+@pytest.mark.parametrize("verb", ["run", "align", "evaluate"])
+def test_settings_of_a_command_that_fails_do_not_replace_those_of_the_run(
+    verb: str, tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", f"run.folder={tmp_path}", "align.beta=0.7"]) == 0
+    assert cli.main([verb, f"run.folder={tmp_path}", "model.path=/nowhere/model"]) == 2
+    assert "there is no model folder /nowhere/model" in " ".join(capsys.readouterr().err.split())
+    steps["align" if verb == "run" else verb] = None
+    assert cli.main([verb, f"run.folder={tmp_path}", "align.beta=0.9"]) == 2
+    assert (saved(tmp_path).align.beta, saved(tmp_path).model.path) == (0.7, "phantom")
+    steps.pop("align", None)
+    assert cli.main(["align", f"run.folder={tmp_path}", "align.beta=0.9"]) == 0
+    assert saved(tmp_path).align.beta == 0.9
+
+
+def test_settings_that_differ_from_those_of_finished_tables_are_said(
+    tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", f"run.folder={tmp_path}", "align.beta=0.7"]) == 0
+    assert "settings differ" not in capsys.readouterr().err
+    assert cli.main(["report", f"run.folder={tmp_path}"]) == 0
+    assert "settings differ" not in capsys.readouterr().err
+    changed = ["align.beta=0.9", "data.test_share=0.5", "report.gallery=1"]
+    assert cli.main(["report", f"run.folder={tmp_path}", *changed]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "finished tables here were made with: data.test_share 0.2 → 0.5, align.beta 0.7 → 0.9" in said
+    assert "gallery" not in said
+
+
+def test_a_wrong_model_fails_before_anything_starts(
+    tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    visual = "curate.visual={tool: medklip, medklip: {checkpoint: /nowhere/m.pth}}"
+    for setting, said in (
+        ("model.path=/nowhere/model", "there is no model folder /nowhere/model"),
+        (f"model.path={tmp_path / 'empty'}", "config.json"),
+        (visual, "curate.visual.medklip.checkpoint: there is no /nowhere/m.pth"),
+        ("score.agents=[{kind: vllm, model: ./nowhere}]", "score.agents.0.model: there is no ./nowhere"),
+    ):
+        assert cli.main(["run", f"run.folder={tmp_path / 'run'}", setting]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not steps and not (tmp_path / "run").exists()
+    assert cli.main(["ingest", f"run.folder={tmp_path / 'run'}", "model.path=/nowhere/model"]) == 0
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("serve", "audit")])
+def test_a_verb_begins_with_model_and_data(
+    verb: str, tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([verb, f"run.folder={tmp_path}"]) == 0
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"mmedpo {verb}") and str(tmp_path) in first
+    assert "model: the embedded tiny LLaVA" in first and "data: phantom" in first
+    data = ["data.format=slake", f"data.root={tmp_path}/[x]"]
+    assert cli.main([verb, f"run.folder={tmp_path}", *data, "model.path=some/name"]) == 0
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert "model: some/name" in first and f"data: slake {tmp_path}/[x]" in first
+    assert "tiny LLaVA" not in " ".join(rest)
+
+
+@pytest.mark.parametrize(
+    ("verb", "warned"), [("ingest", False), ("score", False), ("align", True), ("run", True)]
+)
+def test_the_embedded_model_on_other_data_is_warned_of(
+    verb: str, warned: bool, tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([verb, f"run.folder={tmp_path}", "data.format=slake", "data.root=/data"]) == 0
+    assert ("its answers and scores mean nothing" in " ".join(capsys.readouterr().err.split())) == warned
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:

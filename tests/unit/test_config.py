@@ -61,7 +61,7 @@ def test_texts_are_taken_as_they_are_and_other_values_are_yaml(key: str) -> None
     [
         ("data.root=null", "data.root", None),
         ("data.root=", "data.root", None),
-        ("data.root=~", "data.root", "~"),
+        ("data={format: slake, root: '~'}", "data.root", "~"),
         ("curate.visual.generic_prompt=null", "curate.visual.generic_prompt", "null"),
         ("serve.models=[aligned, base]", "serve.models", ("aligned", "base")),
         ("serve.models=null", "serve.models", None),
@@ -129,6 +129,11 @@ def test_a_wrong_temperature_is_told_in_one_line(given: str) -> None:
         ("align.beta.x=1", "valid"),
         ("data.format=dicom", "data.format"),
         ("data.format=llava_json", "data.root is required"),
+        (
+            "data.root=/data/mine",
+            "set data.format (--format) to that of your data (mmedpo_json, llava_json, slake,",
+        ),
+        ("align={beta: 1, beta: 2}", "the key 'beta' occurs twice in one section, in line 1 and in line 1"),
         ("score.agents=[{kind: vllm}]", "score.agents.0.model"),
         ("score.agents=[{kind: rules, name: a}, {kind: rules, name: a}]", "different names"),
         ("model.name=aligned", "must differ"),
@@ -166,6 +171,36 @@ def test_bad_files(tmp_path: Path) -> None:
         load(broken)
     broken.write_text("")
     assert load(broken) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("align:\n  beta: 0.1\ndata: {}\nalign:\n  epochs: 2\n", "align", (1, 4)),
+        ("align:\n  beta: 0.1\n  epochs: 2\n  beta: 0.2\n", "beta", (2, 4)),
+        ("align:\n  lora:\n    rank: 4\n    'rank': 8\n", "rank", (3, 4)),
+        ("score:\n  agents:\n    - kind: rules\n      name: a\n      name: b\n", "name", (4, 5)),
+    ],
+)
+def test_a_key_that_occurs_twice_is_named_with_its_lines(
+    text: str, key: str, lines: tuple[int, int], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    said = rf"run\.yaml .*the key '{key}' occurs twice in one section, in line {lines[0]} and in line {lines[1]}\."
+    with pytest.raises(UserError, match=said):
+        load(path)
+
+
+def test_anchors_merges_and_equal_keys_of_different_sections_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "align:\n  lora: &lora {rank: 4}\n  beta: 0.2\ndata: {name: a}\nmodel: {name: b}\ncontrol: {name: c}\n"
+        "score:\n  agents:\n    - &first {kind: rules, name: a}\n    - {<<: *first, name: b}\n    - {<<: *first, name: c}\n"
+    )
+    config = load(path)
+    assert [agent.name for agent in config.score.agents] == ["a", "b", "c"]
+    assert (config.align.beta, config.align.lora.rank) == (0.2, 4)
 
 
 @given(st.sampled_from(known_keys()), st.integers(0, 30), st.characters(categories=["Ll"]))

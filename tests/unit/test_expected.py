@@ -23,6 +23,7 @@ from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.plan import ForwardSize
 from mmedpo_ray.align.scaling import Geometry
 from mmedpo_ray.config import AlignConfig, Config
+from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.stage import Station
 
@@ -199,6 +200,30 @@ def test_ranks_without_an_image_are_spoken_of(
     dry_run(config)
     found = "\n".join(caplog.messages)
     assert re.search(warning, found) if warning else not found
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"beta": 0.25, "loss": "ipo"}, ("dpo: loss ipo, beta 0.25", "LoRA of rank")),
+        ({"nll_coefficient": 0.75, "learning_rate": 3e-5}, ("nll_coefficient 0.75", "3e-05")),
+        ({"objective": "sft"}, ("sft: the likelihood of the chosen answers",)),
+        ({"train": "full"}, ("all weights of the language model",)),
+    ],
+)
+def test_a_dry_run_names_model_and_objective(
+    config: Config,
+    settings: dict,
+    said: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(console, "width", 300)
+    config.align = config.align.model_copy(update=settings)
+    dry_run(config)
+    shown = capsys.readouterr().err
+    for words in (*said, config.model.path):
+        assert words in shown
 
 
 def test_of_a_large_table_some_images_are_looked_at(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_ray import storage, tables
+from mmedpo_ray import lineage, storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.judge import weights
@@ -292,3 +292,63 @@ def test_the_verdict_claims_only_what_intervals_show() -> None:
     assert verdict.compare(nothing, other="b", other_is="the base model", confidence=0.95) is None
     assert verdict.label("report_rouge_l") == "report ROUGE-L"
     assert verdict.label("open_f1") == "open F1"
+
+
+def build_chain(config: Config) -> None:
+    """The manifests of a run whose stations have all finished, and a summary."""
+    run = RunFolder(config.run.folder)
+    chain = [
+        run.samples,
+        run.pairs,
+        run.scored,
+        run.prepared,
+        str(run.align()),
+        str(run.model()),
+        run.evaluate,
+    ]
+    for before, folder in zip([None, *chain], chain, strict=False):
+        settings = config.align.beta if folder == str(run.align()) else 0
+        inputs = [before] if before else []
+        Station("s", folder, config, settings=[settings], inputs=inputs).finish(rows_in=1, rows_out=1)
+    storage.write_bytes(storage.join(run.evaluate, "summary.json"), json.dumps(SUMMARY).encode())
+
+
+def test_scores_of_an_earlier_model_are_not_shown(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "align.beta=0.1")
+    build_chain(config)
+    _, page = page_of(config)
+    assert "Better than the base model" in words(page.text) and "stale" not in page.text.lower()
+    run = RunFolder(config.run.folder)
+    later = config_of(tmp_path, "align.beta=0.7")
+    Station("s", str(run.align()), later, settings=[0.7], inputs=[run.prepared]).finish()
+    for verb, stale in (("export", "model"), ("evaluate", "evaluate")):
+        _, page = page_of(later)
+        shown = words(page.text)
+        assert (
+            f"The scores are out of date and are not shown: {tmp_path}/{stale} was made from another align/"
+            in shown
+        )
+        assert f"mmedpo {verb}, then the stations after it" in shown and "evaluate (stale)" in shown
+        assert "Better than the base model" not in shown and "70.0" not in shown
+        if verb == "export":
+            Station("s", str(run.model()), later, settings=[0], inputs=[str(run.align())]).finish()
+
+
+def test_settings_are_those_that_the_tables_were_made_with(tmp_path: Path) -> None:
+    build_chain(config_of(tmp_path, "align.beta=0.625", "score.max_rounds=3", "run.seed=7"))
+    text, _ = page_of(config_of(tmp_path, "align.beta=0.875", "report.gallery=3", "model.path=/typo"))
+    assert "beta: 0.625" in text and "0.875" not in text and "max_rounds: 3" in text
+    assert "seed 7" in text and "gallery: 3" in text and "/typo" not in text
+
+
+def test_findings_about_earlier_pairs_are_not_shown(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    build_chain(config)
+    run = RunFolder(config.run.folder)
+    audit = {"rows": 4321, "findings": [], "passed": [], "not_checked": []}
+    audit["inputs"] = lineage.identities(run.root, [run.samples, run.scored])
+    storage.write_bytes(run.audit, json.dumps(audit).encode())
+    assert "4,321 scored pairs" in words(page_of(config)[1].text)
+    Station("s", run.scored, config, settings=[1], inputs=[run.pairs]).finish()
+    shown = words(page_of(config)[1].text)
+    assert "4,321" not in shown and "have not been audited since they were made anew" in shown

@@ -14,8 +14,9 @@ import torch
 from mmedpo_ray.align import earlier
 from mmedpo_ray.align.checkpoint import CheckpointWriter, State, checkpoint_folders
 from mmedpo_ray.align.earlier import has_earlier, read_identity
+from mmedpo_ray.align.made_with import by_name
 from mmedpo_ray.align.metrics import METRICS_FILE
-from mmedpo_ray.align.trainer import _by_name, _prepare_folder, _take_up
+from mmedpo_ray.align.trainer import _prepare_folder, _take_up
 from mmedpo_ray.errors import UserError
 
 BETAS = {"one": 0.1, "two": 0.2, "three": 0.3}
@@ -189,4 +190,4 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_driver(tmp_path: Path) -> No
 
 
 def test_settings_have_the_names_of_the_command_line() -> None:
-    assert _by_name("align", {"beta": 1, "lora": {"rank": 4}}) == {"align.beta": 1, "align.lora.rank": 4}
+    assert by_name("align", {"beta": 1, "lora": {"rank": 4}}) == {"align.beta": 1, "align.lora.rank": 4}

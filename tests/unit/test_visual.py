@@ -19,6 +19,8 @@ from mmedpo_ray.curate import visual
 from mmedpo_ray.curate.tools import TOOLS
 from mmedpo_ray.curate.tools.base import Localisation, VisualTool
 from mmedpo_ray.curate.visual import VisualPairs, heat_map_pixels
+from mmedpo_ray.curate.visual_station import _key_settings, make_visual_pairs
+from mmedpo_ray.stage import Station
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -236,3 +238,32 @@ def test_an_empty_batch_is_an_empty_table(tmp_path: Path) -> None:
     result = VisualPairs(config(tmp_path))(tables.SAMPLES.empty_table())
     assert isinstance(result, pa.Table)
     assert result.num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("dropped", "remedy"),
+    [
+        ({"no_mask": 1200}, "curate.visual.tool=self_attention, medklip"),
+        ({"no_mask": 1199, "mask_size": 1}, "visual/dropped has the reason of each"),
+        ({"tool_found_nothing": 1200}, "visual/dropped has the reason of each"),
+    ],
+)
+def test_no_visual_pair_at_all_is_warned_of(
+    dropped: dict[str, int], remedy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = config(tmp_path)
+    samples = Station("ingest", f"{tmp_path}/samples", asked)
+    samples.finish()
+    station = Station(
+        "visual", f"{tmp_path}/visual", asked, settings=_key_settings(asked), inputs=[samples.folder]
+    )
+    station.finish(rows_in=1200, dropped=dropped)
+    make_visual_pairs(asked, lambda: pytest.fail("nothing is to be made"))
+    [said] = caplog.messages
+    assert "none of the 1,200 visual pairs of curate.visual.tool=dataset_mask could be made" in said
+    assert all(f"{reason} {count:,}" in said for reason, count in dropped.items())
+    assert remedy in said and "curate.visual.tool=none if that is meant" in said
+    caplog.clear()
+    station.finish(rows_in=1200, rows_out=1, dropped={"no_mask": 1199})
+    make_visual_pairs(asked, lambda: pytest.fail("nothing is to be made"))
+    assert not caplog.messages

@@ -10,7 +10,7 @@ import json
 import posixpath
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO, Any
@@ -27,7 +27,7 @@ from mmedpo_ray.data.audit.samples import Samples
 from mmedpo_ray.data.audit.table import PairTable
 from mmedpo_ray.data.audit.weights import bad_weight
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import Manifest, versions, write_manifest
+from mmedpo_ray.manifest import Manifest, read_manifest, versions, write_manifest
 
 STATION = "audit --fix"
 CHANGES = "changes.jsonl"
@@ -352,6 +352,11 @@ def _write_manifest(fixed: Fixed, pairs: PairTable, samples: Samples | None, sta
     """The manifest of a table, so that stations can read it; its key is new, because its rows are."""
     from mmedpo_ray.stage import digest
 
+    inputs: dict[str, str] = {}
+    # A file, or a folder whose manifest is not ours.
+    with suppress(OSError, ValueError):
+        source = read_manifest(pairs.path)
+        inputs = source.inputs if source is not None else {}
     manifest = Manifest(
         station=STATION,
         key=digest(STATION, list(RULES), pairs.fingerprint, samples.fingerprint if samples else None),
@@ -361,6 +366,7 @@ def _write_manifest(fixed: Fixed, pairs: PairTable, samples: Samples | None, sta
         seconds=round(time.monotonic() - started, 2),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
+        inputs=inputs,
         extra={"source": storage.absolute(pairs.path), "trimmed": fixed.trimmed},
     )
     write_manifest(fixed.folder, manifest)

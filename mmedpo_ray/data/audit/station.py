@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mmedpo_ray import cluster, storage
+from mmedpo_ray import cluster, lineage, storage
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.data.audit.examine import audit_key, examine
@@ -49,6 +49,7 @@ def audit(config: Config) -> dict[str, Any]:
     result = _read(run.audit)
     if result is None or result.get("key") != audit_key(config, pairs, samples):
         result = examine(config, pairs, extract(pairs, samples, num_cpus=config.ray.data_cpus), samples)
+        result["inputs"] = lineage.identities(run.root, [run.samples, run.scored])
         _write(run.audit, result)
     show(result, run.audit)
     if reached(result, config.audit.fail_on):
@@ -76,10 +77,13 @@ def audit_command(
         1 where a finding of the table reaches ``audit.fail_on`` (whether or not ``fix`` mends it), else 0.
 
     Raises:
-        UserError: a table cannot be read or a result cannot be written.
+        UserError: a table cannot be read, the run's own is stale, or a result cannot be written.
     """
     started = time.monotonic()
-    path = (table or RunFolder(config.run.folder).scored).rstrip("/")
+    run = RunFolder(config.run.folder)
+    if table is None:
+        lineage.refuse_stale("audit", run.root, run.scored)
+    path = (table or run.scored).rstrip("/")
     pairs = open_pairs(path)
     if fix is not None:
         check_folder(fix, pairs)
@@ -91,6 +95,8 @@ def audit_command(
         cluster.start(config.ray)
     features = extract(pairs, known, num_cpus=config.ray.data_cpus)
     result = examine(config, pairs, features, known)
+    if table is None:
+        result["inputs"] = lineage.identities(run.root, [run.samples, run.scored])
     place = out or _beside(path)
     _write(place, result)
     show(result, place, fix_offered=fix is None)
