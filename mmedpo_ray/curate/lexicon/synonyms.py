@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mmedpo_ray.curate.terms import lowered
 
@@ -35,57 +35,90 @@ _AMOUNT = (
     r"(?=\d+\b(?!(?:st|nd|rd|th))|\d+ ?(?:mm|cm|%)|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)"
 )
 _TWO_SIDES = (" and right", " and left", " and the right", " and the left", " as well as ", " & ")
-# Each: pieces of which one must be there, since to look for those is quick; what is said; its one spelling.
-_SPELLINGS: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
-    (needed, re.compile(pattern, re.IGNORECASE), replacement)
-    for needed, pattern, replacement in (
-        (("healthy",), r"\bhealthy\b", "normal"),
-        (("normal limits",), r"\bwithin normal limits\b", "normal"),
-        (("nothing",), r"\bnothing (?:is )?abnormal\b", "no abnormality"),
-        (("not abnormal",), r"\bnot abnormal\b", "normal"),
-        (
-            _TWO_SIDES,
-            r"\b(?:both )?(?:the )?(?:left (lung|side)s? and (?:the )?right \1s?|right (lung|side)s? and (?:the )?left \2s?)\b",
-            r"both \1\2s",
-        ),
-        (
-            _TWO_SIDES,
-            r"\b(?:both )?(?:the )?(?:left(?:-sided)?(?: and|,? as well as| &) (?:the )?right|"
-            r"right(?:-sided)?(?: and|,? as well as| &) (?:the )?left)(?: (?:lung|side)s?)?\b",
-            "bilateral",
-        ),
-        (("both lung",), r"\bboth lung\b", "both lungs"),
-        (("both the ",), r"\bboth the (?=(?:lung|side)s\b)", "both "),
-        (
-            ("both",),
-            r"\bboth (?:the )?(?=(?:kidneys|hemispheres|breasts|hips|knees|hila|ventricles|orbits|eyes|adrenals?|"
-            r"apices|bases|hemithoraces|hemidiaphragms)\b)",
-            "bilateral ",
-        ),
-        (
-            ("both",),
-            r"\A\W*(?:(?:it is|they are|on|in|at|the answer is) )*both(?: of them)?\W*\Z",
-            "bilateral",
-        ),
-        (
-            (" than ", "under ", "below "),
-            rf"\b(?:(?:less|smaller|lower|fewer|shorter) than|under|below) {_AMOUNT}",
-            "<",
-        ),
-        (
-            (" than ", "over ", "above ", "exceeding "),
-            rf"\b(?:(?:more|greater|larger|bigger|higher|longer) than|over|above|exceeding) {_AMOUNT}",
-            ">",
-        ),
-        (("at least ",), rf"\bat least {_AMOUNT}", ">="),
-        (("at most ", "up to "), rf"\b(?:at most|up to) {_AMOUNT}", "<="),
-        (("≥",), "≥", ">="),
-        (("≤",), "≤", "<="),
-        (("< ", "> ", "= "), r"([<>]=?) +(?=\d)", r"\1"),
-        (("\u2212", "\u2013"), r"(?<![\w.])[\u2212\u2013](?=\d)", "-"),
-        (("+",), r"\A[\s(\[]*\+[\s)\].]*\Z", "positive"),
-        (("-", "\u2212", "\u2013"), r"\A[\s(\[]*[-\u2212\u2013][\s)\].]*\Z", "negative"),
+
+
+class Spelling(NamedTuple):
+    """What is said, and what is put in its place.
+
+    Attributes:
+        needed: pieces in small letters of which one must be there, since to look for those is quick.
+        pattern: what is said.
+        replacement: its one spelling, as for :func:`re.sub`.
+    """
+
+    needed: tuple[str, ...]
+    pattern: re.Pattern[str]
+    replacement: str
+
+
+def spellings(*rules: tuple[tuple[str, ...], str, str]) -> tuple[Spelling, ...]:
+    """The rules (needed, pattern, replacement), made ready; capitals do not count."""
+    return tuple(
+        Spelling(needed, re.compile(pattern, re.IGNORECASE), replacement)
+        for needed, pattern, replacement in rules
     )
+
+
+def respelled(text: str, rules: tuple[Spelling, ...]) -> str:
+    """The text after one rule after the other."""
+    low = lowered(text)
+    for needed, pattern, replacement in rules:
+        for piece in needed:
+            if piece in low:
+                text, count = pattern.subn(replacement, text)
+                if count:
+                    low = lowered(text)
+                break
+    return text
+
+
+_SPELLINGS = spellings(
+    (("healthy",), r"\bhealthy\b", "normal"),
+    (("normal limits",), r"\bwithin normal limits\b", "normal"),
+    (("nothing",), r"\bnothing (?:is )?abnormal\b", "no abnormality"),
+    (("not abnormal",), r"\bnot abnormal\b", "normal"),
+    (
+        _TWO_SIDES,
+        r"\b(?:both )?(?:the )?(?:left (lung|side)s? and (?:the )?right \1s?|right (lung|side)s? and (?:the )?left \2s?)\b",
+        r"both \1\2s",
+    ),
+    (
+        _TWO_SIDES,
+        r"\b(?:both )?(?:the )?(?:left(?:-sided)?(?: and|,? as well as| &) (?:the )?right|"
+        r"right(?:-sided)?(?: and|,? as well as| &) (?:the )?left)(?: (?:lung|side)s?)?\b",
+        "bilateral",
+    ),
+    (("both lung",), r"\bboth lung\b", "both lungs"),
+    (("both the ",), r"\bboth the (?=(?:lung|side)s\b)", "both "),
+    (
+        ("both",),
+        r"\bboth (?:the )?(?=(?:kidneys|hemispheres|breasts|hips|knees|hila|ventricles|orbits|eyes|adrenals?|"
+        r"apices|bases|hemithoraces|hemidiaphragms)\b)",
+        "bilateral ",
+    ),
+    (
+        ("both",),
+        r"\A\W*(?:(?:it is|they are|on|in|at|the answer is) )*both(?: of them)?\W*\Z",
+        "bilateral",
+    ),
+    (
+        (" than ", "under ", "below "),
+        rf"\b(?:(?:less|smaller|lower|fewer|shorter) than|under|below) {_AMOUNT}",
+        "<",
+    ),
+    (
+        (" than ", "over ", "above ", "exceeding "),
+        rf"\b(?:(?:more|greater|larger|bigger|higher|longer) than|over|above|exceeding) {_AMOUNT}",
+        ">",
+    ),
+    (("at least ",), rf"\bat least {_AMOUNT}", ">="),
+    (("at most ", "up to "), rf"\b(?:at most|up to) {_AMOUNT}", "<="),
+    (("≥",), "≥", ">="),
+    (("≤",), "≤", "<="),
+    (("< ", "> ", "= "), r"([<>]=?) +(?=\d)", r"\1"),
+    (("\u2212", "\u2013"), r"(?<![\w.])[\u2212\u2013](?=\d)", "-"),
+    (("+",), r"\A[\s(\[]*\+[\s)\].]*\Z", "positive"),
+    (("-", "\u2212", "\u2013"), r"\A[\s(\[]*[-\u2212\u2013][\s)\].]*\Z", "negative"),
 )
 
 _PICTURE = r"(?:image|scan|study|film|radiograph|x-ray|picture|examination|exam|ct|mri)"
@@ -124,15 +157,7 @@ def canonical(text: str) -> str:
             return _ABBREVIATIONS[whole["short"].upper()]
     if _MAY_ABBREVIATE.search(text):
         text = _ABBREVIATED.sub(lambda match: _ABBREVIATIONS[match.group()], text)
-    low = lowered(text)
-    for needed, pattern, replacement in _SPELLINGS:
-        for piece in needed:
-            if piece in low:
-                text, count = pattern.subn(replacement, text)
-                if count:
-                    low = lowered(text)
-                break
-    return text
+    return respelled(text, _SPELLINGS)
 
 
 def sense(text: str) -> Literal["normal", "none"] | None:
