@@ -7,7 +7,7 @@ denied. What the grammar here does not know is left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.edits import (
@@ -170,7 +170,7 @@ def negation_edits(answer: str) -> Iterator[Edit]:
     yield from _sentence_edits(answer, spans)
 
 
-def _there_is_edits(answer: str, spans: list[tuple[int, int]]) -> Iterator[str]:
+def _there_is_edits(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
     for match in _THERE_IS.finditer(answer):
         end = next((end for _, end in spans if end >= match.end()), len(answer))
         # "but" ends a span and still belongs to the sentence.
@@ -300,7 +300,7 @@ def _agreeing(tail: str, claim: str) -> str:
     return re.sub(r"^ (\w+)", lambda verb: f" {numbers.get(verb.group(1), verb.group(1))}", tail)
 
 
-def _sentence_edits(answer: str, spans: list[tuple[int, int]]) -> Iterator[Edit]:
+def _sentence_edits(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[Edit]:
     """Sentences that neither begin with "No" nor with "There is"."""
     spans = [(start, end) for start, end in spans if answer[start:end].strip()]
     named = [mention.start for mention in _findings(answer)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -90,10 +91,10 @@ def _lower(match: re.Match[str]) -> str:
     return match.group() if match.group() in ("L", "R") else match.group().lower()
 
 
-def _drawn(by_axis: dict[str, list[Edit]], rng: np.random.Generator) -> Iterator[Edit]:
+def _drawn(by_axis: dict[str, Iterable[Edit]], rng: np.random.Generator) -> Iterator[Edit]:
     axes = sorted(by_axis)
     for axis_index in rng.permutation(len(axes)):
-        edits = by_axis[axes[axis_index]]
+        edits = list(by_axis[axes[axis_index]])
         for index in rng.permutation(len(edits)):
             yield edits[index]
 
@@ -117,24 +118,30 @@ def _is_one_fact(found: tuple[lexicon.Conflict, ...]) -> bool:
     return len(found) == 1 or sorted(conflict.kind for conflict in found) == ["invented", "missed"]
 
 
-def _edits(answer: str, question: str, vocabulary: frozenset[str]) -> dict[str, list[Edit]]:
-    """All edits by the kind of fact that they change."""
+def _edits(answer: str, question: str, vocabulary: frozenset[str]) -> dict[str, Iterable[Edit]]:
+    """All edits by the kind of fact that they change; those of a kind are made when it is drawn, but for the first."""
     # A closed answer has one fact; everything behind it is comment.
-    found = list(polarity_edits(answer)) or [
-        *swap_edits(answer, question, vocabulary),
-        *negation_edits(answer),
-        *statement_edits(answer),
-        *_counts(answer),
-        *abnormality_edits(answer, question, vocabulary),
-    ]
-    by_axis: dict[str, list[Edit]] = {}
-    for edit in found:
-        by_axis.setdefault(edit.axis, []).append(edit)
+    if closed := list(polarity_edits(answer)):
+        return {"polarity": closed}
+    makers: dict[str, list[Iterable[Edit]]] = {
+        axis: [edits] for axis, edits in swap_edits(answer, question, vocabulary).items()
+    }
+    makers["negation"], makers["number"] = [negation_edits(answer)], [_counts(answer)]
+    for edit in statement_edits(answer):
+        makers.setdefault(edit.axis, []).append([edit])
+    makers.setdefault("finding", []).append(abnormality_edits(answer, question, vocabulary))
+    by_axis: dict[str, Iterable[Edit]] = {}
+    for axis, edits in makers.items():
+        made = chain.from_iterable(edits)
+        if (first := next(made, None)) is not None:
+            by_axis[axis] = chain([first], made)
     return by_axis
 
 
-# Short answers repeat in a data set; the edits of one take a few kilobytes.
-_edits_of_short = lru_cache(maxsize=1024)(_edits)
+@lru_cache(maxsize=1024)
+def _edits_of_short(answer: str, question: str, vocabulary: frozenset[str]) -> dict[str, Iterable[Edit]]:
+    """Short answers repeat in a data set; the edits of one take a few kilobytes."""
+    return {axis: list(edits) for axis, edits in _edits(answer, question, vocabulary).items()}
 
 
 def _lung_findings(vocabulary: frozenset[str]) -> list[tuple[str, bool]]:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.edits import NEAR, Edit
 from mmedpo_ray.curate.slot import FAMILY, Slot
-from mmedpo_ray.curate.terms import CONCEPTS, Concept, Mention, group_of, mentions
+from mmedpo_ray.curate.terms import CONCEPTS, Axis, Concept, Mention, group_of, mentions
 
 # Findings that have no side or zone; they do not stand in where one is stated.
 MIDLINE = frozenset({"cardiomegaly", "pneumoperitoneum", "mediastinal widening", "interstitial lung disease"})
@@ -78,8 +78,8 @@ _NO_LONGER = re.compile(r"[^.;:]* no longer\b", re.IGNORECASE)
 _COMPOUND = re.compile(r"-\w|/\w")
 
 
-def swap_edits(answer: str, question: str, vocabulary: frozenset[str]) -> Iterator[Edit]:
-    """Edits that exchange one mention, by what the words around it allow.
+def swap_edits(answer: str, question: str, vocabulary: frozenset[str]) -> dict[Axis, Iterator[Edit]]:
+    """Edits that exchange one mention, by what the words around it allow; by the kind of fact, each made when it is asked for.
 
     Args:
         answer: reference answer.
@@ -87,13 +87,10 @@ def swap_edits(answer: str, question: str, vocabulary: frozenset[str]) -> Iterat
         vocabulary: concepts to prefer.
     """
     found = mentions(answer)
-    named = {mention.concept.name for mention in found}
-    options = lexicon.choices(question)
-    placed = any(mention.concept.axis in ("side", "zone") for mention in found)
     is_short = len(lexicon.words(answer)) <= _SHORT_WORDS
     denied = lexicon.negated_spans(answer)
-    ends = "no longer" in answer.lower()
     is_normal_study = {"state", "modality"} <= {mention.concept.axis for mention in found}
+    places: dict[Axis, list[int]] = {}
     for index, mention in enumerate(found):
         axis = mention.concept.axis
         if not is_short and axis not in _SWAPPED_IN_REPORTS:
@@ -102,6 +99,23 @@ def swap_edits(answer: str, question: str, vocabulary: frozenset[str]) -> Iterat
             continue
         if is_normal_study and axis in ("modality", "anatomy"):
             continue
+        places.setdefault(axis, []).append(index)
+    options = lexicon.choices(question)
+    return {axis: _exchanges(answer, found, indices, options, vocabulary) for axis, indices in places.items()}
+
+
+def _exchanges(
+    answer: str,
+    found: tuple[Mention, ...],
+    indices: list[int],
+    options: tuple[str, str] | None,
+    vocabulary: frozenset[str],
+) -> Iterator[Edit]:
+    named = {mention.concept.name for mention in found}
+    placed = any(mention.concept.axis in ("side", "zone") for mention in found)
+    ends = "no longer" in answer.lower()
+    for index in indices:
+        mention = found[index]
         if not _is_fact_of_its_own(answer, mention, found):
             continue
         if ends and _NO_LONGER.match(answer, mention.end, mention.end + NEAR):
@@ -112,7 +126,7 @@ def swap_edits(answer: str, question: str, vocabulary: frozenset[str]) -> Iterat
                 continue
             changed = slot.filled(target)
             if changed is not None:
-                yield Edit(changed, axis)
+                yield Edit(changed, mention.concept.axis)
 
 
 def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...]) -> bool:

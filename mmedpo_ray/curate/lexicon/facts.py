@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from mmedpo_ray.curate.lexicon.synonyms import canonical, respelled, spellings
 from mmedpo_ray.curate.terms import CONCEPTS, Concept, Mention, mentions
@@ -114,8 +114,7 @@ LUNG_FINDINGS = frozenset(c.name for c in CONCEPTS.values() if c.group == "chest
 }
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """A finding that a text asserts or denies.
 
     Attributes:
@@ -140,7 +139,9 @@ class Fact:
 def facts(text: str) -> tuple[Fact, ...]:
     """The findings that a text asserts or denies, each with the side, zone and size said of it, in order, without repeats."""
     found: dict[Fact, None] = {}
-    for sentence in _SENTENCE.split(canonical(text)):
+    text = canonical(text)
+    for start, end in sentence_spans(text):
+        sentence = text[start:end]
         if sentence and not sentence.isspace():
             found |= dict.fromkeys(_facts_of(sentence))
     return tuple(found)
@@ -169,6 +170,7 @@ def _facts_of(sentence: str) -> tuple[Fact, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=_KEPT_SENTENCES)
 def is_negated(text: str) -> bool:
     """Whether the text denies something anywhere."""
     return bool(NEGATION.search(text) or _AFTER_NEGATION.search(text))
@@ -260,14 +262,15 @@ def absent_subjects(text: str) -> list[str]:
     return found
 
 
-def sentence_spans(text: str) -> list[tuple[int, int]]:
+@lru_cache(maxsize=_KEPT)
+def sentence_spans(text: str) -> tuple[tuple[int, int], ...]:
     """The sentences of a text as ``text[start:end]``, without what ends them; "but" and the like begin another."""
     spans, start = [], 0
     for stop in _SENTENCE.finditer(text):
         spans.append((start, stop.start()))
         start = stop.end()
     spans.append((start, len(text)))
-    return spans
+    return tuple(spans)
 
 
 def _clauses(sentence: str) -> list[tuple[str, bool]]:
