@@ -4,6 +4,7 @@ canonical("RUL")             -> "right upper lobe"
 canonical("Left and right")  -> "bilateral"
 canonical("less than 5 mm")  -> "<5 mm"
 sense("No abnormality is seen.") == sense("Normal")
+synonym("inflated")               -> "expanded"
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def respelled(text: str, rules: tuple[Spelling, ...]) -> str:
 
 _SPELLINGS = spellings(
     (("healthy",), r"\bhealthy\b", "normal"),
-    (("normal limits",), r"\bwithin normal limits\b", "normal"),
+    (("normal limits", "normal range"), r"\bwithin (?:the )?normal (?:limits|range)\b", "normal"),
     (("nothing",), r"\bnothing (?:is )?abnormal\b", "no abnormality"),
     (("not abnormal",), r"\bnot abnormal\b", "normal"),
     (
@@ -121,6 +122,37 @@ _SPELLINGS = spellings(
     (("-", "\u2212", "\u2013"), r"\A[\s(\[]*[-\u2212\u2013][\s)\].]*\Z", "negative"),
 )
 
+# Words of one meaning that the vocabulary lacks; the first of a group is the name, that of a concept where there is one.
+_SYNONYMS: dict[str, str] = {
+    word: group.split()[0]
+    for group in (
+        "yes yeah yep true correct",
+        "expanded inflated aerated ventilated",
+        "fracture broken break",
+        "brain cerebral",
+        "bone bony osseous skeletal",
+        "vessel vascular",
+        "stone calculus calculi",
+        "hemorrhage hemorrhagic",
+        "mass neoplastic",
+        "edema swelling swollen",
+        "disease disorder illness",
+        "stable unchanged",
+        "large big sizable sizeable",
+        "small little",
+        "bilateral both",
+        "increased elevated raised",
+        "decreased reduced diminished",
+        "enlarged distended widened",
+        "quickly rapidly",
+        "image picture photograph",
+        "middle midline",
+        "unlikely improbable",
+    )
+    for word in group.split()
+}
+_BRITISH_S = re.compile(r"is(?=ed?$|ation)")
+_BRITISH_E = re.compile(r"(?:ae|oe)(?=[a-z]{2})")
 _PICTURE = r"(?:image|scan|study|film|radiograph|x-ray|picture|examination|exam|ct|mri)"
 _SUBJECT = (
     rf"(?:(?:it|this|that|everything|all|(?:the|this) (?:\w+ )?{_PICTURE}) "
@@ -169,3 +201,22 @@ def sense(text: str) -> Literal["normal", "none"] | None:
     if len(text) > _LONGEST_SENSE:
         return None
     return next((name for name, pattern in _SENSES.items() if pattern.fullmatch(text)), None)
+
+
+def synonym(word: str) -> str:
+    """One name, in American spelling, for all words of a meaning.
+
+    Args:
+        word: in small letters and singular, or a concept's name.
+    """
+    american = _BRITISH_E.sub("e", _BRITISH_S.sub("iz", word))
+    return _SYNONYMS.get(word) or _SYNONYMS.get(american, american)
+
+
+def abbreviates(one: str, other: str) -> bool:
+    """Whether one text is made of the initials of the other: "GGO"."""
+    first, second = (re.findall(r"[^\W_]+", text) for text in (one, other))
+    return any(
+        len(short) == 1 and short[0].isupper() and short[0] == "".join(word[0] for word in long).upper()
+        for short, long in ((first, second), (second, first))
+    )
