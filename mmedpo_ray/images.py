@@ -23,8 +23,6 @@ MAX_PIXELS = 100_000_000
 WAITS = (0.25, 1.0, 4.0)
 # Drop reason of rows whose image a store does not give out now, but may another time.
 UNREADABLE = "image_unreadable"
-# Files running that are waited for in vain before the others get one try each.
-_MOST_WAITED_FOR = 3
 _DICOM_MAGIC = slice(128, 132)
 # First group (0002 or 0008) of a file without preamble, in both byte orders.
 _DICOM_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
@@ -211,6 +209,29 @@ def load_image(
     return decode(read_file(uri, waits=waits), uri, max_pixels)
 
 
+class Patience:
+    """How long to wait for the files of a store that has withheld some: after a few the others get one try each."""
+
+    _MOST_IN_VAIN = 3
+
+    def __init__(self) -> None:
+        self._in_vain = 0
+
+    @property
+    def waits(self) -> Sequence[float]:
+        """Seconds before each further try of the next file."""
+        return WAITS if self._in_vain < self._MOST_IN_VAIN else ()
+
+    def given(self) -> None:
+        """The store has given out a file, so it is worth waiting for again."""
+        self._in_vain = 0
+
+    def withheld(self, uri: str, error: OSError) -> ImageError:
+        """What a file is called that the store does not give out: ``image_unreadable``, without the words of the store."""
+        self._in_vain += 1
+        return unreadable(uri, error)
+
+
 class ImageLoader:
     """Loads images one after another; why one cannot be used is an answer here, not an error.
 
@@ -222,20 +243,20 @@ class ImageLoader:
 
     def __init__(self, max_pixels: int | None = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
-        self._waited_for = 0
+        self._patience = Patience()
 
     def load(self, uri: str) -> Image.Image | ImageError:
         """The image in its own mode, or why there is none: a reason of :func:`load_image`, or ``image_unreadable``."""
-        waits = None if self._waited_for < _MOST_WAITED_FOR else ()
         try:
-            image = load_image(uri, self._max_pixels, waits)
+            image = load_image(uri, self._max_pixels, self._patience.waits)
         except ImageError as error:
             return error
-        except OSError as error:
-            # A file that is not permitted says nothing of the store.
-            self._waited_for += not isinstance(error, PermissionError)
+        except PermissionError as error:
+            # Says nothing of the store.
             return unreadable(uri, error)
-        self._waited_for = 0
+        except OSError as error:
+            return self._patience.withheld(uri, error)
+        self._patience.given()
         return image
 
 

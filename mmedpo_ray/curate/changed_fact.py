@@ -16,62 +16,18 @@ from collections import Counter
 from mmedpo_ray.curate import lexicon
 
 # Words with which a report says that it speaks of what is seen, and how sure it is.
-_SEEING = frozenset(
+_SEEING = lexicon.INTRODUCING | frozenset(
     re.findall(
         r"\w+",
-        "identified identify observed observe noted note visualized visualize detected detect demonstrated demonstrate "
-        "demonstrates evident appreciated found find apparent depicted depict depicts displayed display displays exhibited "
-        "exhibit exhibits revealed reveal reveals indicated indicate indicates recognized discernible discerned perceived "
-        "appear appears appearing look looks suggest suggests suggesting suggested suggestive consistent compatible evidence "
-        "sign there which likely probably possible possibly probable most may might could area region clearly currently "
-        "existing exist exists existence occurring imaged",
+        "identify observe note visualized visualize detect appreciated find depicted displayed exhibited "
+        "exhibit exhibits revealed indicated recognized discernible discerned perceived appearing look "
+        "suggested possible probable most area region clearly currently existing exist existence occurring "
+        "imaged",
     )
 )
 _NEGATORS = frozenset(
     re.findall(r"\w+", "no not without absent absence never none neither nor cannot free lack lacks lacking")
 )
-# Words of one meaning; the lexicon has its own spellings of what it knows.
-_SAME: dict[str, str] = {
-    word: group.split()[0]
-    for group in (
-        "yes yeah yep true correct",
-        "expanded inflated aerated ventilated",
-        "clear normal unremarkable healthy",
-        "fracture fractured broken break",
-        "heart cardiac",
-        "lung pulmonary",
-        "kidney renal",
-        "liver hepatic",
-        "spleen splenic",
-        "stomach gastric",
-        "brain cerebral",
-        "bone bony osseous skeletal",
-        "vessel vascular",
-        "stone calculus calculi",
-        "hemorrhage hemorrhagic bleeding bleed",
-        "tumor tumour neoplasm neoplastic",
-        "swelling swollen edema",
-        "disease disorder illness",
-        "stable unchanged",
-        "large big sizable sizeable",
-        "small little tiny",
-        "mild slight",
-        "severe marked",
-        "upper superior",
-        "lower inferior",
-        "bilateral both",
-        "increased elevated raised",
-        "decreased reduced diminished",
-        "dilated distended widened",
-        "bright hyperintense",
-        "dark hypointense",
-        "quickly rapidly",
-        "picture image photograph",
-        "midline middle central",
-        "unlikely improbable",
-    )
-    for word in group.split()
-}
 # Said of what is as it should be or was: to deny a change says no more.
 _WELL = frozenset(
     re.findall(
@@ -80,13 +36,10 @@ _WELL = frozenset(
 )
 _SUFFIXES = re.compile(r"(?<=\w{4})(?:ifications?|ified|ications?|ements?|ments?|ations?|ions?|ated|ed|ly)$")
 _ALL_NORMAL = re.compile(
-    r"\b(?:within (?:the )?normal (?:limits|range)|unremarkable|"
-    r"(?:no|not|without)(?: any| an)?(?: \w+)? (?:abnormality|abnormalities|abnormal))\b",
+    r"\b(?:unremarkable|(?:no|not|without)(?: any| an)?(?: \w+)? (?:abnormality|abnormalities|abnormal))\b",
     re.IGNORECASE,
 )
 _NO_CHANGE = re.compile(r"\b(?:no|without)(?: \w+)? changes?\b", re.IGNORECASE)
-_LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*-?(mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b", re.IGNORECASE)
-_FRACTION = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
 _LISTED = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
 
 
@@ -117,9 +70,8 @@ def changes_fact(reference: str, edited: str, question: str = "") -> bool:
         return not _is_well(*((span, other) if lexicon.is_negated(other) else (other, span)))
     if _contradicts(span, other):
         return True
-    return not _abbreviates(span, other) and _replaces_a_word(
-        before, after, bool(_LENGTH.search(span + other))
-    )
+    has_lengths = bool(lexicon.lengths(span) or lexicon.lengths(other))
+    return not lexicon.abbreviates(span, other) and _replaces_a_word(before, after, has_lengths)
 
 
 def _contradicts(reference: str, edited: str, question: str = "") -> bool:
@@ -132,9 +84,8 @@ def _contradicts(reference: str, edited: str, question: str = "") -> bool:
 
 
 def _plain(text: str) -> str:
-    """The text with lengths in millimetres, numbers without empty decimals, and one word for "nothing abnormal" or "no change"."""
-    text = _LENGTH.sub(lambda match: f"{float(match[1]) * (10 if match[2][0] in 'cC' else 1):g} mm", text)
-    text = _FRACTION.sub(lambda match: f"{float(match[0]):g}", text)
+    """The text in one spelling, with lengths in millimetres, and one word for "nothing abnormal" or "no change"."""
+    text = lexicon.in_millimetres(lexicon.canonical(text))
     return _NO_CHANGE.sub("unchanged", _ALL_NORMAL.sub("normal", text))
 
 
@@ -166,15 +117,6 @@ def _is_well(positive: str, negative: str) -> bool:
     return bool(said) and not said & set(lexicon.words(negative))
 
 
-def _abbreviates(span: str, other: str) -> bool:
-    """Whether one side is made of the initials of the other: "RUL"."""
-    first, second = (re.findall(r"[^\W_]+", text) for text in (span, other))
-    return any(
-        len(short) == 1 and short[0].isupper() and short[0] == "".join(word[0] for word in long).upper()
-        for short, long in ((first, second), (second, first))
-    )
-
-
 def _replaces_a_word(before: str, after: str, has_lengths: bool) -> bool:
     """Whether a word beyond the lexicon went and another came, neither of them a word of seeing or one of the same meaning."""
     wanted, given = _meanings(before), _meanings(after)
@@ -197,12 +139,10 @@ def _meanings(text: str) -> Counter[str]:
 
 def _meaning(name: str) -> str:
     """One name for all words of a meaning; none for a word of seeing or denying."""
-    american = re.sub("ise(?=d?$)|isation", lambda match: match[0].replace("s", "z", 1), name)
-    american = re.sub("(?:ae|oe)(?=[a-z]{2})", "e", american)
-    if {name, american} & (_SEEING | _NEGATORS):
+    same = lexicon.synonym(name)
+    if {name, same} & (_SEEING | _NEGATORS):
         return ""
-    stem = _SUFFIXES.sub("", american)
-    return _SAME.get(name) or _SAME.get(american) or _SAME.get(stem) or stem
+    return _SUFFIXES.sub("", same)
 
 
 def _is_number(name: str) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from mmedpo_ray.curate.terms import Concept, Mention
 
+# How far back words before a place are looked at.
+NEAR = 64
 _ACRONYMS = frozenset({"ct", "mri", "mr", "pet", "t1", "t2", "flair", "dwi", "pa", "ap", "copd"})
 _IRREGULAR = {
     "pneumothorax": "pneumothoraces",

@@ -7,14 +7,22 @@ denied. What the grammar here does not know is left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mmedpo_ray.curate import lexicon
-from mmedpo_ray.curate.edits import Edit, capitalise, is_bare, is_plural, like, uncapitalise, with_article
+from mmedpo_ray.curate.edits import (
+    NEAR,
+    Edit,
+    capitalise,
+    is_bare,
+    is_plural,
+    like,
+    uncapitalise,
+    with_article,
+)
+from mmedpo_ray.curate.overall import CLEAR_LUNGS, WHOLE_NORMAL_WORDS
 from mmedpo_ray.curate.terms import Mention, mentions
 
-# How far back words before a place are looked at.
-_NEAR = 32
 _POLARITY = re.compile(r"^(\W*)(yes|no)\b(.*)$", re.IGNORECASE | re.DOTALL)
 _DEGREE = r"(?:mild|mildly|moderate|moderately|severe|severely|minimal|slight|trace|marked|massive|extensive)"
 # What a denial leaves out: how sure, how many, how large, since when. "There is no likely a small effusion" says nothing.
@@ -105,39 +113,6 @@ _OVERALL = re.compile(
 )
 _OVERALL_IN_PLURAL = re.compile(r"(?:abnormalities|processes|findings|diseases)\b", re.IGNORECASE)
 _OVERALL_UNCOUNTED = re.compile(r"disease\b", re.IGNORECASE)
-# "Pathology", "normal": a denial this short is the whole answer, see the edits of overall statements.
-_WHOLE_NORMAL_WORDS = 4
-
-_HEART = (
-    r"\b((?:the )?(?:heart(?: size)?|cardiac (?:size|silhouette|shadow)|cardio-?mediastinal (?:silhouette|contours?)))"
-    r"((?: and (?:the )?mediastin\w+(?: contours?| silhouettes?)?)?)( (?:is|are|appears?|remains?))? "
-)
-_STATEMENTS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\b(the )(?:heart|cardiac) size is normal\b", re.IGNORECASE), r"\1heart is enlarged"),
-    (
-        re.compile(r"\b(the )heart is (?:of normal size|normal in size|normal)\b(?! in\b)", re.IGNORECASE),
-        r"\1heart is enlarged",
-    ),
-    (re.compile(r"\b(the )heart is enlarged\b", re.IGNORECASE), r"\1heart size is normal"),
-)
-# Wordings beyond these, each keeping its subject.
-_HEART_IS_NORMAL = re.compile(
-    _HEART + r"(?:of normal size|within normal limits(?: in size)?|not enlarged|top[- ]normal(?: in size)?|"
-    r"(?:normal|unremarkable)(?: in (?:size|contour|configuration))?(?: and (?:contour|configuration))?)\b",
-    re.IGNORECASE,
-)
-_HEART_IS_ENLARGED = re.compile(
-    _HEART + r"(?:(?:mildly|moderately|severely|markedly) )?enlarged\b", re.IGNORECASE
-)
-# "The lungs are within normal limits": the whole predicate is turned, its words make no other sense.
-_WITHIN_NORMAL_LIMITS = re.compile(r"\bwithin normal limits\b", re.IGNORECASE)
-_BE = re.compile(r"\b(?:is|are|was|were|appears?|remains?) (?:all |grossly |again )?$", re.IGNORECASE)
-_CLEAR_LUNGS = re.compile(
-    r"\b(lungs(?: fields)?) (?:(?:are|appear|remain) )(?:\w+ )?clear(?: bilaterally)?\b", re.IGNORECASE
-)
-_EXPANDED_LUNGS = re.compile(
-    r"\b(lungs are (?:\w+ )?(?:well[- ])?(?:expanded|aerated|inflated)) and clear\b", re.IGNORECASE
-)
 
 
 # ---------------------------------------------------------------------- yes and no
@@ -188,20 +163,20 @@ def negation_edits(answer: str) -> Iterator[Edit]:
         for changed in _there_is_edits(answer, spans):
             yield Edit(changed, "negation")
     if "no " in low or "neither " in low:
-        is_short = len(lexicon.words(answer)) <= _WHOLE_NORMAL_WORDS
+        is_short = len(lexicon.words(answer)) <= WHOLE_NORMAL_WORDS
         for match in _DENIAL.finditer(answer):
             for changed in _denial_turned(match, findings_only=is_short):
                 yield Edit(answer[: match.start()] + changed + answer[match.end() :], "negation")
     yield from _sentence_edits(answer, spans)
 
 
-def _there_is_edits(answer: str, spans: list[tuple[int, int]]) -> Iterator[str]:
+def _there_is_edits(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
     for match in _THERE_IS.finditer(answer):
         end = next((end for _, end in spans if end >= match.end()), len(answer))
         # "but" ends a span and still belongs to the sentence.
         if _EXPLAINED.search(answer, match.end(), end + len("but ")) or not answer[match.end() : end].strip():
             continue
-        if _AFTER_BUT.search(answer, max(0, match.start() - _NEAR), match.start()):
+        if _AFTER_BUT.search(answer, max(0, match.start() - NEAR), match.start()):
             continue
         start, adverb, still = match.group(1), match.group(2) or "", match.group(3)
         denial = "no longer any " if still else adverb + "no "
@@ -325,7 +300,7 @@ def _agreeing(tail: str, claim: str) -> str:
     return re.sub(r"^ (\w+)", lambda verb: f" {numbers.get(verb.group(1), verb.group(1))}", tail)
 
 
-def _sentence_edits(answer: str, spans: list[tuple[int, int]]) -> Iterator[Edit]:
+def _sentence_edits(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[Edit]:
     """Sentences that neither begin with "No" nor with "There is"."""
     spans = [(start, end) for start, end in spans if answer[start:end].strip()]
     named = [mention.start for mention in _findings(answer)]
@@ -406,7 +381,7 @@ def _with(before: str, word: str, claim: str, rest: str) -> str | None:
     if not lexicon.is_negated(before) and not _CLEAR.search(before):
         return f"{before}{like(word, 'with')} {claim}{f' but {word.lower()} {rest}' if rest else ''}"
     named = {mention.concept.name for mention in _findings(claim)}
-    lungs = _CLEAR_LUNGS.search(before)
+    lungs = CLEAR_LUNGS.search(before)
     if lungs and not named & _OUTSIDE_THE_LUNGS:
         if before[lungs.end() :].strip(" ,"):
             return None
@@ -427,63 +402,3 @@ def _positive_for(before: str, word: str, claim: str, rest: str) -> str:
     """No article: "positive for nodule", as "negative for nodule" had none."""
     bare = claim.removeprefix("an ").removeprefix("a ")
     return f"{before}{like(word, 'positive')} for {bare}{' but negative for ' + rest if rest else ''}"
-
-
-# ---------------------------------------------------------------------- overall statements
-
-
-def statement_edits(answer: str) -> Iterator[Edit]:
-    """ "The heart size is normal" → "The heart is enlarged", and back."""
-    low = answer.lower()
-    if "heart" not in low and "cardi" not in low and "within normal" not in low:
-        return
-    known = False
-    for pattern, replacement in _STATEMENTS:
-        changed, count = pattern.subn(replacement, answer, count=1)
-        if count:
-            known = True
-            yield Edit(changed, "finding")
-    if known:
-        return
-    normal = _HEART_IS_NORMAL.search(answer)
-    if normal:
-        yield Edit(answer[: normal.start()] + _heart_enlarged(normal) + answer[normal.end() :], "finding")
-    enlarged = _HEART_IS_ENLARGED.search(answer)
-    if enlarged and not enlarged.group(2):
-        subject, verb = enlarged.group(1), enlarged.group(3) or ""
-        size = "normal" if subject.lower().endswith("size") else "normal in size"
-        said = f"{subject}{verb} {size}"
-        yield Edit(answer[: enlarged.start()] + said + answer[enlarged.end() :], "finding")
-    for match in _WITHIN_NORMAL_LIMITS.finditer(answer):
-        if _BE.search(answer, max(0, match.start() - _NEAR), match.start()) and not (
-            normal and normal.start() < match.start() < normal.end()
-        ):
-            yield Edit(f"{answer[: match.start()]}abnormal{answer[match.end() :]}", "state")
-
-
-def _heart_enlarged(match: re.Match[str]) -> str:
-    """ "Heart size and mediastinal contours are normal" → "Heart size is enlarged and mediastinal contours are normal"."""
-    subject, beside, verb = match.group(1), match.group(2), match.group(3)
-    if not beside or not verb:
-        return f"{subject}{beside}{verb or ''} enlarged"
-    one = {"are": "is", "appear": "appears", "remain": "remains"}.get(verb.strip().lower(), verb.strip())
-    many = beside.endswith("s")
-    other = {"is": "are", "appears": "appear", "remains": "remain"}[one] if many else one
-    words = match.group(0)[match.end(3) - match.start() :]
-    return f"{subject} {one} enlarged{beside} {other}{words}"
-
-
-def clear_lung_edits(answer: str, findings: list[tuple[str, bool]]) -> Iterator[Edit]:
-    """ "The lungs are clear" → "The lungs show a nodule"; for reports that say little else.
-
-    Args:
-        answer: reference answer.
-        findings: names of lung findings to choose from, and whether each is a mass noun.
-    """
-    match = _CLEAR_LUNGS.search(answer) or _EXPANDED_LUNGS.search(answer)
-    if match is None:
-        return
-    verb = "show" if match.re is _CLEAR_LUNGS else "with"
-    for name, bare in findings:
-        said = f"{match.group(1)} {verb} {with_article(name, bare=bare)}"
-        yield Edit(answer[: match.start()] + said + answer[match.end() :], "finding")

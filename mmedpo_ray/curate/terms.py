@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Axis = Literal[
     "finding",
@@ -52,8 +52,7 @@ class Concept:
     mass_noun: bool = False
 
 
-@dataclass(frozen=True)
-class Mention:
+class Mention(NamedTuple):
     """A concept at a place of a text: ``text[start:end]`` spells form number ``form``."""
 
     concept: Concept

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -48,8 +48,6 @@ __all__ = [
 UNREADABLE = images.UNREADABLE
 # Drop reasons that copying, mending or uploading an image file ends, or a store that answers again.
 IMAGE_REASONS = ("image_missing", UNREADABLE, "image_undecodable", "image_too_large", "image_multi_frame")
-# Files of a unit that are waited for in vain before the others get one try each.
-_MOST_WAITED_FOR = 3
 # Whole numbers below it are exact as floats.
 _EXACT = 2**53
 # Few tasks: each new worker process costs a second of imports. Not fewer: their images are decoded one after another.
@@ -240,7 +238,7 @@ class ImageChecker:
         self._data = data
         self._known: dict[str, str | UnusableError] = {}
         self._present: dict[str, bool] = {}
-        self._unreadable = 0
+        self._patience = images.Patience()
 
     def sha256(self, uri: str) -> str:
         """SHA-256 of an image file that can be decoded.
@@ -265,12 +263,12 @@ class ImageChecker:
             UnusableError: as for :meth:`sha256`.
         """
         try:
-            data = images.read_file(uri, self._data.max_image_bytes, self._waits())
+            data = images.read_file(uri, self._data.max_image_bytes, self._patience.waits)
             image = images.decode(data, uri, self._data.max_pixels)
         except images.ImageError as error:
-            raise UnusableError(error.reason, error.detail, uri) from None
+            raise _unusable(error, uri) from None
         except OSError as error:
-            raise self._cannot_be_read(uri, error) from None
+            raise _unusable(self._patience.withheld(uri, error), uri) from None
         return image, hashlib.sha256(data).hexdigest()
 
     def exists(self, uri: str) -> bool:
@@ -281,9 +279,9 @@ class ImageChecker:
         """
         if uri not in self._present:
             try:
-                self._present[uri] = images.exists(uri, self._waits())
+                self._present[uri] = images.exists(uri, self._patience.waits)
             except OSError as error:
-                raise self._cannot_be_read(uri, error) from None
+                raise _unusable(self._patience.withheld(uri, error), uri) from None
         return self._present[uri]
 
     def mask(self, name: Any, folder: str) -> str | None:
@@ -301,13 +299,9 @@ class ImageChecker:
         uri = address(storable(name).strip(), folder)
         return uri if self.exists(uri) else None
 
-    def _waits(self) -> Sequence[float]:
-        """A store that has failed for good a few times is not waited for with every further file."""
-        return images.WAITS if self._unreadable < _MOST_WAITED_FOR else ()
 
-    def _cannot_be_read(self, uri: str, error: OSError) -> UnusableError:
-        self._unreadable += 1
-        return UnusableError(UNREADABLE, f"{uri}: {type(error).__name__}", uri)
+def _unusable(error: images.ImageError, uri: str) -> UnusableError:
+    return UnusableError(error.reason, error.detail, uri)
 
 
 def address(name: str, folder: str) -> str:

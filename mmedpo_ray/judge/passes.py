@@ -48,13 +48,11 @@ def hold_debate(
     Args:
         config: all settings.
         judging: what decides a judgement, for the passes' keys.
-        open_pairs: how many of all pairs need a debate.
+        open_pairs: how many pairs that is.
         again: the pairs to debate again; None: all that need it.
     """
     run = RunFolder(config.run.folder)
     settings = config.score
-    if again is not None:
-        open_pairs = len(again.pairs)
     if not open_pairs:
         return []
     has_gpu = cluster.has_gpu()

@@ -120,7 +120,8 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
         return folder
     again = _to_debate_again(station)
     _carry_usage(config, judging, station)
-    open_pairs = storage.dataset(run.pairs).count_rows(filter=needs_debate(settings.keep_source_scores))
+    debatable = storage.dataset(run.pairs).count_rows(filter=needs_debate(settings.keep_source_scores))
+    open_pairs = len(again.pairs) if again else debatable
     passes = hold_debate(config, judging, open_pairs=open_pairs, again=again)
     num_agents, keep_source_scores = len(settings.agents), settings.keep_source_scores
 
@@ -138,7 +139,7 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
             return pa.concat_tables([part.select(_RAW_SCORES.names) for part in found])
 
         sources = [path for held in passes for path in _with_dropped(held)]
-        if open_pairs < total:
+        if debatable < total:
             sources.insert(0, run.pairs)
         schema = tables.with_drop_columns(debate.DEBATE)
         return map_slices(sources, schema, give_scores, num_cpus=config.ray.data_cpus)

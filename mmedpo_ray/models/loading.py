@@ -140,9 +140,8 @@ def model_fingerprint(path: str) -> str:
 def model_files(path: str) -> dict[str, str]:
     """The files that say what a model computes and how its input is made, each with a hash of 16 hex digits.
 
-    Small local models are hashed whole; of large ones the weights by samples, so that a copy is the same model. A hub name counts
-    as its own hash: a
-    published revision does not change under its name.
+    Small local models are hashed whole; of large ones the weights by samples, so that a copy is the same model. A hub name
+    counts as its own hash: a published revision does not change under its name.
     """
     source = resolve_model(path)
     folder = Path(source)

@@ -241,11 +241,23 @@ def test_equivalent_answers() -> None:
         ("Left lung -", "Left lung", True),
         ("left-sided effusion", "left sided effusion", True),
         ("3-5 mm", "3-5 mm.", True),
+        # Words of one meaning beyond the vocabulary.
+        ("The lungs are well inflated.", "The lungs are well expanded.", True),
+        ("Bony thymoma", "An osseous thymoma", True),
+        ("Raised pressure", "Elevated pressure", True),
+        ("Within the normal range", "Within normal limits", True),
+        ("Raised pressure", "Reduced pressure", False),
     ],
 )
 def test_equivalent_in_other_words(first: str, second: str, same: bool) -> None:
     assert lexicon.equivalent(first, second) is same
     assert lexicon.equivalent(second, first) is same
+
+
+def test_of_findings_that_matter_alike_the_first_by_name_is_contradicted() -> None:
+    answer = "Stroke, pneumothorax, glioma, pneumoperitoneum and aneurysm"
+    (conflict,) = lexicon.contradictions(answer, "Normal")
+    assert conflict.subject == "aneurysm"
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,9 @@ SAME_FACTS = [
     ("Stable", "Stable", "No change"),
     ("The trachea is midline.", "midline", "central"),
     ("The image shows a kidney", "shows", "depicts"),
+    ("A tumour of the thymus", "tumour", "neoplastic mass"),
+    ("Dilated ureter", "Dilated", "Distended"),
+    ("The study is normal.", "normal", "within the normal range"),
 ]  # fmt: skip
 OTHER_FACTS = [
     ("Meningioma", "Meningioma", "Glioma"),

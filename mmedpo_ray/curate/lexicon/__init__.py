@@ -24,14 +24,17 @@ from mmedpo_ray.curate.lexicon.facts import (
     stated,
 )
 from mmedpo_ray.curate.lexicon.meta import is_meta_text
-from mmedpo_ray.curate.lexicon.synonyms import canonical
-from mmedpo_ray.curate.lexicon.words import Term, content_words, numbers, polarity, terms, words
+from mmedpo_ray.curate.lexicon.quantities import in_millimetres, lengths
+from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical, synonym
+from mmedpo_ray.curate.lexicon.words import INTRODUCING, Term, content_words, numbers, polarity, terms, words
 
 __all__ = [
+    "INTRODUCING",
     "LUNG_FINDINGS",
     "Conflict",
     "Fact",
     "Term",
+    "abbreviates",
     "are_kin",
     "canonical",
     "choices",
@@ -41,8 +44,10 @@ __all__ = [
     "equivalent",
     "facts",
     "implied_polarity",
+    "in_millimetres",
     "is_meta_text",
     "is_negated",
+    "lengths",
     "names_another",
     "negated_spans",
     "numbers",
@@ -50,6 +55,7 @@ __all__ = [
     "sentence_spans",
     "severity",
     "stated",
+    "synonym",
     "terms",
     "words",
 ]

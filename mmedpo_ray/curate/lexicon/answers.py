@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 
 from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, facts, is_negated, negated_spans, restated
-from mmedpo_ray.curate.lexicon.synonyms import canonical, sense
+from mmedpo_ray.curate.lexicon.synonyms import canonical, sense, synonym
 from mmedpo_ray.curate.lexicon.words import (
     INTRODUCING,
     Polarity,
@@ -74,7 +74,7 @@ def equivalent(first: str, second: str) -> bool:
     first, second = restated(first), restated(second)
     if spoken_polarity(first) != spoken_polarity(second):
         return False
-    left, right = content_words(first), content_words(second)
+    left, right = (frozenset(map(synonym, content_words(text))) for text in (first, second))
     if not left and not right:
         return words(first) == words(second)
     is_same = left == right or (bool(facts(first)) and left ^ right <= INTRODUCING)

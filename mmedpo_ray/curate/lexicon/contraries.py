@@ -215,7 +215,7 @@ def _is_part(stated: str | None, expected: str | None) -> bool:
 def _denied(reference: str, expected: set[str], answer: str, question: str) -> list[Conflict]:
     """ "Normal" or "No" where the reference has a finding; "The liver is not visible" where it says where the liver is."""
     if expected and not facts(answer) and (_ALL_WELL.search(answer) or spoken_polarity(answer) == "no"):
-        name = max(expected, key=relevance_of)
+        name = max(sorted(expected), key=relevance_of)
         return [Conflict("finding", "contradicted", name, "present", "absent", relevance_of(name))]
     if polarity(reference) == "no" or is_negated(reference):
         return []

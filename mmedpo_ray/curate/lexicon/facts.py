@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
-from mmedpo_ray.curate.lexicon.synonyms import canonical
-from mmedpo_ray.curate.terms import CONCEPTS, Concept, Mention, lowered, mentions
+from mmedpo_ray.curate.lexicon.synonyms import canonical, respelled, spellings
+from mmedpo_ray.curate.terms import CONCEPTS, Concept, Mention, mentions
 
 # Texts, and sentences, whose findings are kept.
 _KEPT = 2048
@@ -44,67 +44,63 @@ _NOT_EXCLUDED = re.compile(
 )
 _JOINT = re.compile(r",|\band\b|\bwith\b", re.IGNORECASE)
 # Statements about the heart and the lungs that amount to a finding or to its absence.
-# Each: words of which one must be there, what is said, what it amounts to.
-_REWRITES: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
-    (needed, re.compile(pattern, re.IGNORECASE), replacement)
-    for needed, pattern, replacement in (
-        (
-            ("heart", "cardi"),
-            r"\b(?:heart|cardiac|cardio-?mediastinal)(?: size| silhouette| shadow| contours?)*"
-            r"(?: and (?:the )?mediastin\w+(?: contours?| silhouette)?)?(?: (?:is|are|appears?|remains?))?"
-            r"(?: (?:of|within))? (?:normal(?: size| limits)?|not enlarged|unremarkable)(?: in size)?\b",
-            "no cardiomegaly",
-        ),
-        (
-            ("normal ",),
-            r"\bnormal (?:heart|cardiac|cardiomediastinal)(?: size| silhouette)*\b",
-            "no cardiomegaly",
-        ),
-        (
-            ("enlarged",),
-            r"\b(?:heart|cardiac|cardio-?mediastinal)(?: size| silhouette| shadow| contours?)*"
-            r"(?: and (?:the )?mediastin\w+(?: contours?| silhouette)?)?(?: (?:is|are|appears?|remains?))?"
-            r"(?: (?:mildly|moderately|severely|markedly))? enlarged\b",
-            "cardiomegaly",
-        ),
-        (
-            ("enlarged ", "increased "),
-            r"\b(?:enlarged|increased) (?:heart|cardiac|cardiomediastinal)(?: size| silhouette| shadow| contours?)*\b",
-            "cardiomegaly",
-        ),
-        (
-            ("enlargement",),
-            r"\b(?:enlargement of (?:the )?(?:heart|cardiac)(?: silhouette| shadow)?|(?:heart|cardiac) enlargement)\b",
-            "cardiomegaly",
-        ),
-        (
-            ("lung",),
-            r"\blungs?(?: fields?)?(?: (?:is|are|appear|remain))? (?:clear|normal)(?: bilaterally)?\b",
-            "no lung abnormality",
-        ),
-        (("lung",), r"\b(?:clear|normal) lungs?\b", "no lung abnormality"),
-        (
-            ("normal ", "unremarkable "),
-            r"\b(?:normal|unremarkable) (?:chest )?(?:radiograph|x-ray|xray|film|study|image|scan)\b",
-            "no abnormality",
-        ),
-        (
-            ("normal", "unremarkable"),
-            r"\b(?:chest )?(?:radiograph|x-ray|image|scan|study) (?:is|appears|looks) (?:normal|unremarkable)\b",
-            "no abnormality",
-        ),
-        (
-            ("no ",),
-            r"\bno (?:acute )?(?:cardiopulmonary )?(?:abnormality|abnormalities|process|disease|findings?)\b",
-            "no abnormality",
-        ),
-        (
-            ("acute ",),
-            r"\bacute (?:cardiopulmonary |cardiac |pulmonary |osseous |bony |intracranial )?"
-            r"(?:process|disease|findings?)\b",
-            "abnormality",
-        ),
-    )
+_REWRITES = spellings(
+    (
+        ("heart", "cardi"),
+        r"\b(?:heart|cardiac|cardio-?mediastinal)(?: size| silhouette| shadow| contours?)*"
+        r"(?: and (?:the )?mediastin\w+(?: contours?| silhouette)?)?(?: (?:is|are|appears?|remains?))?"
+        r"(?: (?:of|within))? (?:normal(?: size| limits)?|not enlarged|unremarkable)(?: in size)?\b",
+        "no cardiomegaly",
+    ),
+    (
+        ("normal ",),
+        r"\bnormal (?:heart|cardiac|cardiomediastinal)(?: size| silhouette)*\b",
+        "no cardiomegaly",
+    ),
+    (
+        ("enlarged",),
+        r"\b(?:heart|cardiac|cardio-?mediastinal)(?: size| silhouette| shadow| contours?)*"
+        r"(?: and (?:the )?mediastin\w+(?: contours?| silhouette)?)?(?: (?:is|are|appears?|remains?))?"
+        r"(?: (?:mildly|moderately|severely|markedly))? enlarged\b",
+        "cardiomegaly",
+    ),
+    (
+        ("enlarged ", "increased "),
+        r"\b(?:enlarged|increased) (?:heart|cardiac|cardiomediastinal)(?: size| silhouette| shadow| contours?)*\b",
+        "cardiomegaly",
+    ),
+    (
+        ("enlargement",),
+        r"\b(?:enlargement of (?:the )?(?:heart|cardiac)(?: silhouette| shadow)?|(?:heart|cardiac) enlargement)\b",
+        "cardiomegaly",
+    ),
+    (
+        ("lung",),
+        r"\blungs?(?: fields?)?(?: (?:is|are|appear|remain))? (?:clear|normal)(?: bilaterally)?\b",
+        "no lung abnormality",
+    ),
+    (("lung",), r"\b(?:clear|normal) lungs?\b", "no lung abnormality"),
+    (
+        ("normal ", "unremarkable "),
+        r"\b(?:normal|unremarkable) (?:chest )?(?:radiograph|x-ray|xray|film|study|image|scan)\b",
+        "no abnormality",
+    ),
+    (
+        ("normal", "unremarkable"),
+        r"\b(?:chest )?(?:radiograph|x-ray|image|scan|study) (?:is|appears|looks) (?:normal|unremarkable)\b",
+        "no abnormality",
+    ),
+    (
+        ("no ",),
+        r"\bno (?:acute )?(?:cardiopulmonary )?(?:abnormality|abnormalities|process|disease|findings?)\b",
+        "no abnormality",
+    ),
+    (
+        ("acute ",),
+        r"\bacute (?:cardiopulmonary |cardiac |pulmonary |osseous |bony |intracranial )?"
+        r"(?:process|disease|findings?)\b",
+        "abnormality",
+    ),
 )
 # A statement of overall normality; not part of the vocabulary because no finding can stand in for it.
 _OVERALL = {
@@ -118,8 +114,7 @@ LUNG_FINDINGS = frozenset(c.name for c in CONCEPTS.values() if c.group == "chest
 }
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """A finding that a text asserts or denies.
 
     Attributes:
@@ -144,7 +139,9 @@ class Fact:
 def facts(text: str) -> tuple[Fact, ...]:
     """The findings that a text asserts or denies, each with the side, zone and size said of it, in order, without repeats."""
     found: dict[Fact, None] = {}
-    for sentence in _SENTENCE.split(canonical(text)):
+    text = canonical(text)
+    for start, end in sentence_spans(text):
+        sentence = text[start:end]
         if sentence and not sentence.isspace():
             found |= dict.fromkeys(_facts_of(sentence))
     return tuple(found)
@@ -157,15 +154,7 @@ def restated(text: str) -> str:
 
 @lru_cache(maxsize=_KEPT_SENTENCES)
 def _restated(sentence: str) -> str:
-    low = lowered(sentence)
-    for needed, pattern, replacement in _REWRITES:
-        for piece in needed:
-            if piece in low:
-                sentence, count = pattern.subn(replacement, sentence)
-                if count:
-                    low = lowered(sentence)
-                break
-    return sentence
+    return respelled(sentence, _REWRITES)
 
 
 @lru_cache(maxsize=_KEPT_SENTENCES)
@@ -181,6 +170,7 @@ def _facts_of(sentence: str) -> tuple[Fact, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=_KEPT_SENTENCES)
 def is_negated(text: str) -> bool:
     """Whether the text denies something anywhere."""
     return bool(NEGATION.search(text) or _AFTER_NEGATION.search(text))
@@ -272,14 +262,15 @@ def absent_subjects(text: str) -> list[str]:
     return found
 
 
-def sentence_spans(text: str) -> list[tuple[int, int]]:
+@lru_cache(maxsize=_KEPT)
+def sentence_spans(text: str) -> tuple[tuple[int, int], ...]:
     """The sentences of a text as ``text[start:end]``, without what ends them; "but" and the like begin another."""
     spans, start = [], 0
     for stop in _SENTENCE.finditer(text):
         spans.append((start, stop.start()))
         start = stop.end()
     spans.append((start, len(text)))
-    return spans
+    return tuple(spans)
 
 
 def _clauses(sentence: str) -> list[tuple[str, bool]]:

@@ -23,6 +23,8 @@ _MEASURE = re.compile(
     r"(?:(?<![-=])([<>])=?)?\s*(\d+(?:\.\d+)?)\s*-?\s*(mm\b|cm\b|millimet(?:er|re)s?\b|centimet(?:er|re)s?\b|%|percent\b)",
     re.IGNORECASE,
 )
+_LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*-?(mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b", re.IGNORECASE)
+_FRACTION = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
 # Rounding, and two readers' measurements, differ by less.
 _SAME = 1.5
 
@@ -84,11 +86,21 @@ def shares(text: str) -> list[Interval]:
 def _measures(text: str) -> list[tuple[str, Interval]]:
     found = []
     for sign, number, unit in _MEASURE.findall(canonical(text)):
-        value = float(number) * (10 if unit[0] in "cC" else 1)
+        value = float(number) * _millimetres(unit)
         if value:
             low, high = (0.0 if sign == "<" else value), (math.inf if sign == ">" else value)
             found.append(("%" if unit[0] in "%pP" else "mm", Interval(low, high)))
     return found
+
+
+def in_millimetres(text: str) -> str:
+    """The text with its lengths in millimetres, and its numbers without empty decimals."""
+    text = _LENGTH.sub(lambda match: f"{float(match[1]) * _millimetres(match[2]):g} mm", text)
+    return _FRACTION.sub(lambda match: f"{float(match[0]):g}", text)
+
+
+def _millimetres(unit: str) -> int:
+    return 10 if unit[0] in "cC" else 1
 
 
 def is_bounded(interval: Interval) -> bool:

@@ -4,13 +4,14 @@ canonical("RUL")             -> "right upper lobe"
 canonical("Left and right")  -> "bilateral"
 canonical("less than 5 mm")  -> "<5 mm"
 sense("No abnormality is seen.") == sense("Normal")
+synonym("inflated")               -> "expanded"
 """
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mmedpo_ray.curate.terms import lowered
 
@@ -35,59 +36,123 @@ _AMOUNT = (
     r"(?=\d+\b(?!(?:st|nd|rd|th))|\d+ ?(?:mm|cm|%)|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)"
 )
 _TWO_SIDES = (" and right", " and left", " and the right", " and the left", " as well as ", " & ")
-# Each: pieces of which one must be there, since to look for those is quick; what is said; its one spelling.
-_SPELLINGS: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
-    (needed, re.compile(pattern, re.IGNORECASE), replacement)
-    for needed, pattern, replacement in (
-        (("healthy",), r"\bhealthy\b", "normal"),
-        (("normal limits",), r"\bwithin normal limits\b", "normal"),
-        (("nothing",), r"\bnothing (?:is )?abnormal\b", "no abnormality"),
-        (("not abnormal",), r"\bnot abnormal\b", "normal"),
-        (
-            _TWO_SIDES,
-            r"\b(?:both )?(?:the )?(?:left (lung|side)s? and (?:the )?right \1s?|right (lung|side)s? and (?:the )?left \2s?)\b",
-            r"both \1\2s",
-        ),
-        (
-            _TWO_SIDES,
-            r"\b(?:both )?(?:the )?(?:left(?:-sided)?(?: and|,? as well as| &) (?:the )?right|"
-            r"right(?:-sided)?(?: and|,? as well as| &) (?:the )?left)(?: (?:lung|side)s?)?\b",
-            "bilateral",
-        ),
-        (("both lung",), r"\bboth lung\b", "both lungs"),
-        (("both the ",), r"\bboth the (?=(?:lung|side)s\b)", "both "),
-        (
-            ("both",),
-            r"\bboth (?:the )?(?=(?:kidneys|hemispheres|breasts|hips|knees|hila|ventricles|orbits|eyes|adrenals?|"
-            r"apices|bases|hemithoraces|hemidiaphragms)\b)",
-            "bilateral ",
-        ),
-        (
-            ("both",),
-            r"\A\W*(?:(?:it is|they are|on|in|at|the answer is) )*both(?: of them)?\W*\Z",
-            "bilateral",
-        ),
-        (
-            (" than ", "under ", "below "),
-            rf"\b(?:(?:less|smaller|lower|fewer|shorter) than|under|below) {_AMOUNT}",
-            "<",
-        ),
-        (
-            (" than ", "over ", "above ", "exceeding "),
-            rf"\b(?:(?:more|greater|larger|bigger|higher|longer) than|over|above|exceeding) {_AMOUNT}",
-            ">",
-        ),
-        (("at least ",), rf"\bat least {_AMOUNT}", ">="),
-        (("at most ", "up to "), rf"\b(?:at most|up to) {_AMOUNT}", "<="),
-        (("≥",), "≥", ">="),
-        (("≤",), "≤", "<="),
-        (("< ", "> ", "= "), r"([<>]=?) +(?=\d)", r"\1"),
-        (("\u2212", "\u2013"), r"(?<![\w.])[\u2212\u2013](?=\d)", "-"),
-        (("+",), r"\A[\s(\[]*\+[\s)\].]*\Z", "positive"),
-        (("-", "\u2212", "\u2013"), r"\A[\s(\[]*[-\u2212\u2013][\s)\].]*\Z", "negative"),
+
+
+class Spelling(NamedTuple):
+    """What is said, and what is put in its place.
+
+    Attributes:
+        needed: pieces in small letters of which one must be there, since to look for those is quick.
+        pattern: what is said.
+        replacement: its one spelling, as for :func:`re.sub`.
+    """
+
+    needed: tuple[str, ...]
+    pattern: re.Pattern[str]
+    replacement: str
+
+
+def spellings(*rules: tuple[tuple[str, ...], str, str]) -> tuple[Spelling, ...]:
+    """The rules (needed, pattern, replacement), made ready; capitals do not count."""
+    return tuple(
+        Spelling(needed, re.compile(pattern, re.IGNORECASE), replacement)
+        for needed, pattern, replacement in rules
     )
+
+
+def respelled(text: str, rules: tuple[Spelling, ...]) -> str:
+    """The text after one rule after the other."""
+    low = lowered(text)
+    for needed, pattern, replacement in rules:
+        for piece in needed:
+            if piece in low:
+                text, count = pattern.subn(replacement, text)
+                if count:
+                    low = lowered(text)
+                break
+    return text
+
+
+_SPELLINGS = spellings(
+    (("healthy",), r"\bhealthy\b", "normal"),
+    (("normal limits", "normal range"), r"\bwithin (?:the )?normal (?:limits|range)\b", "normal"),
+    (("nothing",), r"\bnothing (?:is )?abnormal\b", "no abnormality"),
+    (("not abnormal",), r"\bnot abnormal\b", "normal"),
+    (
+        _TWO_SIDES,
+        r"\b(?:both )?(?:the )?(?:left (lung|side)s? and (?:the )?right \1s?|right (lung|side)s? and (?:the )?left \2s?)\b",
+        r"both \1\2s",
+    ),
+    (
+        _TWO_SIDES,
+        r"\b(?:both )?(?:the )?(?:left(?:-sided)?(?: and|,? as well as| &) (?:the )?right|"
+        r"right(?:-sided)?(?: and|,? as well as| &) (?:the )?left)(?: (?:lung|side)s?)?\b",
+        "bilateral",
+    ),
+    (("both lung",), r"\bboth lung\b", "both lungs"),
+    (("both the ",), r"\bboth the (?=(?:lung|side)s\b)", "both "),
+    (
+        ("both",),
+        r"\bboth (?:the )?(?=(?:kidneys|hemispheres|breasts|hips|knees|hila|ventricles|orbits|eyes|adrenals?|"
+        r"apices|bases|hemithoraces|hemidiaphragms)\b)",
+        "bilateral ",
+    ),
+    (
+        ("both",),
+        r"\A\W*(?:(?:it is|they are|on|in|at|the answer is) )*both(?: of them)?\W*\Z",
+        "bilateral",
+    ),
+    (
+        (" than ", "under ", "below "),
+        rf"\b(?:(?:less|smaller|lower|fewer|shorter) than|under|below) {_AMOUNT}",
+        "<",
+    ),
+    (
+        (" than ", "over ", "above ", "exceeding "),
+        rf"\b(?:(?:more|greater|larger|bigger|higher|longer) than|over|above|exceeding) {_AMOUNT}",
+        ">",
+    ),
+    (("at least ",), rf"\bat least {_AMOUNT}", ">="),
+    (("at most ", "up to "), rf"\b(?:at most|up to) {_AMOUNT}", "<="),
+    (("≥",), "≥", ">="),
+    (("≤",), "≤", "<="),
+    (("< ", "> ", "= "), r"([<>]=?) +(?=\d)", r"\1"),
+    (("\u2212", "\u2013"), r"(?<![\w.])[\u2212\u2013](?=\d)", "-"),
+    (("+",), r"\A[\s(\[]*\+[\s)\].]*\Z", "positive"),
+    (("-", "\u2212", "\u2013"), r"\A[\s(\[]*[-\u2212\u2013][\s)\].]*\Z", "negative"),
 )
 
+# Words of one meaning that the vocabulary lacks; the first of a group is the name, that of a concept where there is one.
+_SYNONYMS: dict[str, str] = {
+    word: group.split()[0]
+    for group in (
+        "yes yeah yep true correct",
+        "expanded inflated aerated ventilated",
+        "fracture broken break",
+        "brain cerebral",
+        "bone bony osseous skeletal",
+        "vessel vascular",
+        "stone calculus calculi",
+        "hemorrhage hemorrhagic",
+        "mass neoplastic",
+        "edema swelling swollen",
+        "disease disorder illness",
+        "stable unchanged",
+        "large big sizable sizeable",
+        "small little",
+        "bilateral both",
+        "increased elevated raised",
+        "decreased reduced diminished",
+        "enlarged distended widened",
+        "quickly rapidly",
+        "image picture photograph",
+        "middle midline",
+        "unlikely improbable",
+    )
+    for word in group.split()
+}
+_BRITISH_S = re.compile(r"is(?=ed?$|ation)")
+_BRITISH_E = re.compile(r"(?:ae|oe)(?=[a-z]{2})")
 _PICTURE = r"(?:image|scan|study|film|radiograph|x-ray|picture|examination|exam|ct|mri)"
 _SUBJECT = (
     rf"(?:(?:it|this|that|everything|all|(?:the|this) (?:\w+ )?{_PICTURE}) "
@@ -124,15 +189,7 @@ def canonical(text: str) -> str:
             return _ABBREVIATIONS[whole["short"].upper()]
     if _MAY_ABBREVIATE.search(text):
         text = _ABBREVIATED.sub(lambda match: _ABBREVIATIONS[match.group()], text)
-    low = lowered(text)
-    for needed, pattern, replacement in _SPELLINGS:
-        for piece in needed:
-            if piece in low:
-                text, count = pattern.subn(replacement, text)
-                if count:
-                    low = lowered(text)
-                break
-    return text
+    return respelled(text, _SPELLINGS)
 
 
 def sense(text: str) -> Literal["normal", "none"] | None:
@@ -144,3 +201,22 @@ def sense(text: str) -> Literal["normal", "none"] | None:
     if len(text) > _LONGEST_SENSE:
         return None
     return next((name for name, pattern in _SENSES.items() if pattern.fullmatch(text)), None)
+
+
+def synonym(word: str) -> str:
+    """One name, in American spelling, for all words of a meaning.
+
+    Args:
+        word: in small letters and singular, or a concept's name.
+    """
+    american = _BRITISH_E.sub("e", _BRITISH_S.sub("iz", word))
+    return _SYNONYMS.get(word) or _SYNONYMS.get(american, american)
+
+
+def abbreviates(one: str, other: str) -> bool:
+    """Whether one text is made of the initials of the other: "GGO"."""
+    first, second = (re.findall(r"[^\W_]+", text) for text in (one, other))
+    return any(
+        len(short) == 1 and short[0].isupper() and short[0] == "".join(word[0] for word in long).upper()
+        for short, long in ((first, second), (second, first))
+    )

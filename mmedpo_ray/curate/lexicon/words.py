@@ -144,12 +144,11 @@ def spoken_polarity(answer: str) -> Polarity | None:
     return None if found == "no" and _NO_THING.match(answer) else found
 
 
+@lru_cache(maxsize=_KEPT)
 def numbers(text: str) -> frozenset[int]:
     """Counts and ordinals of a text, in digits or words; measurements with units are left out."""
-    return frozenset(
-        _NUMBER_WORDS[m.group(1).lower()] if m.group(1).lower() in _NUMBER_WORDS else int(m.group(1))
-        for m in _NUMBER.finditer(text)
-    )
+    named = (match.group(1).lower() for match in _NUMBER.finditer(text))
+    return frozenset(_NUMBER_WORDS[name] if name in _NUMBER_WORDS else int(name) for name in named)
 
 
 # Words that only introduce what is said: to show it, to see it, to be more or less sure of it.
