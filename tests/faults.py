@@ -38,7 +38,8 @@ def cluster(head_cpus: int, *node_cpus: int) -> Iterator[Any]:
     # A lost node is noticed within a second rather than half a minute.
     checks = {"initial_delay_ms": 1000, "period_ms": 300, "timeout_ms": 1000, "failure_threshold": 3}
     system = {f"health_check_{name}": value for name, value in checks.items()}
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "_system_config": system})
+    head = {"num_cpus": head_cpus, "_system_config": system, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
         for cpus in node_cpus:
             nodes.add_node(num_cpus=cpus)
