@@ -40,8 +40,8 @@ $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 demo: .venv
 	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
 
-# Files of tests side by side: one a core, and of those with engines, which take memory, two. tests/e2e is on its own: Ray Train asks
-# the newest Ray dashboard of the machine for its actors, which must not be that of another cluster.
+# Files of tests side by side: one a core, and of those with engines, which take memory, two. tests/e2e is on its own: Ray
+# Train asks the newest Ray dashboard of the machine for its actors, which must not be that of another cluster.
 EVERY_CORE := -n logical --maxprocesses 8 --dist loadfile
 TWO := -n 2 --dist loadfile
 

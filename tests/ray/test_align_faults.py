@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 40
 
-# Ranks wait after the step that a file beside the settings names, so that what a cluster needs time for happens in the middle.
+# Ranks wait after the step that a file beside the settings names: what takes a cluster its time then happens in the middle.
 DRIVER = """
 import sys
 from pathlib import Path
