@@ -40,14 +40,22 @@ $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 demo: .venv
 	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
 
+# Files of tests side by side: one a core, and of those with engines, which take memory, two. tests/e2e is on its own: Ray
+# Train asks the newest Ray dashboard of the machine for its actors, which must not be that of another cluster.
+EVERY_CORE := -n logical --maxprocesses 8 --dist loadfile
+TWO := -n 2 --dist loadfile
+
+# Every part runs; a failure in one is the result.
 test: .venv
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
+	@result=0; for part in "tests/unit tests/invariant $(EVERY_CORE)" "tests/ray $(TWO)" "tests/e2e"; do \
+		$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $$part || result=$$?; \
+	done; exit $$result
 
 test-slow: .venv
-	$(OFFLINE) $(BIN)/python -m pytest -m slow
+	$(OFFLINE) $(BIN)/python -m pytest -m slow $(TWO)
 
 test-fast: .venv
-	$(OFFLINE) $(BIN)/python -m pytest tests/unit
+	$(OFFLINE) $(BIN)/python -m pytest tests/unit $(EVERY_CORE)
 
 lint: .venv
 	$(BIN)/ruff check .

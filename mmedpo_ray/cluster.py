@@ -31,6 +31,9 @@ _WORKER_ENVIRONMENT = (
 # For actors that hold a model: without a limit Ray Data starts one that dies every time, as for want of memory, again for ever.
 MODEL_RESTARTS = {"max_restarts": 5}
 
+# Nothing listens there.
+_NO_DASHBOARD = "http://127.0.0.1:9"
+
 _FEWEST_LOCAL_CPUS = 4
 _MOST_SECONDS_FOR_CPUS = 1.0
 
@@ -48,6 +51,7 @@ def start(settings: RayConfig) -> None:
         return
     address = address_of(settings)
     environment = {key: os.environ[key] for key in _WORKER_ENVIRONMENT if key in os.environ}
+    environment |= _own_cluster(address)
     options: dict = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -66,6 +70,17 @@ def start(settings: RayConfig) -> None:
         log.debug("started a local Ray cluster with %d logical CPUs", cpus)
     _quiet_data()
     _learn_cpus_at_once()
+
+
+def _own_cluster(address: str | None) -> dict[str, str]:
+    """What makes actors ask the cluster they are in.
+
+    Ray Train's PlacementGroupCleaner asks the newest dashboard of the machine whether its controller lives (Ray 2.60); that of
+    another cluster does not know it, and the cleaner ends the training.
+    """
+    if address is None:
+        return {"RAY_API_SERVER_ADDRESS": _NO_DASHBOARD}
+    return {} if address == "auto" or "://" in address else {"RAY_ADDRESS": address}
 
 
 def address_of(settings: RayConfig) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,7 +135,8 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def _import_deepspeed(*, use_gpu: bool) -> Any:
-    import deepspeed
+    with _without("mlflow"):
+        import deepspeed
 
     if not use_gpu:
         # DeepSpeed would compile a shared-memory kernel at every first use, which needs a C++ compiler on each node and
@@ -141,3 +144,16 @@ def _import_deepspeed(*, use_gpu: bool) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """As if it were not installed: DeepSpeed's autotuner, which nothing here uses, spends seconds on MLflow in every rank."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -90,6 +91,16 @@ def _check_trackers(folder: Path) -> None:
     assert sorted(steps) == [(step,) for step in range(1, 13)]
     assert len({path.name for path in folder.glob("wandb/offline-run-*/*.wandb")}) == 1
     assert list((folder / "tensorboard").iterdir())
+
+
+def test_workers_ask_no_other_cluster_whether_a_controller_lives(ray_cluster: None) -> None:
+    """A dashboard of another cluster on the machine would not know it, and Ray Train would end the training."""
+    import ray
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    asked = ray.get(ray.remote(get_address_for_submission_client).remote(None))
+    with pytest.raises(OSError, match="refused"), urllib.request.urlopen(asked, timeout=10):
+        pass
 
 
 def test_a_cluster_without_room_is_refused_at_once(config: Config, ray_cluster: None) -> None:

@@ -5,6 +5,7 @@ Every run ends with the adapter of a run that nothing disturbed, to 1e-5. The cl
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faults
 import psutil
 import pytest
 from align_compare import assert_same_training
 from align_world import align_settings, write_scored
 from tiny_llava import build_tiny_llava
 
+from mmedpo_ray import storage
 from mmedpo_ray.align.checkpoint import checkpoint_folders
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.config import Config, dump
@@ -27,29 +30,45 @@ from mmedpo_ray.run_folder import RunFolder
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
+STEPS = 40
+
+# Ranks wait after the step that a file beside the settings names: what takes a cluster its time then happens in the middle.
 DRIVER = """
 import sys
+from pathlib import Path
 from mmedpo_ray import cluster, config, console
-from mmedpo_ray.align.trainer import align
+from mmedpo_ray.align import trainer
 
+barrier = Path(sys.argv[1]).with_name("barrier")
+train = trainer._worker
+
+def up_to_the_barrier(settings):
+    import time
+    from mmedpo_ray.align import loop
+
+    log = loop.TrainingLoop._log
+
+    def log_and_wait(self, step, *figures):
+        log(self, step, *figures)
+        while barrier.exists() and step + 1 >= int(barrier.read_text()) and not loop.stop_requested.is_set():
+            time.sleep(0.05)
+
+    loop.TrainingLoop._log = log_and_wait
+    train(settings)
+
+trainer._worker = up_to_the_barrier
 console.configure(verbose=True)
 settings = config.load(sys.argv[1])
 cluster.start(settings.ray)
-align(settings, "aligned")
+trainer.align(settings, "aligned")
 """
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """A cluster whose head has room for one rank; drivers join it by its address."""
-    from ray.cluster_utils import Cluster
-
-    # A lost node is noticed within a second rather than half a minute.
-    checks = {"initial_delay_ms": 1000, "period_ms": 300, "timeout_ms": 1000, "failure_threshold": 3}
-    system = {f"health_check_{name}": value for name, value in checks.items()}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": system})
-    yield cluster
-    cluster.shutdown()
+    with faults.cluster(1) as cluster:
+        yield cluster
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +100,17 @@ class Run:
     driver: subprocess.Popen | None = None
 
     @classmethod
-    def of(cls, nodes: Any, model: Path, folder: Path, **changes: Any) -> Run:
-        """A run on the pairs that all runs of this module share; ``changes`` go to the settings of `align`."""
-        write_scored(folder)
-        values = {"epochs": 100, "max_steps": 100, "learning_rate": 5e-5, "checkpoint_every": 10} | changes
+    def of(cls, nodes: Any, model: Path, folder: Path, like: Path | None = None, **changes: Any) -> Run:
+        """A run on the pairs that all runs of this module share; ``changes`` go to the settings of `align`.
+
+        ``like`` is the folder of `align` of another run, whose prepared pairs it gets.
+        """
+        if like is None:
+            write_scored(folder)
+        else:
+            for table in ("scored", "prepared"):
+                shutil.copytree(like.parent / table, folder / table)
+        values = {"epochs": 100, "max_steps": STEPS, "learning_rate": 1e-4, "checkpoint_every": 10} | changes
         config = Config(align=align_settings(**values))
         config.run.folder, config.model.path, config.ray.address = str(folder), str(model), nodes.address
         (folder / "settings.yaml").write_text(dump(config))
@@ -96,6 +122,10 @@ class Run:
             self.driver = subprocess.Popen(
                 [sys.executable, "-c", DRIVER, str(self.folder / "settings.yaml")], stdout=log, stderr=log
             )
+
+    def wait_after(self, step: int) -> None:
+        """Lets the ranks wait after this step and each later one; beyond the last step: go on."""
+        storage.write_bytes(self.folder / "barrier", str(step).encode())
 
     def finish(self) -> Path:
         """Waits for the driver; returns the folder of `align`."""
@@ -154,22 +184,28 @@ def quiet(nodes: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_a_cluster_that_grows_and_shrinks(nodes: Any, model: Path, quiet: Path, tmp_path: Path) -> None:
     """One rank, then two when a node comes, then one when it goes."""
-    run = Run.of(nodes, model, tmp_path, num_workers=(1, 2), resize_check_seconds=1, checkpoint_every=1000)
+    run = Run.of(
+        nodes, model, tmp_path, quiet, num_workers=(1, 2), resize_check_seconds=1, checkpoint_every=1000
+    )
+    run.wait_after(4)
     run.start()
     run.wait_for(lambda: len(run.rows(1)) >= 2, "step on one rank")
     assert not run.rows(2)
     node = nodes.add_node(num_cpus=1)
-    run.wait_for(lambda: len(run.rows(2)) >= 2, "step on two ranks")
+    run.wait_for(lambda: run.rows(2), "step on two ranks")
     (saved,) = checkpoint_folders(run.align)
     assert int(saved.name.removeprefix("step-")) == len(run.rows(1)), "nothing is repeated after a resize"
+    run.wait_after(STEPS // 2)
+    run.wait_for(lambda: len(run.rows(2)) >= 2, "step on two ranks")
     nodes.remove_node(node, allow_graceful=False)
+    run.wait_after(STEPS + 1)
     run.wait_for(lambda: run.rows()[-1]["ranks"] == 1, "step on one rank again")
     assert_same_training(run.finish(), quiet, tolerance=1e-5)
 
 
 def test_a_node_lost_in_the_middle(nodes: Any, model: Path, quiet: Path, tmp_path: Path) -> None:
     """Two ranks; the run waits for another node and goes on from the last checkpoint."""
-    run = Run.of(nodes, model, tmp_path, num_workers=2)
+    run = Run.of(nodes, model, tmp_path, quiet, num_workers=2)
     node = nodes.add_node(num_cpus=1)
     run.start()
     run.wait_for(lambda: len(run.rows(2)) >= 12, "step on two ranks")
@@ -185,7 +221,7 @@ def test_one_of_two_sharded_ranks_ends(
 ) -> None:
     """ZeRO-3: saving is a collective of both ranks, also when only one of them is told to stop."""
     every = 10 if how == signal.SIGKILL else 1000
-    run = Run.of(nodes, model, tmp_path, num_workers=2, strategy="zero3", checkpoint_every=every)
+    run = Run.of(nodes, model, tmp_path, quiet, num_workers=2, strategy="zero3", checkpoint_every=every)
     node = nodes.add_node(num_cpus=1)
     run.start()
     run.wait_for(lambda: len(run.rows(2)) >= 12, "step on two ranks")
@@ -194,13 +230,13 @@ def test_one_of_two_sharded_ranks_ends(
     saved = run.wait_for(lambda: checkpoint_folders(run.align), "checkpoint")
     assert not (run.align / "adapter").exists(), "the rank was hit too late"
     if how == signal.SIGTERM:
-        assert 12 <= int(saved[0].name.removeprefix("step-")) < 100
+        assert 12 <= int(saved[0].name.removeprefix("step-")) < STEPS
     assert_same_training(run.finish(), quiet, tolerance=1e-5)
 
 
 def test_the_driver_killed_in_the_middle(nodes: Any, model: Path, quiet: Path, tmp_path: Path) -> None:
     """Another driver goes on at once, while Ray has not ended the ranks of the first."""
-    run = Run.of(nodes, model, tmp_path, num_workers=1)
+    run = Run.of(nodes, model, tmp_path, quiet, num_workers=1)
     for steps in (1, 12):
         run.start()
         run.wait_for(lambda steps=steps: len(run.rows()) >= steps, "step")
@@ -216,7 +252,7 @@ def test_the_driver_killed_in_the_middle(nodes: Any, model: Path, quiet: Path, t
 
 def test_the_driver_told_to_stop(nodes: Any, model: Path, quiet: Path, tmp_path: Path) -> None:
     """Its ranks save after the step under way, and nothing is repeated: no other checkpoint is due here."""
-    run = Run.of(nodes, model, tmp_path, num_workers=1, checkpoint_every=1000)
+    run = Run.of(nodes, model, tmp_path, quiet, num_workers=1, checkpoint_every=1000)
     run.start()
     run.wait_for(lambda: len(run.rows()) >= 12, "step")
     assert run.driver is not None
@@ -228,7 +264,7 @@ def test_the_driver_told_to_stop(nodes: Any, model: Path, quiet: Path, tmp_path:
     assert int(saved.name.removeprefix("step-")) == len(run.rows())
     run.start()
     assert_same_training(run.finish(), quiet, tolerance=1e-6)
-    assert [row["step"] for row in run.rows()] == list(range(1, 101))
+    assert [row["step"] for row in run.rows()] == list(range(1, STEPS + 1))
 
 
 def test_the_driver_killed_while_the_reference_is_computed(

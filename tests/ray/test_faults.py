@@ -20,7 +20,7 @@ from PIL import Image
 
 from mmedpo_ray.stage import Manifest, read_manifest
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROWS = 2500
 FOLDERS = {"ingest": "samples", "curate": "pairs", "score": "scored"}

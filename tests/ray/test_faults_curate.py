@@ -18,7 +18,7 @@ from mmedpo_ray.curate.curate import curate
 from mmedpo_ray.data.ingest import ingest
 from mmedpo_ray.stage import read_manifest
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 IMAGES = 96
 

@@ -25,7 +25,7 @@ from mmedpo_ray.manifest import MANIFEST
 from mmedpo_ray.pipeline import STEPS
 from mmedpo_ray.stage import Manifest, read_manifest
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass

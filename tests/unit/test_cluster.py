@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mmedpo_ray import cluster
+from mmedpo_ray.config import RayConfig
 
 NODES = [
     {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0, "memory": 1e9}},
@@ -30,3 +33,23 @@ def test_a_worker_fits_on_one_living_node(
 ) -> None:
     monkeypatch.setattr(cluster.ray, "nodes", lambda: NODES)
     assert cluster.room_for(resources) == room
+
+
+@pytest.mark.parametrize(
+    ("address", "environment"),
+    [
+        ("10.0.0.7:6379", {"RAY_ADDRESS": "10.0.0.7:6379"}),
+        ("ray://head:10001", {}),
+        ("auto", {}),
+    ],
+)
+def test_workers_know_the_cluster_that_the_driver_joined(
+    monkeypatch: pytest.MonkeyPatch, address: str, environment: dict[str, str]
+) -> None:
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", lambda **given: options.update(given))
+    monkeypatch.setattr(cluster, "_check_reachable", lambda address: None)
+    monkeypatch.setattr(cluster, "_WORKER_ENVIRONMENT", ())
+    cluster.start(RayConfig(address=address))
+    assert (options["runtime_env"] or {}).get("env_vars", {}) == environment

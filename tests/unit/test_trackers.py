@@ -6,6 +6,8 @@ import importlib.util
 import socket
 import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -175,3 +177,12 @@ def wandb_history(file: Path) -> list[tuple[int, float]]:
             if "align/loss" in values:
                 history.append((int(values["_step"]), float(values["align/loss"])))
     return history
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mlflow"), reason="MLflow is an extra")
+def test_deepspeed_does_not_bring_mlflow_into_every_rank() -> None:
+    script = (
+        "import sys; from mmedpo_ray.align import deepspeed_engine as engine; engine._import_deepspeed(use_gpu=False); "
+        "assert 'mlflow' not in sys.modules; import mlflow; assert mlflow.set_tracking_uri"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
