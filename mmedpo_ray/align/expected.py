@@ -107,6 +107,10 @@ def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectatio
     return Expectation(figures, memory)
 
 
+# Run folder → what was announced ahead, so that the same is not said again.
+_ahead: dict[str, str] = {}
+
+
 def announce(name: str, align: AlignConfig, config: Config) -> None:
     """Prints what training on the `prepared` table of a run is expected to do.
 
@@ -117,7 +121,9 @@ def announce(name: str, align: AlignConfig, config: Config) -> None:
     """
     writer = PromptWriter(load_processor(config.model.path))
     source = StoredPairs(RunFolder(config.run.folder).prepared, writer, align)
-    console.print(plan_line(name, expect(source, align, config), align), soft_wrap=True)
+    line = plan_line(name, expect(source, align, config), align)
+    if line != _ahead.pop(config.run.folder, None):
+        console.print(line, soft_wrap=True)
 
 
 def announce_ahead(config: Config) -> None:
@@ -129,7 +135,8 @@ def announce_ahead(config: Config) -> None:
     expected = expect(source, config.align, config)
     if share < 1.0:
         expected = scaled(expected, share, config.align)
-    console.print(plan_line("align", expected, config.align), soft_wrap=True)
+    _ahead[config.run.folder] = line = plan_line("align", expected, config.align)
+    console.print(line, soft_wrap=True)
 
 
 def tokenise(config: Config, most_rows: int | None = None) -> tuple[TablePairs, int, float]:
