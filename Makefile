@@ -1,4 +1,4 @@
-# make demo   the whole method on the embedded default, four minutes on two idle cores
+# make demo   the whole method on the embedded default, five minutes on two idle cores
 # make test   the test suite; make test-slow runs the longest tests
 # Both build .venv from the pinned lock first (CPU; about 4 GB, a minute or two).
 

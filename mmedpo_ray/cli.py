@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.text import Text
+# Nothing slow is imported here: a Ctrl-C can be answered only once `main` runs.
+from mmedpo_ray import __version__
 
-from mmedpo_ray import __version__, console
-from mmedpo_ray.config import Config, dump, load, resolve_run_folder
-from mmedpo_ray.errors import user_message
-from mmedpo_ray.preflight import announce
+if TYPE_CHECKING:
+    from mmedpo_ray.config import Config
 
 _EPILOG = """\
 start here
@@ -215,6 +219,8 @@ def _add_phantom(verbs: argparse._SubParsersAction) -> None:
 
 def settings_of(arguments: argparse.Namespace) -> Config:
     """The settings a command names; a finished run's own where only its folder is given."""
+    from mmedpo_ray.config import load
+
     path = arguments.config
     if path is None:
         for override in arguments.overrides:
@@ -251,72 +257,167 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _execute(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns the exit status."""
+def _command(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Loads and checks what a command needs; returns the command, which returns the exit status."""
     if arguments.verb == "phantom":
         from mmedpo_ray.models.phantom import build_command
 
-        build_command(arguments.out, seed=arguments.seed)
-        return 0
+        return _always_zero(build_command, arguments.out, seed=arguments.seed)
     if arguments.verb == "convert":
         from mmedpo_ray.models.convert import convert_command
 
-        convert_command(
-            arguments.source, arguments.out, vision_tower=arguments.vision_tower, dtype=arguments.dtype
-        )
-        return 0
+        given = {"vision_tower": arguments.vision_tower, "dtype": arguments.dtype}
+        return _always_zero(convert_command, arguments.source, arguments.out, **given)
+    from mmedpo_ray.config import resolve_run_folder
+
     config = settings_of(arguments)
     if arguments.verb == "config":
-        if arguments.action == "show":
-            sys.stdout.write(dump(config))
-        else:
-            console.console.print("the settings are valid")
+        return lambda: _show_or_check(config, arguments.action)
+    return _station_command(arguments, resolve_run_folder(config))
+
+
+def _always_zero(command: Callable[..., object], *given: object, **named: object) -> Callable[[], int]:
+    """The command with these arguments, whose exit status is 0 where it returns."""
+
+    def run() -> int:
+        command(*given, **named)
         return 0
-    announce(arguments.verb, resolve_run_folder(config))
+
+    return run
+
+
+def _show_or_check(config: Config, action: str) -> int:
+    from mmedpo_ray import console
+    from mmedpo_ray.config import dump
+
+    if action == "show":
+        sys.stdout.write(dump(config))
+    else:
+        console.console.print("the settings are valid")
+    return 0
+
+
+def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[[], int]:
+    from mmedpo_ray import preflight, road
+
+    preflight.announce(arguments.verb, config)
+    if arguments.verb == "audit":
+        from mmedpo_ray.data.audit import audit_command
+
+        given = (arguments.table, arguments.samples, arguments.out, arguments.fix)
+        return lambda: audit_command(config, *given)
+    # These two start and write nothing before they have read their input.
+    if arguments.verb == "align" and arguments.dry_run:
+        from mmedpo_ray.align.dry_run import dry_run
+
+        return _always_zero(dry_run, config)
+    if arguments.verb == "curate" and arguments.preview is not None:
+        from mmedpo_ray.curate.preview import preview
+
+        return _always_zero(preview, config, arguments.preview)
+    # Before Ray starts and anything is written: a mistyped folder must not cost seconds, nor leave a folder behind.
+    preflight.check(arguments.verb, config)
     if arguments.verb == "serve":
         from mmedpo_ray.serving import serve
 
-        serve(resolve_run_folder(config))
-    elif arguments.verb == "audit":
-        from mmedpo_ray.data.audit import audit_command
+        return _always_zero(serve, config)
+    from mmedpo_ray import pipeline
 
-        return audit_command(
-            resolve_run_folder(config), arguments.table, arguments.samples, arguments.out, arguments.fix
-        )
-    elif arguments.verb == "align" and arguments.dry_run:
-        from mmedpo_ray.align.dry_run import dry_run
-
-        dry_run(resolve_run_folder(config))
-    elif arguments.verb == "curate" and arguments.preview is not None:
-        from mmedpo_ray.curate.preview import preview
-
-        preview(resolve_run_folder(config), arguments.preview)
-    else:
-        from mmedpo_ray import pipeline
-
+    def run() -> int:
         if arguments.verb == "run":
             pipeline.run_all(config)
         else:
             pipeline.run_step(arguments.verb, config)
-    return 0
+            road.print_outcome(arguments.verb, config)
+        return 0
+
+    return run
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: like Ctrl-C, with another exit status."""
+
+
+@contextlib.contextmanager
+def _handling(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
+    """Handles a signal so; outside the main thread nothing can be changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _stop_loading(*_: object) -> None:
+    # No exception: imports swallow one or make another of it. Nothing is written yet.
+    os.write(2, b"interrupted before anything was started\n")
+    os._exit(130)
+
+
+def _terminate(*_: object) -> None:
+    # A second one does not wait for the end.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    raise _Terminated
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 where an audit found what it should fail on, 2 for an error the user can mend, 130 when interrupted."""
-    arguments = _parse(argv)
-    console.configure(verbose=arguments.verbose)
+    """Runs a command.
+
+    Returns:
+        0; 1 where an audit found what it should fail on, or for an error nobody foresaw; 2 for one that the user can mend; 130
+        after Ctrl-C, 143 after SIGTERM.
+    """
+    with _handling(signal.SIGINT, _stop_loading):
+        arguments = _parse(argv)
+        from mmedpo_ray import console, errors
+
+        console.configure(verbose=arguments.verbose)
     try:
-        return _execute(arguments)
-    except KeyboardInterrupt:
-        again = "starts anew" if arguments.verb in ("convert", "phantom") else "resumes where it stopped"
-        console.console.print(f"interrupted; the same command {again}")
-        return 130
-    except Exception as error:
-        message = user_message(error)
-        if message is None or arguments.debug:
+        with _handling(signal.SIGINT, _stop_loading):
+            command = _command(arguments)
+        with _handling(signal.SIGTERM, _terminate):
+            return command()
+    except SystemExit as error:
+        # So Ray takes a SIGTERM while it starts.
+        if error.code != signal.SIGTERM:
             raise
-        console.console.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
-        return 2
+        return _interrupted(arguments.verb, 143)
+    except KeyboardInterrupt as error:
+        return _interrupted(arguments.verb, 143 if isinstance(error, _Terminated) else 130)
+    except Exception as error:
+        if errors.was_interrupted(error):
+            return _interrupted(arguments.verb, 130)
+        if arguments.debug:
+            raise
+        return _failed(error)
+
+
+def _interrupted(verb: str, status: int) -> int:
+    """Says what an interruption leaves; the next Ctrl-C ends the process at once."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    again = "starts anew" if verb in ("convert", "phantom") else "resumes where it stopped"
+    if verb != "serve":
+        # Not by the console: its library may be what was being imported.
+        sys.stderr.write(f"interrupted; the same command {again}\n")
+    return status
+
+
+def _failed(error: Exception) -> int:
+    """Prints the message of an error; returns the exit status."""
+    from rich.text import Text
+
+    from mmedpo_ray import errors
+    from mmedpo_ray.console import console
+
+    message, status = errors.user_message(error) or errors.system_message(error), 2
+    if message is None:
+        message, status = errors.unexpected_message(error), 1
+    console.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+    return status
 
 
 if __name__ == "__main__":

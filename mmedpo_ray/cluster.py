@@ -6,8 +6,13 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
+import sys
+import tempfile
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -60,15 +65,24 @@ def start(settings: RayConfig) -> None:
     if address:
         _check_reachable(address)
         try:
-            ray.init(address=address, **options)
+            _init(address=address, **options)
         except (ConnectionError, RuntimeError, TimeoutError) as error:
             raise _no_cluster(address, error) from error
     else:
         cpus = settings.local_cpus or max(_FEWEST_LOCAL_CPUS, os.cpu_count() or 1)
-        # "local": not the cluster that somebody else may have started on this machine.
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+        try:
+            # "local": not the cluster that somebody else may have started on this machine.
+            _init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+        except Exception as error:
+            # Ray has no class for it.
+            raise UserError(
+                f"a local Ray cluster does not start: {_first_line(error)} Try again when the machine is less busy; check that "
+                f"{_ray_folder()} can be written to, is not full and has a short path (RAY_TMPDIR sets another one). Logs: "
+                f"{_ray_folder()}/ray/session_latest/logs."
+            ) from error
         log.debug("started a local Ray cluster with %d logical CPUs", cpus)
     _quiet_data()
+    _quiet_shutdown()
     _learn_cpus_at_once()
 
 
@@ -81,6 +95,44 @@ def _own_cluster(address: str | None) -> dict[str, str]:
     if address is None:
         return {"RAY_API_SERVER_ADDRESS": _NO_DASHBOARD}
     return {} if address == "auto" or "://" in address else {"RAY_ADDRESS": address}
+
+
+def _init(**options: Any) -> None:
+    """``ray.init`` that leaves SIGTERM to whom it was: Ray's own handler prints a stack trace and ends the process at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with _without_line("RAY_BACKEND_LOG_LEVEL"):
+        ray.init(**options)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _without_line(text: str) -> Iterator[None]:
+    """Leaves lines with this text out of what this process writes to stderr, also past Python; the others come at the end.
+
+    Ray reports that it honours the variable that makes it quiet, whatever its level.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            for line in said:
+                if text.encode() not in line:
+                    os.write(2, line)
+
+
+def _ray_folder() -> str:
+    return os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:300].rstrip(".") + "."
 
 
 def address_of(settings: RayConfig) -> str | None:
@@ -130,12 +182,30 @@ def may_grow() -> bool:
 
 
 def _quiet_data() -> None:
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if not log.isEnabledFor(logging.DEBUG):
+        # What it logs as errors is raised as well, and said once.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # What has no other name yet: `max_restarts`, `scheduling_strategy`, and steps that are not to be joined (Ray 2.60).
     warnings.filterwarnings("ignore", message="`ray_remote_args(_fn)?` is deprecated")
+
+
+def _quiet_shutdown() -> None:
+    """Ray prints that Serve's controller did not answer, when it is Serve that was told to shut down; there is no setting for it."""
+    from ray._private import worker
+
+    show = getattr(worker, "print_to_stdstream", None)
+    if show is None or getattr(show, "leaves_out", False):
+        return
+
+    def show_others(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
+        if not any("ServeController.graceful_shutdown" in line for line in data["lines"]):
+            show(data, *arguments, **options)
+
+    show_others.leaves_out = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = show_others
 
 
 def _learn_cpus_at_once() -> None:

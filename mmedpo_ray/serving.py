@@ -16,7 +16,6 @@ import ipaddress
 import json
 import logging
 import re
-import signal
 import socket
 import threading
 import time
@@ -521,8 +520,8 @@ def serve(config: Config) -> None:
 
     Raises:
         UserError: see :func:`start_endpoint`.
+        KeyboardInterrupt: after the endpoint was stopped.
     """
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         models = served_models(config)
         if list(models) == [config.model.name] and config.serve.models is None:
@@ -530,14 +529,9 @@ def serve(config: Config) -> None:
         with start_endpoint(config, models) as endpoint:
             console.print(_help(endpoint), markup=False, soft_wrap=True)
             threading.Event().wait()
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         console.print("the endpoint is stopped")
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+        raise
 
 
 def _help(endpoint: Endpoint) -> str:

@@ -30,6 +30,7 @@ from mmedpo_ray.manifest import (
     MANIFEST,
     Manifest,
     counts_in_words,
+    image_example,
     read_manifest,
     versions,
     write_manifest,
@@ -340,14 +341,17 @@ class Station:
         if total and sum(faults.values()) / total > limit:
             raise DroppedShareError(
                 f"{self.name}: {sum(faults.values()):,} of {total:,} rows would be dropped ({counts_in_words(faults)}), more than "
-                f"run.max_dropped_share={limit}. Mend the input and run again, or raise the limit."
+                f"run.max_dropped_share={limit}. Mend the input and run again, or raise the limit{self._image_example()}."
             )
         if merged.rows == 0 and not allow_empty:
-            why = f" (dropped: {counts_in_words(merged.dropped)}; see {storage.join(self.folder, PARTS)})"
+            why = f" (dropped: {counts_in_words(merged.dropped)}; see {storage.join(self.folder, PARTS)}{self._image_example()})"
             raise UserError(
                 f"{self.name}: no row is left of {total:,}{why if dropped else ''}. Check the input and the settings of "
                 "this station."
             )
+
+    def _image_example(self) -> str:
+        return image_example(storage.join(publication.staged(self.folder), DROPPED))
 
     # ------------------------------------------------------------------ every station
 

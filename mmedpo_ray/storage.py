@@ -247,10 +247,18 @@ def local_folder(uri: str | Path, purpose: str) -> Path:
     """The folder as a local (or shared, mounted) path, created where missing.
 
     Raises:
-        UserError: ``uri`` is a cloud address.
+        UserError: ``uri`` is a cloud address, or no folder can be made there or written to.
     """
     path = local_path(uri, purpose)
-    os.makedirs(path, exist_ok=True)  # noqa: PTH103 - tolerant of a parallel creation on shared file systems
+    try:
+        os.makedirs(path, exist_ok=True)  # noqa: PTH103 - tolerant of a parallel creation on shared file systems
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    except OSError as error:
+        what = "is a file" if path.is_file() else f"cannot be written to ({error.strerror})"
+        raise UserError(
+            f"{purpose}: {path} {what}. Set {purpose} to a folder that you may write to."
+        ) from error
     return path
 
 

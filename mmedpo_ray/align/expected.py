@@ -110,6 +110,10 @@ def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectatio
     return Expectation(figures, memory)
 
 
+# Run folder → what was announced ahead, so that the same is not said again.
+_ahead: dict[str, str] = {}
+
+
 def announce(name: str, align: AlignConfig, config: Config) -> None:
     """Prints what training on the `prepared` table of a run is expected to do.
 
@@ -121,7 +125,9 @@ def announce(name: str, align: AlignConfig, config: Config) -> None:
     writer = PromptWriter(load_processor(config.model.path))
     source = StoredPairs(RunFolder(config.run.folder).prepared, writer, align)
     expected = expect(source, align, config)
-    console.print(plan_line(name, expected, align), soft_wrap=True)
+    line = plan_line(name, expected, align)
+    if line != _ahead.pop(config.run.folder, None):
+        console.print(line, soft_wrap=True)
     warn_of_idle_ranks(expected, align)
 
 
@@ -147,7 +153,8 @@ def announce_ahead(config: Config) -> None:
     expected = expect(source, config.align, config)
     if share < 1.0:
         expected = scaled(expected, share, config.align)
-    console.print(plan_line("align", expected, config.align), soft_wrap=True)
+    _ahead[config.run.folder] = line = plan_line("align", expected, config.align)
+    console.print(line, soft_wrap=True)
 
 
 def tokenise(config: Config, most_rows: int | None = None) -> tuple[TablePairs, int, float]:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mmedpo_ray.align.metrics import MetricsTail
-from mmedpo_ray.console import console, progress_bar
+from mmedpo_ray.console import console, duration, line_times, progress_bar
 
 PLAN_FILE = "plan.json"
 _LOOK_EVERY_S = 0.5
-_LINE_EVERY_S = 60.0
 _HINT_AFTER_S = 120.0
 # Speed and figures are those of the last so many seconds or steps: one step says little.
 _SPEED_WINDOW_S = 60.0
@@ -50,9 +49,10 @@ def _show(name: str, folder: Path, stop: threading.Event) -> None:
     tail.read()  # what an earlier launch left; the workers write it anew, up to where they resume
     recent = RecentSteps(tail)
     plan: dict[str, Any] | None = None
-    next_line = time.monotonic() + _LINE_EVERY_S
+    pauses = line_times()
+    next_line = time.monotonic() + next(pauses)
     hint_at = time.monotonic() + _HINT_AFTER_S
-    with progress_bar() as bar:
+    with progress_bar(says_lines=False) as bar:
         task = bar.add_task(name, total=None, note="starting workers")
         while not stop.wait(_LOOK_EVERY_S):
             plan = plan or _read_plan(folder)
@@ -69,7 +69,7 @@ def _show(name: str, folder: Path, stop: threading.Event) -> None:
                 bar.reset(task, total=plan["steps"], completed=step, note="")
             bar.update(task, completed=step, below=figures)
             if not console.is_terminal and time.monotonic() >= next_line:
-                next_line = time.monotonic() + _LINE_EVERY_S
+                next_line = time.monotonic() + next(pauses)
                 left = recent.seconds_left(plan["steps"])
                 end = "" if left is None else f", {duration(left)} left"
                 console.print(
@@ -144,12 +144,6 @@ def figures_line(figures: dict[str, float | None]) -> str:
     return " · ".join(
         form.format(value) for name, form in forms.items() if (value := figures.get(name)) is not None
     )
-
-
-def duration(seconds: float) -> str:
-    """``h:mm:ss``, as progress bars show it."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _read_plan(folder: Path) -> dict[str, Any] | None:

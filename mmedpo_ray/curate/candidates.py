@@ -21,7 +21,7 @@ from mmedpo_ray import tables
 from mmedpo_ray.cluster import MODEL_RESTARTS, has_gpu
 from mmedpo_ray.config import Config
 from mmedpo_ray.curate.hallucinate import stable_seed
-from mmedpo_ray.models.engine import EngineSettings, engine_settings
+from mmedpo_ray.models.engine import EngineSettings, engine_settings, start_engine
 from mmedpo_ray.models.loading import PromptWriter, load_processor, model_fingerprint, resolve_model
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
@@ -119,7 +119,7 @@ class CandidateSampler:
             arguments["distributed_executor_backend"] = "mp"
         self._loader = image_files.ImageLoader(config.data.max_pixels)
         self._max_model_len = arguments["max_model_len"]
-        self._engine: Any = vllm.LLM(model=resolve_model(config.model.path), **arguments)
+        self._engine: Any = start_engine(resolve_model(config.model.path), arguments)
         self._prompts: dict[str, tuple[list[int] | None, int, str]] = {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -140,7 +140,7 @@ def _draw_pair(pair: VisualPair, width: int, show_text: bool) -> Image.Image:
         _scaled(noised, size),
     )
     font = ImageFont.load_default(_FONT_SIZE)
-    lines = [_fitting(line, width - 2 * _GAP, font) for line in _caption(pair, show_text)]
+    lines = [piece for line in _caption(pair, show_text) for piece in _wrapped(line, width - 2 * _GAP, font)]
     strip = Image.new("RGB", (width, size[1] + len(lines) * _LINE + 2 * _GAP), _PAPER)
     for column, picture in enumerate(pictures):
         strip.paste(picture, (_GAP + column * (_CELL + _GAP), 0))
@@ -162,14 +162,21 @@ def _caption(pair: VisualPair, show_text: bool) -> list[str]:
     return [" ".join(line.split()) for line in lines]
 
 
-def _fitting(line: str, width: int, font: Any) -> str:
-    """The line, cut where it would leave the sheet."""
-    if font.getlength(line) <= width:
-        return line
-    kept = len(line)
-    while kept and font.getlength(line[:kept] + " …") > width:
-        kept -= max(1, kept // 20)
-    return line[:kept] + " …"
+def _wrapped(line: str, width: int, font: Any) -> list[str]:
+    """The line in pieces that fit the sheet, broken at blanks, and inside a word that is too long by itself."""
+    pieces = [""]
+    for word in line.split():
+        longer = f"{pieces[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            pieces[-1] = longer
+            continue
+        if pieces[-1]:
+            pieces.append("")
+        for character in word:
+            if font.getlength(pieces[-1] + character) > width:
+                pieces.append("")
+            pieces[-1] += character
+    return pieces
 
 
 def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:

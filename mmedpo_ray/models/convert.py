@@ -75,7 +75,7 @@ def convert_command(source: Path, out: Path, *, vision_tower: str | None, dtype:
         UserError: as :func:`convert`.
     """
     with progress_bar() as bar:
-        task = bar.add_task("convert", total=None, note="reading headers")
+        task = bar.add_task("convert", total=None, note="reading headers", unit="tensors")
 
         def report(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, note="tensors")

@@ -114,6 +114,24 @@ def engine_settings(
     )
 
 
+def start_engine(model: str, arguments: dict[str, Any]) -> Any:
+    """A ``vllm.LLM``.
+
+    Raises:
+        UserError: vLLM does not load the model.
+    """
+    import vllm
+
+    try:
+        return vllm.LLM(model=model, **arguments)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"vLLM does not load the model {model} ({type(error).__name__}: {lines[-1][:300]}). Check its files and "
+            "model.engine (memory, max_model_len, dtype); Ray's logs (worker-*.err) say more."
+        ) from error
+
+
 def read_model_config(model: str | Path) -> dict[str, Any] | None:
     """The model's ``config.json``; ``None`` where ``model`` is a hub name that is not in the local cache.
 

@@ -85,6 +85,27 @@ def resolve_model(path: str) -> str:
     return path
 
 
+def check_available(path: str) -> None:
+    """Finds out whether ``model.path`` can be had, before anything is started for it; of a hub name the configuration is fetched.
+
+    Raises:
+        UserError: there is no such model, or it is of another architecture.
+    """
+    source = resolve_model(path)
+    if Path(source).is_dir():
+        return
+    from huggingface_hub import hf_hub_download
+
+    try:
+        _check_architecture(_read_config(Path(hf_hub_download(source, "config.json")).parent), path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the model {path}: there is no such folder here, and the Hugging Face hub does not give it "
+            f"({type(error).__name__}). Correct model.path; for a hub name, check the network, HF_HUB_OFFLINE, HF_TOKEN and "
+            "whether its licence has to be accepted, or download it and give the folder."
+        ) from error
+
+
 def load_processor(path: str) -> LlavaProcessor:
     """Loads image processing, tokenizer and chat template.
 

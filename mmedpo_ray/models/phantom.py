@@ -142,7 +142,7 @@ def build_command(out: Path, seed: int = 0) -> None:
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks or done <= (bar.tasks[tasks[what]].completed or 0):
-                tasks[what] = bar.add_task(what, total=total, note="")
+                tasks[what] = bar.add_task(what, total=total, note="", unit="steps")
             bar.update(tasks[what], completed=done)
 
         scores = build_phantom_llava(out, PhantomBuildConfig(seed=seed), report)

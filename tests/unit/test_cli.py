@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from PIL import Image
 
-from mmedpo_ray import cli, pipeline, storage
+from mmedpo_ray import cli, cluster, pipeline, road, storage
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.manifest import Manifest, write_manifest
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import Station
 
@@ -164,11 +170,11 @@ def test_an_error_names_a_path_as_it_is(name: str, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("verb", "remedy"),
     [
-        ("curate", "Run the station that writes this table first"),
+        ("curate", "Run the station that writes it first"),
         ("score", "Run the station that writes it first"),
         ("align", "Run the station that writes it first"),
         ("export", "Run the station that writes it first"),
-        ("evaluate", "Run `mmedpo export` first"),
+        ("evaluate", "Run the station that writes it first"),
         ("report", "start one with `mmedpo run`"),
     ],
 )
@@ -320,3 +326,169 @@ def test_a_dead_cluster_is_a_user_error(tmp_path: Path) -> None:
     )
     assert result.returncode == 2, result.stderr[-2000:]
     assert "does not answer" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("verb", "writer"),
+    [
+        ("curate", "ingest"),
+        ("score", "curate"),
+        ("align", "score"),
+        ("export", "align"),
+        ("evaluate", "ingest"),
+    ],
+)
+def test_missing_inputs_are_found_before_anything_is_started_or_written(
+    verb: str,
+    writer: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "start", lambda _: pytest.fail("Ray was started"))
+    folder = tmp_path / "mis typed"
+    assert cli.main([verb, f"run.folder={folder}"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"`mmedpo {writer} run.folder='{folder}'`" in message
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("verb", ["curate", "align", "export", "serve", "evaluate", "run"])
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/model", "./nowhere"])
+def test_a_model_that_cannot_be_had_is_found_before_ray_starts(
+    verb: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "start", lambda _: pytest.fail("Ray was started"))
+    monkeypatch.setattr(road, "_WRITER", {})
+    assert cli.main([verb, f"run.folder={tmp_path / 'run'}", f"model.path={name}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and len(message.splitlines()) == 1
+    assert name in message and "model.path" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("format_", ["hf_parquet", "slake", "vqa_rad", "r2gen", "llava_json", "mmedpo_json"])
+@pytest.mark.parametrize("kind", ["file", "missing"])
+def test_a_data_set_that_is_not_there_is_found_before_ray_starts(
+    format_: str,
+    kind: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "start", lambda _: pytest.fail("Ray was started"))
+    root = tmp_path / "data.parquet"
+    if kind == "file":
+        root.write_bytes(b"")
+    settings = [
+        f"run.folder={tmp_path / 'run'}",
+        f"data.format={format_}",
+        f"data.root={root}",
+        "data.train_file=x",
+    ]
+    assert cli.main(["ingest", *settings]) == 2
+    message = capsys.readouterr().err
+    assert f"data.root: there is no folder {root}" in message or f"data.root: {root} is a file" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/nowhere/run", "unwritable"])
+def test_a_run_folder_that_cannot_be_is_a_user_error(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "start", lambda _: pytest.fail("Ray was started"))
+    (tmp_path / "file").touch()
+    if folder == "unwritable":
+        monkeypatch.setattr(storage.os, "access", lambda *_: False)
+    path = tmp_path / folder
+    assert cli.main(["ingest", f"run.folder={path}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: run.folder: {path} ") and len(message.splitlines()) == 1
+
+
+def fails(error: BaseException) -> Callable[..., None]:
+    def raises(*_: object, **__: object) -> None:
+        raise error
+
+    return raises
+
+
+def chained(cause: BaseException) -> Exception:
+    error = ImportError("cannot import")
+    error.__context__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/archive/run"), 2, "error: /archive/run: Permission denied. Check"),
+        (OSError("Failed to open local file '/a'. Detail: [errno 28] No space left"), 2, "No space left. Check"),
+        (KeyError("the text of a patient"), 1, "error: unexpected KeyError in cli.py, line"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes"),
+        (chained(KeyboardInterrupt()), 130, "interrupted; the same command resumes"),
+    ],
+)  # fmt: skip
+def test_every_error_ends_with_one_line(
+    error: BaseException, status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline, "run_step", fails(error))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cli.main(["ingest"]) == status
+    message = capsys.readouterr().err
+    assert said in message and len(message.splitlines()) == 1
+    assert "patient" not in message
+    if status == 1:
+        [log] = tmp_path.glob("mmedpo-*.log")
+        assert str(log) in message and "Traceback" in log.read_text() and log.stat().st_mode & 0o077 == 0
+    elif status == 2:
+        with pytest.raises(type(error)):
+            cli.main(["ingest", "--debug"])
+
+
+def test_sigterm_ends_as_ctrl_c_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pipeline, "run_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(["ingest"]) == 143
+    assert "interrupted; the same command resumes" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_command_line_loads_nothing_slow() -> None:
+    code = "import sys, mmedpo_ray.cli; print([name for name in ('rich', 'pydantic', 'yaml', 'ray') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_ray_that_does_not_start_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", fails(Exception("The node timed out.\nMore")))
+    with pytest.raises(UserError, match=r"does not start: The node timed out\. Try again"):
+        cluster.start(Config().ray)
+
+
+def test_a_verb_ends_with_what_it_made_and_the_next_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    made = Manifest(
+        station="ingest", key="k", rows_in=12, rows_out=9, dropped={"image_missing": 2, "empty_answer": 1}
+    )
+    rows = [
+        {"image_uri": None, "drop_reason": "empty_answer"},
+        {"image_uri": "/scans/7.png", "drop_reason": "image_missing"},
+    ]
+
+    def work(*_: object) -> None:
+        write_manifest(str(run / "samples"), made)
+        storage.write_parquet(run / "samples" / "dropped" / "part-0.parquet", pa.Table.from_pylist(rows))
+
+    monkeypatch.setattr(pipeline, "run_step", work)
+    assert cli.main(["ingest", f"run.folder={run}"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"9 samples in {run}/samples; 3 dropped (image_missing 2, empty_answer 1), see {run}/samples/dropped; "
+        "image_missing: /scans/7.png",
+        f"next: mmedpo curate run.folder={run}",
+    ]

@@ -221,3 +221,29 @@ def test_relative_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert resolve_run_folder(Config()).run.folder == str(Path.home() / "mmedpo_ray/runs/default")
     assert resolve_run_folder(load(None, ["run.folder=/a/b"])).run.folder == "/a/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("align:\n  btea: 2\n", "unknown key align.btea; did you mean align.beta? (line 2)"),
+        ("curate:\n\n  text: rewrite\n", "curate.text: is a section: set its keys, not itself (got 'rewrite') (line 3)"),
+        ("score:\n  agents:\n  - {kind: rules, foccus: x}\n", "did you mean score.agents.0.focus? (line 3)"),
+        ("score:\n  agents:\n  - {focus: x}\n", "score.agents.0: needs a key `kind` (got {'focus': 'x'}) (line 3)"),
+        ("score:\n  agents:\n  - {kind: rulez}\n", "kind must be one of 'rules', 'vllm', 'openai'"),
+        ("align:\n  beta: x\n", "align.beta: must be a valid number, unable to parse string as a number (got 'x') (line 2)"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_a_file_names_key_and_line(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "c.yaml")
+    assert said in str(caught.value)
+    assert "Input should" not in str(caught.value) and "not permitted" not in str(caught.value)
+
+
+def test_a_fault_of_the_command_line_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("align:\n  beta: 0.1\n")
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "c.yaml", ["align.beta=abc"])
+    assert "line" not in str(caught.value).splitlines()[1]

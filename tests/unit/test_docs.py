@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -36,3 +38,31 @@ def test_configs_and_jobs_named_in_pages_exist(page: Path) -> None:
         r"\b(?:configs|jobs|benchmarks)/[\w./-]+\.(?:yaml|py)\b", page.read_text(encoding="utf-8")
     ):
         assert (ROOT / target).is_file(), f"{page.name} names {target}"
+
+
+def test_the_tutorial_shows_samples_that_are_in_use_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs/phantom/samples"
+    (folder / "dropped").mkdir(parents=True)
+    row = {"split": "train", "answer_type": "closed", "question": "Is it?", "answer": "kept"}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "part-00000.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([row | {"answer": "left out"}]), folder / "dropped" / "part-00000.parquet"
+    )
+    (folder / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    snippet = next(code for code in re.findall(r"```python\n(.+?)```", page, re.DOTALL) if "samples" in code)
+    exec(snippet, {})
+    shown = capsys.readouterr().out
+    assert "kept" in shown and "left out" not in shown
+
+
+def test_every_verb_is_in_the_table() -> None:
+    from mmedpo_ray.cli import build_parser
+
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    [verbs] = [action for action in build_parser()._actions if action.dest == "verb"]
+    for verb in set(verbs.choices or ()) - {"config"}:
+        assert f"| `mmedpo {verb}" in page, verb

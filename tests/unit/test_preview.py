@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from mmedpo_ray import storage, tables
 from mmedpo_ray.cli import main
 from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.preview import preview
+from mmedpo_ray.curate.preview import _wrapped, preview
 from mmedpo_ray.curate.visual import VisualPairs
 from mmedpo_ray.errors import UserError
 
@@ -79,6 +79,15 @@ def test_questions_and_answers_are_shown_only_when_asked_for(tmp_path: Path) -> 
             sheets[question, show] = path.read_bytes()
     assert sheets["what is it?", "false"] == sheets["something else entirely", "false"]
     assert sheets["what is it?", "true"] != sheets["something else entirely", "true"]
+
+
+@pytest.mark.parametrize("words", [40, 1], ids=["many_words", "one_long_word"])
+def test_a_long_caption_is_wrapped_and_not_cut(words: int) -> None:
+    font = ImageFont.load_default(12)
+    line = ("effusion" * (400 // words // 8 or 1) + " ") * words + "end"
+    pieces = _wrapped(line, 300, font)
+    assert "".join(pieces).replace(" ", "") == line.replace(" ", "")
+    assert len(pieces) > 3 and all(font.getlength(piece) <= 300 for piece in pieces)
 
 
 def test_fewer_pairs_than_asked_for_and_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
