@@ -298,37 +298,41 @@ def _show_or_check(config: Config, action: str) -> int:
 
 
 def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[[], int]:
-    from mmedpo_ray import preflight, road
+    from mmedpo_ray import preflight
 
-    preflight.announce(arguments.verb, config)
-    if arguments.verb == "audit":
+    verb = arguments.verb
+    if verb == "audit":
         from mmedpo_ray.data.audit import audit_command
 
+        preflight.announce(verb, config)
         given = (arguments.table, arguments.samples, arguments.out, arguments.fix)
         return lambda: audit_command(config, *given)
     # These two start and write nothing before they have read their input.
-    if arguments.verb == "align" and arguments.dry_run:
+    if verb == "align" and arguments.dry_run:
         from mmedpo_ray.align.dry_run import dry_run
 
+        preflight.announce(verb, config)
         return _always_zero(dry_run, config)
-    if arguments.verb == "curate" and arguments.preview is not None:
+    if verb == "curate" and arguments.preview is not None:
         from mmedpo_ray.curate.preview import preview
 
+        preflight.announce(verb, config)
         return _always_zero(preview, config, arguments.preview)
-    # Before Ray starts and anything is written: a mistyped folder must not cost seconds, nor leave a folder behind.
-    preflight.check(arguments.verb, config)
-    if arguments.verb == "serve":
+    # Before anything slow is imported, for a mistyped folder must not cost seconds.
+    preflight.check(verb, config)
+    if verb == "serve":
         from mmedpo_ray.serving import serve
 
+        preflight.announce(verb, config)
         return _always_zero(serve, config)
-    from mmedpo_ray import pipeline
+    from mmedpo_ray import pipeline, road
 
     def run() -> int:
-        if arguments.verb == "run":
+        if verb == "run":
             pipeline.run_all(config)
         else:
-            pipeline.run_step(arguments.verb, config)
-            road.print_outcome(arguments.verb, config)
+            pipeline.run_step(verb, config)
+            road.print_outcome(verb, config)
         return 0
 
     return run

@@ -15,7 +15,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,9 @@ def resolve_run_folder(config: Config) -> Config:
     return resolved
 
 
+_TYPE = re.compile(r"int|float|str|bool|(?:tuple|list|dict)\[.*\]")
+
+
 class _OncePerKey(yaml.SafeLoader):
     """YAML as the standard has it: a key that occurs twice is an error. PyYAML itself drops the first in silence."""
 
@@ -359,21 +362,34 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, path: str | Path | None, given: list[str]) -> str:
-    """The errors, a line each, with the line of the file unless the key was given on the command line."""
-    lines = []
+    """The errors, a line a key, with the line of the file unless the key was given on the command line."""
+    wrong: dict[str, list[str]] = {}
+    places: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        # Discriminated unions add their tag to the location; it is no key of the file.
-        location = [part for part in item["loc"] if part not in ("rules", "vllm", "openai")]
+        location = _keys_of(item["loc"])
         key = ".".join(str(part) for part in location)
-        line = None if any(f"{key}.".startswith(f"{name}.") for name in given) else line_of(path, location)
-        place = f" (line {line})" if line else ""
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}{_nearest(key)}{place}")
+            name, words = f"unknown key {key}{_nearest(key)}", ""
         elif not key:
-            lines.append(item["msg"].removeprefix("Value error, "))
+            name, words = item["msg"].removeprefix("Value error, "), ""
         else:
-            lines.append(f"{key}: {in_words(item)}{place}")
+            name, words = key, in_words(item)
+        # Of a setting that may be of several types each has its own error.
+        wrong.setdefault(name, []).append(words)
+        line = None if any(f"{key}.".startswith(f"{one}.") for one in given) else line_of(path, location)
+        places[name] = f" (line {line})" if line else ""
+    lines = [
+        f"{name}{': ' if any(words) else ''}{', or '.join(words)}{places[name]}"
+        for name, words in wrong.items()
+    ]
     return f"configuration ({path or 'command line'}):\n  " + "\n  ".join(lines)
+
+
+def _keys_of(location: Sequence[str | int]) -> list[str | int]:
+    """The part of an error's location that is keys of a file: unions add the tag or the type that was tried."""
+    keys = [part for part in location if part not in ("rules", "vllm", "openai")]
+    types = [index for index, part in enumerate(keys) if _TYPE.fullmatch(str(part))]
+    return keys[: types[0]] if types else keys
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -123,6 +123,7 @@ def _prepared(verb: str, config: Config) -> Iterator[Config]:
     folder = storage.local_folder(config.run.folder, "run.folder")
     run = RunFolder(config.run.folder)
     with _exclusive(folder):
+        preflight.announce(verb, config)
         manifests = read_manifests(run)
         if not manifests:
             _save(config, run)

@@ -14,6 +14,7 @@ from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.manifest import read_manifest
 from mmedpo_ray.models.loading import EMBEDDED_NAME, check_available
+from mmedpo_ray.recorded import manifests_to_report
 from mmedpo_ray.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def check(verb: str, config: Config) -> None:
                 f"{verb} needs {folder}, which is missing or unfinished. Run the station that writes it first: "
                 f"`{road.command(writer, config)}` (`mmedpo run` runs all in order), or correct run.folder."
             )
+    if verb == "report":
+        manifests_to_report(run)
     if _needs_model(verb, config):
         check_available(config.model.path)
     for key, path in _other_models(verb, config):

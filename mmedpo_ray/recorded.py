@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from mmedpo_ray.align.made_with import by_name, changes
 from mmedpo_ray.config import Config
+from mmedpo_ray.errors import UserError
 from mmedpo_ray.manifest import Manifest, read_manifest
 from mmedpo_ray.run_folder import RunFolder
 
@@ -27,6 +28,21 @@ def read_manifests(run: RunFolder) -> dict[str, Manifest]:
     """The manifests of the stations that have finished, in the order of the road."""
     found = {name: read_manifest(folder) for name, folder in run.stations.items()}
     return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+def manifests_to_report(run: RunFolder) -> dict[str, Manifest]:
+    """The same, of a run in which something has finished.
+
+    Raises:
+        UserError: nothing has.
+    """
+    found = read_manifests(run)
+    if not found:
+        raise UserError(
+            f"report: nothing has run in {run.root} yet. Give the folder of a run with run.folder=DIR, or start one with "
+            "`mmedpo run`."
+        )
+    return found
 
 
 def settings_of_tables(config: Config, manifests: Mapping[str, Manifest]) -> Config:

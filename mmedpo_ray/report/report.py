@@ -18,7 +18,7 @@ from markupsafe import Markup
 from mmedpo_ray import lineage, storage, tables
 from mmedpo_ray.config import Config, dump
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.recorded import read_manifests, settings_of_tables
+from mmedpo_ray.recorded import manifests_to_report, settings_of_tables
 from mmedpo_ray.report import gallery, plots, verdict
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import Manifest, Station, digest
@@ -41,12 +41,7 @@ def report(config: Config) -> Manifest:
         UserError: there is nothing to report on.
     """
     run = RunFolder(config.run.folder)
-    manifests = read_manifests(run)
-    if not manifests:
-        raise UserError(
-            f"report: nothing has run in {run.root} yet. Give the folder of a run with run.folder=DIR, or start one with "
-            "`mmedpo run`."
-        )
+    manifests = manifests_to_report(run)
     config = settings_of_tables(config, manifests)
     stale = {name: lineage.find_stale(run.root, run.stations[name]) for name in manifests}
     summary = {} if stale.get("evaluate") else _read_json(storage.join(run.evaluate, "summary.json")) or {}

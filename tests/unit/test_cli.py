@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmedpo_ray import cli, cluster, pipeline, road, storage
+from mmedpo_ray import cli, cluster, pipeline, preflight, road, storage
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.manifest import Manifest, write_manifest
@@ -197,7 +197,7 @@ def test_settings_of_an_existing_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Config | None]:
-    """Stations that do nothing, or fail where they are set to ``None``; no cluster is started."""
+    """Stations that read nothing and do nothing, or fail where they are set to ``None``; no cluster is started."""
     reached: dict[str, Config | None] = {}
 
     def step_of(name: str) -> pipeline.Step:
@@ -214,6 +214,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Config | None]:
     monkeypatch.setattr(pipeline, "STEPS", {name: step_of(name) for name in pipeline.STEPS})
     monkeypatch.setattr(pipeline, "_print_end", lambda *_: None)
     monkeypatch.setattr(pipeline.cluster, "start", lambda _: None)
+    monkeypatch.setattr(road, "WRITER", {})
     return reached
 
 
@@ -280,12 +281,19 @@ def own_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("serve", "audit")])
 def test_a_verb_begins_with_model_and_data(
-    verb: str, tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
+    verb: str,
+    tmp_path: Path,
+    steps: dict,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    write_manifest(str(tmp_path / "evaluate"), Manifest(station="evaluate", key="k"))
     assert cli.main([verb, f"run.folder={tmp_path}"]) == 0
     first, *_ = own_lines(capsys)
     assert first.startswith(f"mmedpo {verb}") and str(tmp_path) in first
     assert "model: the embedded tiny LLaVA" in first and "data: phantom" in first
+    (tmp_path / "[x]").mkdir()
+    monkeypatch.setattr(preflight, "check_available", lambda _: None)
     data = ["data.format=slake", f"data.root={tmp_path}/[x]"]
     assert cli.main([verb, f"run.folder={tmp_path}", *data, "model.path=some/name"]) == 0
     first, *rest = own_lines(capsys)
@@ -299,7 +307,7 @@ def test_a_verb_begins_with_model_and_data(
 def test_the_embedded_model_on_other_data_is_warned_of(
     verb: str, warned: bool, tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([verb, f"run.folder={tmp_path}", "data.format=slake", "data.root=/data"]) == 0
+    assert cli.main([verb, f"run.folder={tmp_path}", "data.format=slake", f"data.root={tmp_path}"]) == 0
     assert ("its answers and scores mean nothing" in " ".join(capsys.readouterr().err.split())) == warned
 
 
@@ -336,6 +344,7 @@ def test_a_dead_cluster_is_a_user_error(tmp_path: Path) -> None:
         ("align", "score"),
         ("export", "align"),
         ("evaluate", "ingest"),
+        ("report", "run"),
     ],
 )
 def test_missing_inputs_are_found_before_anything_is_started_or_written(
@@ -349,7 +358,8 @@ def test_missing_inputs_are_found_before_anything_is_started_or_written(
     folder = tmp_path / "mis typed"
     assert cli.main([verb, f"run.folder={folder}"]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert f"`mmedpo {writer} run.folder='{folder}'`" in message
+    given = "" if verb == "report" else f" run.folder='{folder}'"
+    assert f"`mmedpo {writer}{given}`" in message
     assert not folder.exists()
 
 
@@ -359,7 +369,7 @@ def test_a_model_that_cannot_be_had_is_found_before_ray_starts(
     verb: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "start", lambda _: pytest.fail("Ray was started"))
-    monkeypatch.setattr(road, "_WRITER", {})
+    monkeypatch.setattr(road, "WRITER", {})
     assert cli.main([verb, f"run.folder={tmp_path / 'run'}", f"model.path={name}"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and len(message.splitlines()) == 1
