@@ -40,8 +40,8 @@ $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 demo: .venv
 	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
 
-# Files of tests side by side: one a core, and of those with engines, which take memory, two. tests/e2e is on its own: Ray
-# Train asks the newest Ray dashboard of the machine for its actors, which must not be that of another cluster.
+# Files of tests side by side: one a core, and of those with engines, which take memory, two. The road as a whole and faults
+# are on their own: they take all cores, and a fault has to come in the middle of something.
 EVERY_CORE := -n logical --maxprocesses 8 --dist loadfile
 TWO := -n 2 --dist loadfile
 
@@ -52,7 +52,7 @@ test: .venv
 	done; exit $$result
 
 test-slow: .venv
-	$(OFFLINE) $(BIN)/python -m pytest -m slow $(TWO)
+	$(OFFLINE) $(BIN)/python -m pytest -m slow
 
 test-fast: .venv
 	$(OFFLINE) $(BIN)/python -m pytest tests/unit $(EVERY_CORE)
