@@ -304,7 +304,8 @@ def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[
     if verb == "audit":
         from mmedpo_ray.data.audit import audit_command
 
-        preflight.announce(verb, config)
+        if arguments.table is None:
+            preflight.announce(verb, config)
         given = (arguments.table, arguments.samples, arguments.out, arguments.fix)
         return lambda: audit_command(config, *given)
     # These two start and write nothing before they have read their input.

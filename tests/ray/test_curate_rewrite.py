@@ -186,7 +186,8 @@ def test_what_a_model_may_answer_is_taken_or_dropped_with_its_reason(
             edit("identified", "observed", "No mass identified."),
             "same_answer",
         ),
-        "synonym": ("Well expanded", edit("expanded", "inflated", "Well expanded"), "rewrite_not_wrong"),
+        "synonym": ("Well expanded", edit("expanded", "inflated", "Well expanded"), "same_answer"),
+        "unit": ("A cyst of 1 cm", edit("1 cm", "10 mm", "A cyst of 1 cm"), "rewrite_not_wrong"),
         "chatty": ("Rib", Reply("Sure!"), "rewrite_unreadable"),
         "list": ("Femur", Reply('["Femur", "Tibia"]'), "rewrite_unreadable"),
         "types": (
