@@ -319,11 +319,10 @@ def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[
 
         preflight.announce(verb, config)
         return _always_zero(preview, config, arguments.preview)
-    # Before anything slow is imported, for a mistyped folder must not cost seconds.
-    preflight.check(verb, config)
     if verb == "serve":
         from mmedpo_ray.serving import serve
 
+        preflight.check(verb, config)
         preflight.announce(verb, config)
         return _always_zero(serve, config)
     from mmedpo_ray import pipeline, road

@@ -81,7 +81,7 @@ def find_stale(root: str, folder: str) -> Stale | None:
             now = read(made_of)
             unfinished = now is None and bool(storage.list_files(storage.join(root, made_of)))
             if unfinished or (now is not None and now.identity != identity):
-                verb = _verb_of(made_of if unfinished else name)
+                verb = verb_of(made_of if unfinished else name)
                 return Stale(storage.join(root, name), made_of, unfinished, verb)
     return None
 
@@ -131,6 +131,7 @@ def name_of(root: str, folder: str) -> str:
     return inner.removeprefix(f"{whole}/")
 
 
-def _verb_of(name: str) -> str:
+def verb_of(name: str) -> str:
+    """The verb that writes a folder of a run, given the folder's name in it; ``run`` for one that is not known."""
     first, *rest = name.split(posixpath.sep)
     return _VERBS.get(rest[0] if first == "control" and rest else first, "run")

@@ -8,6 +8,7 @@ from typing import Literal
 from pyarrow import fs
 
 from mmedpo_ray import storage
+from mmedpo_ray.lineage import verb_of
 from mmedpo_ray.publication import PARTS
 
 Wanted = Literal["pairs", "samples"]
@@ -18,7 +19,7 @@ GIVE: dict[Wanted, str] = {
 }
 # Tables of a run that would do, the best first, and what writes them.
 _TABLES: dict[Wanted, tuple[str, ...]] = {"pairs": ("scored", "pairs"), "samples": ("samples",)}
-_WRITER = {"scored": "score", "pairs": "curate", "samples": "ingest"}
+_NAMES = ("scored", "pairs", "samples")
 _CONFIG = "config.yaml"
 
 
@@ -27,7 +28,7 @@ def why_no_table(path: str, wanted: Wanted) -> str:
     filesystem, inside = storage.resolve(path)
     if not storage.exists(path):
         run, name = posixpath.split(storage.absolute(path).rstrip("/"))
-        if name in _WRITER and storage.exists(storage.join(run, _CONFIG)):
+        if name in _NAMES and storage.exists(storage.join(run, _CONFIG)):
             return _not_yet(run, name, wanted)
         own = " A run's own is found by run.folder=DIR." if name == _TABLES["pairs"][0] else ""
         return f"there is no {path}. {GIVE[wanted]}{own}"
@@ -35,7 +36,7 @@ def why_no_table(path: str, wanted: Wanted) -> str:
         return f"{path} is no Parquet file{', nor a JSON by its name' if wanted == 'pairs' else ''}. {GIVE[wanted]}"
     names = {item.base_name for item in filesystem.get_file_info(fs.FileSelector(inside))}
     tables = [
-        name for name in _WRITER if name in names and storage.list_files(storage.join(path, name), ".parquet")
+        name for name in _NAMES if name in names and storage.list_files(storage.join(path, name), ".parquet")
     ]
     fit = [name for name in _TABLES[wanted] if name in tables]
     if fit:
@@ -51,7 +52,7 @@ def why_no_table(path: str, wanted: Wanted) -> str:
 
 def _not_yet(run: str, name: str, wanted: Wanted) -> str:
     return (
-        f"{run} is the folder of a run without {name}/ yet: `mmedpo {_WRITER[name]} run.folder={run}` writes it. "
+        f"{run} is the folder of a run without {name}/ yet: `mmedpo {verb_of(name)} run.folder={run}` writes it. "
         f"Or another table: {GIVE[wanted][0].lower()}{GIVE[wanted][1:]}"
     )
 

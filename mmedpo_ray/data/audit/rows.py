@@ -9,6 +9,7 @@ from mmedpo_ray.data.audit.finding import (
     Check,
     Finding,
     NotCheckedError,
+    Severity,
     finding_of_rows,
     noun,
     percent,
@@ -226,30 +227,26 @@ def pairs_of_test_samples(features: Features, _: AuditConfig) -> Finding:
 
 def images_shared_with_test(features: Features, _: AuditConfig) -> Finding:
     """Pairs with an image that is also one of the test split, whatever sample they name."""
-    _known(features)
-    _held_out(features, "test")
-    return finding_of_rows(
-        "images_shared_with_test",
-        features.image_in_test,
-        len(features),
-        "high" if features.image_in_test.any() else None,
-        f"{noun(int(features.image_in_test.sum()), 'pair')} with an image (same content, id or file) that split test has too",
-        _HOLD_OUT,
-        fixed=True,
-    )
+    return _shared_images(features, "test", "images_shared_with_test", features.image_in_test, "high")
 
 
 def images_shared_with_validation(features: Features, _: AuditConfig) -> Finding:
     """Pairs with an image that is also one of split validate, and not of split test."""
+    name = "images_shared_with_validation"
+    return _shared_images(features, "validate", name, features.image_in_validation, "medium")
+
+
+def _shared_images(
+    features: Features, split: str, name: str, shared: np.ndarray, severity: Severity
+) -> Finding:
     _known(features)
-    _held_out(features, "validate")
+    _held_out(features, split)
     return finding_of_rows(
-        "images_shared_with_validation",
-        features.image_in_validation,
+        name,
+        shared,
         len(features),
-        "medium" if features.image_in_validation.any() else None,
-        f"{noun(int(features.image_in_validation.sum()), 'pair')} with an image (same content, id or file) that split validate has "
-        "too",
+        severity if shared.any() else None,
+        f"{noun(int(shared.sum()), 'pair')} with an image (same content, id or file) that split {split} has too",
         _HOLD_OUT,
         fixed=True,
     )
