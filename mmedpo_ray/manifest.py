@@ -87,13 +87,15 @@ def counts_in_words(reasons: dict[str, int]) -> str:
 
 def image_example(folder: str) -> str:
     """The address of an image that one of these dropped rows is about, as the end of a message; empty where there is none."""
-    for file in storage.list_files(folder, ".parquet"):
-        rows = storage.read_parquet(file)
-        if not {"image_uri", DROP_REASON} <= set(rows.column_names):
-            return ""
-        about = pc.and_(pc.starts_with(rows[DROP_REASON], _IMAGE), pc.is_valid(rows["image_uri"]))
-        if (found := rows.filter(about)).num_rows:
-            return f"; {found[DROP_REASON][0].as_py()}: {found['image_uri'][0].as_py()}"
+    if not storage.list_files(folder, ".parquet"):
+        return ""
+    rows = storage.dataset(folder)
+    if not {"image_uri", DROP_REASON} <= set(rows.schema.names):
+        return ""
+    about = pc.starts_with(pc.field(DROP_REASON), _IMAGE) & pc.is_valid(pc.field("image_uri"))
+    # Only the two columns, and no further than the first such row.
+    for found in rows.head(1, columns=[DROP_REASON, "image_uri"], filter=about).to_pylist():
+        return f"; {found[DROP_REASON]}: {found['image_uri']}"
     return ""
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from mmedpo_ray import storage, tables
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.manifest import image_example
 
 
 def test_write_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,3 +139,20 @@ def test_batches_are_the_rows_of_all_files_in_name_order(tmp_path: Path) -> None
     assert sum(batch.num_rows for batch in storage.read_batches(tmp_path, [])) == 4
     with pytest.raises(UserError, match="no Parquet file"):
         list(storage.read_batches(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], ""),
+        ([{"drop_reason": "empty_answer"}], ""),
+        ([{"drop_reason": "empty_answer", "image_uri": "/a.png"}], ""),
+        ([{"drop_reason": "image_missing", "image_uri": None}, {"drop_reason": "image_undecodable", "image_uri": "/b.png"}],
+         "; image_undecodable: /b.png"),
+    ],
+)  # fmt: skip
+def test_of_dropped_images_one_is_named(rows: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    """Other reasons, rows without an image and tables without that column name none."""
+    if rows:
+        storage.write_parquet(tmp_path / "dropped" / "part-0.parquet", pa.Table.from_pylist(rows))
+    assert image_example(str(tmp_path / "dropped")) == said
