@@ -22,7 +22,7 @@ from mmedpo_ray.console import console
 from mmedpo_ray.curate.curate import train_samples
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.curate.visual import PairMaker, VisualPair, visual_pair_id
-from mmedpo_ray.curate.visual_station import draw_visual_samples
+from mmedpo_ray.curate.visual_station import NO_FINDING_ASKED, draw_visual_samples
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.images import to_rgb
 from mmedpo_ray.png import encode_pixels
@@ -105,9 +105,12 @@ def _candidates(config: Config, most: int) -> list[dict[str, Any]]:
             "none of the samples is in the train split, so there is no visual pair to preview. Lower data.test_share or "
             "check data.train_file."
         )
-    planned = draw_visual_samples(samples, 1, seed)
+    settings = config.curate.visual
+    planned = draw_visual_samples(samples, settings.model_copy(update={"per_image": 1}), seed)
+    if planned.num_rows == 0:
+        raise UserError(f"{NO_FINDING_ASKED}, so there is no visual pair to preview.")
     if planned.num_rows < most:
-        planned = draw_visual_samples(samples, config.curate.visual.per_image, seed)
+        planned = draw_visual_samples(samples, settings, seed)
     order = [stable_seed(seed, "preview", name) for name in planned["sample_id"].to_pylist()]
     return planned.take(np.argsort(order, kind="stable")[:most]).to_pylist()
 

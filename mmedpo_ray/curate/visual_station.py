@@ -21,16 +21,19 @@ from mmedpo_ray.cluster import MODEL_RESTARTS, has_gpu
 from mmedpo_ray.config import Config
 from mmedpo_ray.curate.hallucinate import stable_seed
 from mmedpo_ray.curate.tools import TOOLS
+from mmedpo_ray.curate.tools.prompts import names_finding
 from mmedpo_ray.curate.visual import RETRY_REASONS, VisualPairs
 from mmedpo_ray.manifest import counts_in_words
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.settings.curate import VisualCurationConfig
 from mmedpo_ray.slices import Skip, map_slices
 from mmedpo_ray.stage import MANIFEST, Manifest, Station
 
 log = logging.getLogger(__name__)
 
 _IMAGES_PER_TASK = 256
+NO_FINDING_ASKED = "no question or answer names a finding, as curate.visual.questions=finding wants it"
 # The key of the images in `noised`.
 _IMAGES_OF = ".images_of.json"
 
@@ -75,6 +78,8 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
 
 def _warn_of_none(manifest: Manifest, config: Config) -> None:
     """Says that a tool gave no pair at all: training on text pairs alone is another method."""
+    if not manifest.rows_in and config.curate.visual.questions == "finding":
+        log.warning("curate: %s, so training would see text pairs alone.", NO_FINDING_ASKED)
     if manifest.rows_out or not manifest.rows_in:
         return
     tool = config.curate.visual.tool
@@ -107,8 +112,13 @@ def finished_visual_pairs(config: Config, done: DoneIds) -> ray.data.Dataset | N
     )
 
 
-def draw_visual_samples(samples: pa.Table, per_image: int, seed: int) -> pa.Table:
-    """Draws up to ``per_image`` questions of every image, by a hash of the seed and the sample's id."""
+def draw_visual_samples(samples: pa.Table, settings: VisualCurationConfig, seed: int) -> pa.Table:
+    """Draws up to ``per_image`` of the ``questions`` of every image, by a hash of the seed and the sample's id."""
+    if settings.questions == "finding":
+        texts = zip(samples["question"].to_pylist(), samples["answer"].to_pylist(), strict=True)
+        samples = samples.filter(pa.array([names_finding(*each) for each in texts], pa.bool_()))
+    if not samples.num_rows:
+        return samples
     order = [stable_seed(seed, "visual", name) for name in samples["sample_id"].to_pylist()]
     ranked = samples.append_column("_order", pa.array(order, pa.int64())).sort_by(
         [("image_id", "ascending"), ("_order", "ascending"), ("sample_id", "ascending")]
@@ -117,7 +127,7 @@ def draw_visual_samples(samples: pa.Table, per_image: int, seed: int) -> pa.Tabl
     starts = np.r_[True, images[1:] != images[:-1]]
     position = np.arange(len(images))
     rank = position - np.maximum.accumulate(np.where(starts, position, 0))
-    return ranked.filter(pa.array(rank < per_image)).drop_columns(["_order"])
+    return ranked.filter(pa.array(rank < settings.per_image)).drop_columns(["_order"])
 
 
 def _make_room(run: RunFolder, key: str) -> None:
@@ -149,7 +159,7 @@ def _key_settings(config: Config) -> list[Any]:
 
 def _planned_pairs(config: Config, samples: pa.Table, done: DoneIds) -> ray.data.Dataset | None:
     settings = config.curate.visual
-    planned = draw_visual_samples(samples, settings.per_image, config.run.seed)
+    planned = draw_visual_samples(samples, settings, config.run.seed)
     pair_ids = pc.binary_join_element_wise(planned["sample_id"], ":visual", "")
     planned = planned.filter(pc.invert(done.mask(pair_ids)))
     if planned.num_rows == 0:

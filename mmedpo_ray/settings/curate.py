@@ -118,6 +118,11 @@ class VisualCurationConfig(Section):
     generic_prompt: str = Field("disease", description="what a tool looks for where no finding is named")
     min_confidence: Share = Field(0.05, description="below this the tool found nothing: no pair is made")
     per_image: int = Field(1, ge=1, description="visual pairs per image (of its questions, drawn by seed)")
+    questions: Literal["all", "finding"] = Field(
+        "all",
+        description="of which questions: all, as in the paper; finding: those that name a finding in question or answer. Noise on a "
+        "lesion leaves the answer to another one (modality, plane, organ) as it was",
+    )
     batch_images: int = Field(8, ge=1, description="images handed to a tool at a time")
     noise: NoiseConfig = NoiseConfig()
     medklip: MedklipConfig = MedklipConfig()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from chat_server import MODEL, Reply, running
@@ -25,6 +26,7 @@ from mmedpo_ray.curate.visual_station import draw_visual_samples
 from mmedpo_ray.data.ingest import ingest
 from mmedpo_ray.errors import DroppedShareError, UserError
 from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.settings.curate import VisualCurationConfig
 
 pytestmark = pytest.mark.engine
 IMAGES, TEST_IMAGES = 8, 2
@@ -277,12 +279,41 @@ def test_candidates_of_withheld_images_are_sampled_again(ingested: Path, tmp_pat
 
 def test_visual_questions_are_drawn_by_seed(ingested: Path) -> None:
     samples = train_samples(phantom_config(ingested))
-    two = draw_visual_samples(samples, 2, seed=0)
+    asked = VisualCurationConfig(per_image=2)
+    two = draw_visual_samples(samples, asked, seed=0)
     counts = pc.value_counts(two["image_id"]).to_pylist()
     assert {item["counts"] for item in counts} == {2}
     assert len(counts) == IMAGES
-    assert two["sample_id"].to_pylist() == draw_visual_samples(samples, 2, seed=0)["sample_id"].to_pylist()
-    assert two["sample_id"].to_pylist() != draw_visual_samples(samples, 2, seed=1)["sample_id"].to_pylist()
+    assert (
+        two["sample_id"].to_pylist() == draw_visual_samples(samples, asked, seed=0)["sample_id"].to_pylist()
+    )
+    assert (
+        two["sample_id"].to_pylist() != draw_visual_samples(samples, asked, seed=1)["sample_id"].to_pylist()
+    )
+
+
+def test_visual_pairs_of_questions_about_findings_alone() -> None:
+    texts = {
+        "modality": ("What modality is used to take this image?", "MRI"),
+        "finding": ("Is there a pneumothorax?", "No"),
+        "any": ("Does this image look normal?", "No"),
+        "answer": ("What is seen?", "A small left pleural effusion."),
+        "organ": ("Does the picture contain liver?", "Yes"),
+    }
+    rows = [
+        {"sample_id": name, "image_id": "one", "question": question, "answer": answer}
+        for name, (question, answer) in texts.items()
+    ]
+    samples = pa.Table.from_pylist(rows)
+
+    def drawn(**settings: Any) -> set[str]:
+        chosen = draw_visual_samples(samples, VisualCurationConfig(per_image=9, **settings), seed=0)
+        return set(chosen["sample_id"].to_pylist())
+
+    assert drawn() == set(texts)
+    assert drawn(questions="finding") == {"finding", "any", "answer"}
+    only_organs = samples.filter(pc.equal(samples["sample_id"], "organ"))
+    assert draw_visual_samples(only_organs, VisualCurationConfig(questions="finding"), seed=0).num_rows == 0
 
 
 def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:

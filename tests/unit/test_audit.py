@@ -496,6 +496,22 @@ def test_noise_beside_the_lesion_has_a_remedy_for_what_made_it(tmp_path: Path, t
     assert ("area_share" in remedy) == (tool == "medklip")
 
 
+@pytest.mark.parametrize(("others", "severity"), [(1, "medium"), (9, "low"), (39, "info"), (0, "medium")])
+def test_visual_pairs_that_ask_for_no_finding(tmp_path: Path, others: int, severity: str) -> None:
+    plane = {"question": "What is the plane?", "chosen": "Axial", "rejected": "Axial"}
+    rows = [visual(0, **plane), *(visual(number) for number in range(1, others + 1))]
+    # A text pair about the plane is what it should be.
+    rows.append(pair(99, question="What is the plane?", chosen="Axial", rejected="Coronal"))
+    item = found(run(tmp_path, write(tmp_path / "t", rows)))["finding_not_asked"]
+    assert (item["severity"], item["count"], item["of"], item["examples"]) == (
+        severity,
+        1,
+        others + 1,
+        ["v0"],
+    )
+    assert "curate.visual.questions=finding" in item["remedy"]
+
+
 def test_images_contradict_what_the_pairs_record(tmp_path: Path) -> None:
     mask = np.zeros((40, 40), np.uint8)
     mask[:10, :10] = 255

@@ -124,6 +124,9 @@ def test_what_cannot_be_previewed_says_what_to_do(tmp_path: Path) -> None:
     samples(tmp_path, mask_uri=None)
     with pytest.raises(UserError, match="4 no_mask"):
         preview(config(tmp_path), 2)
+    samples(tmp_path, question="What is the plane?", answer="Axial")
+    with pytest.raises(UserError, match=r"curate\.visual\.questions=finding"):
+        preview(config(tmp_path, "curate.visual.questions=finding"), 2)
     samples(tmp_path, split="test")
     with pytest.raises(UserError, match=r"data\.test_share"):
         preview(config(tmp_path), 2)

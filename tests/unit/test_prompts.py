@@ -11,6 +11,7 @@ from mmedpo_ray.curate.terms import CONCEPTS
 from mmedpo_ray.curate.tools.prompts import (
     OBSERVATIONS,
     finding_asked,
+    names_finding,
     observation_for,
     prompt_for,
 )
@@ -54,6 +55,38 @@ EXAMPLES = [
     ("Are the lungs clear?", "Yes", "disease", "disease"),
     ("", "", "disease", "disease"),
 ]
+
+
+@pytest.mark.parametrize(("question", "answer", "prompt", "observation"), EXAMPLES)
+def test_what_a_tool_looks_for_is_a_finding(
+    question: str, answer: str, prompt: str, observation: str
+) -> None:
+    if (prompt, observation) != ("disease", "disease"):
+        assert names_finding(question, answer)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "named"),
+    [
+        ("What modality is used to take this image?", "MRI", False),
+        ("Which part of the body does this image belong to?", "Chest", False),
+        ("Does the picture contain liver?", "Yes", False),
+        ("What is the scanning plane of this image?", "Transverse plane", False),
+        ("How many kidneys in this image?", "2", False),
+        ("Was contrast used?", "Yes", False),
+        ("Is this a PA film?", "No", False),
+        ("Does this image look normal?", "No", True),
+        ("Which organ is abnormal?", "The lung", True),
+        ("Is the trachea midline?", "Yes", True),
+        ("Which lobe is infarcted?", "Right parietal", True),
+        ("Is this patient intubated?", "Yes", True),
+        ("What is the diagnosis?", "Appendicitis", True),
+        ("What is seen?", "Glioblastoma", True),
+        ("What is seen?", "MRI", False),
+    ],
+)
+def test_questions_that_a_lesion_decides(question: str, answer: str, named: bool) -> None:
+    assert names_finding(question, answer) == named
 
 
 @pytest.mark.parametrize(("question", "answer", "prompt", "observation"), EXAMPLES)

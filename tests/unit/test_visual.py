@@ -20,7 +20,7 @@ from mmedpo_ray.curate.tools import TOOLS
 from mmedpo_ray.curate.tools.base import Localisation, VisualTool
 from mmedpo_ray.curate.visual import VisualPairs, heat_map_pixels
 from mmedpo_ray.curate.visual_station import _key_settings, make_visual_pairs
-from mmedpo_ray.stage import Station
+from mmedpo_ray.stage import Station, read_manifest
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -267,3 +267,15 @@ def test_no_visual_pair_at_all_is_warned_of(
     station.finish(rows_in=1200, rows_out=1, dropped={"no_mask": 1199})
     make_visual_pairs(asked, lambda: pytest.fail("nothing is to be made"))
     assert not caplog.messages
+
+
+def test_no_question_about_a_finding_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = config(tmp_path, "curate.visual.questions=finding")
+    samples = Station("ingest", f"{tmp_path}/samples", asked)
+    samples.finish()
+    row = {"question": "What is the plane?", "answer": "Axial", "image_id": "one", "sample_id": "a"}
+    make_visual_pairs(asked, lambda: pa.Table.from_pylist([row]))
+    [said] = caplog.messages
+    assert "curate.visual.questions=finding" in said
+    manifest = read_manifest(f"{tmp_path}/visual")
+    assert manifest is not None and (manifest.rows_in, manifest.rows_out) == (0, 0)

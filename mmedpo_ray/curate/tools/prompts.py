@@ -78,6 +78,28 @@ _OBSERVATION_OF_WORD: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 
+# What asks for any finding, names of conditions by their ending, and what may be wrong with an organ.
+_LIKE_A_FINDING = re.compile(
+    r"\b(?:(?:ab)?normal|(?:un)?healthy|disease|patholog|anomal|wrong with|finding|diagnos|"
+    r"\w{3,}(?:itis|osis|oma|omas|emia|emias|ectasis|pathy|rrhage)\b|"
+    r"ischemi|infarct|injur|trauma|swell|swollen|(?:o?edema)|deviat|midline\b|stranding|intubat|foreign bod|silhouett|lucen|plaque|"
+    r"obstruct|perforat|ruptur|dissect|aneurysm|stenos|herniat|thromb|clot|compress|flatten|collaps|attenuat|enhanc(?:ing|ement)|"
+    r"air.fluid|free (?:air|fluid)|hypo-?dens|hyper-?dens)",
+    re.IGNORECASE,
+)
+_PATTERNS_OF_FINDINGS = (_LIKE_A_FINDING, *(pattern for pattern, _ in _OBSERVATION_OF_WORD))
+
+
+def names_finding(question: str, answer: str) -> bool:
+    """Whether question or answer name a finding, or ask for any ("Is this image normal?"): what noise on a lesion can hide.
+
+    Wider than :func:`finding_asked`: also what has the form of a finding's name, without being one of the lexicon's.
+    """
+    texts = (question, answer)
+    return any(pattern.search(text) for pattern in _PATTERNS_OF_FINDINGS for text in texts) or any(
+        facts(text) for text in texts
+    )
+
 
 def finding_asked(question: str, answer: str) -> str | None:
     """The finding that question and answer are about, by its name in the lexicon; None where they name none.

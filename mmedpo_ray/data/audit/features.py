@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
+from mmedpo_ray.curate.tools.prompts import names_finding
 from mmedpo_ray.data.audit.hashing import hashes, normalised
 from mmedpo_ray.data.audit.samples import HELD_OUT, Samples, SplitImages
 
@@ -79,6 +80,7 @@ class Features:
         question_form: (N,) int8, index in `QUESTION_FORMS`.
         first_word: (N,) int32, index in ``first_words``.
         answer_type: (N,) int32, index in ``answer_types``.
+        finding_named: (N,) bool, question or answer of a visual pair name a finding; False for text pairs, where nobody asks.
         noise_share: (N,) float32, share of the image that the noise covers, NaN where unknown.
         noise_bound: (N,) int8, `AREA_SHARE` (also where nothing is recorded), `GIVEN_MASK` (the data set's), `EVEN_MAP` (the tool's map
             has one value over more than that share, so that it is kept whole) or `RELEASED_SCRIPT`.
@@ -115,6 +117,7 @@ class Features:
     question_form: np.ndarray
     first_word: np.ndarray
     answer_type: np.ndarray
+    finding_named: np.ndarray
     noise_share: np.ndarray
     noise_bound: np.ndarray
     lesion_covered: np.ndarray
@@ -192,6 +195,7 @@ def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarra
         "question_form": _question_forms(question),
         "first_word": first,
         "answer_type": _text(batch, "answer_type"),
+        "finding_named": _finding_named(visual, question, chosen),
         "noise_share": _noise_share(batch),
         "noise_bound": _noise_bound(batch),
         "lesion_covered": _noise_parameter(batch, "lesion_covered").astype(np.float32),
@@ -263,6 +267,14 @@ def _question_forms(question: pa.Array) -> np.ndarray:
         matched = _numpy(pc.match_substring_regex(question.take(pa.array(open_rows)), pattern))
         forms[open_rows[matched]] = index
     return forms
+
+
+def _finding_named(visual: np.ndarray, question: pa.Array, chosen: pa.Array) -> np.ndarray:
+    named = visual.copy()
+    rows = pa.array(visual)
+    texts = zip(question.filter(rows).to_pylist(), chosen.filter(rows).to_pylist(), strict=True)
+    named[visual] = [names_finding(*each) for each in texts]
+    return named
 
 
 def _noise_share(batch: pa.Table) -> np.ndarray:

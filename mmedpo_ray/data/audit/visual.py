@@ -80,6 +80,21 @@ def same_image(features: Features, _: AuditConfig) -> Finding:
     )
 
 
+def finding_not_asked(features: Features, _: AuditConfig) -> Finding:
+    """Visual pairs whose answer the lesion does not decide."""
+    visual = _visual_pairs(features)
+    mask, of = visual & ~features.finding_named, int(visual.sum())
+    return finding_of_rows(
+        "finding_not_asked",
+        mask,
+        of,
+        share_severity(int(mask.sum()), of, medium=0.25, least="info" if mask.sum() < of / 20 else "low"),
+        f"question and answer of {noun(int(mask.sum()), 'visual pair')} name no finding (modality, plane, organ): noise on a "
+        "lesion leaves their answer right, and training turns from it all the same",
+        "curate.visual.questions=finding",
+    )
+
+
 def noise_area(features: Features, settings: AuditConfig) -> Finding:
     """Visual pairs whose noise covers most of the image."""
     visual = _visual_pairs(features)
@@ -107,7 +122,11 @@ def _remedies(remedies: dict[int, str], features: Features, mask: np.ndarray) ->
     )
 
 
-VISUAL_CHECKS: dict[str, Check] = {"same_image": same_image, "noise_area": noise_area}
+VISUAL_CHECKS: dict[str, Check] = {
+    "same_image": same_image,
+    "finding_not_asked": finding_not_asked,
+    "noise_area": noise_area,
+}
 # Findings of `image_findings`.
 IMAGE_CHECKS = ("unreadable_image", "unchanged_image", "noise_beside_lesion")
 
