@@ -353,3 +353,28 @@ def test_every_way_of_attention_gives_the_same_values(world: World) -> None:
         dense, flex, tree = (packed(world, sequences, name).logps for name in ("sdpa", "flex", "tree"))
     assert torch.allclose(tree, dense, rtol=0, atol=1e-4)
     assert torch.allclose(flex, dense, rtol=0, atol=1e-4)
+
+
+def test_a_block_mask_gives_the_same_lora_gradients(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch refuses FlexAttention's backward pass on a CPU as its kernel has none there; the uncompiled form has one.
+    from torch.nn.attention import flex_attention as flex
+    from transformers.integrations import flex_attention as in_transformers
+
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(
+        in_transformers,
+        "compile_friendly_flex_attention",
+        lambda *states, training=False, **options: flex.flex_attention(*states, **options),
+    )
+    drawn = [
+        Draw(QUESTIONS[0], [6, 7], [8], 0, 0, 1.0, False),
+        Draw(QUESTIONS[1], [6], [6], 0, 3, 0.75, True),
+        Draw(QUESTIONS[3], [9, 10, 11], [9, 12], 1, 1, 1.25, False),
+    ]
+    sequences, (batch, total) = _sequences(world, drawn), _batch(drawn)
+    gradients = {}
+    for attention in ("sdpa", "flex"):
+        out = packed(world, sequences, attention)
+        preference_objective(*out.sides(len(drawn)), batch, total, Objective())[0].backward()
+        gradients[attention] = take_gradients(world.packed[attention])
+    _same_gradients(gradients["flex"], gradients["sdpa"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 from chat_server import MODEL, ChatServer, Reply, running
 from faults import disturbed, files_of
 
-from mmedpo_ray.config import Config, load
+from mmedpo_ray.config import load
 from mmedpo_ray.curate.curate import curate
 from mmedpo_ray.data.ingest import ingest
+from mmedpo_ray.pipeline import STEPS
 from mmedpo_ray.stage import read_manifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -61,40 +63,111 @@ def server() -> Iterator[ChatServer]:
         yield state
 
 
-def rewrite(body: dict[str, Any], before: int) -> Reply:
+def asked_about(body: dict[str, Any]) -> dict[str, Any]:
+    """The record that a request puts before the model."""
     (line,) = [line for line in body["messages"][0]["content"].splitlines() if line.startswith("{")]
-    reference = json.loads(line)["reference_answer"]
-    edit = {
-        "original_span": reference,
-        "new_span": f"No {reference}",
-        "changed": "negation",
-        "rewritten": f"No {reference}",
-    }
-    return Reply(json.dumps(edit), delay=0.05)
+    return json.loads(line)
 
 
-def test_killed_while_an_endpoint_is_asked(tmp_path: Path, server: ChatServer) -> None:
-    run, log = tmp_path / "run", tmp_path / "driver.log"
+def rewrite(body: dict[str, Any]) -> dict[str, Any]:
+    reference = asked_about(body)["reference_answer"]
+    wrong = f"No {reference}"
+    return {"original_span": reference, "new_span": wrong, "changed": "negation", "rewritten": wrong}
+
+
+def choose(body: dict[str, Any]) -> dict[str, Any]:
+    """The longest candidate, or none where the shortest is the reference."""
+    record = asked_about(body)
+    answers = sorted(record["answers"], key=lambda number: (len(record["answers"][number]), number))
+    is_right = record["answers"][answers[0]] == record["reference_answer"]
+    return {"choice": "none" if is_right else answers[-1]}
+
+
+def judge(body: dict[str, Any]) -> dict[str, Any]:
+    return {"rationale": "because", "score": f"{len(asked_about(body)['dispreferred_answer']) % 10 / 10:g}"}
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A station that asks an endpoint about row after row.
+
+    Attributes:
+        answer: what the model behind the endpoint says.
+        station: which asks.
+        task: in the title of the process that asks.
+        settings: of the run; ``{endpoint}`` stands for the endpoint's.
+        folders: that the station writes.
+        usage: where a manifest counts the tokens: a folder, and keys of what it tells.
+    """
+
+    answer: Callable[[dict[str, Any]], dict[str, Any]]
+    station: str
+    task: str
+    settings: tuple[str, ...]
+    folders: tuple[str, ...]
+    usage: tuple[str, ...]
+
+
+ASKING = {
+    "rewrites": Asking(
+        rewrite,
+        "curate",
+        "AskEndpoint",
+        ("data.phantom.images=24", "curate.text.method=rewrite", "curate.text.endpoint={endpoint}"),
+        ("pairs", "rewrites"),
+        ("rewrites", "endpoint"),
+    ),
+    "choices": Asking(
+        choose,
+        "curate",
+        "AskEndpoint",
+        (
+            "data.phantom.images=24", "curate.text.method=on_policy", "curate.text.judge=endpoint",
+            "curate.text.endpoint={endpoint}", "model.engine.max_model_len=256", "model.engine.kv_cache_gib=0.25",
+        ),
+        ("pairs", "choices"),
+        ("choices", "endpoint"),
+    ),
+    "judgements": Asking(
+        judge,
+        "score",
+        "HoldPass",
+        (
+            "data.phantom.images=24", "curate.text.method=rule_edit", "score.max_rounds=1",
+            'score.agents=[{"kind": "rules"}, {"kind": "openai", "name": "remote", "endpoint": {endpoint}}]',
+        ),
+        ("scored",),
+        ("scored", "debate", "usage", "remote"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_killed_while_an_endpoint_is_asked(name: str, tmp_path: Path, server: ChatServer) -> None:
+    asking, run, log = ASKING[name], tmp_path / "run", tmp_path / "driver.log"
+    endpoint = json.dumps({"base_url": server.url, "model": MODEL, "concurrency": 2})
     overrides = [
-        f"run.folder={run}", "data.phantom.images=24", "data.phantom.test_images=1", "run.max_dropped_share=1.0",
-        "curate.text.method=rewrite", "curate.visual.tool=none", f"curate.text.endpoint.base_url={server.url}",
-        f"curate.text.endpoint.model={MODEL}", "curate.text.endpoint.concurrency=2", "ray.rows_per_part=8",
+        f"run.folder={run}", "data.phantom.test_images=1", "run.max_dropped_share=1.0", "ray.rows_per_part=8",
+        "curate.visual.tool=none", *(setting.replace("{endpoint}", endpoint) for setting in asking.settings),
     ]  # fmt: skip
-    config: Config = load(None, overrides)
-    ingest(config)
-    server.answer = rewrite
-    curate(config)
-    names = ("pairs", "rewrites")
-    quiet, planned = files_of(run, *names), len(server.requests)
-    for name in names:
-        shutil.rmtree(run / name)
+    server.answer = lambda body, before: Reply(json.dumps(asking.answer(body)), delay=0.05)
+    config = load(None, overrides)
+    for station in ("ingest", "curate", "score")[: 2 + (asking.station == "score")]:
+        STEPS[station](config)
+    quiet, planned = files_of(run, *asking.folders), len(server.requests)
+    for folder in asking.folders:
+        shutil.rmtree(run / folder)
 
     server.requests.clear()
-    disturbed("curate", overrides, log, "AskEndpoint", lambda: len(server.requests), planned)
+    disturbed(asking.station, overrides, log, asking.task, lambda: len(server.requests), planned)
     asked = len(server.requests)
-    assert curate(config).rows_out > 0
-    assert files_of(run, *names) == quiet
+    assert STEPS[asking.station](config).rows_out > 0
+    assert files_of(run, *asking.folders) == quiet
     assert len(server.requests) - asked < planned, "what was written is not asked for again"
-    manifest = read_manifest(str(run / "rewrites"))
+    folder, *keys = asking.usage
+    manifest = read_manifest(str(run / folder))
     assert manifest is not None
-    assert manifest.extra["endpoint"]["input_tokens"] >= manifest.rows_in * 100, "every answer was paid for"
+    counted: Any = manifest.extra
+    for key in keys:
+        counted = counted[key]
+    assert counted["input_tokens"] >= planned * 100, "every answer was paid for"
