@@ -22,8 +22,9 @@ from mmedpo_ray.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Passed to every worker process, so that actors are as quiet and as offline as the driver.
+# Passed to every worker process, so that actors are as quiet, as offline and as sparing with memory as the driver.
 _WORKER_ENVIRONMENT = (
+    "ARROW_DEFAULT_MEMORY_POOL",
     "RAY_USAGE_STATS_ENABLED",
     "VLLM_NO_USAGE_STATS",
     "DO_NOT_TRACK",

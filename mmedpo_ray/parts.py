@@ -161,10 +161,12 @@ class Work:
     Attributes:
         blocks: of work, a task each.
         make: tables of rows out of a block, one after another.
+        rows: how many it will make, with those already there, if that is known.
     """
 
     blocks: ray.data.Dataset
     make: Callable[[pa.Table], Iterator[pa.Table]]
+    rows: int | None = None
 
 
 class MakingWriter:

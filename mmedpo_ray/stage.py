@@ -204,7 +204,7 @@ class Station:
                 columns of ``schema``; a row to leave out sets ``drop_reason`` (and ``drop_detail``).
             schema: schema of the final table.
             id_column: unique id of a row, kept or dropped.
-            total: expected rows, for the progress bar.
+            total: expected rows, for the progress bar; without it what the work says.
             extra: figures for the manifest, from the final table: a function of the table, or a :class:`Tally`, which
                 holds a batch at a time.
             extra_columns: the columns that a function looks at; without it the table is read whole on the driver.
@@ -232,7 +232,8 @@ class Station:
                 num_cpus=self.config.ray.data_cpus,
             )
             with progress_bar() as bar:
-                task = bar.add_task(self.name, total=total, completed=len(done), note="")
+                planned = work.rows if isinstance(work, Work) and total is None else total
+                task = bar.add_task(self.name, total=planned, completed=len(done), note="")
                 try:
                     for row in written.iter_rows():
                         self._add([Part(**row)])

@@ -97,7 +97,6 @@ def _ingest_released(config: Config, reader: MMedPOJsonReader) -> Manifest:
         lambda done: _map_units(reader, convert, schema, ray.put(done), config),
         schema=tables.PAIRS,
         id_column="pair_id",
-        total=None,
         allow_empty=True,
     )
 
@@ -129,7 +128,9 @@ def _map_units(
         while (table := tables.to_table(islice(rows, most), schema)).num_rows:
             yield table
 
-    return Work(ray.data.from_blocks(list(_blocks(reader.units()))), convert_units)
+    blocks = list(_blocks(reader.units()))
+    total = sum(pc.sum(block["rows"]).as_py() for block in blocks) if reader.counts_rows else None
+    return Work(ray.data.from_blocks(blocks), convert_units, total)
 
 
 def _blocks(units: Iterable[Unit]) -> Iterator[pa.Table]:

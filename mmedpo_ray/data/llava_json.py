@@ -14,5 +14,8 @@ from mmedpo_ray.data.annotations import AnnotationReader, Turn, conversation, ta
 class LlavaJsonReader(AnnotationReader):
     """Reads LLaVA conversations, of one turn or several."""
 
+    # A turn is a row of `samples`, and how many a conversation has is seen when it is read.
+    counts_rows = False
+
     def turns(self, row: dict[str, Any]) -> list[Turn]:
         return conversation(talk(row))

@@ -25,6 +25,8 @@ assert set(_SPLITS.values()) <= set(get_args(phantom.Split))
 class PhantomReader(Reader):
     """Draws phantoms; a unit is a range of images."""
 
+    counts_rows = False
+
     def units(self) -> Iterator[Unit]:
         counts = {"train": self.data.phantom.images, "test": self.data.phantom.test_images}
         for split, count in counts.items():

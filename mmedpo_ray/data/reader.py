@@ -144,9 +144,11 @@ class Reader(ABC):
 
     Attributes:
         intended_reasons: drop reasons of rows that the settings leave out on purpose.
+        counts_rows: whether a unit counts the rows of `samples`, kept or dropped, that it becomes.
     """
 
     intended_reasons: ClassVar[tuple[str, ...]] = ()
+    counts_rows: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         self.config = config

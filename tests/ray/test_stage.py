@@ -466,3 +466,8 @@ def test_an_actor_that_always_dies_ends_the_station_with_what_to_do_and_its_rows
         run(3)
     assert run(-1).rows_out == 4
     assert already, "rows that were written before stay"
+
+
+def test_tasks_give_memory_back_that_arrow_has_used() -> None:
+    pool = ray.get(ray.remote(lambda: pa.default_memory_pool().backend_name).remote())
+    assert pool == "system", "every thread of another pool would keep a heap of its own"

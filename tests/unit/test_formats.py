@@ -33,6 +33,7 @@ def read(root: Path, kind: str, *overrides: str) -> list[dict[str, Any]]:
     reader = reader_of(root, kind, *overrides)
     rows = [row for unit in reader.units() for row in reader.samples(unit)]
     assert len({row["sample_id"] for row in rows}) == len(rows)
+    assert sum(unit.rows for unit in reader.units()) == len(rows)
     for row in tables.to_table(rows, SCHEMA).to_pylist():
         if row["drop_reason"] is None:
             assert all(row[field.name] is not None for field in tables.SAMPLES if not field.nullable)

@@ -67,7 +67,10 @@ def config_of(root: Path, source: Any, kind: str, *overrides: str) -> Config:
 
 
 def samples_of(reader: Reader) -> list[dict[str, Any]]:
-    return [sample for unit in reader.units() for sample in reader.samples(unit)]
+    rows = [sample for unit in reader.units() for sample in reader.samples(unit)]
+    if reader.counts_rows:
+        assert sum(unit.rows for unit in reader.units()) == len(rows)
+    return rows
 
 
 def read(root: Path, source: Any, kind: str = "llava_json", *overrides: str) -> list[dict[str, Any]]:
