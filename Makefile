@@ -40,19 +40,18 @@ $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 demo: .venv
 	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
 
-# Files of tests side by side: one a core, and of those with engines, which take memory, two. The road as a whole and faults
-# are on their own: they take all cores, and a fault has to come in the middle of something.
+# Files of tests side by side: one a core, and of those with engines, which take memory and wait for much, two.
 EVERY_CORE := -n logical --maxprocesses 8 --dist loadfile
 TWO := -n 2 --dist loadfile
 
 # Every part runs; a failure in one is the result.
 test: .venv
-	@result=0; for part in "tests/unit tests/invariant $(EVERY_CORE)" "tests/ray $(TWO)" "tests/e2e"; do \
+	@result=0; for part in "tests/unit tests/invariant $(EVERY_CORE)" "tests/e2e tests/ray $(TWO)"; do \
 		$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $$part || result=$$?; \
 	done; exit $$result
 
 test-slow: .venv
-	$(OFFLINE) $(BIN)/python -m pytest -m slow
+	$(OFFLINE) $(BIN)/python -m pytest -m slow $(TWO)
 
 test-fast: .venv
 	$(OFFLINE) $(BIN)/python -m pytest tests/unit $(EVERY_CORE)
