@@ -22,14 +22,22 @@ from mmedpo_ray.align.policy import Policy, TrainingSpec
 _CPU_PERSISTENCE = 1_000_000
 _GPU_PERSISTENCE = 100_000
 _STAGES = {"zero2": 2, "zero3": 3}
+# Numbers of gradients that are summed over ranks at once; DeepSpeed's own default, which it allocates whatever is trained.
+MOST_IN_BUCKET = 500_000_000
 
 
-def deepspeed_settings(spec: TrainingSpec) -> dict[str, Any]:
-    """The DeepSpeed configuration; batch sizes are ours, so DeepSpeed's are 1."""
+def deepspeed_settings(spec: TrainingSpec, trained: int) -> dict[str, Any]:
+    """The DeepSpeed configuration; batch sizes are ours, so DeepSpeed's are 1.
+
+    Args:
+        spec: the run.
+        trained: how many numbers are trained.
+    """
     align = spec.align
     zero: dict[str, Any] = {
         "stage": _STAGES[align.strategy],
         "contiguous_gradients": True,
+        "reduce_bucket_size": max(1, min(MOST_IN_BUCKET, trained)),
         # Overlap needs streams, which a CPU has not.
         "overlap_comm": spec.use_gpu,
     }
@@ -40,6 +48,8 @@ def deepspeed_settings(spec: TrainingSpec) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": align.max_grad_norm,
         "bf16": {"enabled": align.precision == "bf16"},
+        # Otherwise micro-batches would be summed in bfloat16, where the small gradients of the later ones are lost.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -57,9 +67,13 @@ class DeepSpeedEngine(Engine):
     def __init__(self, policy: Policy, spec: TrainingSpec) -> None:
         deepspeed = _import_deepspeed(use_gpu=spec.use_gpu)
         self.policy = policy
-        optimizer = make_optimizer(policy.trained_parameters(), spec.align)
+        trained = policy.trained_parameters()
+        optimizer = make_optimizer(trained, spec.align)
+        settings = deepspeed_settings(spec, sum(value.numel() for value in trained.values()))
+        if spec.align.strategy == "zero3":
+            _shard(policy, deepspeed, settings)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, config=deepspeed_settings(spec)
+            model=policy, optimizer=optimizer, config=settings
         )
         self._engine.train()
         self._make_optimizer_state()
@@ -127,6 +141,18 @@ class DeepSpeedEngine(Engine):
             }
         if self._engine.zero_optimization_stage() != 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _shard(policy: nn.Module, deepspeed: Any, settings: dict[str, Any]) -> None:
+    """Leaves every rank its share of the parameters, one after another, so that no device ever holds more than one whole.
+
+    Without this DeepSpeed would put the whole model on every device before it shards it.
+    """
+    deepspeed.zero.Init(module=policy, config_dict_or_path=settings)
+    device = deepspeed.get_accelerator().current_device_name()
+    for module in policy.modules():
+        for name, value in module.named_buffers(recurse=False):
+            setattr(module, name, value.to(device))
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

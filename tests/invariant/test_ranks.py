@@ -62,7 +62,8 @@ def test_all_weights_train_the_same_on_sharded_ranks(runs: Runs, name: str) -> N
 
 def test_bf16_computes_the_same_training_up_to_its_rounding(runs: Runs) -> None:
     """Weights and activations have eight bits; updates are exact all the same, whatever the strategy."""
-    exact, *rounded = (runs.folder / name for name in ("plain", "bf16", "bf16_ddp"))
+    ways = ("plain", "bf16", "bf16_ddp", "bf16_zero_two", "bf16_accumulated")
+    exact, *rounded = (runs.folder / name for name in ways)
     for folder in rounded:
         for row, other in zip(read_metrics(folder), read_metrics(exact), strict=True):
             assert row["loss"] == pytest.approx(other["loss"], rel=0.05), row["step"]
