@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from mmedpo_ray import storage
 from mmedpo_ray.align import head
+from mmedpo_ray.align.deepspeed_engine import MOST_IN_BUCKET
 from mmedpo_ray.align.pair_source import PairSource, StoredPairs, TablePairs, hold_out
 from mmedpo_ray.align.plan import ForwardSize, Plan
 from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_table
@@ -28,6 +29,8 @@ from mmedpo_ray.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+# Numbers of weights that DeepSpeed keeps gathered at a time (stage3_max_live_parameters).
+_MOST_GATHERED = 1_000_000_000
 _GIB = 2**30
 _FLOAT32 = 4
 # Rows tokenised before the reference's forward passes: ten seconds of one core.
@@ -39,8 +42,8 @@ class Memory:
     """Expected memory of one rank, GiB.
 
     Attributes:
-        weights: of the model, a share of them under ZeRO-3.
-        trained: gradients and Adam's state of what is trained, and the weights of an adapter.
+        weights: of the model; under ZeRO-3 a share of them, and those that are gathered at a time.
+        trained: gradients, their buckets and Adam's state of what is trained, and the weights of an adapter.
         activations: of the largest micro-batch, logits of response tokens included.
     """
 
@@ -239,16 +242,45 @@ def estimate_memory(shape: Geometry, align: AlignConfig, largest: ForwardSize, r
         ranks: that share weights or state.
     """
     size = 2 if align.precision == "bf16" else 4
-    # Exact copy, two moments and the gradient (kept in float32 by ddp); an adapter's weights come on top of the model's.
-    state = 16 if align.strategy == "ddp" else (12 + size) / ranks
     trained = shape.trained(align.train)
+    # An adapter's weights come on top of the model's.
     beside = trained if align.train == "lora" else 0
+    weights: float = shape.total * size
+    if align.strategy == "zero3":
+        weights = weights / ranks + (min(_MOST_GATHERED, shape.total) * size if ranks > 1 else 0)
     activations = size * kept_numbers(shape, align, largest) + logit_bytes(shape, align, largest)
     return Memory(
-        weights=shape.total * size / (ranks if align.strategy == "zero3" else 1) / _GIB,
-        trained=(trained * state + beside * size) / _GIB,
+        weights=weights / _GIB,
+        trained=(
+            trained * _state_bytes(align, size) / _sharing(align, ranks)
+            + _bucket_bytes(align, trained, size)
+            + beside * size
+        )
+        / _GIB,
         activations=activations / _GIB,
     )
+
+
+def _sharing(align: AlignConfig, ranks: int) -> int:
+    """How many ranks share gradients and state."""
+    return 1 if align.strategy == "ddp" else ranks
+
+
+def _state_bytes(align: AlignConfig, size: int) -> int:
+    """Bytes a trained number, besides the number itself in the precision of training, of ``size`` bytes.
+
+    All in float32: Adam's two moments, the sum of the gradients, and an exact copy of a weight that is not exact itself. ddp has a
+    rounded gradient beside the sum; DeepSpeed always makes the copy, and one of the sum while it updates.
+    """
+    if align.strategy == "ddp":
+        return 12 if size == 4 else 16 + size
+    return 20
+
+
+def _bucket_bytes(align: AlignConfig, trained: int, size: int) -> int:
+    """Gradients that DeepSpeed gathers before it sums them over the ranks; of ZeRO-2 a second bucket while the first travels."""
+    buckets = {"zero3": 1, "zero2": 2, "ddp": 0}[align.strategy]
+    return buckets * min(MOST_IN_BUCKET, trained) * size
 
 
 def kept_numbers(shape: Geometry, align: AlignConfig, forward: ForwardSize) -> int:

@@ -38,6 +38,10 @@ spec = with_settings(training_spec(folder, folder / "model", folder / "run"), fo
 policy = build_policy(spec)
 found["expected"] = sum(value.numel() for value in policy.parameters())
 engine = deepspeed_engine.DeepSpeedEngine(policy, spec)
+stage3 = engine._optimizer
+held = [*stage3.fp32_partitioned_groups_flat, stage3.grad_partitions_flat_buffer]
+held += [value for shard in stage3.fp32_partitioned_groups_flat for value in stage3.optimizer.state[shard].values()]
+found["state"] = sum(value.nbytes for value in held if value.ndim)
 found["bucket"] = engine._engine.zero_reduce_bucket_size()
 found["trained"] = sum(value.ds_numel for value in policy.trained_parameters().values())
 print(json.dumps(found))
@@ -53,4 +57,6 @@ def test_no_device_holds_the_whole_model_before_it_is_sharded(tmp_path: Path) ->
     assert found["whole"] == 0, "every parameter was sharded before DeepSpeed moved the model"
     assert found["sharded"] >= found["expected"] > 0
     assert found["buffers"] == ["cpu"]
+    # Exact copy, two moments and the sum of the gradients, of what is trained with filling to whole shards.
+    assert 16 * found["trained"] <= found["state"] < 16.1 * found["trained"]
     assert found["bucket"] == found["trained"], "no larger bucket than there is to sum"

@@ -142,7 +142,34 @@ def test_fewer_ranks_hold_more_each() -> None:
         num_layers=2, hidden=64, intermediate=64, heads=4, key_heads=4, head_size=16, image_tokens=16,
     )  # fmt: skip
     few, many = (estimate_memory(shape, AlignConfig(), ForwardSize(100, 10, 1), ranks) for ranks in (2, 8))
-    assert few.weights == pytest.approx(4 * many.weights) and few.total > many.total
+    gathered = 2 * 10**9 / 2**30
+    assert few.weights - gathered == pytest.approx(4 * (many.weights - gathered)) and few.total > many.total
+    alone = estimate_memory(shape, AlignConfig(), ForwardSize(100, 10, 1), 1)
+    assert alone.weights == pytest.approx(gathered), "nothing is gathered"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "train", "a_number", "whole"),
+    [
+        # Shared by four ranks; then what every rank holds: buckets, and an adapter itself.
+        ("zero3", "bf16", "lora", 20 / 4, 2 + 2),
+        ("zero2", "bf16", "lora", 20 / 4, 2 * 2 + 2),
+        ("zero3", "fp32", "full", 20 / 4, 4),
+        ("ddp", "bf16", "full", 18, 0),
+        ("ddp", "fp32", "full", 12, 0),
+    ],
+)
+def test_memory_of_what_is_trained(
+    strategy: str, precision: str, train: str, a_number: float, whole: int
+) -> None:
+    shape = Geometry(
+        total=10**8, language=9 * 10**7, layers=8 * 10**7, head=10**6, tower=10**7, projector=10**6, adapter=10**7,
+        num_layers=2, hidden=64, intermediate=64, heads=4, key_heads=4, head_size=16, image_tokens=16,
+    )  # fmt: skip
+    align = AlignConfig(strategy=strategy, precision=precision, train=train)
+    trained = {"lora": 10**7, "full": 9 * 10**7}[train]
+    found = estimate_memory(shape, align, ForwardSize(100, 10, 1), 4)
+    assert found.trained * 2**30 == pytest.approx(trained * (a_number + whole))
 
 
 class _StoppedError(Exception):
