@@ -103,7 +103,7 @@ class TrainingLoop:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.writer = PromptWriter(load_processor(spec.model))
         self.both_sides = spec.objective == "dpo"
-        self.images = ImageLoader(self.writer, self._cached_images())
+        self.images = ImageLoader(self.writer, self._cached_images(), spec.align.image_threads)
         self.plan, self.held_out = self._make_plan()
         self.keeper = CheckpointKeeper(spec)
         self.engine, self.step = self._make_engine()
@@ -303,7 +303,7 @@ class TrainingLoop:
         assert self.held_out is not None
         total = self.held_out.whole
         # Apart from the training images, which a thread reads ahead meanwhile.
-        images = ImageLoader(self.writer)
+        images = ImageLoader(self.writer, threads=self.spec.align.image_threads)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.engine.device)
         self.engine.train(False)
         with torch.no_grad():

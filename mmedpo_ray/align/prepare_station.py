@@ -10,6 +10,7 @@ those it was made with.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from rich.markup import escape
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.balance import Limits, balance
-from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch
+from mmedpo_ray.align.batch import ImageLoader, forest_batch
 from mmedpo_ray.align.expected import announce_ahead
+from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.made_with import MADE_WITH, MODEL_FILES, SCORED, changes
 from mmedpo_ray.align.pair_index import TEXT, VISUAL, ensure_index, index_pairs
@@ -169,12 +171,13 @@ def _pipeline(config: Config, done: DoneIds) -> ray.data.Dataset | None:
     if not slices:
         return None
     use_gpu = wants_gpu(align)
+    few, many = (min(count, len(slices)) for count in (align.min_workers, align.max_workers))
     return ray.data.from_blocks(slices).map_batches(
         ReferenceScorer,
         fn_constructor_kwargs={"reader": reader, "align": align, "use_gpu": use_gpu},
         batch_format="pyarrow",
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=min(align.min_workers, len(slices))),
+        compute=ray.data.ActorPoolStrategy(min_size=few, max_size=many),
         num_cpus=align.cpus_per_worker,
         num_gpus=1 if use_gpu else 0,
         **MODEL_RESTARTS,
@@ -250,17 +253,24 @@ class ReferenceScorer:
         self._model = policy.to(self._device)
         make_fast(self._model, attention=align.attention)
         self._writer = PromptWriter(load_processor(reader.model))
-        self._images = ImageLoader(self._writer)
+        self._images = ImageLoader(self._writer, threads=align.image_threads)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="forests")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Planned slices of `scored` → rows of `prepared`."""
         rows = self._reader.rows(read_slices(batch, _ROWS), self._writer)
         kept = sorted((row for row in rows if tables.DROP_REASON not in row), key=lambda row: row[_ID])
-        for members in self._forwards(kept):
-            chunk = [kept[member] for member in members]
-            chosen, rejected = self._score([make_pair(row, self._writer) for row in chunk])
-            for row, *logps in zip(chunk, chosen, rejected, strict=True):
-                row["ref_chosen_logp"], row["ref_rejected_logp"] = logps
+        chunks = [[kept[member] for member in members] for members in self._forwards(kept)]
+        # The images of the next forward are read during this one.
+        ahead = self._ahead.submit(self._forest, chunks[0]) if chunks else None
+        for number, chunk in enumerate(chunks, start=1):
+            assert ahead is not None
+            forest = ahead.result()
+            if number < len(chunks):
+                ahead = self._ahead.submit(self._forest, chunks[number])
+            logps = self._score(forest)
+            for row, chosen, rejected in zip(chunk, logps[: len(chunk)], logps[len(chunk) :], strict=True):
+                row["ref_chosen_logp"], row["ref_rejected_logp"] = chosen, rejected
         return tables.to_table(rows, _RAW)
 
     def _forwards(self, rows: list[dict[str, Any]]) -> list[list[int]]:
@@ -274,9 +284,11 @@ class ReferenceScorer:
         ]
         return [members for members in balance(trees, counts, 1, self._limits) if members]
 
-    def _score(self, pairs: list[Pair]) -> tuple[list[float], list[float]]:
-        """Log-probabilities of the chosen and of the rejected responses, nats."""
-        sequences = forest_batch(pairs, self._images, self._writer.pad_token_id, both_sides=True)
+    def _forest(self, rows: list[dict[str, Any]]) -> Forest:
+        pairs = [make_pair(row, self._writer) for row in rows]
+        return forest_batch(pairs, self._images, self._writer.pad_token_id, both_sides=True)
+
+    def _score(self, forest: Forest) -> list[float]:
+        """Log-probabilities of the chosen, then of the rejected responses, nats."""
         with torch.no_grad():
-            logps = response_logps(self._model, sequences.to(self._device)).logps.tolist()
-        return logps[: len(pairs)], logps[len(pairs) :]
+            return response_logps(self._model, forest.to(self._device)).logps.tolist()

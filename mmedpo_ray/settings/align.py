@@ -112,7 +112,9 @@ class AlignConfig(Section):
     resize_check_seconds: float = Field(
         60.0, ge=0, description="num_workers=[min, max]: time between looks at what the cluster has room for"
     )
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(
+        1.0, gt=0, description="CPUs that a worker is given; from 2 on as many threads read its images"
+    )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker's tensor operations")
     use_gpu: bool | None = Field(None, description="null: if the cluster has GPUs")
     checkpoint_every: int = Field(50, ge=1, description="optimizer steps between checkpoints")
@@ -130,6 +132,11 @@ class AlignConfig(Section):
         ("tensorboard",), description="where metrics go besides metrics.jsonl"
     )
     max_failures: int = Field(2, ge=0, description="restarts of the worker group from the last checkpoint")
+
+    @property
+    def image_threads(self) -> int:
+        """Threads of a worker that read images, beside the one that computes."""
+        return max(1, int(self.cpus_per_worker))
 
     @property
     def min_workers(self) -> int:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from align_world import write_scored
@@ -385,3 +386,14 @@ def test_an_impossible_weight_stops_the_run(writer: PromptWriter, tmp_path: Path
 def test_an_image_that_is_gone_stops_the_run_by_name(writer: PromptWriter, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.png"):
         ImageLoader(writer)([str(tmp_path / "gone.png")])
+
+
+def test_images_read_side_by_side_are_the_same_in_the_same_order(writer: PromptWriter, tmp_path: Path) -> None:
+    uris = [str(tmp_path / f"{number}.png") for number in range(9)]
+    for number, uri in enumerate(uris):
+        pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30), np.uint8)
+        Image.fromarray(pixels).save(uri)
+    asked = [*uris, uris[2], uris[0]]
+    assert torch.equal(ImageLoader(writer, threads=3)(asked), ImageLoader(writer)(asked))
+    with pytest.raises(UserError, match="cannot be read any more"):
+        ImageLoader(writer, threads=3)([*uris, str(tmp_path / "gone.png")])
