@@ -174,8 +174,9 @@ class VisualPairs:
     def _write(self, pair: VisualPair) -> dict[str, Any]:
         pair_id = visual_pair_id(pair.row["sample_id"])
         name = hashlib.sha256(pair_id.encode()).hexdigest()[:24]
-        noised_uri = storage.join(self._folder, f"{name}.png")
-        heat_map_uri = storage.join(self._folder, f"{name}_heat.png")
+        # In 256 folders, since file systems are slow with millions of files in one.
+        noised_uri = storage.join(self._folder, name[:2], f"{name}.png")
+        heat_map_uri = storage.join(self._folder, name[:2], f"{name}_heat.png")
         # A model's map comes from a coarse grid, a mask that came with the data is exact.
         least = HEAT_MAP_SIDE if TOOLS[self._tool].has_model else None
         storage.write_bytes(heat_map_uri, encode_pixels(heat_map_pixels(pair.heat_map, least)))
