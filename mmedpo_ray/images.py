@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from mmedpo_ray import png, storage
 from mmedpo_ray.errors import UserError
@@ -34,6 +34,10 @@ _MODES = {
 }  # fmt: skip
 # Formats whose further frames are pictures of their own. Those of others are previews, layers or sizes of the same picture.
 _FRAMED = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")
+# Where files of several formats keep EXIF and XMP, which may say how to turn the stored pixels.
+_METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+# In ``info`` of an image whose file as it is may look otherwise to another reader: it was turned, or its EXIF is damaged.
+TURNED = "turned"
 # Errors that say that there is no such file, and numbers of those that say that there can be none of this name.
 _NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -49,7 +53,10 @@ class ImageError(Exception):
 
 
 def decode(data: bytes, name: str, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-    """Decodes a whole image in its own mode; DICOM as :mod:`mmedpo_ray.dicom` shows it.
+    """Decodes a whole image in its own mode, turned as its EXIF says; DICOM as :mod:`mmedpo_ray.dicom` shows it.
+
+    No EXIF or XMP is left in ``info``, so nobody turns it once more. ``info`` has ``TURNED`` where the file itself may look
+    otherwise.
 
     Args:
         data: the file's bytes.
@@ -97,7 +104,26 @@ def _decoded(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
     if image.format == "PNG" and (faster := png.unpacked(data)) is not data:
         image = _opened(faster)
     image.load()
+    _set_upright(image)
     return image
+
+
+def _set_upright(image: Image.Image) -> None:
+    """Turns a loaded image in place as viewers (and Pillow, and vLLM) do, and forgets what said so."""
+    if not any(key in image.info for key in _METADATA):
+        return
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        # Damaged in any way: viewers show the pixels as they are stored.
+        orientation = None
+    for key in _METADATA:
+        image.info.pop(key, None)
+    if orientation == 1:
+        return
+    image.info[TURNED] = True
+    if orientation is not None:
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _opened(data: bytes) -> Image.Image:

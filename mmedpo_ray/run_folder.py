@@ -67,7 +67,7 @@ class RunFolder:
 
     @property
     def noised(self) -> str:
-        """Noised images and heat maps."""
+        """Noised images and heat maps, in folders by the first two digits of their names."""
         return join(self.root, "noised")
 
     @property

@@ -222,9 +222,17 @@ def move(source: str | Path, target: str | Path) -> None:
 def remove_temporary(folder: str | Path) -> None:
     """Deletes what writers that were killed left half-written, in a folder and those in it. No other writer may be at work."""
     filesystem, path = resolve(folder)
-    for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True)):
-        if info.is_file and info.base_name.endswith(_TEMPORARY):
-            filesystem.delete_file(info.path)
+    if _is_object_store(filesystem):
+        # Nothing is half-written there.
+        return
+    folders = [path]
+    while folders:
+        # One folder at a time: together they may hold many millions of files.
+        for info in filesystem.get_file_info(fs.FileSelector(folders.pop(), allow_not_found=True)):
+            if info.type == fs.FileType.Directory:
+                folders.append(info.path)
+            elif info.base_name.endswith(_TEMPORARY):
+                filesystem.delete_file(info.path)
 
 
 def remove(uri: str | Path) -> None:

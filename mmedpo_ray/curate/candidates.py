@@ -7,6 +7,7 @@ carry the decoded image in every row, write the prompt of a row that fails besid
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -30,6 +31,8 @@ from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
 
 # What sampling needs of a sample.
 COLUMNS = ("sample_id", "image_id", "image_uri", "question")
+# Questions whose prompts are kept: candidates of a sample are neighbours, and data sets ask the same of many images.
+_CACHED_PROMPTS = 4_096
 
 
 def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
@@ -120,7 +123,7 @@ class CandidateSampler:
         self._loader = image_files.ImageLoader(config.data.max_pixels)
         self._max_model_len = arguments["max_model_len"]
         self._engine: Any = start_engine(resolve_model(config.model.path), arguments)
-        self._prompts: dict[str, tuple[list[int] | None, int, str]] = {}
+        self._prompt = functools.lru_cache(_CACHED_PROMPTS)(self._write_prompt)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
@@ -182,21 +185,16 @@ class CandidateSampler:
             decoded[uri] = image_files.to_rgb(loaded) if isinstance(loaded, Image.Image) else loaded
         return decoded[uri]
 
-    def _prompt(self, question: str) -> tuple[list[int] | None, int, str]:
+    def _write_prompt(self, question: str) -> tuple[list[int] | None, int, str]:
         """Token ids with one id for the image (vLLM widens it), the length in tokens, and the prompt's hash."""
-        if question not in self._prompts:
-            wide = self._writer.prompt(question)
-            if wide is None:
-                self._prompts[question] = (None, 0, "")
-            else:
-                start = wide.index(self._writer.image_token_id)
-                ids = wide[: start + 1] + wide[start + self._writer.num_image_tokens :]
-                content = [{"type": "image"}, {"type": "text", "text": question}]
-                text = self._processor.apply_chat_template(
-                    [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-                )
-                self._prompts[question] = (ids, len(wide), hashlib.sha256(text.encode()).hexdigest())
-        return self._prompts[question]
+        wide = self._writer.prompt(question)
+        if wide is None:
+            return None, 0, ""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = self._processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        return self._writer.narrow(wide), len(wide), hashlib.sha256(text.encode()).hexdigest()
 
 
 def _dropped(row: dict[str, Any], reason: str, detail: str | None = None) -> dict[str, Any]:

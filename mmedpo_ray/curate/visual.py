@@ -102,7 +102,12 @@ class PairMaker:
     def _localise(self, usable: list[tuple[dict[str, Any], Image.Image]]) -> list[Localisation]:
         if self._tool is None:
             return [self._given(row, image) for row, image in usable]
-        return self._tool.localise([image for _, image in usable], [row for row, _ in usable])
+        # The last digits of a network's numbers depend on how many rows it gets at a time. So it always gets the same number,
+        # however many samples are left of a run that goes on.
+        missing = self._settings.batch_images - len(usable) if self._tool.has_model else 0
+        filled = usable + usable[-1:] * missing
+        found = self._tool.localise([image for _, image in filled], [row for row, _ in filled])
+        return found[: len(usable)]
 
     def _given(self, row: dict[str, Any], image: Image.Image) -> Localisation:
         """The lesion that the data set marks; ``mask_unreadable`` where a store does not give out the mask's files."""
@@ -169,8 +174,9 @@ class VisualPairs:
     def _write(self, pair: VisualPair) -> dict[str, Any]:
         pair_id = visual_pair_id(pair.row["sample_id"])
         name = hashlib.sha256(pair_id.encode()).hexdigest()[:24]
-        noised_uri = storage.join(self._folder, f"{name}.png")
-        heat_map_uri = storage.join(self._folder, f"{name}_heat.png")
+        # In 256 folders, since file systems are slow with millions of files in one.
+        noised_uri = storage.join(self._folder, name[:2], f"{name}.png")
+        heat_map_uri = storage.join(self._folder, name[:2], f"{name}_heat.png")
         # A model's map comes from a coarse grid, a mask that came with the data is exact.
         least = HEAT_MAP_SIDE if TOOLS[self._tool].has_model else None
         storage.write_bytes(heat_map_uri, encode_pixels(heat_map_pixels(pair.heat_map, least)))

@@ -151,7 +151,7 @@ def _make_room(run: RunFolder, key: str) -> None:
 
 
 def _key_settings(config: Config) -> list[Any]:
-    """Settings, seed and the state of the tool's files; how many images a tool gets at a time changes nothing."""
+    """Settings, seed and the state of the tool's files; how many images a tool gets at a time changes last digits at most."""
     settings = config.curate.visual
     chosen = settings.model_dump(mode="json", exclude={"batch_images"})
     return [chosen, config.run.seed, TOOLS[settings.tool].fingerprint(config)]

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -130,6 +131,9 @@ class HfParquetReader(Reader):
     def _names(self, folder: str) -> list[str]:
         found = storage.list_files(self.file(folder) if folder else storage.absolute(self.data.root or "."))
         names = [PurePosixPath(uri).name for uri in found if uri.endswith(".parquet")]
+        if "://" in (self.data.root or ""):
+            # As a file is called, not as its address spells it: `file` makes an address of the name.
+            names = [unquote(name) for name in names]
         return [f"{folder}/{name}" if folder else name for name in names]
 
     @contextmanager

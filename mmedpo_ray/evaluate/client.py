@@ -20,10 +20,9 @@ from PIL import Image
 from mmedpo_ray import storage
 from mmedpo_ray.config import EvaluateConfig
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.images import MAX_PIXELS, ImageError, decode, encode_png, to_rgb
+from mmedpo_ray.images import MAX_PIXELS, TURNED, ImageError, decode, encode_png, to_rgb
 
 _KEPT_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg"}
-_EXIF_ORIENTATION = 0x0112
 _CACHED_IMAGES = 256
 
 
@@ -208,11 +207,7 @@ def image_data_url(uri: str, max_pixels: int = MAX_PIXELS) -> str:
 
 
 def _is_plain(image: Image.Image) -> bool:
-    return (
-        image.mode in ("L", "RGB")
-        and "transparency" not in image.info
-        and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-    )
+    return image.mode in ("L", "RGB") and "transparency" not in image.info and TURNED not in image.info
 
 
 def _code(error: openai.APIStatusError) -> str:

@@ -47,12 +47,12 @@ def test_killed_while_images_are_noised(tmp_path: Path) -> None:
         shutil.rmtree(run / name)
 
     def noised() -> int:
-        return sum(1 for path in (run / "noised").glob("*.png")) if (run / "noised").exists() else 0
+        return sum(1 for path in (run / "noised").glob("*/*.png")) if (run / "noised").exists() else 0
 
     disturbed("curate", overrides, log, "VisualPairs", noised, planned)
     assert not (run / "visual" / "manifest.json").exists()
     # Whether a task is killed in the midst of a file is a matter of luck.
-    (run / "noised" / "a.png.0123.tmp").write_bytes(b"half")
+    (next((run / "noised").iterdir()) / "a.png.0123.tmp").write_bytes(b"half")
     curate(config)
     assert files_of(run, *names) == quiet
 

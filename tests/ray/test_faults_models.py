@@ -132,7 +132,7 @@ def localising(folder: Path) -> Scene:
         *(f"curate.visual.{setting}" for setting in visual),
     )  # fmt: skip
     most = 2 * manifest_of(run / "visual").rows_out
-    folders, done = ("visual", "noised", "pairs"), "noised/*.png"
+    folders, done = ("visual", "noised", "pairs"), "noised/*/*.png"
     return Scene(run, overrides, "curate", "MapBatches(VisualPairs)).submit", folders, done, most)
 
 
@@ -144,7 +144,7 @@ def noising(folder: Path) -> Scene:
         "curate.visual.tool=dataset_mask", "curate.visual.per_image=6",
     )  # fmt: skip
     most = 2 * manifest_of(run / "visual").rows_out
-    folders, done = ("visual", "noised", "pairs"), "noised/*.png"
+    folders, done = ("visual", "noised", "pairs"), "noised/*/*.png"
     return Scene(run, overrides, "curate", "MapBatches(VisualPairs)", folders, done, most)
 
 

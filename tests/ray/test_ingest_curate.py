@@ -111,7 +111,7 @@ def test_other_text_pairs_leave_the_noised_images_alone(ingested: Path) -> None:
     curate(config)
     whole = pairs_of(ingested)
     run = RunFolder(str(ingested))
-    made = {path: path.stat().st_mtime_ns for path in Path(run.noised).iterdir()}
+    made = {path: path.stat().st_mtime_ns for path in Path(run.noised).glob("*/*.png")}
     visual = stage.read_manifest(run.visual)
     assert visual is not None
     assert visual.rows_in == IMAGES
@@ -123,7 +123,7 @@ def test_other_text_pairs_leave_the_noised_images_alone(ingested: Path) -> None:
     curate(config)
     assert pairs_of(ingested) == whole
     assert stage.read_manifest(run.visual) == visual
-    assert {path: path.stat().st_mtime_ns for path in Path(run.noised).iterdir()} == made
+    assert {path: path.stat().st_mtime_ns for path in Path(run.noised).glob("*/*.png")} == made
 
 
 def test_going_back_after_an_attempt_with_other_settings_makes_the_images_again(ingested: Path) -> None:
@@ -152,9 +152,9 @@ def test_images_of_a_killed_attempt_are_not_deleted(ingested: Path) -> None:
     run = RunFolder(str(ingested))
     for path in [*storage.list_files(run.visual, ".parquet"), storage.join(run.visual, stage.MANIFEST)]:
         storage.remove(path)
-    late = Path(run.noised, "late.png")
+    late = next(Path(pair["heat_map_uri"]) for pair in whole if pair["heat_map_uri"]).with_name("late.png")
     late.write_bytes(b"whole")
-    half = Path(run.noised, "late.png.0123.tmp")
+    half = late.with_name("late.png.0123.tmp")
     half.write_bytes(b"half")
     curate(config)
     assert late.exists()
@@ -217,7 +217,7 @@ def test_withheld_files_are_tried_again(
     curate(config)
     assert dropped_of(run.visual) == {"tool_found_nothing": 1}
     whole, totals = contents(run.visual, run.pairs), dropped_of(run.pairs)
-    pictures = {path.name: path.read_bytes() for path in Path(run.noised).iterdir()}
+    pictures = {path.name: path.read_bytes() for path in Path(run.noised).glob("*/*.png")}
     for folder in (run.visual, run.pairs, run.noised):
         shutil.rmtree(folder)
 
@@ -228,7 +228,7 @@ def test_withheld_files_are_tried_again(
         failed = {reason: count for reason, count in reasons.items() if count}
         assert dropped_of(run.visual) == failed
         assert dropped_of(run.pairs).items() >= failed.items()
-        made = {path: path.stat().st_mtime_ns for path in Path(run.noised).glob("*")}
+        made = {path: path.stat().st_mtime_ns for path in Path(run.noised).glob("*/*.png")}
         assert len(made) == 2 * (IMAGES - sum(failed.values()))
         curate(config)
         assert dropped_of(run.visual) == failed, "nothing has changed yet"
@@ -236,7 +236,7 @@ def test_withheld_files_are_tried_again(
     assert contents(run.visual, run.pairs) == whole
     assert dropped_of(run.visual) == {"tool_found_nothing": 1}
     assert dropped_of(run.pairs) == totals
-    assert {path.name: path.read_bytes() for path in Path(run.noised).iterdir()} == pictures
+    assert {path.name: path.read_bytes() for path in Path(run.noised).glob("*/*.png")} == pictures
     assert all(path.stat().st_mtime_ns == time for path, time in made.items()), "the others stay"
     finished = stage.read_manifest(run.pairs)
     assert curate(config) == finished

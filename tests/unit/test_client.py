@@ -175,6 +175,8 @@ def test_unusual_files_become_what_training_sees(tmp_path, mode):
 
 
 def test_rotated_photographs_are_read_as_in_training(tmp_path):
+    from mmedpo_ray.images import load_rgb
+
     path = tmp_path / "image.jpg"
     image = Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16))
     exif = image.getexif()
@@ -182,8 +184,9 @@ def test_rotated_photographs_are_read_as_in_training(tmp_path):
     image.save(path, exif=exif)
     head, sent = decoded(image_data_url(str(path)))
     assert head == "data:image/png;base64"
-    assert sent.size == (16, 8)
+    assert sent.size == (8, 16)
     assert sent.getexif().get(0x0112, 1) == 1
+    assert np.array_equal(np.asarray(sent), np.asarray(load_rgb(str(path))))
 
 
 def test_too_large_an_image_is_refused(image):

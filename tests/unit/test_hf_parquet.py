@@ -324,6 +324,23 @@ def test_a_root_and_a_run_that_are_uris(tmp_path: Path) -> None:
     assert [load_image(item["image_uri"]).getpixel((0, 0)) for item in rows] == [1, 2]
 
 
+@pytest.mark.parametrize("folder", ["", "data"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_files_of_any_name_under_a_path_or_an_address(tmp_path: Path, scheme: str, folder: str) -> None:
+    names = ["test-50% off.parquet", "train (1).parquet", "train a%20b#1?.parquet", "train-größe+1.parquet"]
+    for number, name in enumerate(names):
+        write(tmp_path / folder / name, [row(number)])
+    root = f"{scheme}{tmp_path}"
+    assert len(reader_of(root).fingerprint()) == 4
+    found = read(root, run=root)
+    inside = f"{folder}/" if folder else ""
+    assert sorted(unit.file for unit in reader_of(root).units()) == [f"{inside}{name}" for name in names]
+    assert sorted(item["sample_id"] for item in found) == [
+        f"hf_parquet/{split}/~{Path(name).stem}/0"
+        for name, split in zip(names, ["test", "train", "train", "train"], strict=True)
+    ]
+
+
 _TEXTS = st.none() | st.text(st.characters(codec="utf-8"), max_size=6)
 _BYTES = st.none() | st.sampled_from([png(1), png(2), png(3)[:40], b""]) | st.binary(max_size=8)
 _ROW = st.fixed_dictionaries(

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pyarrow import fs
 
 from mmedpo_ray import images, storage
+from mmedpo_ray.curate.lesion_noise import add_lesion_noise
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.images import ImageError
+from mmedpo_ray.settings.curate import NoiseConfig
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
@@ -169,6 +171,66 @@ def test_what_cannot_be_shown_is_not_decoded() -> None:
     packed = gzip.compress(saved(Image.new("L", (4, 4)), "PNG"))
     assert reason_of(packed) == ("image_undecodable", "x: compressed with gzip; unpack it first")
     assert reason_of(b"") == ("image_undecodable", "x: ValueError")
+
+
+def held(orientation: int, kind: str, mode: str = "RGB", *, xmp: bool = False) -> bytes:
+    """A photograph of 24 × 16 pixels whose camera was held so."""
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :8], pixels[8:, :8] = 255, (90, 20, 160)
+    options: dict[str, Any] = {"quality": 95} if kind == "JPEG" else {}
+    if xmp:
+        options["xmp"] = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    return saved(Image.fromarray(pixels).convert(mode), kind, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}),
+        ("JPEG", "RGB", {"xmp": True}),
+        ("JPEG", "L", {}),
+        ("PNG", "RGB", {}),
+        ("PNG", "P", {}),
+        ("PNG", "I;16", {}),
+        ("WEBP", "RGB", {}),
+        ("TIFF", "RGB", {}),
+    ],
+)
+def test_everyone_sees_a_photograph_as_a_viewer_shows_it(
+    orientation: int, kind: str, mode: str, options: dict[str, bool]
+) -> None:
+    data = held(orientation, kind, mode, **options)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    image = images.decode(data, "x")
+    assert (image.format, image.size) == (kind, shown.size)
+    assert np.array_equal(np.asarray(image), np.asarray(shown))
+    if kind != "TIFF":
+        # Pillow itself turns TIFF.
+        assert (images.TURNED in image.info) == (orientation > 1)
+    for seen in (image, rgb := images.to_rgb(image)):
+        # As vLLM does with every image.
+        assert np.array_equal(np.asarray(ImageOps.exif_transpose(seen)), np.asarray(seen))
+    if mode == "RGB":
+        assert np.array_equal(np.asarray(rgb), np.asarray(shown))
+        heat_map = np.zeros((shown.height, shown.width), np.float32)
+        heat_map[:4, :6] = 1
+        noised = add_lesion_noise(image, heat_map, NoiseConfig(), np.random.default_rng(0))
+        assert np.array_equal(noised.pixels[heat_map == 0], np.asarray(shown)[heat_map == 0])
+
+
+def test_damaged_exif_turns_nothing() -> None:
+    whole = held(6, "PNG")
+    start, size = whole.index(b"eXIf"), len(Image.open(io.BytesIO(whole)).info["exif"]) - 6
+    for body in (b"", b"no EXIF at all", whole[start + 4 : start + 4 + size - 9]):
+        data = whole[: start - 4] + chunk(b"eXIf", body) + whole[start + size + 8 :]
+        image = images.decode(data, "x")
+        assert image.size == (24, 16)
+        assert not {"exif"} & set(image.info)
 
 
 @pytest.mark.parametrize(

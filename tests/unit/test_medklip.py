@@ -18,6 +18,7 @@ from mmedpo_ray.config import Config, load
 from mmedpo_ray.curate.tools import TOOLS, VisualTool
 from mmedpo_ray.curate.tools.medklip_network import MedklipNetwork, load_network
 from mmedpo_ray.curate.tools.prompts import OBSERVATIONS
+from mmedpo_ray.curate.visual import PairMaker
 from mmedpo_ray.errors import UserError
 
 GOLDEN = Path(__file__).parent.parent / "data" / "medklip_golden.safetensors"
@@ -211,6 +212,29 @@ def test_images_of_any_mode_and_shape(tool: VisualTool, mode: str) -> None:
     assert 0 <= found.heat_map.min() < 0.1
     assert 0.9 < found.heat_map.max() <= 1
     assert 0 < found.confidence < 1
+
+
+def test_a_pair_is_the_same_whatever_shares_its_batch(folder: Path, tmp_path: Path) -> None:
+    """As when a run goes on from where it was stopped: what is left fills other batches."""
+    maker = PairMaker(settings(folder, "curate.visual.batch_images=3", f"run.folder={tmp_path}/run"))
+    rows = []
+    for number in range(4):
+        uri = str(tmp_path / f"{number}.png")
+        pixels = np.random.default_rng(number).integers(0, 255, (60, 70 + number), dtype=np.uint8)
+        Image.fromarray(pixels).save(uri)
+        for finding in ("mass", "effusion"):
+            rows.append(
+                sample(f"Is there a {finding}?")
+                | {"sample_id": f"{number}{finding}", "image_id": uri, "image_uri": uri}
+            )
+    whole = {pair.row["sample_id"]: pair for pair in maker.make(rows)}
+    assert len(whole) == len(rows)
+    for some in ([rows[0]], rows[1:3], [*rows[6:], *rows[3:5]], rows[::-1]):
+        for pair in maker.make(some):
+            expected = whole[pair.row["sample_id"]]
+            assert np.array_equal(pair.heat_map, expected.heat_map)
+            assert pair.confidence == expected.confidence
+            assert np.array_equal(pair.noised.pixels, expected.noised.pixels)
 
 
 def test_the_text_is_read_as_the_official_scripts_do(folder: Path) -> None:

@@ -87,6 +87,35 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
         storage.read_parquet(tmp_path / "t" / "b.parquet")
 
 
+def test_of_many_folders_one_is_listed_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(60):
+        storage.write_bytes(tmp_path / "t" / f"{number % 10:02}" / f"{number}.png", b"")
+        (tmp_path / "t" / f"{number % 10:02}" / f"{number}.png.0123.tmp").touch()
+    resolve, listed = storage.resolve, list[int]()
+
+    class Counting:
+        def __init__(self, filesystem: Any) -> None:
+            self._filesystem = filesystem
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._filesystem, name)
+
+        def get_file_info(self, selector: Any) -> Any:
+            found = self._filesystem.get_file_info(selector)
+            listed.append(len(found))
+            return found
+
+    def counted(uri: Any) -> Any:
+        filesystem, path = resolve(uri)
+        return Counting(filesystem), path
+
+    monkeypatch.setattr(storage, "resolve", counted)
+    storage.remove_temporary(tmp_path / "t")
+    assert max(listed) == 12
+    assert len(list((tmp_path / "t").glob("*/*"))) == 60
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_unknown_scheme_and_cloud_models_are_refused() -> None:
     with pytest.raises(UserError, match="s3:// or gs://"):
         storage.resolve("carrier-pigeon://x/y")

@@ -140,6 +140,21 @@ def test_black_is_no_lesion_in_any_colours(tmp_path: Path, mode: str) -> None:
     assert np.array_equal(found.heat_map, (lesion > 0).astype(np.float32))
 
 
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_mask_is_turned_as_its_image(tmp_path: Path, orientation: int) -> None:
+    pixels = np.zeros((16, 24), np.uint8)
+    pixels[:8, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("image.png", "m.png", "m.jpg"):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    image = load_image(str(tmp_path / "image.png"))
+    for name in ("m.png", "m.jpg"):
+        [found] = DatasetMask(Config()).localise([image], [sample(tmp_path / name)])
+        assert found.heat_map is not None
+        assert np.array_equal(found.heat_map > 0, np.asarray(image) > 0)
+
+
 @pytest.mark.parametrize(("limit", "problem"), [(48, None), (47, "mask_too_large")])
 def test_the_limit_on_pixels_is_that_of_the_images(tmp_path: Path, limit: int, problem: str | None) -> None:
     Image.new("L", (8, 6), 255).save(tmp_path / "m.png")

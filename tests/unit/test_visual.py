@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def made(settings_: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "noised").iterdir()}
+    return {path.name: path.read_bytes() for path in (folder / "noised").glob("*/*.png")}
 
 
 def test_the_same_files_from_any_order_and_batch(tmp_path: Path) -> None:
@@ -77,6 +79,27 @@ def test_the_same_files_from_any_order_and_batch(tmp_path: Path) -> None:
     assert not set(files(tmp_path / "3").values()) & {
         data for name, data in files(tmp_path / "1").items() if "heat" not in name
     }
+
+
+def test_files_are_spread_over_folders(tmp_path: Path) -> None:
+    """Of many millions no folder has all; several tasks make the same folders at once."""
+    rows = [sample(tmp_path, f"i{number}") for number in range(40)]
+    settings_ = config(tmp_path / "run")
+    with ThreadPoolExecutor(8) as threads:
+        batches = threads.map(
+            partial(made, settings_), [rows[start : start + 5] for start in range(0, 40, 5)]
+        )
+        pairs = [pair for batch in batches for pair in batch]
+    noised = tmp_path / "run" / "noised"
+    assert all(path.is_dir() for path in noised.iterdir())
+    assert len(list(noised.iterdir())) > 20
+    assert {str(path) for path in noised.glob("*/*.png")} == {
+        pair[key] for pair in pairs for key in ("rejected_image_uri", "heat_map_uri")
+    }
+    for pair in pairs:
+        path = Path(pair["rejected_image_uri"])
+        assert path.parent == noised / path.name[:2]
+        assert Path(pair["heat_map_uri"]) == path.with_name(f"{path.stem}_heat.png")
 
 
 def test_every_image_is_decoded_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

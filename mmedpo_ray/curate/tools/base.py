@@ -64,7 +64,8 @@ class VisualTool(ABC):
         """One localisation an image, in their order; a tool with a model runs as many at once as it can.
 
         Args:
-            images: decoded images in their own modes and sizes, ``curate.visual.batch_images`` at most.
+            images: decoded images in their own modes and sizes, ``curate.visual.batch_images`` at most; for a
+                tool with a model just as many, the last repeated where there are fewer.
             rows: the samples asked about, with at least ``sample_id``, ``question``, ``answer`` and ``mask_uri``.
         """
 
