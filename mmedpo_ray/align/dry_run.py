@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mmedpo_ray.align.expected import Expectation, expect, rank_in_words, tokenise, warn_of_idle_ranks
+from mmedpo_ray.align.expected import Expectation, expect, rank_in_words, tokenise, warn_of_waste
 from mmedpo_ray.align.pair_index import ensure_index
 from mmedpo_ray.align.pair_source import PairSource, StoredPairs
 from mmedpo_ray.align.policy import check_model
@@ -41,7 +41,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     expected = expect(source, config.align, config)
     figures = {**expected.figures, "dropped": dropped}
     console.print(_table(figures, expected, config))
-    warn_of_idle_ranks(expected, config.align)
+    warn_of_waste(expected, config.align)
     return figures
 
 

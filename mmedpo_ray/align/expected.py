@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from mmedpo_ray import storage
 from mmedpo_ray.align import head
 from mmedpo_ray.align.pair_source import PairSource, StoredPairs, TablePairs, hold_out
-from mmedpo_ray.align.plan import ForwardSize, Plan
+from mmedpo_ray.align.plan import Forwards, ForwardSize, Plan
 from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_table
 from mmedpo_ray.align.scaling import Geometry, checkpoint_bytes, step_traffic
 from mmedpo_ray.align.tree_attention import QUERIES_PER_BLOCK
@@ -32,6 +32,8 @@ _GIB = 2**30
 _FLOAT32 = 4
 # Rows tokenised before the reference's forward passes: ten seconds of one core.
 _ROWS_LOOKED_AT = 20_000
+# Above these a setting is worth a change; the last step of an epoch may always have few images.
+_REPETITION_SPOKEN_OF, _EMPTY_SPOKEN_OF = 1.05, 0.1
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,12 @@ class Expectation:
         figures: of the plan, and ``ranks``, ``largest_forward_tokens``, ``largest_forward_responses``, ``memory_gib_per_rank``,
             ``strategy``, ``traffic_bytes_per_step``, ``checkpoint_bytes``.
         memory: of a rank where the fewest ranks train (``align.num_workers: [min, max]``): they share the state among them.
+        forwards: micro-batches where the most ranks train.
     """
 
     figures: dict[str, Any]
     memory: Memory
+    forwards: Forwards
 
 
 def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectation:
@@ -87,7 +91,11 @@ def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectatio
     """
     trained_on, _ = hold_out(source, align.validation_share, config.run.seed)
     plan = Plan.of(trained_on, align, config.run.seed)
-    largest = plan.largest_micro_batch(align.min_workers)
+    forwards = plan.forwards(align.max_workers)
+    # Fewer ranks have more to compute at once.
+    largest = (
+        plan.forwards(align.min_workers) if align.min_workers < align.max_workers else forwards
+    ).largest
     shape = geometry(config)
     memory = estimate_memory(shape, align, largest, align.min_workers)
     traffic = step_traffic(
@@ -98,7 +106,7 @@ def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectatio
         weight_bytes=2 if align.precision == "bf16" else 4,
     )
     figures = {
-        **plan.summary(),
+        **plan.summary(forwards),
         "ranks": align.max_workers,
         "largest_forward_tokens": largest.tokens,
         "largest_forward_responses": largest.response_tokens,
@@ -107,7 +115,7 @@ def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectatio
         "traffic_bytes_per_step": traffic,
         "checkpoint_bytes": checkpoint_bytes(shape, align.train),
     }
-    return Expectation(figures, memory)
+    return Expectation(figures, memory, forwards)
 
 
 # Run folder → what was announced ahead, so that the same is not said again.
@@ -128,18 +136,26 @@ def announce(name: str, align: AlignConfig, config: Config) -> None:
     line = plan_line(name, expected, align)
     if line != _ahead.pop(config.run.folder, None):
         console.print(line, soft_wrap=True)
-    warn_of_idle_ranks(expected, align)
+    warn_of_waste(expected, align)
 
 
-def warn_of_idle_ranks(expected: Expectation, align: AlignConfig) -> None:
-    """A rank without an image of the step computes a filler; only an image of many pairs is shared among ranks."""
-    images = min(align.images_per_step, expected.figures["images"])
-    if images < align.max_workers:
+def warn_of_waste(expected: Expectation, align: AlignConfig) -> None:
+    """Says where limits cut trees apart, so that images are computed again, and where ranks have nothing to compute."""
+    forwards, images = expected.forwards, min(align.images_per_step, expected.figures["images"])
+    if forwards.repetition > _REPETITION_SPOKEN_OF:
+        limits = [f"align.{name} (now {getattr(align, name):,})" for name in forwards.cut_by]
         log.warning(
-            "align: a step has %d images for %d ranks, so %d of them may have nothing to do. Lower align.num_workers%s",
+            "align: the pairs of an image are more than a micro-batch may have, so %.3g times the tokens of whole trees are "
+            "computed. Raise %s as far as memory allows",
+            forwards.repetition,
+            " and ".join(limits),
+        )
+    if forwards.empty > _EMPTY_SPOKEN_OF:
+        log.warning(
+            "align: a step has %d images for %d ranks, so %.0f%% of the micro-batches are empty. Lower align.num_workers%s",
             images,
             align.max_workers,
-            align.max_workers - images,
+            100 * forwards.empty,
             " or raise align.images_per_step" if expected.figures["images"] > images else "",
         )
 
@@ -223,7 +239,7 @@ def scaled(expected: Expectation, share: float, align: AlignConfig) -> Expectati
     figures["steps"] = min(steps, align.max_steps or steps)
     figures["epochs"] = round(figures["steps"] / figures["steps_per_epoch"], 3)
     figures["share_looked_at"] = share
-    return Expectation(figures, expected.memory)
+    return replace(expected, figures=figures)
 
 
 # ---------------------------------------------------------------------- memory

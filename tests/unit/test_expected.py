@@ -186,20 +186,30 @@ def test_the_plan_is_printed_before_a_model_is_loaded(
     ("changes", "warning"),
     [
         ({"num_workers": (1, 3)}, None),
-        ({"num_workers": (1, 4)}, r"3 images for 4 ranks, so 1 of them .* Lower align\.num_workers$"),
+        ({"num_workers": (1, 4)}, r"3 images for 4 ranks, so 25% of .* empty\. Lower align\.num_workers$"),
         (
             {"num_workers": 4, "images_per_step": 2},
-            r"2 images for 4 ranks.* or raise align\.images_per_step$",
+            r"2 images for 4 ranks, so 62% of .* or raise align\.images_per_step$",
+        ),
+        # The pairs of an image are spread over the ranks.
+        (
+            {"num_workers": 4, "pairs_per_forward": 1},
+            r"^[^\n]*so [\d.]+ times the tokens .* Raise align\.pairs_per_forward \(now 1\) as far as memory allows$",
+        ),
+        (
+            {"num_workers": 1, "tokens_per_forward": 64},
+            r"^[^\n]*Raise align\.tokens_per_forward \(now 64\) as far as memory allows$",
         ),
     ],
 )
-def test_ranks_without_an_image_are_spoken_of(
+def test_work_that_the_settings_waste_is_spoken_of(
     config: Config, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], warning: str | None
 ) -> None:
     config.align = config.align.model_copy(update=changes)
     dry_run(config)
     found = "\n".join(caplog.messages)
     assert re.search(warning, found) if warning else not found
+    assert len(caplog.messages) == (warning is not None)
 
 
 @pytest.mark.parametrize(
