@@ -12,7 +12,6 @@ from mmedpo_ray.align.expected import (
     expect,
     is_scaled,
     rank_in_words,
-    scaled,
     tokenise,
     warn_of_waste,
 )
@@ -46,9 +45,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     """
     check_model(config.model.path, config.align)
     source, dropped, share = _pairs(config)
-    expected = expect(source, config.align, config)
-    if share < 1.0:
-        expected = scaled(expected, share, config.align)
+    expected = expect(source, config.align, config, share)
     figures = {**expected.figures, "dropped": dropped}
     console.print(_table(figures, expected, config))
     warn_of_waste(expected, config.align)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -86,24 +86,26 @@ class Expectation:
     forwards: Forwards
 
 
-def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectation:
+def expect(source: PairSource, align: AlignConfig, config: Config, share: float = 1.0) -> Expectation:
     """The figures of a run.
 
     Args:
         source: its pairs, held-out ones among them.
         align: settings of the role.
         config: all settings.
+        share: of the run's images that the pairs are of; figures are scaled to all of them.
 
     Raises:
         UserError: there is no pair to train on, or no model.
     """
     trained_on, _ = hold_out(source, align.validation_share, config.run.seed)
     plan = Plan.of(trained_on, align, config.run.seed)
-    forwards = plan.forwards(align.max_workers)
+    # Where the images looked at do not fill a step, they are those of some of its ranks.
+    filled = min(1.0, plan.num_images / min(align.images_per_step, plan.num_images / share))
+    few, many = (max(1, round(filled * ranks)) for ranks in (align.min_workers, align.max_workers))
+    forwards = plan.forwards(many)
     # Fewer ranks have more to compute at once.
-    largest = (
-        plan.forwards(align.min_workers) if align.min_workers < align.max_workers else forwards
-    ).largest
+    largest = plan.forwards(few).largest if few < many else forwards.largest
     shape = geometry(config)
     memory = estimate_memory(shape, align, largest, align.min_workers)
     traffic = step_traffic(
@@ -114,7 +116,7 @@ def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectatio
         weight_bytes=2 if align.precision == "bf16" else 4,
     )
     figures = {
-        **plan.summary(forwards),
+        **_scaled(plan.summary(forwards), share, align),
         "ranks": align.max_workers,
         "largest_forward_tokens": largest.tokens,
         "largest_forward_responses": largest.response_tokens,
@@ -174,9 +176,7 @@ def announce_ahead(config: Config) -> None:
     if not source.index.num_pairs:
         # The station that writes the table says why.
         return
-    expected = expect(source, config.align, config)
-    if share < 1.0:
-        expected = scaled(expected, share, config.align)
+    expected = expect(source, config.align, config, share)
     _ahead[config.run.folder] = line = plan_line("align", expected, config.align)
     console.print(line, soft_wrap=True)
 
@@ -273,9 +273,11 @@ def is_scaled(expected: Expectation) -> bool:
     return "share_looked_at" in expected.figures
 
 
-def scaled(expected: Expectation, share: float, align: AlignConfig) -> Expectation:
-    """The figures of all pairs from those of a share of their images; the largest forward is that of the share."""
-    figures = dict(expected.figures)
+def _scaled(found: dict[str, Any], share: float, align: AlignConfig) -> dict[str, Any]:
+    """The plan's figures of all pairs from those of a share of their images."""
+    if share == 1.0:
+        return found
+    figures = dict(found)
     for name in ("pairs", "visual_pairs", "reversed_pairs", "images", "tokens_per_epoch"):
         figures[name] = round(figures[name] / share)
     figures["steps_per_epoch"] = math.ceil(figures["images"] / align.images_per_step)
@@ -283,11 +285,7 @@ def scaled(expected: Expectation, share: float, align: AlignConfig) -> Expectati
     figures["steps"] = min(steps, align.max_steps or steps)
     figures["epochs"] = round(figures["steps"] / figures["steps_per_epoch"], 3)
     figures["share_looked_at"] = share
-    forwards = expected.forwards
-    if expected.figures["images"] < align.images_per_step:
-        # They do not fill a step, so they do not say how many ranks find an image in one.
-        forwards = replace(forwards, empty=0.0)
-    return replace(expected, figures=figures, forwards=forwards)
+    return figures
 
 
 # ---------------------------------------------------------------------- memory

@@ -254,6 +254,23 @@ def test_of_a_large_table_some_images_are_looked_at(
     assert "about 2 (2 epochs)" in capsys.readouterr().err
 
 
+def test_images_that_do_not_fill_a_step_say_what_a_rank_of_it_computes(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_scored(Path(config.run.folder), 24)
+    config.align = config.align.model_copy(
+        update={"images_per_step": 24, "num_workers": 6, "pairs_per_forward": 64, "epochs": 1}
+    )
+    whole = dry_run(config)
+    monkeypatch.setattr(expected_module, "_ROWS_LOOKED_AT", 48)
+    part = dry_run(config)
+    assert part["share_looked_at"] == 0.5
+    for name in ("largest_forward_tokens", "largest_forward_responses", "pairs", "images", "steps"):
+        assert part[name] == whole[name], name
+    assert part["tokens_per_epoch"] == pytest.approx(whole["tokens_per_epoch"], rel=0.01)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("files", [1, 40])
 def test_of_a_table_of_many_row_groups_few_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
