@@ -7,6 +7,7 @@ processing-time rule): O(pairs) for the cutting and a scan of the bins in NumPy 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -74,9 +75,15 @@ def balance(
     pieces = _pieces([list(tree) for tree in trees], counts, limits)
     pieces.sort(key=lambda piece: (-piece.tokens, piece.members[0]))
     total = sum(len(piece.members) for piece in pieces)
-    rounds = max(1, math.ceil(total / (num_ranks * limits.pairs)))
+    # Pieces of one tree may share tokens again, and a single pair may exceed the limit; the other trees fill what they fill.
+    parts = Counter(piece.tree for piece in pieces)
+    tokens = sum(piece.tokens for piece in pieces if parts[piece.tree] == 1 and piece.tokens <= limits.tokens)
+    rounds = max(
+        1, math.ceil(total / (num_ranks * limits.pairs)), math.ceil(tokens / (num_ranks * limits.tokens))
+    )
     while (bins := _fill(pieces, num_ranks * rounds, counts, limits)) is None:
-        rounds += 1
+        # Of many rounds a few more at once: every attempt looks at all pieces.
+        rounds += 1 + rounds // 16
     return bins
 
 
@@ -139,5 +146,7 @@ def _together(into: _Bin, piece: _Piece, counts: TokenCounts, limits: Limits) ->
         sizes = counts.sizes([into.members + piece.members])[0]
     else:
         sizes = into.sizes + piece.sizes
-    is_too_much = into.members and limits.tokens < math.inf and num_slots(sizes) > limits.tokens
+    # No layout of the rows has more than a row a tree, as long as the longest.
+    may_exceed = into.members and len(sizes) * max(sizes) > limits.tokens
+    is_too_much = may_exceed and num_slots(sizes) > limits.tokens
     return None if is_too_much else sizes

@@ -7,7 +7,14 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mmedpo_ray.align.expected import Expectation, expect, rank_in_words, tokenise, warn_of_idle_ranks
+from mmedpo_ray.align.expected import (
+    Expectation,
+    expect,
+    is_scaled,
+    rank_in_words,
+    tokenise,
+    warn_of_waste,
+)
 from mmedpo_ray.align.pair_index import ensure_index
 from mmedpo_ray.align.pair_source import PairSource, StoredPairs
 from mmedpo_ray.align.policy import check_model
@@ -30,36 +37,38 @@ _COEFFICIENTS = {
 def dry_run(config: Config) -> dict[str, Any]:
     """Prints and returns the plan of `mmedpo align` and what it would need.
 
-    Reads the index of the prepared pairs; where `align` has not prepared them yet it tokenises `scored` in this process, which
-    takes about half a millisecond a pair. Loads no weights and starts nothing.
+    Reads the index of the prepared pairs; where `align` has not prepared them yet it tokenises `scored` in this process, of a
+    large table some images, and scales their figures. Loads no weights and starts nothing.
 
     Raises:
         UserError: `scored` is missing, no pair can be trained on, or training would refuse the model.
     """
     check_model(config.model.path, config.align)
-    source, dropped = _pairs(config)
-    expected = expect(source, config.align, config)
+    source, dropped, share = _pairs(config)
+    expected = expect(source, config.align, config, share)
     figures = {**expected.figures, "dropped": dropped}
     console.print(_table(figures, expected, config))
-    warn_of_idle_ranks(expected, config.align)
+    warn_of_waste(expected, config.align)
     return figures
 
 
-def _pairs(config: Config) -> tuple[PairSource, int]:
-    """The pairs of the run, prepared here if they are not yet, and how many rows are left out."""
+def _pairs(config: Config) -> tuple[PairSource, int, float]:
+    """The pairs of the run, prepared here if they are not yet, how many rows are left out, and the share that was looked at."""
     run = RunFolder(config.run.folder)
     if (manifest := finished_table(config)) is not None:
         ensure_index(run.prepared, manifest)
         writer = PromptWriter(load_processor(config.model.path))
-        return StoredPairs(run.prepared, writer, config.align), sum(manifest.dropped.values())
-    source, dropped, _ = tokenise(config)
+        return StoredPairs(run.prepared, writer, config.align), sum(manifest.dropped.values()), 1.0
+    source, dropped, share = tokenise(config)
     if not source.index.num_pairs:
-        raise UserError(f"align: none of the {dropped:,} pairs in {run.scored} can be trained on.")
-    return source, dropped
+        looked_at = "that were looked at " if share < 1.0 else ""
+        raise UserError(f"align: none of the {dropped:,} pairs {looked_at}in {run.scored} can be trained on.")
+    return source, round(dropped / share), share
 
 
 def _table(figures: dict[str, Any], expected: Expectation, config: Config) -> Table:
     align = config.align
+    about = "about " if is_scaled(expected) else ""
     table = Table(title="what `mmedpo align` would do", show_header=False)
     rows = {
         "model": escape(config.model.path)
@@ -70,10 +79,10 @@ def _table(figures: dict[str, Any], expected: Expectation, config: Config) -> Ta
         if align.train == "lora"
         else "all weights of the language model",
         "learning rate": f"{align.learning_rate:g}, {align.scheduler}",
-        "pairs": f"{figures['pairs']:,} ({figures['visual_pairs']:,} visual; {figures['dropped']:,} dropped)",
-        "images (trees)": f"{figures['images']:,}",
-        "optimizer steps": f"{figures['steps']:,} ({figures['epochs']:g} epochs)",
-        "tokens an epoch": f"{figures['tokens_per_epoch']:,}, {figures['sharing_factor']} times fewer than unpacked",
+        "pairs": f"{about}{figures['pairs']:,} ({figures['visual_pairs']:,} visual; {figures['dropped']:,} dropped)",
+        "images (trees)": f"{about}{figures['images']:,}",
+        "optimizer steps": f"{about}{figures['steps']:,} ({figures['epochs']:g} epochs)",
+        "tokens an epoch": f"{about}{figures['tokens_per_epoch']:,}, {figures['sharing_factor']} times fewer than unpacked",
         "effective sample size": f"{figures['effective_sample_size']:.0%} of the pairs",
         "largest forward": f"{figures['largest_forward_tokens']:,} tokens, "
         f"{figures['largest_forward_responses']:,} with logits",

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from mmedpo_ray import storage
 from mmedpo_ray.align import head
 from mmedpo_ray.align.deepspeed_engine import MOST_IN_BUCKET
 from mmedpo_ray.align.pair_source import PairSource, StoredPairs, TablePairs, hold_out
-from mmedpo_ray.align.plan import ForwardSize, Plan
+from mmedpo_ray.align.plan import Forwards, ForwardSize, Plan
 from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_table
 from mmedpo_ray.align.scaling import Geometry, checkpoint_bytes, step_traffic
 from mmedpo_ray.align.tree_attention import QUERIES_PER_BLOCK
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console
+from mmedpo_ray.manifest import read_manifest
 from mmedpo_ray.models.loading import PromptWriter, load_processor, resolve_model
 from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.slices import footer_of
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,11 @@ _GIB = 2**30
 _FLOAT32 = 4
 # Rows tokenised before the reference's forward passes: ten seconds of one core.
 _ROWS_LOOKED_AT = 20_000
+# Rows in which all pairs of these images are looked for, wherever they stand: a second; and files of larger tables.
+_IDS_LOOKED_AT = 1_000_000
+_FILES_LOOKED_AT = 16
+# Above these a setting is worth a change; the last step of an epoch may always have few images.
+_REPETITION_SPOKEN_OF, _EMPTY_SPOKEN_OF = 1.05, 0.1
 
 
 @dataclass(frozen=True)
@@ -71,26 +81,34 @@ class Expectation:
         figures: of the plan, and ``ranks``, ``largest_forward_tokens``, ``largest_forward_responses``, ``memory_gib_per_rank``,
             ``strategy``, ``traffic_bytes_per_step``, ``checkpoint_bytes``.
         memory: of a rank where the fewest ranks train (``align.num_workers: [min, max]``): they share the state among them.
+        forwards: micro-batches where the most ranks train.
     """
 
     figures: dict[str, Any]
     memory: Memory
+    forwards: Forwards
 
 
-def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectation:
+def expect(source: PairSource, align: AlignConfig, config: Config, share: float = 1.0) -> Expectation:
     """The figures of a run.
 
     Args:
         source: its pairs, held-out ones among them.
         align: settings of the role.
         config: all settings.
+        share: of the run's images that the pairs are of; figures are scaled to all of them.
 
     Raises:
         UserError: there is no pair to train on, or no model.
     """
     trained_on, _ = hold_out(source, align.validation_share, config.run.seed)
     plan = Plan.of(trained_on, align, config.run.seed)
-    largest = plan.largest_micro_batch(align.min_workers)
+    # Where the images looked at do not fill a step, they are those of some of its ranks.
+    filled = min(1.0, plan.num_images / min(align.images_per_step, plan.num_images / share))
+    few, many = (max(1, round(filled * ranks)) for ranks in (align.min_workers, align.max_workers))
+    forwards = plan.forwards(many)
+    # Fewer ranks have more to compute at once.
+    largest = plan.forwards(few).largest if few < many else forwards.largest
     shape = geometry(config)
     memory = estimate_memory(shape, align, largest, align.min_workers)
     traffic = step_traffic(
@@ -101,7 +119,7 @@ def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectatio
         weight_bytes=2 if align.precision == "bf16" else 4,
     )
     figures = {
-        **plan.summary(),
+        **_scaled(plan.summary(forwards), share, align),
         "ranks": align.max_workers,
         "largest_forward_tokens": largest.tokens,
         "largest_forward_responses": largest.response_tokens,
@@ -110,7 +128,7 @@ def expect(source: PairSource, align: AlignConfig, config: Config) -> Expectatio
         "traffic_bytes_per_step": traffic,
         "checkpoint_bytes": checkpoint_bytes(shape, align.train),
     }
-    return Expectation(figures, memory)
+    return Expectation(figures, memory, forwards)
 
 
 # Run folder → what was announced ahead, so that the same is not said again.
@@ -131,60 +149,97 @@ def announce(name: str, align: AlignConfig, config: Config) -> None:
     line = plan_line(name, expected, align)
     if line != _ahead.pop(config.run.folder, None):
         console.print(line, soft_wrap=True)
-    warn_of_idle_ranks(expected, align)
+    warn_of_waste(expected, align)
 
 
-def warn_of_idle_ranks(expected: Expectation, align: AlignConfig) -> None:
-    """A rank without an image of the step computes a filler; only an image of many pairs is shared among ranks."""
-    images = min(align.images_per_step, expected.figures["images"])
-    if images < align.max_workers:
+def warn_of_waste(expected: Expectation, align: AlignConfig) -> None:
+    """Says where limits cut trees apart, so that images are computed again, and where ranks have nothing to compute."""
+    forwards, images = expected.forwards, min(align.images_per_step, expected.figures["images"])
+    if forwards.repetition > _REPETITION_SPOKEN_OF:
+        limits = [f"align.{name} (now {getattr(align, name):,})" for name in forwards.cut_by]
         log.warning(
-            "align: a step has %d images for %d ranks, so %d of them may have nothing to do. Lower align.num_workers%s",
+            "align: the pairs of an image are more than a micro-batch may have, so %.3g times the tokens of whole trees are "
+            "computed. Raise %s as far as memory allows",
+            forwards.repetition,
+            " and ".join(limits),
+        )
+    if forwards.empty > _EMPTY_SPOKEN_OF:
+        log.warning(
+            "align: a step has %d images for %d ranks, so %.0f%% of the micro-batches are empty. Lower align.num_workers%s",
             images,
             align.max_workers,
-            align.max_workers - images,
+            100 * forwards.empty,
             " or raise align.images_per_step" if expected.figures["images"] > images else "",
         )
 
 
 def announce_ahead(config: Config) -> None:
     """The same before there is such a table: tokenises `scored` in this process, of a large one some images with all their pairs."""
-    source, _, share = tokenise(config, _ROWS_LOOKED_AT)
+    source, _, share = tokenise(config)
     if not source.index.num_pairs:
         # The station that writes the table says why.
         return
-    expected = expect(source, config.align, config)
-    if share < 1.0:
-        expected = scaled(expected, share, config.align)
+    expected = expect(source, config.align, config, share)
     _ahead[config.run.folder] = line = plan_line("align", expected, config.align)
     console.print(line, soft_wrap=True)
 
 
-def tokenise(config: Config, most_rows: int | None = None) -> tuple[TablePairs, int, float]:
-    """The pairs in `scored`, tokenised in this process: about half a millisecond a pair.
-
-    Args:
-        config: all settings.
-        most_rows: of a larger table only so many of its images are looked at that they have about as many rows.
+def tokenise(config: Config) -> tuple[TablePairs, int, float]:
+    """The pairs in `scored`, tokenised in this process: about half a millisecond a pair, of a large table some of its images.
 
     Returns:
         The pairs, how many rows are left out, and the share of the images that was looked at.
     """
     writer = PromptWriter(load_processor(config.model.path))
-    scored, share = _read_scored(RunFolder(config.run.folder).scored, most_rows)
+    scored, share = _read_scored(RunFolder(config.run.folder).scored, _ROWS_LOOKED_AT)
     kept, dropped = prepare_table(scored, writer, Preparation.of(config.align))
     return TablePairs(kept, writer, config.align), len(dropped), share
 
 
-def _read_scored(folder: str, most_rows: int | None) -> tuple[pa.Table, float]:
-    """The table, or that of evenly spread images; and the share of the images."""
-    rows = storage.dataset(folder)
-    count = rows.count_rows()
-    if most_rows is None or count <= most_rows:
-        return rows.to_table(columns=COLUMNS), 1.0
-    images = pc.unique(rows.to_table(columns=["image_id"])["image_id"])
+def _read_scored(folder: str, most_rows: int) -> tuple[pa.Table, float]:
+    """The table, or whole images that are spread over it and have about so many rows; and the share of the images.
+
+    Of a table too large to look for all pairs of an image, those that stand together count as all.
+    """
+    manifest = read_manifest(folder)
+    paths = storage.list_files(folder, ".parquet")
+    count = manifest.rows_out if manifest else sum(footer_of(path).num_rows for path in paths)
+    if count > _IDS_LOOKED_AT:
+        rows = _row_groups(paths, most_rows)
+        return rows, len(rows) / count
+    dataset = storage.dataset(folder)
+    if count <= most_rows:
+        return dataset.to_table(columns=COLUMNS), 1.0
+    images = pc.unique(dataset.to_table(columns=["image_id"])["image_id"])
     some = images.take(pa.array(range(0, len(images), math.ceil(count / most_rows))))
-    return rows.to_table(columns=COLUMNS, filter=pc.field("image_id").isin(some)), len(some) / len(images)
+    return dataset.to_table(columns=COLUMNS, filter=pc.field("image_id").isin(some)), len(some) / len(images)
+
+
+def _row_groups(paths: Sequence[str], most_rows: int) -> pa.Table:
+    """Rows of row groups that are spread over some files of a table, without images that a row group may hold in part."""
+    places = np.linspace(0, len(paths) - 1, min(len(paths), _FILES_LOOKED_AT)).astype(int)
+    found = []
+    for place in places.tolist():
+        filesystem, path = storage.resolve(paths[place])
+        with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as file:
+            groups = file.num_row_groups
+            wanted = most_rows * groups // (len(places) * max(1, file.metadata.num_rows))
+            count = min(max(1, wanted), groups)
+            for number in range(count):
+                group = (2 * number + 1) * groups // (2 * count)
+                found.append(_inner_images(file.read_row_group(group, columns=COLUMNS)))
+    return pa.concat_tables(found)
+
+
+def _inner_images(rows: pa.Table) -> pa.Table:
+    """Rows of all images but the first and the last; all rows where there are no others."""
+    images = rows["image_id"]
+    is_inner = pc.invert(
+        pc.is_in(
+            images, value_set=pa.concat_arrays([images[:1].combine_chunks(), images[-1:].combine_chunks()])
+        )
+    )
+    return rows.filter(is_inner) if pc.any(is_inner).as_py() else rows
 
 
 def geometry(config: Config) -> Geometry:
@@ -200,7 +255,7 @@ def geometry(config: Config) -> Geometry:
 def plan_line(name: str, expected: Expectation, align: AlignConfig) -> str:
     """What a run would do in one line."""
     plan = expected.figures
-    about = "about " if plan.get("share_looked_at", 1.0) < 1.0 else ""
+    about = "about " if is_scaled(expected) else ""
     return (
         f"[dim]{name}: {about}{plan['steps']:,} steps of {plan['pairs']:,} pairs on {plan['images']:,} images; "
         f"{about}{plan['tokens_per_epoch']:,} tokens an epoch, {plan['sharing_factor']} times fewer than unpacked; "
@@ -216,9 +271,16 @@ def rank_in_words(align: AlignConfig) -> str:
     return f"a rank of {align.min_workers}, the fewest of align.num_workers,"
 
 
-def scaled(expected: Expectation, share: float, align: AlignConfig) -> Expectation:
-    """The figures of all pairs from those of a share of their images; the largest forward is that of the share."""
-    figures = dict(expected.figures)
+def is_scaled(expected: Expectation) -> bool:
+    """Whether the figures come from a share of the images."""
+    return "share_looked_at" in expected.figures
+
+
+def _scaled(found: dict[str, Any], share: float, align: AlignConfig) -> dict[str, Any]:
+    """The plan's figures of all pairs from those of a share of their images."""
+    if share == 1.0:
+        return found
+    figures = dict(found)
     for name in ("pairs", "visual_pairs", "reversed_pairs", "images", "tokens_per_epoch"):
         figures[name] = round(figures[name] / share)
     figures["steps_per_epoch"] = math.ceil(figures["images"] / align.images_per_step)
@@ -226,7 +288,7 @@ def scaled(expected: Expectation, share: float, align: AlignConfig) -> Expectati
     figures["steps"] = min(steps, align.max_steps or steps)
     figures["epochs"] = round(figures["steps"] / figures["steps_per_epoch"], 3)
     figures["share_looked_at"] = share
-    return Expectation(figures, expected.memory)
+    return figures
 
 
 # ---------------------------------------------------------------------- memory

@@ -368,7 +368,7 @@ class TrainingLoop:
                 {
                     "rows_in": manifest.rows_in,
                     "dropped": manifest.dropped,
-                    **plan.summary(),
+                    **plan.summary(plan.forwards(self.world_size)),
                     "validation_images": held_out.num_images if held_out else 0,
                     "validation_pairs": held_out.num_pairs if held_out else 0,
                 },

@@ -15,7 +15,7 @@ import itertools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,9 @@ from mmedpo_ray.errors import UserError
 
 # The step in hand, the one read ahead, and one more.
 _STEPS_KEPT = 3
-# `largest_micro_batch` looks at this many steps.
-_STEPS_LOOKED_AT = 256
+# `forwards` looks at this many steps of an epoch: of large steps at fewer, which have about so many images.
+_FEWEST_STEPS, _MOST_STEPS = 16, 256
+_IMAGES_LOOKED_AT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,23 @@ class ForwardSize:
     tokens: int
     response_tokens: int
     images: int = 0
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """The micro-batches of an epoch.
+
+    Attributes:
+        largest: the most tokens a rank runs through the model at once, with their images, and the most response tokens.
+        repetition: tokens of all micro-batches ÷ tokens of whole trees; above 1 where a limit cuts trees apart.
+        cut_by: the settings with these limits.
+        empty: share of the micro-batches that no pair is left for; a rank computes a filler in their place.
+    """
+
+    largest: ForwardSize
+    repetition: float = 1.0
+    cut_by: tuple[str, ...] = ()
+    empty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -197,25 +215,40 @@ class Plan:
             for items in bins
         ]
 
-    def largest_micro_batch(self, world_size: int) -> ForwardSize:
-        """The most tokens a rank runs through the model at once, with their images, and the most response tokens.
-
-        Of the first epoch, or of 256 of its steps spread over it.
-        """
+    def forwards(self, world_size: int) -> Forwards:
+        """What the micro-batches of the first epoch have, or those of 16 to 256 of its steps spread over it."""
         steps = min(self.steps_per_epoch, self.total_steps)
-        tokens, responses, images = 0, 0, 0
-        for step in np.unique(np.linspace(0, steps - 1, min(steps, _STEPS_LOOKED_AT)).astype(int)).tolist():
+        few = min(max(_IMAGES_LOOKED_AT // self._images_per_step, _FEWEST_STEPS), _MOST_STEPS, steps)
+        tokens, images, responses = 0, 0, 0
+        computed, whole, empty, micro_batches = 0, 0, 0, 0
+        cut_by: set[str] = set()
+        for step in np.unique(np.linspace(0, steps - 1, few).astype(int)).tolist():
             found = self._step(step)
-            counts = self._counts(found)
-            bins = balance(self._computed(found), counts, world_size, self._limits)
-            for items, sizes in zip(bins, counts.sizes(bins), strict=True):
+            counts, trees = self._counts(found), self._computed(found)
+            bins = balance(trees, counts, world_size, self._limits)
+            packed, of_trees = counts.sizes(bins), counts.sizes(trees)
+            for items, sizes in zip(bins, packed, strict=True):
                 if num_slots(sizes) > tokens:
                     tokens, images = num_slots(sizes), len(sizes)
                 responses = max(responses, int(counts.responses[items].sum()))
-        return ForwardSize(tokens, responses, images)
+            micro_batches += len(bins)
+            empty += bins.count([])
+            more, fewest = sum(map(sum, packed)), sum(map(sum, of_trees))
+            computed, whole = computed + more, whole + fewest
+            if more > fewest:
+                cut_by |= self._cut_by(trees, of_trees)
+        return Forwards(
+            ForwardSize(tokens, responses, images),
+            computed / whole if whole else 1.0,
+            tuple(sorted(cut_by)),
+            empty / micro_batches,
+        )
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self, forwards: Forwards) -> dict[str, float | int]:
         """Figures of the plan for the manifest, from the sums in the index.
+
+        Args:
+            forwards: of the run's ranks.
 
         Raises:
             UserError: all weights are 0.
@@ -233,6 +266,7 @@ class Plan:
             if self._both_sides
             else (totals.packed_chosen, totals.separate_chosen)
         )
+        tokens = round(packed * forwards.repetition)
         return {
             "pairs": self.num_pairs,
             "visual_pairs": totals.pairs[1] + totals.pairs[2],
@@ -242,8 +276,8 @@ class Plan:
             "steps_per_epoch": self.steps_per_epoch,
             "epochs": round(self.total_steps / self.steps_per_epoch, 3),
             "effective_sample_size": round(weight**2 / (self.num_pairs * squared), 4),
-            "tokens_per_epoch": packed,
-            "sharing_factor": round(separate / packed, 2),
+            "tokens_per_epoch": tokens,
+            "sharing_factor": round(separate / tokens, 2),
         }
 
     def _step(self, step: int) -> _Step:
@@ -273,11 +307,20 @@ class Plan:
         trees = [range(*limits) for limits in itertools.pairwise(edges)]
         return _Step(rows, pairs, weights_of(self._source, pairs), trees)
 
-    def _computed(self, step: _Step) -> Iterable[Sequence[int]]:
+    def _computed(self, step: _Step) -> list[list[int]]:
         """The pairs of each tree that take part in the computation."""
         # Without rejected sides a pair is its chosen answer, and an answer shared by two pairs is computed once.
         counted = step.weights > 0 if self._both_sides else step.pairs["counts_nll"]
         return [[member for member in tree if counted[member]] for tree in step.trees]
+
+    def _cut_by(self, trees: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) -> set[str]:
+        """The settings whose limits some of the trees exceed."""
+        found = set()
+        if any(len(tree) > self._limits.pairs for tree in trees):
+            found.add("pairs_per_forward")
+        if any(num_slots(of_tree) > self._limits.tokens for of_tree in sizes):
+            found.add("tokens_per_forward")
+        return found
 
     def _counts(self, step: _Step) -> TokenCounts:
         tree = [number for number, members in enumerate(step.trees) for _ in members]

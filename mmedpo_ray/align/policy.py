@@ -24,6 +24,8 @@ from mmedpo_ray.models.loading import PROJECTOR, load_model, resolve_model
 
 # Of a name of a layer to one that may have been meant, as difflib measures it.
 _LEAST_LIKENESS = 0.6
+# Names of probabilities in transformers: attention_dropout, resid_pdrop, attention_probs_dropout_prob.
+_DROPOUT = re.compile(r"dropout|pdrop")
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,15 @@ class Policy(nn.Module):
 def build_policy(spec: TrainingSpec) -> Policy:
     """Loads the model and makes trainable what ``align.train`` and ``align.train_projector`` say.
 
-    Equal on every rank and for every number of ranks. The vision tower is always frozen.
+    Equal on every rank and for every number of ranks. The vision tower is always frozen. The only dropout is that of LoRA: the
+    reference is computed without any.
 
     Raises:
         UserError: the language model lacks one of ``align.lora.target_modules``, or is of a family that is not supported.
     """
     model = load_model(spec.model, spec.dtype)
     _check_window(model, spec.align, spec.model)
+    _disable_dropout(model)
     trained = _with_lora(model, spec) if spec.align.train == "lora" else _unfrozen(model, spec)
     make_fast(trained, attention=spec.align.attention, sharded=spec.align.strategy == "zero3")
     if spec.align.gradient_checkpointing:
@@ -146,6 +150,18 @@ def build_policy(spec: TrainingSpec) -> Policy:
         if spec.align.kl_coefficient and spec.with_reference
         else None,
     )
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability of a transformers model to 0: of its layers, its attention and its configurations."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        # Attention keeps its probability as a number of its own, or reads it from the configuration.
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if _DROPOUT.search(name) and isinstance(value, int | float) and not isinstance(value, bool):
+                    setattr(holder, name, 0.0)
 
 
 def check_model(model: str, align: AlignConfig) -> None:

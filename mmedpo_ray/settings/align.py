@@ -87,9 +87,13 @@ class AlignConfig(Section):
     images_per_step: int = Field(
         8, ge=1, description="images (with all their pairs) in one optimizer step, over all ranks"
     )
-    pairs_per_forward: int = Field(16, ge=1, description="most pairs a rank runs through the model at once")
+    pairs_per_forward: int = Field(
+        64,
+        ge=1,
+        description="most pairs a rank runs through the model at once; fewer than an image has repeat its tokens",
+    )
     tokens_per_forward: int | None = Field(
-        None,
+        16_384,
         ge=64,
         description="most tokens too, after packing and with what fills rows up; null: no such limit",
     )

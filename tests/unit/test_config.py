@@ -28,6 +28,14 @@ def test_paper_settings() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_rank_of_a_shipped_configuration_has_a_whole_image(path: Path) -> None:
+    align = load(path).align
+    assert align.images_per_step >= align.max_workers
+    # A SLAKE image has 11 questions, each with a text and a visual pair.
+    assert align.pairs_per_forward >= 22
+
+
 def test_overrides_beat_the_file_and_the_file_beats_defaults(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("align: {beta: 0.3, epochs: 7}\n")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from align_world import align_settings, write_scored
@@ -13,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_llava import build_tiny_llava
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
-from mmedpo_ray import cluster
+from mmedpo_ray import cluster, tables
 from mmedpo_ray.align import expected as expected_module
 from mmedpo_ray.align import prepare_station
 from mmedpo_ray.align.dry_run import dry_run
@@ -21,10 +24,12 @@ from mmedpo_ray.align.expected import announce_ahead, estimate_memory, kept_numb
 from mmedpo_ray.align.forest import Forest, TokenSequence, pack
 from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.plan import ForwardSize
+from mmedpo_ray.align.prepare import COLUMNS
 from mmedpo_ray.align.scaling import Geometry
 from mmedpo_ray.config import AlignConfig, Config
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.manifest import Manifest, write_manifest
 from mmedpo_ray.stage import Station
 
 IMAGE_TOKEN, IMAGE_TOKENS, VOCABULARY = 99, 16, 100
@@ -213,20 +218,30 @@ def test_the_plan_is_printed_before_a_model_is_loaded(
     ("changes", "warning"),
     [
         ({"num_workers": (1, 3)}, None),
-        ({"num_workers": (1, 4)}, r"3 images for 4 ranks, so 1 of them .* Lower align\.num_workers$"),
+        ({"num_workers": (1, 4)}, r"3 images for 4 ranks, so 25% of .* empty\. Lower align\.num_workers$"),
         (
             {"num_workers": 4, "images_per_step": 2},
-            r"2 images for 4 ranks.* or raise align\.images_per_step$",
+            r"2 images for 4 ranks, so 62% of .* or raise align\.images_per_step$",
+        ),
+        # The pairs of an image are spread over the ranks.
+        (
+            {"num_workers": 4, "pairs_per_forward": 1},
+            r"^[^\n]*so [\d.]+ times the tokens .* Raise align\.pairs_per_forward \(now 1\) as far as memory allows$",
+        ),
+        (
+            {"num_workers": 1, "tokens_per_forward": 64},
+            r"^[^\n]*Raise align\.tokens_per_forward \(now 64\) as far as memory allows$",
         ),
     ],
 )
-def test_ranks_without_an_image_are_spoken_of(
+def test_work_that_the_settings_waste_is_spoken_of(
     config: Config, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], warning: str | None
 ) -> None:
     config.align = config.align.model_copy(update=changes)
     dry_run(config)
     found = "\n".join(caplog.messages)
     assert re.search(warning, found) if warning else not found
+    assert len(caplog.messages) == (warning is not None)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +275,73 @@ def test_of_a_large_table_some_images_are_looked_at(
     announce_ahead(config)
     line = " ".join(capsys.readouterr().err.split())
     assert "align: about 2 steps of 12 pairs on 3 images; about" in line
+    monkeypatch.setattr(console, "width", 300)
+    figures = dry_run(config)
+    assert (figures["pairs"], figures["images"], figures["steps"]) == (12, 3, 2)
+    assert "about 2 (2 epochs)" in capsys.readouterr().err
+
+
+def test_images_that_do_not_fill_a_step_say_what_a_rank_of_it_computes(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_scored(Path(config.run.folder), 24)
+    config.align = config.align.model_copy(
+        update={"images_per_step": 24, "num_workers": 6, "pairs_per_forward": 64, "epochs": 1}
+    )
+    whole = dry_run(config)
+    monkeypatch.setattr(expected_module, "_ROWS_LOOKED_AT", 48)
+    part = dry_run(config)
+    assert part["share_looked_at"] == 0.5
+    for name in ("largest_forward_tokens", "largest_forward_responses", "pairs", "images", "steps"):
+        assert part[name] == whole[name], name
+    assert part["tokens_per_epoch"] == pytest.approx(whole["tokens_per_epoch"], rel=0.01)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("files", [1, 40])
+def test_of_a_table_of_many_row_groups_few_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    rows = [
+        dict.fromkeys(COLUMNS, "")
+        | {"image_id": f"i{image:04d}", "pair_id": f"{image}-{pair}", "weight": 1.0}
+        for image in range(800)
+        for pair in range(5)
+    ]
+    for number in range(files):
+        part = rows[number * 4000 // files : (number + 1) * 4000 // files]
+        path = tmp_path / f"part-{number:05d}.parquet"
+        pq.write_table(
+            tables.to_table(part, pa.schema([tables.SCORED.field(name) for name in COLUMNS])),
+            path,
+            row_group_size=32,
+        )
+    write_manifest(str(tmp_path), Manifest(station="score", key="test", rows_out=4000))
+    read: list[int] = []
+    opened: list[str] = []
+
+    class File(pq.ParquetFile):
+        def __init__(self, source: Any) -> None:
+            opened.append("")
+            super().__init__(source)
+
+        def read_row_group(self, i: int, **options: Any) -> pa.Table:
+            found = super().read_row_group(i, **options)
+            read.append(len(found))
+            return found
+
+    whole, share = expected_module._read_scored(str(tmp_path), 4000)
+    assert (len(whole), share) == (4000, 1.0)
+    monkeypatch.setattr(expected_module, "_IDS_LOOKED_AT", 1000)
+    monkeypatch.setattr(expected_module.pq, "ParquetFile", File)
+    monkeypatch.setattr(expected_module.storage, "dataset", None)
+    found, share = expected_module._read_scored(str(tmp_path), 640)
+    assert 0.5 * 640 < len(found) <= sum(read) <= 640 and len(opened) <= 16
+    assert share == len(found) / 4000
+    # Whole images, of all parts of the table.
+    images = found["image_id"].to_pylist()
+    assert set(Counter(images).values()) == {5}
+    assert {image[:3] for image in images} == {f"i0{number}" for number in range(8)}
 
 
 def test_a_gpu_that_is_not_there_is_said_at_once(config: Config) -> None:

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs_in_memory import PairsInMemory
 
+from mmedpo_ray.align import balance as balance_module
+from mmedpo_ray.align import plan as plan_module
 from mmedpo_ray.align.balance import Limits, balance
 from mmedpo_ray.align.batch import Pair, pair_batch
 from mmedpo_ray.align.forest import Forest, TokenSequence, num_slots, pack
@@ -148,7 +151,7 @@ def test_no_micro_batch_exceeds_its_tokens_but_for_a_single_pair(
                 tokens = num_tokens(micro.pairs, both_sides=both_sides)
                 assert tokens <= tokens_per_forward or len(micro.pairs) == 1
                 largest = max(largest, 0 if micro.is_filler else tokens)
-    assert plan.largest_micro_batch(world_size).tokens == largest
+    assert plan.forwards(world_size).largest.tokens == largest
 
 
 @st.composite
@@ -219,12 +222,61 @@ def test_every_question_of_an_image_counts() -> None:
     values: dict = {"seed": 0, "epochs": 1, "images_per_step": 1, "pairs_per_forward": 16}
     plan = Plan(PairsInMemory(pairs), **values)
     expected = 577 + 11 * (60 + 2 + 3)
-    assert plan.largest_micro_batch(1).tokens == expected == num_tokens(pairs, both_sides=True)
-    assert plan.summary()["tokens_per_epoch"] == expected
-    assert plan.summary()["sharing_factor"] == round(11 * (2 * 637 + 5) / expected, 2)
+    assert plan.forwards(1).largest.tokens == expected == num_tokens(pairs, both_sides=True)
+    assert plan.summary(plan.forwards(1))["tokens_per_epoch"] == expected
+    assert plan.summary(plan.forwards(1))["sharing_factor"] == round(11 * (2 * 637 + 5) / expected, 2)
     halves = Plan(PairsInMemory(pairs), **values, tokens_per_forward=1000).micro_batches(0, 0, 1)
     assert len(halves) == 2
     assert all(num_tokens(micro.pairs, both_sides=True) <= 1000 for micro in halves)
+
+
+@pytest.mark.parametrize("both_sides", [True, False])
+@pytest.mark.parametrize(
+    ("limits", "cut_by"),
+    [
+        ({"pairs_per_forward": 9}, ()),
+        ({"pairs_per_forward": 3}, ("pairs_per_forward",)),
+        ({"pairs_per_forward": 9, "tokens_per_forward": 11}, ("tokens_per_forward",)),
+        ({"pairs_per_forward": 2, "tokens_per_forward": 11}, ("pairs_per_forward", "tokens_per_forward")),
+    ],
+)
+def test_figures_are_those_of_the_micro_batches(
+    limits: dict[str, int], cut_by: tuple[str, ...], both_sides: bool
+) -> None:
+    """Tokens that every rank packs in an epoch, counted one by one, and the micro-batches that nothing is left for."""
+    plan = make_plan([9, 1, 4, 8, 6], images_per_step=2, both_sides=both_sides, **limits)
+    micros = [
+        micro
+        for step in range(plan.steps_per_epoch)
+        for rank in range(3)
+        for micro in plan.micro_batches(step, rank, 3)
+    ]
+    real = [micro.pairs for micro in micros if not micro.is_filler]
+    forwards = plan.forwards(3)
+    figures = plan.summary(forwards)
+    tokens = sum(num_distinct(pairs, both_sides=both_sides) for pairs in real)
+    separate = sum(
+        len(pair.prompt) + len(side) - 1
+        for pairs in real
+        for pair in pairs
+        for side in ([pair.chosen, pair.rejected] if both_sides else [pair.chosen])
+    )
+    assert figures["tokens_per_epoch"] == tokens
+    assert figures["sharing_factor"] == round(separate / tokens, 2)
+    assert forwards.cut_by == cut_by and (forwards.repetition > 1) == bool(cut_by)
+    assert forwards.empty == pytest.approx(1 - len(real) / len(micros))
+
+
+def test_of_many_steps_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan([5] * 120, images_per_step=2, pairs_per_forward=3, epochs=1)
+    expected = plan.summary(plan.forwards(2))
+    monkeypatch.setattr(plan_module, "_IMAGES_LOOKED_AT", 40)
+    seen: list[int] = []
+    look = plan._step
+    monkeypatch.setattr(plan, "_step", lambda step: seen.append(step) or look(step))
+    found = plan.summary(plan.forwards(2))
+    assert len(seen) == 20 and seen[0] == 0 and seen[-1] == 59
+    assert found["tokens_per_epoch"] == pytest.approx(expected["tokens_per_epoch"], rel=0.01)
 
 
 def test_ranks_carry_about_the_same_tokens() -> None:
@@ -242,6 +294,22 @@ def test_without_rejected_sides_an_answer_is_computed_once() -> None:
     assert len(computed) == 6 and all(pair.counts_nll for pair in computed)
     assert plan.total_steps == both.total_steps
     assert [p.image_id for p in plan.step_pairs(0)] == [p.image_id for p in both.step_pairs(0)]
+
+
+def test_many_trees_on_few_ranks_are_spread_in_few_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt looks at all of them, so it must not start anew for every micro-batch more."""
+    attempts: list[int] = []
+    fill = balance_module._fill
+
+    def count(pieces: Any, num_bins: int, *others: Any) -> Any:
+        attempts.append(num_bins)
+        return fill(pieces, num_bins, *others)
+
+    monkeypatch.setattr(balance_module, "_fill", count)
+    plan = make_plan([4] * 600, images_per_step=600, pairs_per_forward=64, tokens_per_forward=64)
+    micros = plan.micro_batches(0, 0, 1)
+    assert len(attempts) <= 16 and attempts[-1] == len(micros) > 300
+    assert sum(len(micro.pairs) for micro in micros) == 2400
 
 
 def test_more_ranks_than_trees_get_fillers() -> None:
@@ -270,7 +338,9 @@ def test_held_out_images_are_apart_with_all_their_pairs(sizes: list[int], share:
         images = {pair.image_id for pair in found}
         # As if there were no other pair.
         alone = Plan(PairsInMemory([pair for pair in pairs if pair.image_id in images]), **values)
-        assert plan.summary() == alone.summary() and plan.num_pairs == len(found)
+        assert plan.summary(plan.forwards(1)) == alone.summary(alone.forwards(1)) and plan.num_pairs == len(
+            found
+        )
         assert [alone.step_pairs(step) for step in range(plan.total_steps)] == [
             plan.step_pairs(step) for step in range(plan.total_steps)
         ]
@@ -321,7 +391,7 @@ def test_the_mean_of_the_released_code_counts_pairs_without_weight(pairs_per_for
     plan = Plan(
         PairsInMemory(pairs), seed=0, epochs=1, images_per_step=3, pairs_per_forward=pairs_per_forward
     )
-    assert plan.summary()["pairs"] == 7
+    assert plan.summary(plan.forwards(1))["pairs"] == 7
     objective = Objective(beta=0.3, reduction="mean")
     total, loss = plan.normaliser(0), torch.zeros(())
     computed = []
@@ -345,7 +415,7 @@ def test_a_step_of_pairs_without_weight_has_no_loss() -> None:
     assert micro.is_filler and plan.normaliser(0).pairs == 2
     assert effective_sample_size(plan.step_weights(0)) == 0.0
     with pytest.raises(UserError, match="weights of all 2 pairs are 0"):
-        plan.summary()
+        plan.summary(plan.forwards(1))
 
 
 def test_steps_end_with_the_epochs_or_before() -> None:

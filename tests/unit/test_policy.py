@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from align_world import align_settings, training_spec
 from tiny_llava import build_tiny_llava
+from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PhiConfig
 
 from mmedpo_ray import cluster
+from mmedpo_ray.align.forest import TokenSequence, pack
 from mmedpo_ray.align.policy import build_policy, check_model
 from mmedpo_ray.align.resources import check_cluster
 from mmedpo_ray.config import LoraConfig
@@ -74,6 +78,46 @@ def test_the_layers_named_are_trained(model_folder: Path, tmp_path: Path, names:
     layers = {name.split(".lora_")[0] for name in build_policy(spec).trained_parameters()}
     assert len(layers) == 2 * len(names)
     assert all(".language_model." in layer and layer.endswith(tuple(names)) for layer in layers)
+
+
+@pytest.mark.parametrize("attention", ["tree", "sdpa"])
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        (PhiConfig, {"resid_pdrop": 0.3}),
+        (PhiConfig, {"embd_pdrop": 0.3}),
+        (PhiConfig, {"attention_dropout": 0.5}),
+        (MistralConfig, {"attention_dropout": 0.5, "sliding_window": None}),
+    ],
+)
+def test_a_policy_in_training_mode_has_no_dropout_but_that_of_lora(
+    model_folder: Path, tmp_path: Path, family: Any, changed: dict[str, Any], attention: str
+) -> None:
+    """The reference has none, and both must start equal."""
+    settings = LlavaConfig.from_pretrained(model_folder)
+    settings.text_config = family(
+        vocab_size=settings.text_config.vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        **changed,
+    )
+    settings.vision_config.attention_dropout = 0.5
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(settings).save_pretrained(folder)
+    lora = LoraConfig(rank=2, target_modules=["q_proj"], dropout=0.25)
+    policy = build_policy(training_spec(tmp_path, folder, tmp_path / "run", lora=lora, attention=attention))
+    prompt = [1, *[settings.image_token_index] * settings.image_seq_length, 20, 21]
+    sequences = [TokenSequence([*prompt, 30 + number], [40, 41, 42], 0) for number in range(4)]
+    batch = pack(sequences, torch.randn(1, 3, 32, 32), pad_token_id=0)
+    with torch.no_grad():
+        expected = policy.eval()(batch)[0]
+        torch.testing.assert_close(policy.train()(batch)[0], expected)
+    dropouts = [module.p for module in policy.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+    assert dropouts == [0.25] * 2
 
 
 def test_flex_attention_without_gpu_is_refused_where_the_cluster_is_looked_at(
