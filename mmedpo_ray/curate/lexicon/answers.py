@@ -52,6 +52,7 @@ UNDECIDED = re.compile(
 )
 
 
+@lru_cache(maxsize=2048)
 def equivalent(first: str, second: str) -> bool:
     """Whether two answers say the same in other words.
 

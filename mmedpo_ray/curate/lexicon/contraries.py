@@ -132,8 +132,7 @@ def contradictions(
         question: what was asked.
         is_complete: whether the answer claims to name every finding, as a report does: one that it leaves out is then denied.
     """
-    # "Left" is part of "left and right", though another than "both".
-    is_one_of_two = _sides(reference) == {"left", "right"} and len(_sides(answer)) == 1
+    written = reference, answer
     reference, answer = canonical(reference), canonical(answer)
     expected = {fact.finding for fact in facts(reference) if fact.present}
     stated = {fact.finding for fact in facts(answer) if fact.present}
@@ -144,7 +143,7 @@ def contradictions(
             continue
         if conflict.kind == "swapped" and _is_part(conflict.stated, conflict.expected):
             continue
-        if is_one_of_two and conflict.axis == "side" and conflict.expected == "bilateral":
+        if conflict.axis == "side" and conflict.expected == "bilateral" and _is_one_of_two(*written):
             continue
         if conflict.kind == "missed" and not (
             is_complete and conflict.axis == "finding" and not are_kin(conflict.subject, stated)
@@ -153,7 +152,7 @@ def contradictions(
         found.append(conflict)
     if not found:
         found += _denied(reference, expected, answer, question)
-        found += _other_place(reference, answer, question, compares_sides=not is_one_of_two)
+        found += _other_place(reference, answer, question, compares_sides=not _is_one_of_two(*written))
         found += _other_study(reference, answer, question)
         found += _other_quantity(reference, answer)
     return tuple(found)
@@ -204,6 +203,11 @@ def are_kin(finding: str, others: set[str]) -> bool:
         or other in _NARROWER.get(finding, nothing)
         for other in others
     )
+
+
+def _is_one_of_two(reference: str, answer: str) -> bool:
+    """Whether the answer names a side of "left and right": it is part of that as it is written, though another than "both"."""
+    return _sides(reference) == {"left", "right"} and len(_sides(answer)) == 1
 
 
 def _is_part(stated: str | None, expected: str | None) -> bool:
