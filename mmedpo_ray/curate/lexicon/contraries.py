@@ -26,7 +26,7 @@ from mmedpo_ray.curate.lexicon.facts import (
     stated_mentions,
 )
 from mmedpo_ray.curate.lexicon.quantities import are_apart, asks_count, count, lengths, shares, shown
-from mmedpo_ray.curate.lexicon.synonyms import canonical
+from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical
 from mmedpo_ray.curate.lexicon.words import INTRODUCING, Term, folded, polarity, spoken_polarity, terms, words
 from mmedpo_ray.curate.terms import CONCEPTS, Axis, mentions
 
@@ -168,9 +168,9 @@ def names_another(reference: str, answer: str, question: str = "") -> bool:
         return False
     reference, answer = (restated(canonical(text)) for text in (reference, answer))
     asked = {term.name for term in terms(canonical(question))}
-    positive = stated(reference)
+    positive, said_of_it = stated(reference), stated(answer)
     wanted = _telling(positive, asked) or _telling(positive, set()) or _telling(reference, set())
-    given = _telling(stated(answer), asked - {term.name for term in wanted})
+    given = _telling(said_of_it, asked - {term.name for term in wanted})
     names, said = [term.name for term in wanted], [term.name for term in given]
     known = {*names, *map(folded, words(reference))}
     if known & _LUNG_PARTS:
@@ -180,12 +180,22 @@ def names_another(reference: str, answer: str, question: str = "") -> bool:
         other = [term for term in given[start:stop] if term.name not in known]
         if kind != "replace" or not lacking or not other:
             continue
+        if abbreviates(_spanned(positive, wanted[first:last]), _spanned(said_of_it, given[start:stop])):
+            continue
         is_whole = len(lacking) == len(wanted)
         if is_whole and not all(term.is_concept for term in lacking + other):
             return True
         if not all(term.is_concept for term in lacking) and len(other) <= len(lacking) + 1:
             return True
     return False
+
+
+def _spanned(text: str, span: list[Term]) -> str:
+    """What a text says from the first of some terms to the last, as it is written."""
+    return (
+        text[span[0].start :][: span[-1].start - span[0].start]
+        + re.split(r"[^\w/-]", text[span[-1].start :], maxsplit=1)[0]
+    )
 
 
 def _telling(text: str, asked: set[str]) -> list[Term]:
