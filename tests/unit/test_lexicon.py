@@ -326,6 +326,10 @@ def test_what_is_ruled_out_is_not_stated(reference: str, answer: str, question: 
         ("<10%", "More than 50%", "What is the stenosis?"),
         ("RUL", "Left upper lobe", "Where is the lesion?"),
         ("Normal", "Cardiomegaly", "What is seen?"),
+        # A wider word, in another place.
+        ("Cancer of the left lung", "Mass of the right lung", "What is seen?"),
+        ("There is a left pneumonia.", "There is a right opacity.", "What is seen?"),
+        ("Upper lobe pneumonia", "Lower lobe opacity", "What is seen?"),
     ],
 )
 def test_what_is_stated_still_conflicts(reference: str, answer: str, question: str) -> None:

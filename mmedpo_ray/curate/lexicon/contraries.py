@@ -9,6 +9,7 @@ names_another("Psoas major", "Psoas minor")  -> True        by its words, beyond
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import pairwise
@@ -16,6 +17,7 @@ from itertools import pairwise
 from mmedpo_ray.curate.lexicon.answers import UNDECIDED, denied_items
 from mmedpo_ray.curate.lexicon.conflicts import Conflict, conflicts
 from mmedpo_ray.curate.lexicon.facts import (
+    Fact,
     absent_subjects,
     facts,
     is_negated,
@@ -134,19 +136,26 @@ def contradictions(
     """
     written = reference, answer
     reference, answer = canonical(reference), canonical(answer)
-    expected = {fact.finding for fact in facts(reference) if fact.present}
-    stated = {fact.finding for fact in facts(answer) if fact.present}
+    present = [fact for fact in facts(reference) if fact.present]
+    expected = {fact.finding for fact in present}
+    stated = {fact.finding: fact for fact in facts(answer) if fact.present}
     asked = {fact.finding for fact in facts(question)}
     found: list[Conflict] = []
     for conflict in conflicts(reference, answer, question):
-        if conflict.kind == "invented" and are_kin(conflict.subject, expected or asked):
-            continue
+        if conflict.kind == "invented":
+            there = {
+                fact.finding
+                for fact in present
+                if not _are_elsewhere(fact, stated.get(conflict.subject, fact))
+            }
+            if are_kin(conflict.subject, there if present else asked):
+                continue
         if conflict.kind == "swapped" and _is_part(conflict.stated, conflict.expected):
             continue
         if conflict.axis == "side" and conflict.expected == "bilateral" and _is_one_of_two(*written):
             continue
         if conflict.kind == "missed" and not (
-            is_complete and conflict.axis == "finding" and not are_kin(conflict.subject, stated)
+            is_complete and conflict.axis == "finding" and not are_kin(conflict.subject, set(stated))
         ):
             continue
         found.append(conflict)
@@ -218,6 +227,36 @@ def are_kin(finding: str, others: set[str]) -> bool:
 def _is_one_of_two(reference: str, answer: str) -> bool:
     """Whether the answer names a side of "left and right": it is part of that as it is written, though another than "both"."""
     return _sides(reference) == {"left", "right"} and len(_sides(answer)) == 1
+
+
+def without_wider(reference: str, answer: str, found: Sequence[Conflict]) -> tuple[Conflict, ...]:
+    """The conflicts but for findings that the answer tells in a wider word, of the same place: the narrower one missed, the
+    wider one invented."""
+    missed, invented = (
+        [
+            fact
+            for fact in facts(text)
+            if any(conflict.kind == kind and conflict.subject == fact.finding for conflict in found)
+        ]
+        for text, kind in ((reference, "missed"), (answer, "invented"))
+    )
+    nothing: frozenset[str] = frozenset()
+    told = {
+        (kind, name)
+        for narrow in missed
+        for wide in invented
+        if wide.finding in _ANY_FINDING or narrow.finding in _NARROWER.get(wide.finding, nothing)
+        if not _are_elsewhere(narrow, wide)
+        for kind, name in (("missed", narrow.finding), ("invented", wide.finding))
+    }
+    return tuple(conflict for conflict in found if (conflict.kind, conflict.subject) not in told)
+
+
+def _are_elsewhere(one: Fact, other: Fact) -> bool:
+    """Whether two findings are on opposite sides, or in different zones; "left" is part of "bilateral"."""
+    return {one.side, other.side} == {"left", "right"} or (
+        None not in (one.zone, other.zone) and one.zone != other.zone
+    )
 
 
 def _is_part(stated: str | None, expected: str | None) -> bool:
