@@ -56,7 +56,7 @@ def changes_fact(reference: str, edited: str, question: str = "") -> bool:
     if lexicon.equivalent(reference, edited):
         return False
     # Also without the question, whose words excuse a candidate that repeats them, and no edit.
-    if _contradicts(reference, edited) or _contradicts(reference, edited, question):
+    if _contradicts(reference, edited, question) or _contradicts(reference, edited):
         return True
     before, after = _plain(reference), _plain(edited)
     at, old, new = _place(before.split(), after.split())
@@ -76,9 +76,8 @@ def changes_fact(reference: str, edited: str, question: str = "") -> bool:
 
 def _contradicts(reference: str, edited: str, question: str = "") -> bool:
     """Whether the lexicon sees a contradiction; a finding that the reference has in words beyond the lexicon is not invented."""
-    said = _meanings(reference)
     return any(
-        conflict.kind != "invented" or _meaning(conflict.subject) not in said
+        conflict.kind != "invented" or _meaning(conflict.subject) not in _meanings(reference)
         for conflict in lexicon.contradictions(reference, edited, question)
     )
 

@@ -51,7 +51,7 @@ class ChooseTask:
         """One user turn, as some chat templates know no system role."""
         schema = {
             "type": "object",
-            "properties": {"choice": {"enum": _numbers(row)}},
+            "properties": {"choice": {"type": "string", "enum": _numbers(row)}},
             "required": ["choice"],
             "additionalProperties": False,
         }

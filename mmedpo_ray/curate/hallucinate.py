@@ -104,7 +104,7 @@ def _chooses_another(reference: str, answer: str, question: str) -> bool:
     options = lexicon.choices(question) or ()
     expected, stated = (
         [option for option in options if _names(text, option)]
-        for text in map(lexicon.stated, (reference, answer))
+        for text in map(lexicon.stated, map(lexicon.canonical, (reference, answer)))
     )
     return len(expected) == 1 and len(stated) == 1 and expected != stated
 

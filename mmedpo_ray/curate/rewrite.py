@@ -54,7 +54,7 @@ _SCHEMA: dict[str, Any] = {
     "properties": {
         "original_span": {"type": "string"},
         "new_span": {"type": "string"},
-        "changed": {"enum": list(KINDS)},
+        "changed": {"type": "string", "enum": list(KINDS)},
         "rewritten": {"type": "string"},
     },
     "required": ["original_span", "new_span", "changed", "rewritten"],

@@ -1,7 +1,7 @@
 """Writes a dispreferred answer by changing one fact of the reference: a side, a finding, a negation, a zone, a number.
 
 What is left is word for word the reference, so that length and style give nothing away and the preference is about
-the fact alone. Every edit is checked with the lexicon to conflict with the reference.
+the fact alone. Every edit is checked with the lexicon to make the answer wrong: a wider word ("mass" for "cancer") does not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import chain
 import numpy as np
 
 from mmedpo_ray.curate import lexicon
+from mmedpo_ray.curate.changed_fact import changes_fact
 from mmedpo_ray.curate.edits import NEAR, Edit, like
 from mmedpo_ray.curate.negation import negation_edits, polarity_edits
 from mmedpo_ray.curate.overall import abnormality_edits, clear_lung_edits, statement_edits
@@ -100,17 +101,19 @@ def _drawn(by_axis: dict[str, Iterable[Edit]], rng: np.random.Generator) -> Iter
 
 
 def _first_fitting(answer: str, question: str, edits: Iterable[Edit]) -> Edit | None:
-    """The first edit that contradicts the answer in one fact; where there is none, the first that contradicts it."""
-    second_best = None
+    """The first edit that makes the answer wrong in one fact; where there is none, the first that makes it wrong."""
+    second_best: list[Edit] = []
     for edit in edits:
         if lexicon.equivalent(answer, edit.text):
             continue
         found = lexicon.conflicts(answer, edit.text, question)
         if _is_one_fact(found):
-            return edit
-        if found and second_best is None:
-            second_best = edit
-    return second_best
+            # A wider word for the same finding conflicts too, and is not wrong.
+            if changes_fact(answer, edit.text, question):
+                return edit
+        elif found:
+            second_best.append(edit)
+    return next((edit for edit in second_best if changes_fact(answer, edit.text, question)), None)
 
 
 def _is_one_fact(found: tuple[lexicon.Conflict, ...]) -> bool:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,6 +58,26 @@ def test_the_tutorial_shows_samples_that_are_in_use_only(
     exec(snippet, {})
     shown = capsys.readouterr().out
     assert "kept" in shown and "left out" not in shown
+
+
+def test_the_page_on_judges_shows_a_kind_that_judges() -> None:
+    from mmedpo_ray.config import RulesAgentConfig
+    from mmedpo_ray.judge.agents import Case, Judgement
+
+    page = (ROOT / "docs/how-to/own-judge.md").read_text(encoding="utf-8")
+    section = page.split("## Write your own kind")[1]
+    kind: dict[str, Any] = {}
+    exec(next(iter(re.findall(r"```python\n(.+?)```", section, re.DOTALL))), kind)
+    settings = RulesAgentConfig(name="words")
+    agent = kind["build"](settings)
+    [first] = agent.judge([Case("What is seen?", "Mass", "No mass at all", (), 1)])
+    assert first == Judgement("words", 1, 0.15, "+3 words")
+    before = Judgement("other", 1, 0.1, "")
+    [agrees] = agent.judge([Case("What is seen?", "Mass", "No mass at all", (before,), 1)])
+    assert agrees.score == before.score
+    assert kind["CHEAP"] is True
+    assert kind["key"](settings)
+    assert "num_cpus" in kind["map_options"](settings, data_cpus=1.0, has_gpu=False)
 
 
 def test_every_verb_is_in_the_table() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mmedpo_ray.config import TextCurationConfig
 from mmedpo_ray.curate import lexicon, turned_down
+from mmedpo_ray.curate.changed_fact import changes_fact
 from mmedpo_ray.curate.filters import problem
 from mmedpo_ray.curate.hallucinate import Candidate, Material, choose, is_wrong, pick, text_pair
 from mmedpo_ray.curate.rule_edit import rule_edit, vocabulary_of
@@ -60,6 +61,26 @@ def test_the_only_edit_there_is(question: str, answer: str, expected: str) -> No
 @pytest.mark.parametrize("answer", ["Psoas major muscle", "", "...", "fat", "5.6 cm"])
 def test_no_edit_where_no_fact_is_known(answer: str) -> None:
     assert edit(answer, "What is it?") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "wider"),
+    [
+        ("Liver Cancer", "mass|lesion"),
+        ("Pneumonia", "opacity|consolidation"),
+        ("Brain tumors", "lesions"),
+        ("Findings consistent with pneumonia.", "opacity|consolidation"),
+        ("A mass in the liver.", "lesion"),
+        ("PATCHY CONSOLIDATION IN THE LEFT LOWER LOBE.", "opacity"),
+        ("Cerebral abscess in the left frontal lobe.", "mass|lesion"),
+    ],
+)
+def test_a_wider_word_is_no_edit(answer: str, wider: str) -> None:
+    edits = {text for seed in range(60) if (text := edit(answer, "What is seen?", seed))}
+    assert edits
+    for text in edits:
+        assert not re.search(rf"\b(?:{wider})\b", text, re.IGNORECASE), text
+        assert changes_fact(answer, text, "What is seen?"), text
 
 
 def test_phantom_answers_lose_exactly_one_fact() -> None:
@@ -134,6 +155,17 @@ def test_an_edit_is_never_the_same_answer_and_is_reproducible(answer: str, seed:
         ("closed", "Is there a nodule?", "Yes", "There is no nodule.", True),
         ("closed", "Is it CT or MRI?", "MRI", "CT", True),
         ("closed", "Is it CT or MRI?", "MRI", "An MRI scan", False),
+        ("closed", "Is it on the left or right?", "R", "Right", False),
+        ("closed", "Is it on the left or right?", "R", "Left", True),
+        ("closed", "Is the patient male or female?", "Female", "M", True),
+        ("open", "Which organ system?", "CNS", "Central nervous system", False),
+        ("open", "Which organ system?", "Gastrointestinal", "GI tract", False),
+        ("open", "Which organ system?", "CNS", "Gastrointestinal", True),
+        ("open", "What?", "PE in the right lung", "Pulmonary embolism in the right lung", False),
+        ("open", "What?", "PE in the right lung", "Thymoma in the right lung", True),
+        ("open", "What?", "ICH", "Intracranial hemorrhage", False),
+        ("open", "Which vessel?", "SVC", "Inferior vena cava", True),
+        ("open", "Which side?", "R", "L", True),
         ("open", "Where?", "Left upper zone", "It is in the left upper zone.", False),
         ("open", "Where?", "Left upper zone", "Left lower zone", True),
         ("open", "What?", "Nodule", "Nodule and pneumothorax", True),

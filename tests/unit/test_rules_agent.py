@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,26 @@ def judge(
     )
     assert isinstance(answer_given, Judgement)
     return answer_given
+
+
+@pytest.mark.parametrize(
+    ("reference", "wider"),
+    [
+        ("Liver Cancer", "Liver Mass"),
+        ("Pneumonia", "Opacity"),
+        ("Brain tumors", "Brain lesions"),
+        ("Left pneumothorax.", "An abnormality on the left."),
+    ],
+)
+@pytest.mark.parametrize("focus", ["findings", "laterality", "polarity", "all"])
+def test_a_wider_word_matters_little(reference: str, wider: str, focus: Focus) -> None:
+    assert 0 < judge(reference, wider, focus=focus).score <= 0.2
+    assert judge(f"No effusion. {reference}", f"Effusion. {wider}").score > 0.5
+
+
+def test_a_narrower_word_or_another_side_is_an_error() -> None:
+    assert judge("Liver mass", "Liver cancer").score > 0.5
+    assert judge("Cancer of the left lung", "Mass of the right lung").score > 0.5
 
 
 def test_severity_orders_errors_as_a_clinician_would() -> None:

@@ -13,7 +13,7 @@ edit of it, a pair by each filter and each judge.
 
 from mmedpo_ray.curate.lexicon.answers import choices, equivalent, implied_polarity
 from mmedpo_ray.curate.lexicon.conflicts import Conflict, conflicts, severity
-from mmedpo_ray.curate.lexicon.contraries import are_kin, contradictions, names_another
+from mmedpo_ray.curate.lexicon.contraries import are_kin, contradictions, names_another, without_wider
 from mmedpo_ray.curate.lexicon.facts import (
     LUNG_FINDINGS,
     Fact,
@@ -57,5 +57,6 @@ __all__ = [
     "stated",
     "synonym",
     "terms",
+    "without_wider",
     "words",
 ]

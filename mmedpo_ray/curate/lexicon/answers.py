@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 
 from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, facts, is_negated, negated_spans, restated
-from mmedpo_ray.curate.lexicon.synonyms import canonical, sense, synonym
+from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical, sense, synonym
 from mmedpo_ray.curate.lexicon.words import (
     INTRODUCING,
     Polarity,
@@ -52,15 +52,18 @@ UNDECIDED = re.compile(
 )
 
 
+@lru_cache(maxsize=2048)
 def equivalent(first: str, second: str) -> bool:
     """Whether two answers say the same in other words.
 
-    They do where both say that all is normal, or that there is none; else where their yes or no, signs, numbers and facts are
+    They do where both say that all is normal, or that there is none, or one is made of the other's initials; else where their yes or no, signs, numbers and facts are
     equal, and their content words too, but for words that only introduce a fact.
     """
     if first == second:
         return True
     first, second = canonical(first), canonical(second)
+    if abbreviates(first, second):
+        return True
     if set(facts(first)) != set(facts(second)):
         both = sense(first)
         return both is not None and both == sense(second)

@@ -9,6 +9,7 @@ names_another("Psoas major", "Psoas minor")  -> True        by its words, beyond
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import pairwise
@@ -16,6 +17,7 @@ from itertools import pairwise
 from mmedpo_ray.curate.lexicon.answers import UNDECIDED, denied_items
 from mmedpo_ray.curate.lexicon.conflicts import Conflict, conflicts
 from mmedpo_ray.curate.lexicon.facts import (
+    Fact,
     absent_subjects,
     facts,
     is_negated,
@@ -26,7 +28,7 @@ from mmedpo_ray.curate.lexicon.facts import (
     stated_mentions,
 )
 from mmedpo_ray.curate.lexicon.quantities import are_apart, asks_count, count, lengths, shares, shown
-from mmedpo_ray.curate.lexicon.synonyms import canonical
+from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical
 from mmedpo_ray.curate.lexicon.words import INTRODUCING, Term, folded, polarity, spoken_polarity, terms, words
 from mmedpo_ray.curate.terms import CONCEPTS, Axis, mentions
 
@@ -132,28 +134,34 @@ def contradictions(
         question: what was asked.
         is_complete: whether the answer claims to name every finding, as a report does: one that it leaves out is then denied.
     """
-    # "Left" is part of "left and right", though another than "both".
-    is_one_of_two = _sides(reference) == {"left", "right"} and len(_sides(answer)) == 1
+    written = reference, answer
     reference, answer = canonical(reference), canonical(answer)
-    expected = {fact.finding for fact in facts(reference) if fact.present}
-    stated = {fact.finding for fact in facts(answer) if fact.present}
+    present = [fact for fact in facts(reference) if fact.present]
+    expected = {fact.finding for fact in present}
+    stated = {fact.finding: fact for fact in facts(answer) if fact.present}
     asked = {fact.finding for fact in facts(question)}
     found: list[Conflict] = []
     for conflict in conflicts(reference, answer, question):
-        if conflict.kind == "invented" and are_kin(conflict.subject, expected or asked):
-            continue
+        if conflict.kind == "invented":
+            there = {
+                fact.finding
+                for fact in present
+                if not _are_elsewhere(fact, stated.get(conflict.subject, fact))
+            }
+            if are_kin(conflict.subject, there if present else asked):
+                continue
         if conflict.kind == "swapped" and _is_part(conflict.stated, conflict.expected):
             continue
-        if is_one_of_two and conflict.axis == "side" and conflict.expected == "bilateral":
+        if conflict.axis == "side" and conflict.expected == "bilateral" and _is_one_of_two(*written):
             continue
         if conflict.kind == "missed" and not (
-            is_complete and conflict.axis == "finding" and not are_kin(conflict.subject, stated)
+            is_complete and conflict.axis == "finding" and not are_kin(conflict.subject, set(stated))
         ):
             continue
         found.append(conflict)
     if not found:
         found += _denied(reference, expected, answer, question)
-        found += _other_place(reference, answer, question, compares_sides=not is_one_of_two)
+        found += _other_place(reference, answer, question, compares_sides=not _is_one_of_two(*written))
         found += _other_study(reference, answer, question)
         found += _other_quantity(reference, answer)
     return tuple(found)
@@ -169,9 +177,9 @@ def names_another(reference: str, answer: str, question: str = "") -> bool:
         return False
     reference, answer = (restated(canonical(text)) for text in (reference, answer))
     asked = {term.name for term in terms(canonical(question))}
-    positive = stated(reference)
+    positive, said_of_it = stated(reference), stated(answer)
     wanted = _telling(positive, asked) or _telling(positive, set()) or _telling(reference, set())
-    given = _telling(stated(answer), asked - {term.name for term in wanted})
+    given = _telling(said_of_it, asked - {term.name for term in wanted})
     names, said = [term.name for term in wanted], [term.name for term in given]
     known = {*names, *map(folded, words(reference))}
     if known & _LUNG_PARTS:
@@ -181,12 +189,22 @@ def names_another(reference: str, answer: str, question: str = "") -> bool:
         other = [term for term in given[start:stop] if term.name not in known]
         if kind != "replace" or not lacking or not other:
             continue
+        if abbreviates(_spanned(positive, wanted[first:last]), _spanned(said_of_it, given[start:stop])):
+            continue
         is_whole = len(lacking) == len(wanted)
         if is_whole and not all(term.is_concept for term in lacking + other):
             return True
         if not all(term.is_concept for term in lacking) and len(other) <= len(lacking) + 1:
             return True
     return False
+
+
+def _spanned(text: str, span: list[Term]) -> str:
+    """What a text says from the first of some terms to the last, as it is written."""
+    return (
+        text[span[0].start :][: span[-1].start - span[0].start]
+        + re.split(r"[^\w/-]", text[span[-1].start :], maxsplit=1)[0]
+    )
 
 
 def _telling(text: str, asked: set[str]) -> list[Term]:
@@ -203,6 +221,41 @@ def are_kin(finding: str, others: set[str]) -> bool:
         or finding in _NARROWER.get(other, nothing)
         or other in _NARROWER.get(finding, nothing)
         for other in others
+    )
+
+
+def _is_one_of_two(reference: str, answer: str) -> bool:
+    """Whether the answer names a side of "left and right": it is part of that as it is written, though another than "both"."""
+    return _sides(reference) == {"left", "right"} and len(_sides(answer)) == 1
+
+
+def without_wider(reference: str, answer: str, found: Sequence[Conflict]) -> tuple[Conflict, ...]:
+    """The conflicts but for findings that the answer tells in a wider word, of the same place: the narrower one missed, the
+    wider one invented."""
+    missed, invented = (
+        [
+            fact
+            for fact in facts(text)
+            if any(conflict.kind == kind and conflict.subject == fact.finding for conflict in found)
+        ]
+        for text, kind in ((reference, "missed"), (answer, "invented"))
+    )
+    nothing: frozenset[str] = frozenset()
+    told = {
+        (kind, name)
+        for narrow in missed
+        for wide in invented
+        if wide.finding in _ANY_FINDING or narrow.finding in _NARROWER.get(wide.finding, nothing)
+        if not _are_elsewhere(narrow, wide)
+        for kind, name in (("missed", narrow.finding), ("invented", wide.finding))
+    }
+    return tuple(conflict for conflict in found if (conflict.kind, conflict.subject) not in told)
+
+
+def _are_elsewhere(one: Fact, other: Fact) -> bool:
+    """Whether two findings are on opposite sides, or in different zones; "left" is part of "bilateral"."""
+    return {one.side, other.side} == {"left", "right"} or (
+        None not in (one.zone, other.zone) and one.zone != other.zone
     )
 
 

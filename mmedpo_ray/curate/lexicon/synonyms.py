@@ -13,7 +13,8 @@ import re
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from mmedpo_ray.curate.terms import lowered
+from mmedpo_ray.curate.lexicon.words import folded, polarity
+from mmedpo_ray.curate.terms import lowered, mentions
 
 _KEPT = 4096
 _SIDES = {"R": "right", "L": "left"}
@@ -27,11 +28,22 @@ _ABBREVIATIONS = {
     "EDH": "epidural hematoma",
     "SAH": "subarachnoid hemorrhage",
     "WNL": "normal",
+    "ICH": "intracranial hemorrhage",
+    "CVA": "stroke",
+    "TB": "tuberculosis",
+    "ETT": "endotracheal tube",
+    "GI": "gastrointestinal",
+    "US": "ultrasound",
+    "XR": "x-ray",
+    "B/L": "bilateral",
 }
+# Only where they are all that an answer says.
+_LETTERS = {**_SIDES, "F": "female", "M": "male"}
 _ABBREVIATED = re.compile(rf"(?<![\w-])(?:{'|'.join(_ABBREVIATIONS)})(?![\w-])")
-# Three times as fast to look for.
-_MAY_ABBREVIATE = re.compile(r"[RL][UML][LQ]|CXR|PTX|[SE]DH|SAH|WNL")
-_WHOLE_ABBREVIATION = re.compile(rf"\W*(?P<short>{'|'.join(_ABBREVIATIONS)})\W*", re.IGNORECASE)
+# Many times as fast to look for.
+_MAY_ABBREVIATE = re.compile(r"[A-Z][A-Z/]")
+_WHOLE = {**_ABBREVIATIONS, **_LETTERS}
+_WHOLE_ABBREVIATION = re.compile(rf"\W*(?P<short>{'|'.join(_WHOLE)})\W*", re.IGNORECASE)
 _AMOUNT = (
     r"(?=\d+\b(?!(?:st|nd|rd|th))|\d+ ?(?:mm|cm|%)|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)"
 )
@@ -77,6 +89,10 @@ _SPELLINGS = spellings(
     (("healthy",), r"\bhealthy\b", "normal"),
     (("normal limits", "normal range"), r"\bwithin (?:the )?normal (?:limits|range)\b", "normal"),
     (("nothing",), r"\bnothing (?:is )?abnormal\b", "no abnormality"),
+    (("cerebrovascular accident",), r"\bcerebrovascular accident\b", "stroke"),
+    (("chronic obstructive",), r"\bchronic obstructive (?:pulmonary|lung|airways?) disease\b", "COPD"),
+    (("posterior-anterior", "posterior anterior"), r"\bposterior[- ]anterior\b", "posteroanterior"),
+    (("anterior-posterior", "anterior posterior"), r"\banterior[- ]posterior\b", "anteroposterior"),
     (("not abnormal",), r"\bnot abnormal\b", "normal"),
     (
         _TWO_SIDES,
@@ -178,6 +194,8 @@ _SENSES: dict[Literal["normal", "none"], re.Pattern[str]] = {
 }
 _LONGEST_SENSE = 100
 _LONGEST_ABBREVIATION = 8
+# With the words around it, as in "This is the CNS."
+_LONGEST_INITIALS = 24
 
 
 @lru_cache(maxsize=_KEPT)
@@ -186,7 +204,7 @@ def canonical(text: str) -> str:
     if len(text) <= _LONGEST_ABBREVIATION:
         whole = _WHOLE_ABBREVIATION.fullmatch(text)
         if whole:
-            return _ABBREVIATIONS[whole["short"].upper()]
+            return _WHOLE[whole["short"].upper()]
     if _MAY_ABBREVIATE.search(text):
         text = _ABBREVIATED.sub(lambda match: _ABBREVIATIONS[match.group()], text)
     return respelled(text, _SPELLINGS)
@@ -214,9 +232,28 @@ def synonym(word: str) -> str:
 
 
 def abbreviates(one: str, other: str) -> bool:
-    """Whether one text is made of the initials of the other: "GGO"."""
-    first, second = (re.findall(r"[^\W_]+", text) for text in (one, other))
+    """Whether one text is a word in capitals, made of the initials of the other: "CNS" and "The central nervous system".
+
+    A word that the vocabulary knows stands for nothing else ("CT" is no chest tube), nor does a yes or no.
+    """
+    if min(len(one), len(other)) > _LONGEST_INITIALS:
+        return False
+    first, second = map(_telling_words, (one, other))
     return any(
-        len(short) == 1 and short[0].isupper() and short[0] == "".join(word[0] for word in long).upper()
+        len(short) == 1 and _are_initials(short[0], long) and not mentions(short[0])
         for short, long in ((first, second), (second, first))
+    )
+
+
+def _telling_words(text: str) -> list[str]:
+    return [word for word in re.findall(r"[^\W_]+", text) if folded(word.lower())]
+
+
+def _are_initials(short: str, long: list[str]) -> bool:
+    return (
+        len(short) == len(long) >= 2
+        and short.isupper()
+        and short == "".join(word[0] for word in long).upper()
+        and polarity(short) is None
+        and polarity(long[0]) is None
     )

@@ -20,6 +20,8 @@ CHEAP = True
 _OUTSIDE_SHARE = 0.5
 # The wording differs, but on nothing the lexicon knows: an error is likely (the pair was made of it) and its weight unknown.
 _UNKNOWN = 0.3
+# A wider word ("mass" for "cancer") is less than an error.
+_WIDER = 0.2
 # How far an agent moves towards the score before it, in its first round: if every conflict is on its own axes, and if none is.
 _OPENNESS = (0.25, 0.75)
 
@@ -61,8 +63,11 @@ class RulesAgent:
 @lru_cache(maxsize=8192)
 def _view(focus: str, reference: str, answer: str, question: str) -> tuple[float, float, str]:
     """An agent's own score, the share of the evidence that lies in its focus (0..1), and the evidence in words."""
-    found = lexicon.conflicts(reference, answer, question)
+    every = lexicon.conflicts(reference, answer, question)
+    found = lexicon.without_wider(reference, answer, every)
     if not found:
+        if every:
+            return _WIDER, 0.0, "names the finding in a wider word"
         if lexicon.equivalent(reference, answer):
             return 0.0, 1.0, "says the same"
         return _UNKNOWN, 0.0, "differs in words that the lexicon does not know"
