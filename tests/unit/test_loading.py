@@ -388,7 +388,9 @@ def test_an_image_that_is_gone_stops_the_run_by_name(writer: PromptWriter, tmp_p
         ImageLoader(writer)([str(tmp_path / "gone.png")])
 
 
-def test_images_read_side_by_side_are_the_same_in_the_same_order(writer: PromptWriter, tmp_path: Path) -> None:
+def test_images_read_side_by_side_are_the_same_in_the_same_order(
+    writer: PromptWriter, tmp_path: Path
+) -> None:
     uris = [str(tmp_path / f"{number}.png") for number in range(9)]
     for number, uri in enumerate(uris):
         pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30), np.uint8)
