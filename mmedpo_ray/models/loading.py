@@ -399,11 +399,21 @@ def _count_image_tokens(processor: LlavaProcessor) -> int:
             name for name in ("patch_size", "num_additional_image_tokens") if getattr(processor, name) is None
         ]
         if not missing:
-            raise
+            raise _unusable_processor(error) from error
         raise UserError(
             f"the processor lacks {' and '.join(missing)}, so it cannot tell how many ids an image has. {_MEND_THE_PROCESSOR}"
         ) from error
+    except Exception as error:
+        # Numbers of any size and kind may stand in its configuration, and most are only met by an image.
+        raise _unusable_processor(error) from error
     return list(encoded["input_ids"][0]).count(processor.image_token_id)
+
+
+def _unusable_processor(error: Exception) -> UserError:
+    return UserError(
+        f"the image processor cannot process an image ({type(error).__name__}). Mend the numbers in preprocessor_config.json (or "
+        "in image_processor of processor_config.json)."
+    )
 
 
 def _count_features(config: Any) -> int:

@@ -531,6 +531,12 @@ def test_a_normalisation_that_cannot_be(original: Original, tmp_path: Path, chan
     fails(folder, tmp_path, rf"tower/preprocessor_config\.json cannot be understood: {next(iter(changed))}=")
 
 
+def test_a_number_that_no_pixel_can_have(original: Original, tmp_path: Path) -> None:
+    folder = copied(original, tmp_path)
+    write_json(folder / "tower/preprocessor_config.json", {"image_mean": [-(2**70), 0.4, 0.4]})
+    fails(folder, tmp_path, r"cannot process an image \(OverflowError\)\. Mend the numbers")
+
+
 def fast_tokenizer(folder: Path) -> dict:
     """What `tokenizer.json` of the checkpoint in a folder would hold."""
     return json.loads(LlamaTokenizer.from_pretrained(str(folder)).backend_tokenizer.to_str())
