@@ -114,7 +114,8 @@ def _build_pass(
     first = which.agents[0]
     chosen = dict(options[first.name])
     batch_size = chosen.pop("batch_size")
-    holds_model = "concurrency" in chosen
+    actors = chosen.pop("concurrency", None)
+    holds_model = actors is not None
     keep_source_scores = settings.keep_source_scores
 
     skip, wanted = Skip(done, "pair_id"), ray.put(again.pairs) if again else None
@@ -148,6 +149,7 @@ def _build_pass(
         fn_constructor_kwargs=extra,
         batch_format="pyarrow",
         batch_size=batch_size,
+        compute=ray.data.ActorPoolStrategy(size=actors),
         **chosen,
     )
 

@@ -106,7 +106,7 @@ def build(settings: AgentConfig, secret: str | None = None) -> Agent:
 
 
 def map_options(settings: AgentConfig, *, data_cpus: float, has_gpu: bool) -> dict[str, Any]:
-    """Keyword arguments of ``Dataset.map_batches`` for this agent; with ``concurrency`` it runs as an actor pool."""
+    """Keyword arguments of ``Dataset.map_batches`` for this agent; with ``concurrency`` it runs in a pool of so many actors."""
     return _module(settings).map_options(settings, data_cpus=data_cpus, has_gpu=has_gpu)
 
 
