@@ -41,12 +41,13 @@ demo: .venv
 	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
 
 # Files of tests side by side: one a core, and of those with engines, which take memory and wait for much, two.
+# The road as a whole is on its own: it takes all cores by itself.
 EVERY_CORE := -n logical --maxprocesses 8 --dist loadfile
 TWO := -n 2 --dist loadfile
 
 # Every part runs; a failure in one is the result.
 test: .venv
-	@result=0; for part in "tests/unit tests/invariant $(EVERY_CORE)" "tests/e2e tests/ray $(TWO)"; do \
+	@result=0; for part in "tests/unit tests/invariant $(EVERY_CORE)" "tests/ray $(TWO)" "tests/e2e"; do \
 		$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $$part || result=$$?; \
 	done; exit $$result
 
