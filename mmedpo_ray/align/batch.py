@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from mmedpo_ray.align.losses import PairBatch
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.images import ImageError, load_rgb
 from mmedpo_ray.models.loading import PromptWriter
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,18 @@ class ImageLoader:
 
     def _read(self, uri: str) -> Tensor:
         return self._writer.pixels([load_rgb(uri)])[0]
+
+
+def read_ahead(read: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """What ``read`` makes of each item, in order; the next is read in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        ahead: Future[Made] | None = None
+        for item in items:
+            before, ahead = ahead, pool.submit(read, item)
+            if before is not None:
+                yield before.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 def forest_batch(

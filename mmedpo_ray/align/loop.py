@@ -12,7 +12,6 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from mmedpo_ray import storage
 from mmedpo_ray.align.attempt import is_told_to_stop
-from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
+from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch, read_ahead
 from mmedpo_ray.align.engine import Engine, make_engine
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.keeper import CheckpointKeeper
@@ -160,17 +159,10 @@ class TrainingLoop:
 
     def _batches(self) -> Iterator[tuple[int, list[tuple[MicroBatch, Forest]]]]:
         """Steps with their micro-batches, one step read ahead in a thread."""
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-
-            def read(step: int) -> Future[list[tuple[MicroBatch, Forest]]]:
-                return pool.submit(lambda: list(self._read(self.plan, step, self.images)))
-
-            ahead = read(self.step) if self.step < self.plan.total_steps else None
-            for step in range(self.step, self.plan.total_steps):
-                assert ahead is not None
-                batches = ahead.result()
-                ahead = read(step + 1) if step + 1 < self.plan.total_steps else None
-                yield step, batches
+        steps = range(self.step, self.plan.total_steps)
+        yield from zip(
+            steps, read_ahead(lambda step: list(self._read(self.plan, step, self.images)), steps), strict=True
+        )
 
     def _read(self, plan: Plan, step: int, images: ImageLoader) -> Iterator[tuple[MicroBatch, Forest]]:
         """This rank's micro-batches of a step of a plan."""

@@ -10,7 +10,6 @@ those it was made with.
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from rich.markup import escape
 
 from mmedpo_ray import tables
 from mmedpo_ray.align.balance import Limits, balance
-from mmedpo_ray.align.batch import ImageLoader, forest_batch
+from mmedpo_ray.align.batch import ImageLoader, forest_batch, read_ahead
 from mmedpo_ray.align.expected import announce_ahead
 from mmedpo_ray.align.forest import Forest
 from mmedpo_ray.align.logps import make_fast, response_logps
@@ -254,7 +253,6 @@ class ReferenceScorer:
         make_fast(self._model, attention=align.attention)
         self._writer = PromptWriter(load_processor(reader.model))
         self._images = ImageLoader(self._writer, threads=align.image_threads)
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="forests")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Planned slices of `scored` → rows of `prepared`."""
@@ -262,12 +260,7 @@ class ReferenceScorer:
         kept = sorted((row for row in rows if tables.DROP_REASON not in row), key=lambda row: row[_ID])
         chunks = [[kept[member] for member in members] for members in self._forwards(kept)]
         # The images of the next forward are read during this one.
-        ahead = self._ahead.submit(self._forest, chunks[0]) if chunks else None
-        for number, chunk in enumerate(chunks, start=1):
-            assert ahead is not None
-            forest = ahead.result()
-            if number < len(chunks):
-                ahead = self._ahead.submit(self._forest, chunks[number])
+        for chunk, forest in zip(chunks, read_ahead(self._forest, chunks), strict=True):
             logps = self._score(forest)
             for row, chosen, rejected in zip(chunk, logps[: len(chunk)], logps[len(chunk) :], strict=True):
                 row["ref_chosen_logp"], row["ref_rejected_logp"] = chosen, rejected

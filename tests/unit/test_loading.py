@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedConfig
 
 from mmedpo_ray import tables
-from mmedpo_ray.align.batch import ImageLoader, forest_batch
+from mmedpo_ray.align.batch import ImageLoader, forest_batch, read_ahead
 from mmedpo_ray.align.forest import TokenSequence, pack
 from mmedpo_ray.align.logps import response_logps
 from mmedpo_ray.errors import UserError
@@ -399,3 +399,23 @@ def test_images_read_side_by_side_are_the_same_in_the_same_order(
     assert torch.equal(ImageLoader(writer, threads=3)(asked), ImageLoader(writer)(asked))
     with pytest.raises(UserError, match="cannot be read any more"):
         ImageLoader(writer, threads=3)([*uris, str(tmp_path / "gone.png")])
+
+
+def test_one_item_is_read_ahead_and_no_more() -> None:
+    read: list[int] = []
+
+    def square(number: int) -> int:
+        if number == 3:
+            raise ValueError("unreadable")
+        read.append(number)
+        return number**2
+
+    squares = read_ahead(square, range(3))
+    assert next(squares) == 0
+    assert read in ([0], [0, 1]), "the next may be read by now, the one after it must not"
+    assert list(squares) == [1, 4]
+    assert list(read_ahead(square, [])) == []
+    failing = read_ahead(square, range(5))
+    assert [next(failing) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(ValueError, match="unreadable"):
+        next(failing)

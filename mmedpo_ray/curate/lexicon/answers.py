@@ -56,8 +56,8 @@ UNDECIDED = re.compile(
 def equivalent(first: str, second: str) -> bool:
     """Whether two answers say the same in other words.
 
-    They do where both say that all is normal, or that there is none, or one is made of the other's initials; else where their yes or no, signs, numbers and facts are
-    equal, and their content words too, but for words that only introduce a fact.
+    They do where both say that all is normal, or that there is none, or one is made of the other's initials; else where their yes or
+    no, signs, numbers and facts are equal, and their content words too, but for words that only introduce a fact.
     """
     if first == second:
         return True

@@ -84,10 +84,10 @@ _LIKE_A_FINDING = re.compile(
     r"\w{3,}(?:itis|osis|oma|omas|emia|emias|ectasis|pathy|rrhage)\b|"
     r"ischemi|infarct|injur|trauma|swell|swollen|(?:o?edema)|deviat|midline\b|stranding|intubat|foreign bod|silhouett|lucen|plaque|"
     r"obstruct|perforat|ruptur|dissect|aneurysm|stenos|herniat|thromb|clot|compress|flatten|collaps|attenuat|enhanc(?:ing|ement)|"
-    r"air.fluid|free (?:air|fluid)|hypo-?dens|hyper-?dens)",
+    r"air.fluid|free (?:air|fluid)|hypo-?dens|hyper-?dens)|"
+    + "|".join(pattern.pattern for pattern, _ in _OBSERVATION_OF_WORD),
     re.IGNORECASE,
 )
-_PATTERNS_OF_FINDINGS = (_LIKE_A_FINDING, *(pattern for pattern, _ in _OBSERVATION_OF_WORD))
 
 
 def names_finding(question: str, answer: str) -> bool:
@@ -96,9 +96,7 @@ def names_finding(question: str, answer: str) -> bool:
     Wider than :func:`finding_asked`: also what has the form of a finding's name, without being one of the lexicon's.
     """
     texts = (question, answer)
-    return any(pattern.search(text) for pattern in _PATTERNS_OF_FINDINGS for text in texts) or any(
-        facts(text) for text in texts
-    )
+    return any(facts(text) for text in texts) or any(_LIKE_A_FINDING.search(text) for text in texts)
 
 
 def finding_asked(question: str, answer: str) -> str | None:
