@@ -9,19 +9,12 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from mmedpo_ray.evaluate.metrics import (
-    METRICS,
-    Answer,
-    bleu_statistics,
-    bleu_value,
-    closed_correct,
-    closed_correct_official,
-    exact_match,
-    normalise,
-    recall_official,
-    token_f1,
-    yes_or_no,
-)
+from mmedpo_ray.evaluate.metrics import METRICS, Answer
+from mmedpo_ray.evaluate.metrics.closed import closed_correct
+from mmedpo_ray.evaluate.metrics.official import closed_correct_official, recall_official
+from mmedpo_ray.evaluate.metrics.open import exact_match, token_f1
+from mmedpo_ray.evaluate.metrics.report import bleu_statistics, bleu_value
+from mmedpo_ray.evaluate.metrics.words import normalise, yes_or_no
 
 REPORTS = [
     (

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.evaluate.metrics import mean_value
+from mmedpo_ray.evaluate.metrics.base import mean_value
 from mmedpo_ray.evaluate.statistics import bootstrap, cluster_sums, difference
 
 OPTIONS = {"resamples": 400, "confidence": 0.95, "seed": 3}

@@ -1,0 +1,74 @@
+"""Scores of reports: BLEU, ROUGE-L and the findings that both sides assert."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from mmedpo_ray.curate.lexicon import facts
+from mmedpo_ray.evaluate.metrics.base import Answer, Array
+
+BLEU_ORDER = 4
+
+
+def bleu_statistics(answer: Answer) -> Array:
+    """n-gram matches and totals of orders 1–4 and both lengths, (10,), as sacrebleu counts them."""
+    bleu = _bleu_scorer()
+    # The sufficient statistics are not part of sacrebleu's public interface; a test compares the result with its own.
+    statistics = bleu._extract_corpus_statistics([answer.prediction], [[answer.reference]])[0]
+    length, reference_length, *counts = statistics
+    return np.array([*counts, length, reference_length], dtype=np.float64)
+
+
+def bleu_value(sums: Array) -> Array:
+    """Mean of corpus BLEU-1 to BLEU-4, each with the brevity penalty and no smoothing, in [0, 1]."""
+    matches, totals = sums[..., :BLEU_ORDER], sums[..., BLEU_ORDER : 2 * BLEU_ORDER]
+    length, reference_length = sums[..., -2], sums[..., -1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_precision = np.log(np.where(totals > 0, matches / totals, 0.0))
+        penalty = np.where(length < reference_length, np.exp(1 - reference_length / length), 1.0)
+        orders = np.arange(1, BLEU_ORDER + 1)
+        scores = np.exp(np.cumsum(log_precision, axis=-1) / orders)
+    value = np.where(length > 0, penalty * scores.mean(axis=-1), 0.0)
+    return np.where(reference_length > 0, value, np.nan)
+
+
+def rouge_l(answer: Answer) -> float:
+    """F-measure of the longest common subsequence of words."""
+    return float(_rouge_scorer().score(answer.reference, answer.prediction)["rougeL"].fmeasure)
+
+
+def finding_statistics(answer: Answer) -> Array:
+    """Findings asserted with their side and zone: shared, in the answer only, in the reference only, and 1; (4,)."""
+    stated, expected = _findings(answer.prediction), _findings(answer.reference)
+    return np.array(
+        [len(stated & expected), len(stated - expected), len(expected - stated), 1], dtype=np.float64
+    )
+
+
+def finding_f1_value(sums: Array) -> Array:
+    """Micro-averaged F1 of the findings; 1 where neither side asserts any."""
+    shared, invented, missed, count = np.moveaxis(sums, -1, 0)
+    total = 2 * shared + invented + missed
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = np.where(total > 0, 2 * shared / total, 1.0)
+    return np.where(count > 0, value, np.nan)
+
+
+def _findings(text: str) -> frozenset[tuple[str, str | None, str | None]]:
+    return frozenset((fact.finding, fact.side, fact.zone) for fact in facts(text) if fact.present)
+
+
+@cache
+def _bleu_scorer():
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(lowercase=True)
+
+
+@cache
+def _rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])
