@@ -24,9 +24,11 @@ from mmedpo_ray.curate.lexicon.facts import (
     stated,
 )
 from mmedpo_ray.curate.lexicon.meta import is_meta_text
+from mmedpo_ray.curate.lexicon.normal import final_answer, has_han, same_characters
+from mmedpo_ray.curate.lexicon.polarity import polarity, stated_polarity
 from mmedpo_ray.curate.lexicon.quantities import in_millimetres, lengths
 from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical, synonym
-from mmedpo_ray.curate.lexicon.words import INTRODUCING, Term, content_words, numbers, polarity, terms, words
+from mmedpo_ray.curate.lexicon.words import INTRODUCING, Term, content_words, numbers, terms, words
 
 __all__ = [
     "INTRODUCING",
@@ -43,6 +45,8 @@ __all__ = [
     "contradictions",
     "equivalent",
     "facts",
+    "final_answer",
+    "has_han",
     "implied_polarity",
     "in_millimetres",
     "is_meta_text",
@@ -52,9 +56,11 @@ __all__ = [
     "negated_spans",
     "numbers",
     "polarity",
+    "same_characters",
     "sentence_spans",
     "severity",
     "stated",
+    "stated_polarity",
     "synonym",
     "terms",
     "without_wider",

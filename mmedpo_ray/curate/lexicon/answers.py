@@ -6,13 +6,13 @@ import re
 from functools import lru_cache
 
 from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, facts, is_negated, negated_spans, restated
+from mmedpo_ray.curate.lexicon.normal import final_answer, has_han, same_characters
+from mmedpo_ray.curate.lexicon.polarity import Polarity, chinese_polarity, is_open, stated_polarity
 from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical, sense, synonym
 from mmedpo_ray.curate.lexicon.words import (
     INTRODUCING,
-    Polarity,
     Term,
     content_words,
-    spoken_polarity,
     terms,
     words,
 )
@@ -75,7 +75,7 @@ def equivalent(first: str, second: str) -> bool:
     if _sizes(first) != _sizes(second):
         return False
     first, second = restated(first), restated(second)
-    if spoken_polarity(first) != spoken_polarity(second):
+    if stated_polarity(first) != stated_polarity(second):
         return False
     left, right = (frozenset(map(synonym, content_words(text))) for text in (first, second))
     if not left and not right:
@@ -118,11 +118,14 @@ def implied_polarity(question: str, answer: str) -> Polarity | None:
     A negation is a "no" only where it denies what was asked: "This is a CT, not an MRI" answers "Is this a CT?" with yes, and
     "The trachea is not deviated" leaves open whether it is midline. So does a statement about another side, size or place.
     """
-    direct = spoken_polarity(answer)
+    direct = stated_polarity(answer)
     if direct is not None:
         return direct
-    if UNDECIDED.search(answer):
+    answer = same_characters(final_answer(answer))
+    if is_open(answer) or UNDECIDED.search(answer):
         return None
+    if has_han(answer):
+        return chinese_polarity(answer)
     question, answer = canonical(question).rstrip("? "), canonical(answer)
     if _is_elsewhere(question, answer):
         return None

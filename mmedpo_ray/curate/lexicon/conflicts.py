@@ -9,9 +9,10 @@ from typing import Literal
 
 from mmedpo_ray.curate.lexicon.answers import implied_polarity
 from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, Fact, facts, relevance_of, stated_mentions
+from mmedpo_ray.curate.lexicon.polarity import polarity, stated_polarity
 from mmedpo_ray.curate.lexicon.quantities import asks_count, count, disjoint, is_compared, shown
 from mmedpo_ray.curate.lexicon.synonyms import canonical
-from mmedpo_ray.curate.lexicon.words import numbers, polarity, spoken_polarity
+from mmedpo_ray.curate.lexicon.words import numbers
 from mmedpo_ray.curate.terms import CONCEPTS, Axis, mentions
 
 ConflictAxis = Literal[Axis, "polarity", "choice", "number"]
@@ -59,7 +60,7 @@ def conflicts(reference: str, answer: str, question: str = "") -> tuple[Conflict
     found: list[Conflict] = []
     # What a report denies first is no answer to a question.
     is_answer = polarity(reference) is not None and len(reference) <= _LONGEST_ANSWER
-    expected = implied_polarity(question, reference) if is_answer else spoken_polarity(reference)
+    expected = implied_polarity(question, reference) if is_answer else stated_polarity(reference)
     stated = implied_polarity(question, answer) if expected is not None else None
     if expected is not None and stated is not None and expected != stated:
         subject, relevance = _subject(question)

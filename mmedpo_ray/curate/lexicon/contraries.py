@@ -27,9 +27,10 @@ from mmedpo_ray.curate.lexicon.facts import (
     stated,
     stated_mentions,
 )
+from mmedpo_ray.curate.lexicon.polarity import polarity, stated_polarity
 from mmedpo_ray.curate.lexicon.quantities import are_apart, asks_count, count, lengths, shares, shown
 from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical
-from mmedpo_ray.curate.lexicon.words import INTRODUCING, Term, folded, polarity, spoken_polarity, terms, words
+from mmedpo_ray.curate.lexicon.words import INTRODUCING, Term, folded, terms, words
 from mmedpo_ray.curate.terms import CONCEPTS, Axis, mentions
 
 # A wider finding and those that it may stand for.
@@ -267,7 +268,7 @@ def _is_part(stated: str | None, expected: str | None) -> bool:
 
 def _denied(reference: str, expected: set[str], answer: str, question: str) -> list[Conflict]:
     """ "Normal" or "No" where the reference has a finding; "The liver is not visible" where it says where the liver is."""
-    if expected and not facts(answer) and (_ALL_WELL.search(answer) or spoken_polarity(answer) == "no"):
+    if expected and not facts(answer) and (_ALL_WELL.search(answer) or stated_polarity(answer) == "no"):
         name = max(sorted(expected), key=relevance_of)
         return [Conflict("finding", "contradicted", name, "present", "absent", relevance_of(name))]
     if polarity(reference) == "no" or is_negated(reference):

@@ -13,7 +13,8 @@ import re
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from mmedpo_ray.curate.lexicon.words import folded, polarity
+from mmedpo_ray.curate.lexicon.polarity import polarity
+from mmedpo_ray.curate.lexicon.words import folded
 from mmedpo_ray.curate.terms import lowered, mentions
 
 _KEPT = 4096

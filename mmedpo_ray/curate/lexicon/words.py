@@ -1,4 +1,4 @@
-"""The words of an answer: which carry meaning, its first one as yes or no, its numbers.
+"""The words of an answer: which carry meaning, and its numbers.
 
 A word is what stands between spaces and punctuation, in any script; in scripts that write without spaces (Chinese, Japanese,
 Thai and their neighbours) every character is one.
@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from mmedpo_ray.curate.terms import mentions
-
-Polarity = Literal["yes", "no"]
 
 # Texts whose words are kept.
 _KEPT = 2048
 
-_YES = re.compile(r"^\W*(yes|yeah|yep|true|correct)\b", re.IGNORECASE)
-_NO = re.compile(r"^\W*(no|nope|none|false|incorrect)\b", re.IGNORECASE)
-# "No nodule is seen", unlike "No, …" and "No it is …", is a statement.
-_NO_THING = re.compile(
-    r"^\W*no(?: one)?\s+(?!(?:it|this|that|there|these|those|they|the|not|because|since|he|she|we|i|you|as|but)\b)\w",
-    re.IGNORECASE,
-)
 # "<5" is another word than ">5" and "5".
 _BOUND = r"(?:(?<![-=])[<>]=?(?=\d))?"
 _ASCII_WORD = re.compile(rf"{_BOUND}[a-z0-9]+(?:[./-][a-z0-9]+)*", re.IGNORECASE)
@@ -129,19 +120,6 @@ def folded(word: str) -> str:
     if is_plural:
         singular = word[:-3] + "y" if len(word) > 4 and word.endswith("ies") else word[:-1]
     return str(_NUMBER_WORDS.get(singular, singular))
-
-
-def polarity(answer: str) -> Polarity | None:
-    """Yes or no, by the first word of the answer; None where it starts otherwise ("Normal" is no "No")."""
-    if _YES.match(answer):
-        return "yes"
-    return "no" if _NO.match(answer) else None
-
-
-def spoken_polarity(answer: str) -> Polarity | None:
-    """A yes or no said as a word of its own: as :func:`polarity`, but "No nodule" is a statement."""
-    found = polarity(answer)
-    return None if found == "no" and _NO_THING.match(answer) else found
 
 
 @lru_cache(maxsize=_KEPT)

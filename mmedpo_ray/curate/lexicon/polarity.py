@@ -1,0 +1,212 @@
+"""The yes or no of an answer by its own words; one reader for ingest, curation, audit and scoring.
+
+    polarity("No nodule is seen.")             -> "no"
+    stated_polarity("No nodule is seen.")      -> None: a statement, whose meaning depends on the question
+    stated_polarity("There is no doubt: yes")  -> "yes"
+    stated_polarity("I cannot say yes or no")  -> None
+
+The leading word decides, else the last one that stands on its own. English and Chinese.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Literal
+
+from mmedpo_ray.curate.lexicon.normal import final_answer, has_han, same_characters
+
+Polarity = Literal["yes", "no"]
+
+_KEPT = 4096
+
+# A word stands on its own before punctuation or at the end.
+_END = r"(?=\s*(?:[.,;:!?)\]}\"'*\n]|-|$))"
+_SEEN = (
+    r"(?:seen|present|visible|identified|noted|detected|found|evident|observed|demonstrated|appreciated|apparent|"
+    r"visuali[sz]ed|shown|noticed|there)"
+)
+_IN_THE_IMAGE = (
+    r"(?: (?:in|on) (?:the|this|that) (?:\w+ )?(?:image|scan|study|film|radiograph|x-ray|picture))?"
+)
+# What may come before the word that decides.
+_LEAD = (
+    r"\W*(?:(?:(?:the |my |your )?(?:(?:final|correct|short) )?answer(?: to (?:the|this|your) question)?(?: is| would be|(?=\W))"
+    r"|well|oh|ok(?:ay)?|so|then|therefore|hence|thus|i (?:think|believe|guess|suppose|would say)(?: that)?|in my opinion"
+    r"|based on (?:the|this) image|(?:most|very|quite) likely|probably|likely|definitely|certainly|clearly|absolutely|surely"
+    r"|of course|(?:it|this|that|they|there|the statement) (?:is|are|was|were|seems|appears)(?: that| to be)?)\b\W*){0,3}"
+)
+_YES_WORDS = r"(?:yes|yeah|yea|yep|yup|yah|aye|affirmative)"
+_NO_WORDS = r"(?:no|nope|nah|nay)"
+_YES_ALONE = (
+    rf"(?:true|correct|positive|{_SEEN}{_IN_THE_IMAGE}|certainly|definitely|absolutely|surely|sure|indeed|of course|exactly|"
+    r"agreed|probably|(?:most |very )?likely)"
+)
+_NO_ALONE = (
+    r"(?:false|incorrect|untrue|wrong|absent|negative|none|nil|nothing|never|neither|unlikely|"
+    r"not(?: (?:at all|really|true|correct|right|so|likely|any))?|"
+    rf"(?:not|none|nothing|never)(?: (?:\w+ly|been|is|are|was|were))*(?: {_SEEN}){_IN_THE_IMAGE})"
+)
+_LEADING = re.compile(
+    rf"{_LEAD}(?:(?P<yes>{_YES_WORDS}\b|(?:{_YES_ALONE}){_END})"
+    rf"|(?P<no>(?P<word>{_NO_WORDS})\b(?!-)|(?:{_NO_ALONE}){_END}))",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(r"\W*(?:(?P<yes>y)|n)\W*", re.IGNORECASE)
+# "It does.", "There isn't any."
+_ELLIPSIS = re.compile(
+    r"\W*(?:it|there|this|that|they|he|she) (?:is|are|was|were|does|do|did|has|have|can)"
+    r"(?P<no>(?: not|n['’]?t)(?: any)?| none)?\W*",
+    re.IGNORECASE,
+)
+# "No nodule", unlike "No, …" and "No it is …", is a statement.
+_THING = re.compile(
+    r"(?: one)?\s+(?!(?:it|this|that|there|these|those|they|the|not|because|since|he|she|we|i|you|as|but|and|or)\b)\w",
+    re.IGNORECASE,
+)
+_IDIOM = re.compile(r"\W+(?:doubt|question|wonder|problem|matter|reason)\b", re.IGNORECASE)
+_PAIR = r"\W*\b(?:and/or|and|or|nor|versus|vs)?\b\W*"
+_EITHER = re.compile(
+    rf"\b(?:{_YES_WORDS}\b(?:\W*\b(?:and/or|and|or|nor|vs|versus)\b\W*|\s*/\s*){_NO_WORDS}"
+    rf"|{_NO_WORDS}\b(?:\W*\b(?:and/or|and|or|nor|vs|versus)\b\W*|\s*/\s*){_YES_WORDS}"
+    r"|(?:true (?:or|and) false|false (?:or|and) true|present or absent|absent or present|positive or negative"
+    r"|negative or positive))\b",
+    re.IGNORECASE,
+)
+_BOTH = re.compile(
+    rf"\W*(?:{_YES_WORDS}{_PAIR}{_NO_WORDS}|{_NO_WORDS}{_PAIR}{_YES_WORDS})\W*\Z", re.IGNORECASE
+)
+# The last word that stands on its own: ", no.", ": yes", "answer is no".
+_STANDING = re.compile(
+    r"(?:(?:^|[.,;:!?\n(\[\"'*]|\s-)\s*(?:(?:so|then|therefore|hence|thus|and|but|i say|ultimately|overall)[\s,]+)*"
+    r"|\b(?:answer|conclusion|verdict|response) (?:is|was|would be|must be|should be)\W+(?:an? )?)"
+    rf"(?:(?P<yes>{_YES_WORDS})|(?P<no>{_NO_WORDS})){_END}",
+    re.IGNORECASE,
+)
+_NAMED_ANSWER = re.compile(
+    rf"\b(?:final|correct|my|the) answer(?: to (?:the|this|your) question)?(?: is|\s*:)\W*(?:an? )?"
+    rf"(?:(?P<yes>{_YES_WORDS}|true|correct)|(?P<no>{_NO_WORDS}|false|incorrect)){_END}",
+    re.IGNORECASE,
+)
+
+# ---------------------------------------------------------------------- Chinese
+
+_ZH_OPEN = re.compile(
+    r"是不是|有没有|有沒有|是否|是或否|是或不是|是还是(?:不是|否)|是還是(?:不是|否)|对不对|對不對|能不能"
+)
+_ZH_UNDECIDED = re.compile(
+    r"无法|無法|不确定|不確定|不清楚|不知道|难以|難以|看不清|看不出来|不能(?:确定|判断|判定|確定|判斷)|不好说|不好說|未知|不明确|不明確"
+)
+_ZH_YES = r"是的|是|对的|对|對的|對|有的|有|存在|正确|正確|可以|能|会|會|没错|沒錯|嗯|当然|當然|肯定|可见|可見|属于|屬於|真|阳性|陽性"
+_ZH_NO = (
+    r"不是的|不是|不对|不對|不存在|不正确|不正確|不能|不可以|不会|不會|不可见|不可見|不属于|不屬於|没有的?|沒有的?|没|沒|无|無|否|"
+    r"未见|未見|未发现|未發現|未显示|未顯示|错误|錯誤|错|錯|并非|並非|并没有|並沒有|并不是|並不是|不|假|阴性|陰性"
+)
+_ZH_ALONE = re.compile(
+    rf"\W*(?:答案(?:应该|應該)?(?:是|为|為)?\W*)?(?:(?P<yes>{_ZH_YES})|(?P<no>{_ZH_NO}))(?=\W|$)"
+)
+_ZH_STANDING = re.compile(
+    rf"(?:^|[\s.,;:!?]|答案(?:是|为|為))(?:(?P<yes>{_ZH_YES})|(?P<no>{_ZH_NO}))(?=\W|$)"
+)
+_ZH_DENIES = re.compile(
+    r"没有|沒有|不是|不存在|不属于|不屬於|不包含|不显示|不顯示|不可见|不可見|未见|未見|未发现|未發現|未显示|未顯示|未检出|并非|並非|"
+    r"并不|並不|并没|並沒|不能|不会|不會|不在|没(?!错)|沒(?!錯)|无(?![名])|無(?![名])"
+)
+_ZH_ASSERTS = re.compile(r"有|是|存在|可见|可見|显示|顯示|属于|屬於|包含|能|会|會|位于|位於")
+
+
+@lru_cache(maxsize=_KEPT)
+def stated_polarity(answer: str) -> Polarity | None:
+    """The yes or no that an answer commits itself to as a word of its own.
+
+    Thought blocks do not count. The answer that is named as such decides ("The final answer is no"), else the leading word
+    ("No. There is none."), else the last one that stands on its own ("There is no doubt: yes"). "Yes or no", "yes and no" and
+    the like commit to nothing, nor does a statement ("No nodule is seen"), which :func:`implied_polarity` reads beside its
+    question.
+    """
+    text = same_characters(final_answer(answer))
+    if has_han(text):
+        return _chinese_stated(text)
+    named = _last(_NAMED_ANSWER, text)
+    if named is not None:
+        return named
+    if _BOTH.match(text):
+        return None
+    leading = _LEADING.match(text)
+    if leading is not None and _is_own_word(text, leading):
+        return "yes" if leading["yes"] else "no"
+    if (letter := _LETTER.fullmatch(text)) is not None:
+        return "yes" if letter["yes"] else "no"
+    if (ellipsis := _ELLIPSIS.fullmatch(text)) is not None:
+        return "no" if ellipsis["no"] else "yes"
+    return _last(_STANDING, _EITHER.sub(" ", text))
+
+
+def polarity(answer: str) -> Polarity | None:
+    """The yes or no that an answer states or begins with: "No nodule" is a no here, "Normal" is neither."""
+    found = stated_polarity(answer)
+    if found is not None:
+        return found
+    text = same_characters(final_answer(answer))
+    if has_han(text):
+        return "no" if _ZH_DENIES.match(text.lstrip()) else None
+    leading = _LEADING.match(text)
+    is_statement = (
+        leading is not None
+        and leading["word"] is not None
+        and not _EITHER.match(text, leading.start("no"))
+        and not _IDIOM.match(text, leading.end())
+        and not _BOTH.match(text)
+    )
+    return "no" if is_statement else None
+
+
+def is_open(answer: str) -> bool:
+    """Whether an answer names yes and no and commits itself to neither."""
+    text = same_characters(final_answer(answer))
+    if has_han(text):
+        return bool(_ZH_UNDECIDED.search(text) or _ZH_OPEN.search(text))
+    return bool(_BOTH.match(text) or _EITHER.search(text)) and stated_polarity(answer) is None
+
+
+def chinese_polarity(answer: str) -> Polarity | None:
+    """The yes or no of a Chinese answer, also where it is a statement; None for a text without Chinese characters."""
+    text = same_characters(final_answer(answer))
+    if not has_han(text):
+        return None
+    return _chinese_stated(text) or _chinese_statement(text)
+
+
+def _is_own_word(text: str, leading: re.Match[str]) -> bool:
+    """Whether the leading yes or no is an answer, not half of "yes or no", nor the "no" of "no nodule"."""
+    start = leading.start("yes") if leading["yes"] else leading.start("no")
+    if _EITHER.match(text, start):
+        return False
+    return leading["word"] is None or _THING.match(text, leading.end()) is None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> Polarity | None:
+    found = None
+    for match in pattern.finditer(text):
+        found = match
+    if found is None:
+        return None
+    return "yes" if found["yes"] else "no"
+
+
+def _chinese_stated(text: str) -> Polarity | None:
+    if _ZH_UNDECIDED.search(text):
+        return None
+    text = _ZH_OPEN.sub(" ", text)
+    alone = _ZH_ALONE.match(text)
+    if alone is not None:
+        return "yes" if alone["yes"] else "no"
+    return _last(_ZH_STANDING, text)
+
+
+def _chinese_statement(text: str) -> Polarity | None:
+    if _ZH_UNDECIDED.search(text) or _ZH_OPEN.search(text):
+        return None
+    if _ZH_DENIES.search(text):
+        return "no"
+    return "yes" if _ZH_ASSERTS.search(text) else None
