@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
@@ -85,6 +86,7 @@ def _swift(pair: Row, image: Any, rejected_image: Any) -> Row:
     row = {"messages": talk, "images": [image]}
     if rejected_image is None:
         return row | {"rejected_response": pair["rejected"]}
+    # In every row of a file or in none: ms-swift 4.6 deletes rows that lack a `rejected_response` which others have.
     other = [talk[0], {"role": "assistant", "content": pair["rejected"]}]
     return row | {"rejected_messages": other, "rejected_images": [rejected_image]}
 
@@ -168,6 +170,7 @@ def _open(table: str) -> pads.Dataset:
 
 def _rows(source: pads.Dataset, target: str, pictures: _Pictures, counts: Counter[str]) -> Iterator[Row]:
     columns = [*_COLUMNS, *(name for name in _NUMBERS if name in source.schema.names)]
+    both_images = target == "swift" and source.count_rows(filter=pc.field("kind") == "visual") > 0
     for batch in source.to_batches(columns=columns, batch_size=_ROWS):
         for pair in batch.to_pylist():
             is_visual = pair["kind"] == "visual"
@@ -176,7 +179,7 @@ def _rows(source: pads.Dataset, target: str, pictures: _Pictures, counts: Counte
                 continue
             try:
                 image = pictures.of(pair["image_uri"])
-                other = pictures.of(pair["rejected_image_uri"]) if is_visual else None
+                other = pictures.of(pair["rejected_image_uri"]) if both_images else None
             except (ImageError, OSError) as error:
                 counts[getattr(error, "reason", "image_unreadable")] += 1
                 continue

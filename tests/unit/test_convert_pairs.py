@@ -111,8 +111,27 @@ def test_trl_trains_on_the_file_unchanged(tmp_path, scored, file):
         train_dataset=rows,
         processing_class=load_processor(str(folder)),
     )
+    batch = next(iter(trainer.get_train_dataloader()))
+    pictures = [images.load_rgb(row["image_uri"]) for row in scored if row["kind"] == "text"]
+    wanted = {
+        pixels.numpy().tobytes()
+        for pixels in trainer.processing_class.image_processor(pictures, return_tensors="pt").pixel_values
+    }
+    assert {pixels.numpy().tobytes() for pixels in batch["pixel_values"].cpu()} <= wanted
     result = trainer.train()
     assert result.training_loss == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_every_row_for_swift_has_the_same_members(tmp_path, scored):
+    """It deletes rows without a member that others have."""
+    convert_pairs(str(tmp_path / "scored.parquet"), "swift", tmp_path / "both.jsonl")
+    text = [row for row in scored if row["kind"] == "text"]
+    pq.write_table(tables.to_table(text, tables.SCORED), tmp_path / "text.parquet")
+    convert_pairs(str(tmp_path / "text.parquet"), "swift", tmp_path / "text.jsonl")
+    for name, member in (("both", "rejected_images"), ("text", "rejected_response")):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert len({frozenset(row) for row in rows}) == 1
+        assert member in rows[0]
 
 
 def test_llama_factory_finds_the_file_by_its_name(tmp_path, scored):
