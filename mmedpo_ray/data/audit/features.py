@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
+from mmedpo_ray.curate.lexicon.meta import COMMENTARY_PARTS, LEAKED_PROMPT
 from mmedpo_ray.curate.tools.prompts import names_finding
 from mmedpo_ray.data.audit.hashing import hashes, normalised
 from mmedpo_ray.data.audit.samples import HELD_OUT, Samples, SplitImages
@@ -31,7 +31,7 @@ _BIT = {name: 1 << index for index, name in enumerate(FORMATS)}
 
 # The patterns are in small letters.
 _LEAKED_PROMPT = f"(?im){LEAKED_PROMPT}"
-_COMMENTARY = f"(?im){COMMENTARY}"
+_COMMENTARY = [f"(?im){part}" for part in COMMENTARY_PARTS]
 # What a question asks for, by its first words; the first pattern that matches counts.
 QUESTION_FORMS: dict[str, str] = {
     "report": r"(?i)\b(write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(report|findings|impression)\b",
@@ -256,7 +256,7 @@ def _leaks(chosen: pa.Array, rejected: pa.Array) -> np.ndarray:
         (rejected, LEAK_REJECTED, COMMENT_REJECTED),
     ):
         leaked = _numpy(pc.match_substring_regex(texts, _LEAKED_PROMPT))
-        talks = _numpy(pc.match_substring_regex(texts, _COMMENTARY))
+        talks = np.logical_or.reduce([_numpy(pc.match_substring_regex(texts, each)) for each in _COMMENTARY])
         bits |= np.where(leaked, leak, np.where(talks, comment, 0)).astype(np.uint8)
     return bits
 
