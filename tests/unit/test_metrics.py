@@ -10,11 +10,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from mmedpo_ray.evaluate.metrics import METRICS, Answer
-from mmedpo_ray.evaluate.metrics.closed import closed_correct
-from mmedpo_ray.evaluate.metrics.official import closed_correct_official, recall_official
-from mmedpo_ray.evaluate.metrics.open import exact_match, token_f1
+from mmedpo_ray.evaluate.metrics.open import token_f1
 from mmedpo_ray.evaluate.metrics.report import bleu_statistics, bleu_value
-from mmedpo_ray.evaluate.metrics.words import normalise, yes_or_no
 
 REPORTS = [
     (
@@ -34,42 +31,10 @@ def score(name: str, pairs: list[tuple[str, str]], question: str = "") -> float:
     return float(metric.value(sum(metric.statistics(Answer(r, p, question)) for r, p in pairs)))
 
 
-@pytest.mark.parametrize(
-    ("reference", "prediction", "question", "correct"),
-    [
-        ("Yes", "Yes, there is.", "", True),
-        ("No", "The lungs look normal.", "", False),  # "no" is in "normal"
-        ("No", "Yes, it is normal.", "", False),
-        ("No", "no", "", True),
-        ("yes", "No. Yes.", "", False),  # the first word decides
-        ("Yes", "Yesterday it was.", "", False),
-        ("No", "It shows no effusion, yes.", "", True),
-        ("Left", "It is on the left side.", "Is it on the left or right?", True),
-        ("Left", "On the right, not the left.", "Is it on the left or right?", False),
-        ("Left", "It is cleft.", "Is it on the left or right?", False),
-        ("CT", "This is a CT scan.", "What modality is shown?", True),
-        ("CT", "This was an active disease.", "What modality is shown?", False),
-        ("Yes", "", "", False),
-    ],
-)
-def test_closed_answers_are_judged_on_whole_words(reference, prediction, question, correct):
-    assert closed_correct(Answer(reference, prediction, question)) is correct
-
-
 def test_the_constant_answer_scores_only_under_the_official_rule():
     pairs = [(reference, "Yes, it is normal.") for reference in ["Yes"] * 10 + ["No"] * 10]
     assert score("closed_accuracy", pairs) == 0.5
     assert score("closed_accuracy_official", pairs) == 1.0
-
-
-def test_open_scores():
-    assert exact_match(Answer("The left lung", "left lung."))
-    assert not exact_match(Answer("left lung", "right lung"))
-    assert token_f1(Answer("left lower lobe", "left lobe")) == pytest.approx(0.8)
-    assert token_f1(Answer("left", "")) == 0.0
-    # The rule of the published scripts rewards repetition; ours does not.
-    assert recall_official(Answer("left lower", "left left left")) == pytest.approx(0.75)
-    assert token_f1(Answer("left lower", "left left left")) == pytest.approx(0.4)
 
 
 def test_findings_count_with_side_and_zone():
@@ -124,28 +89,9 @@ def test_every_score_lies_between_0_and_1(reference, prediction):
         assert 0.0 <= value <= 1.0 + 1e-12, metric.name
 
 
-@given(st.text(max_size=60))
-def test_an_answer_equal_to_the_reference_is_right(text):
-    assert exact_match(Answer(text, text))
-    assert token_f1(Answer(text, text)) == 1.0
-    assert normalise(normalise(text)) == normalise(text)
-
-
 @given(WORDS, WORDS)
 def test_f1_is_symmetric(first, second):
     assert token_f1(Answer(first, second)) == pytest.approx(token_f1(Answer(second, first)))
-
-
-@given(st.sampled_from(["yes", "no"]), WORDS)
-def test_what_follows_the_first_yes_or_no_does_not_matter(first, rest):
-    assert yes_or_no(f"{first.title()}, {rest}") == first
-    assert closed_correct(Answer(first, f"{first} {rest}"))
-
-
-@given(st.sampled_from(["Yes", "No"]), WORDS)
-def test_whatever_is_right_on_words_is_right_officially(reference, prediction):
-    answer = Answer(reference, prediction)
-    assert closed_correct_official(answer) or not closed_correct(answer)
 
 
 @given(st.lists(st.tuples(WORDS.filter(bool), WORDS), min_size=1, max_size=5), st.randoms())

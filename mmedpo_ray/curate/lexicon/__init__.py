@@ -25,6 +25,7 @@ from mmedpo_ray.curate.lexicon.facts import (
 )
 from mmedpo_ray.curate.lexicon.meta import is_meta_text
 from mmedpo_ray.curate.lexicon.normal import final_answer, has_han, same_characters
+from mmedpo_ray.curate.lexicon.options import chosen, options
 from mmedpo_ray.curate.lexicon.polarity import polarity, stated_polarity
 from mmedpo_ray.curate.lexicon.quantities import in_millimetres, lengths
 from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical, synonym
@@ -40,6 +41,7 @@ __all__ = [
     "are_kin",
     "canonical",
     "choices",
+    "chosen",
     "conflicts",
     "content_words",
     "contradictions",
@@ -55,6 +57,7 @@ __all__ = [
     "names_another",
     "negated_spans",
     "numbers",
+    "options",
     "polarity",
     "same_characters",
     "sentence_spans",

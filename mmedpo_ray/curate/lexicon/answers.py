@@ -31,6 +31,7 @@ _DENYING = frozenset(
     )
 )
 # "No significant abnormality" is what is said of a normal image.
+_FEW_WORDS = 4
 _WEAK = frozenset({"significant", "other", "acute", "gross", "major", "noticeable"})
 _ASKS_OVERALL = re.compile(
     r"\b(?:(?P<wrong>abnormal(?:ity|ities)?|anything (?:\w+ )?(?:wrong|irregular)|patholog(?:y|ies)|diseased?)|normal|"
@@ -252,8 +253,9 @@ def _is_opposite(asked: set[str], stated: list[str], question: str, answer: str)
     """Whether one says "normal" and the other "abnormal", of the same part of the body."""
     for one, other in (("normal", "abnormal"), ("abnormal", "normal")):
         if one in asked and other in stated and one not in stated:
-            place = _named(question).get("anatomy")
-            return bool(place) and _named(answer).get("anatomy") == place
+            asked_place, place = (_named(text).get("anatomy") for text in (question, answer))
+            # "It is abnormal" is said of what was asked.
+            return asked_place == place or (place is None and len(words(answer)) <= _FEW_WORDS)
     return False
 
 

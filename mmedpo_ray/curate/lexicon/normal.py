@@ -89,3 +89,39 @@ def has_han(text: str) -> bool:
 
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
+# ---------------------------------------------------------------------- "a" as a letter
+
+# After these an "a" names a kind: hepatitis a, vitamin a, group a.
+_KINDS = frozenset(
+    re.findall(
+        r"\w+",
+        "hepatitis vitamin group type grade stage class level option answer choice segment category factor influenza stanford "
+        "zone area part view image figure panel letter protein hemoglobin haemoglobin lesion series phase child pugh plan case "
+        "item column row label strep streptococcus",
+    )
+)
+# No noun begins with these, so an "a" before them is none of its articles.
+_NO_NOUNS = frozenset(
+    re.findall(r"\w+", "is was are were and or but because seems would to of in for with not")
+)
+_WORD_BEFORE = re.compile(r"([^\W_]+)[^\w]*\Z")
+_NOUN_AFTER = re.compile(r"\s+[(\"']?([^\W_]+)")
+_BEGINS = re.compile(r"(?:\A|[.!?:;\n])[^\w]*\Z")
+
+
+def is_letter(text: str, start: int, end: int) -> bool:
+    """Whether the "a" at ``text[start:end]`` names something, as in "hepatitis A", "A) MRI" and the answer "A".
+
+    Otherwise it is an article, as in "a mass". A capital that begins no sentence is a letter, but in a headline.
+    """
+    noun = _NOUN_AFTER.match(text, end)
+    if noun is None or noun.group(1).casefold() in _NO_NOUNS:
+        return True
+    before = _WORD_BEFORE.search(text[:start])
+    if before is not None and before.group(1).casefold() in _KINDS:
+        return True
+    if text[start:end] == "a" or not any(letter.islower() for letter in text):
+        return False
+    return _BEGINS.search(text[:start]) is None and not noun.group(1)[0].isupper()

@@ -13,6 +13,7 @@ import re
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from mmedpo_ray.curate.lexicon.normal import same_characters
 from mmedpo_ray.curate.lexicon.polarity import polarity
 from mmedpo_ray.curate.lexicon.words import folded
 from mmedpo_ray.curate.terms import lowered, mentions
@@ -201,7 +202,8 @@ _LONGEST_INITIALS = 24
 
 @lru_cache(maxsize=_KEPT)
 def canonical(text: str) -> str:
-    """The text with abbreviations, both sides, normality and comparisons in one spelling; places in it may move."""
+    """The text with characters, abbreviations, both sides, normality and comparisons in one spelling; places in it may move."""
+    text = same_characters(text)
     if len(text) <= _LONGEST_ABBREVIATION:
         whole = _WHOLE_ABBREVIATION.fullmatch(text)
         if whole:

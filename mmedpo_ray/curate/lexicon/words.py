@@ -7,16 +7,18 @@ Thai and their neighbours) every character is one.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from mmedpo_ray.curate.lexicon.normal import is_letter
 from mmedpo_ray.curate.terms import mentions
 
 # Texts whose words are kept.
 _KEPT = 2048
 
-# "<5" is another word than ">5" and "5".
-_BOUND = r"(?:(?<![-=])[<>]=?(?=\d))?"
+# "<5" is another word than ">5", "-5" and "5".
+_BOUND = r"(?:(?<![-=])[<>]=?(?=-?\d))?(?:(?<![\w)\]%°.-])-(?=\d))?"
 _ASCII_WORD = re.compile(rf"{_BOUND}[a-z0-9]+(?:[./-][a-z0-9]+)*", re.IGNORECASE)
 # Thai, Lao, Myanmar, Khmer, kana, Han.
 _UNSPACED = (
@@ -76,7 +78,7 @@ def content_words(text: str) -> frozenset[str]:
         pieces += [text[position : mention.start], " ", mention.concept.name, " "]
         position = mention.end
     pieces.append(text[position:])
-    return frozenset(name for word in _spelled("".join(pieces)) if (name := folded(word)))
+    return frozenset(name for name, _ in _telling("".join(pieces)))
 
 
 @lru_cache(maxsize=_KEPT)
@@ -93,10 +95,16 @@ def terms(text: str) -> tuple[Term, ...]:
 
 
 def _terms_between(text: str, start: int, end: int) -> list[Term]:
-    placed = (
-        (folded(match.group().lower()), match.start()) for match in _word(text).finditer(text, start, end)
-    )
-    return [Term(name, place, is_concept=False) for name, place in placed if name]
+    return [Term(name, place, is_concept=False) for name, place in _telling(text, start, end)]
+
+
+def _telling(text: str, start: int = 0, end: int | None = None) -> Iterator[tuple[str, int]]:
+    """The words between two places that carry meaning, folded, each with its place."""
+    for match in _word(text).finditer(text, start, len(text) if end is None else end):
+        word = match.group().lower()
+        name = "a" if word == "a" and is_letter(text, *match.span()) else folded(word)
+        if name:
+            yield name, match.start()
 
 
 def _spelled(text: str) -> list[str]:

@@ -2,27 +2,71 @@
 
 from __future__ import annotations
 
-from mmedpo_ray.curate.lexicon import choices
+from typing import Literal
+
+from mmedpo_ray.curate import lexicon
+from mmedpo_ray.curate.lexicon import chinese, final_answer, has_han, same_characters
+from mmedpo_ray.curate.lexicon.options import chosen, stated_sentences
+from mmedpo_ray.curate.lexicon.tokens import contains, tokens
 from mmedpo_ray.evaluate.metrics.base import Answer
-from mmedpo_ray.evaluate.metrics.words import contains_words, normalise, yes_or_no
+
+Verdict = Literal["right", "wrong", "undecided"]
 
 
 def closed_correct(answer: Answer) -> bool:
-    """Whether a closed question is answered correctly, judged on whole words.
+    """Whether a closed question is answered correctly; an undecided answer is not. See :func:`verdict`."""
+    return verdict(answer) == "right"
 
-    A yes/no question is decided by the first "yes" or "no" of the answer. A choice ("left or right?") is decided by the
-    option named first. Otherwise the reference must occur as whole words.
+
+def verdict(answer: Answer) -> Verdict:
+    """Judges the decision that an answer takes, on whole words; what a thought block says does not count.
+
+    Where the reference is one of the options of the question ("CT or MRI?", "A) CT B) MRI"), the answer is right if it decides for
+    the same one, by its letter or its words. Where the reference is a yes or no (also None, Not seen, Present, 没有), the answer's
+    own yes or no decides, or what its statement means for the question. Otherwise the reference must be stated as whole words, and
+    nothing that excludes it. Two options or both words without a decision are undecided, as is an answer that takes none.
     """
-    expected = yes_or_no(answer.reference)
+    question, reference = answer.question, answer.reference
+    expected = chosen(reference, question)
     if expected is not None:
-        return yes_or_no(answer.prediction) == expected
-    prediction, reference = normalise(answer.prediction), normalise(answer.reference)
-    options = [normalise(option) for option in choices(answer.question) or ()]
-    if any(contains_words(reference, option) for option in options):
-        first = min(
-            (option for option in options if contains_words(prediction, option)),
-            key=lambda option: f" {prediction} ".index(f" {option} "),
-            default=None,
-        )
-        return first is not None and contains_words(reference, first)
-    return contains_words(prediction, reference)
+        return _compared(chosen(answer.prediction, question), expected)
+    polarity = lexicon.polarity(reference)
+    if polarity is not None:
+        stated = lexicon.implied_polarity(question, answer.prediction)
+        if stated is None and not {"yes", "no"} & set(tokens(reference)) and _states(answer):
+            # It has the very word of the reference, such as "absent".
+            return "right"
+        return _compared(stated, polarity)
+    return "right" if _states(answer) else "wrong"
+
+
+def _compared(decision: object, expected: object) -> Verdict:
+    if decision is None:
+        return "undecided"
+    return "right" if decision == expected else "wrong"
+
+
+def _states(answer: Answer) -> bool:
+    """Whether the reference stands in what the answer states, as whole words, with nothing beside it that excludes it."""
+    prediction, reference = (
+        same_characters(final_answer(answer.prediction)),
+        same_characters(answer.reference),
+    )
+    wanted, whole = tokens(reference), tokens(prediction)
+    if wanted and whole == wanted:
+        return True
+    if has_han(reference):
+        kept = "".join(tokens(chinese.without_denied(prediction)))
+        return chinese.states(kept, "".join(wanted)) and not chinese.names_opposite(kept, reference)
+    said = whole if lexicon.is_negated(reference) else tokens(" ".join(stated_sentences(prediction)))
+    if not contains(said, wanted):
+        # "The left" answers "Which lung?" as "left lung" does.
+        wanted = [token for token in wanted if token not in tokens(answer.question)]
+        if not contains(said, wanted):
+            return False
+    if len(wanted) == 1 and len(wanted[0]) == 1 and wanted[0].isalpha():
+        return not {token for token in said if len(token) == 1 and token.isalpha()} - set(wanted)
+    return not any(
+        conflict.kind == "swapped" and conflict.axis != "size"
+        for conflict in lexicon.conflicts(reference, prediction, answer.question)
+    )

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 
+from mmedpo_ray.curate.lexicon import final_answer
+from mmedpo_ray.curate.lexicon.tokens import same_text, tokens
 from mmedpo_ray.evaluate.metrics.base import Answer
-from mmedpo_ray.evaluate.metrics.words import normalise
 
 
 def exact_match(answer: Answer) -> bool:
-    """Whether both sides are equal after :func:`normalise`."""
-    return normalise(answer.prediction) == normalise(answer.reference)
+    """Whether both sides have the same :func:`~mmedpo_ray.curate.lexicon.tokens.tokens` in the same order."""
+    return same_text(final_answer(answer.prediction), answer.reference)
 
 
 def token_f1(answer: Answer) -> float:
-    """Harmonic mean of precision and recall of the words, with repetition (SQuAD); 1 where both sides are empty."""
-    prediction, reference = normalise(answer.prediction).split(), normalise(answer.reference).split()
+    """Harmonic mean of precision and recall of the tokens, with repetition (as SQuAD counts them); 1 for equal texts."""
+    text = final_answer(answer.prediction)
+    prediction, reference = tokens(text), tokens(answer.reference)
     if not prediction or not reference:
-        return float(prediction == reference)
+        return float(same_text(text, answer.reference))
     common = sum((Counter(prediction) & Counter(reference)).values())
     return 2 * common / (len(prediction) + len(reference))
