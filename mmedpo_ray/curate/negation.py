@@ -23,7 +23,6 @@ from mmedpo_ray.curate.edits import (
 from mmedpo_ray.curate.overall import CLEAR_LUNGS, WHOLE_NORMAL_WORDS
 from mmedpo_ray.curate.terms import Mention, mentions
 
-_POLARITY = re.compile(r"^(\W*)(yes|no)\b(.*)$", re.IGNORECASE | re.DOTALL)
 _DEGREE = r"(?:mild|mildly|moderate|moderately|severe|severely|minimal|slight|trace|marked|massive|extensive)"
 # What a denial leaves out: how sure, how many, how large, since when. "There is no likely a small effusion" says nothing.
 _UNDENIED = (
@@ -31,7 +30,7 @@ _UNDENIED = (
     r"some|a few|one|two|three|four|five|an?|stable|unchanged|persistent|" + _DEGREE + r"|"
     r"\d+(?:\.\d+)?(?: ?[x×] ?\d+(?:\.\d+)?)*[ -]?[mc]m)(?:,? |(?<=,)))*"
 )
-_THERE_IS = re.compile(
+THERE_IS = re.compile(
     r"\b(there (?:is|are)) (?!(?:no|not|neither|only|at|about|more|less)\b)(?:((?:now|again|also|currently) )|(still ))?"
     + _UNDENIED,
     re.IGNORECASE,
@@ -43,10 +42,7 @@ _EXPLAINED = re.compile(
     re.IGNORECASE,
 )
 _NO_LONGER_A = re.compile(r"\b(there (?:is|are)) no longer (?=an? )", re.IGNORECASE)
-_THERE_IS_NO = re.compile(r"\b(there (?:is|are)) no ", re.IGNORECASE)
-_AUXILIARY = re.compile(
-    r"\b(is|are|was|were|does|do|has|have|appears?|shows?)\b(?! not\b)(?: no\b)?", re.IGNORECASE
-)
+THERE_IS_NO = re.compile(r"\b(there (?:is|are)) no ", re.IGNORECASE)
 # Words up to the end of a sentence; a decimal point is none.
 _LISTED = r"((?:[^.;:]|\.(?=\d))+?)(?=\.(?!\d)|[;:]|$)"
 # A denial as it stands at the beginning of a sentence, with its list, up to the sentence's end.
@@ -115,46 +111,6 @@ _OVERALL_IN_PLURAL = re.compile(r"(?:abnormalities|processes|findings|diseases)\
 _OVERALL_UNCOUNTED = re.compile(r"disease\b", re.IGNORECASE)
 
 
-# ---------------------------------------------------------------------- yes and no
-
-
-def polarity_edits(answer: str) -> Iterator[Edit]:
-    """ "Yes, there is …" → "No, there is no …", and back."""
-    if lexicon.polarity(answer) is None:
-        return
-    match = _POLARITY.match(answer)
-    if match is None:
-        return
-    lead, word, rest = match.groups()
-    if not rest.strip(" .") or rest.lstrip().startswith((",", ".", ";", ":", "-", "–")):
-        other = like(word, "no" if word.lower() == "yes" else "yes")
-        yield Edit(lead + other + _negate(rest, deny=word.lower() == "yes"), "polarity")
-
-
-def _negate(statement: str, *, deny: bool) -> str:
-    """Turns the statement after "Yes," or "No," round; the bare polarity where its grammar is not known."""
-    if not statement.strip(" ."):
-        return statement
-    if deny:
-        changed, count = _THERE_IS.subn(r"\1 no ", statement, count=1)
-        if not count:
-            changed, count = _AUXILIARY.subn(r"\1 not", statement, count=1)
-            if count and re.match(r".*\b(?:do|does|has|have|appears?|shows?) not\b", changed, re.I | re.S):
-                count = 0
-    else:
-        changed, count = _THERE_IS_NO.subn(r"\1 ", statement, count=1)
-        if not count:
-            changed, count = re.subn(
-                r"\b(is|are|was|were) not\b", r"\1", statement, count=1, flags=re.IGNORECASE
-            )
-    if count:
-        return changed
-    return "." if statement.rstrip().endswith(".") else ""
-
-
-# ---------------------------------------------------------------------- present and absent
-
-
 def negation_edits(answer: str) -> Iterator[Edit]:
     """ "There is a nodule" → "There is no nodule"; "No effusion or nodule" → "There is an effusion. No nodule"."""
     low = answer.lower()
@@ -171,7 +127,7 @@ def negation_edits(answer: str) -> Iterator[Edit]:
 
 
 def _there_is_edits(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
-    for match in _THERE_IS.finditer(answer):
+    for match in THERE_IS.finditer(answer):
         end = next((end for _, end in spans if end >= match.end()), len(answer))
         # "but" ends a span and still belongs to the sentence.
         if _EXPLAINED.search(answer, match.end(), end + len("but ")) or not answer[match.end() : end].strip():
@@ -342,6 +298,16 @@ def _turned(sentence: str, *, alone: bool, found: int) -> Iterator[str]:
     absence = _ABSENCE_OF.search(sentence)
     if absence:
         yield sentence[: absence.start()] + like(absence.group(1), "presence") + sentence[absence.end() :]
+
+
+def bare_denial_edits(answer: str) -> Iterator[Edit]:
+    """ "Multiple rib fractures" → "No rib fractures": an answer that names findings and says nothing else."""
+    spans = [span for span in lexicon.sentence_spans(answer) if answer[slice(*span)].strip()]
+    if len(spans) != 1 or lexicon.is_negated(answer) or not _findings(answer) or _VERB.search(answer):
+        return
+    said = uncapitalise(answer.strip())
+    denied = said[_asserted_end(said) :].replace(" and ", " or ")
+    yield Edit(like(answer.strip()[0], "no") + " " + denied, "negation")
 
 
 def _asserted_end(said: str) -> int:

@@ -763,7 +763,7 @@ PLAUSIBLE = frozenset(
         ("Degenerative changes of the thoracic spine.", {None}),
         ("Tortuous thoracic aorta.", {None}),
         ("The gray-white matter differentiation is preserved.", {None}),
-        ("Compression fracture of the lumbar spine.", {None}),
+        ("Compression fracture of the lumbar spine.", {"No compression fracture of the lumbar spine."}),
         (
             "Stable 4 mm pulmonary nodule in the right middle lobe.",
             {f"Stable 4 mm pulmonary nodule in the right {zone} lobe." for zone in ("upper", "lower")},
