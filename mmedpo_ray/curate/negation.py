@@ -94,6 +94,15 @@ _ADJECTIVE = re.compile(
     r"(?:\w{2,}al|\w{3,}ar|\w{2,}ic|\w{2,}ary|\w{2,}ous|left|right|upper|lower|acute|chronic|large|small)$",
     re.IGNORECASE,
 )
+# What is no description of a finding: "in the mass", "causing obstruction".
+_NO_DESCRIPTION = re.compile(
+    r"\b(?:in|on|at|of|with|by|for|from|to|as|because|the|this|that|these|those|its?|both|some|other|than)\b|^\W*\w{3,}ing\b",
+    re.IGNORECASE,
+)
+_SOMEONE = re.compile(
+    r"\b(?:m[ae]n|wom[ae]n|patients?|females?|males?|child|infant|boy|girl|his|her|he|she)\b", re.IGNORECASE
+)
+_CAPITAL_WORD = re.compile(r"\b[A-Z]\w*")
 # "The lungs are clear" leaves room for what lies outside of them.
 _OUTSIDE_THE_LUNGS = frozenset({"pleural effusion", "pneumothorax", "pneumoperitoneum", "rib fracture"})
 _CLEAR = re.compile(r"\b(?:clear|normal|unremarkable)\b", re.IGNORECASE)
@@ -303,9 +312,13 @@ def _turned(sentence: str, *, alone: bool, found: int) -> Iterator[str]:
 def bare_denial_edits(answer: str) -> Iterator[Edit]:
     """ "Multiple rib fractures" → "No rib fractures": an answer that names findings and says nothing else."""
     spans = [span for span in lexicon.sentence_spans(answer) if answer[slice(*span)].strip()]
-    if len(spans) != 1 or lexicon.is_negated(answer) or not _findings(answer) or _VERB.search(answer):
+    named = _findings(answer)
+    if len(spans) != 1 or lexicon.is_negated(answer) or not named or _VERB.search(answer):
         return
-    said = uncapitalise(answer.strip())
+    if _NO_DESCRIPTION.search(answer, 0, named[0].start) or _SOMEONE.search(answer):
+        return
+    said = answer.strip()
+    said = said if _CAPITAL_WORD.search(said, 1) else uncapitalise(said)
     denied = said[_asserted_end(said) :].replace(" and ", " or ")
     yield Edit(like(answer.strip()[0], "no") + " " + denied, "negation")
 

@@ -34,7 +34,10 @@ _TABLE: dict[str, tuple[str, str]] = {
         "",
     ),
     "upper|lower|superior|inferior": ("", " than"),
-    "top": ("on", r"[ -](?:normal|priority|speed|level|\d+)"),
+    "top": (
+        "",
+        r"[ -](?:normal|priority|speed|level|\d+)|(?<=\bon top)(?! of (?:the|this) (?:image|picture|scan|lung|heart))",
+    ),
     "base": (
         "skull|cranial|tongue",
         " (?:excess|deficit|pairs?|rate)|-pairs?| of (?:the )?(?:skull|tongue|thumb|(?:\\w+ )?(?:metatarsal|metacarpal|phalanx|finger|toe))",

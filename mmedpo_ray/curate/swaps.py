@@ -87,7 +87,8 @@ _NAMES: dict[Axis, re.Pattern[str]] = {
         re.IGNORECASE,
     ),
 }
-_ANGLE_BEFORE = re.compile(r"\bangles? (?:\w+ )?$", re.IGNORECASE)
+# "The angle is acute", "acute on chronic".
+_NO_ACUITY = re.compile(r"\b(?:angles? (?:\w+ )?|on )$", re.IGNORECASE)
 _PRONOUN = re.compile(r"\b(?:he|she|his|her|hers|him|himself|herself)\b", re.IGNORECASE)
 # "normal limits", "normal variant": no state. "mildly enlarged": nothing is mildly normal. "limits of normal" neither.
 _STATE_OF_A_NAME = re.compile(
@@ -165,7 +166,7 @@ def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...
     if axis in _NAMES and _NAMES[axis].match(answer, end):
         return False
     if axis == "acuity":
-        return not _ANGLE_BEFORE.search(answer, max(0, mention.start - NEAR), mention.start)
+        return not _NO_ACUITY.search(answer, max(0, mention.start - NEAR), mention.start)
     if axis == "sex":
         # "The woman hurt his leg": other words would have to follow.
         return not _PRONOUN.search(answer)
