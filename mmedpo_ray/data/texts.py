@@ -25,7 +25,13 @@ _DESCRIPTION = re.compile(
     re.IGNORECASE,
 )
 _YES_NO_QUESTION = re.compile(
-    r"^\W*(?:is|are|was|were|does|do|did|has|have|can|could|should|will|would|any)\b", re.I
+    r"^\W*(?:is|are|was|were|does|do|did|has|have|can|could|should|will|would|any)\b"
+    r"|[吗嗎么麼][？?]?\s*$|是否|有没有|有沒有|是不是|能否",
+    re.IGNORECASE,
+)
+# "Not seen" answers "Where is the liver?", but decides nothing.
+_ASKS_FOR_WORDS = re.compile(
+    r"^\W*(?:in |on |at )?(?:where|what|which|who|whose|how|why|when)\b", re.IGNORECASE
 )
 _REPORT_WORDS = 25
 _WORDS_OF_A_BARE_CLOSED_ANSWER = 2
@@ -78,13 +84,10 @@ def infer_answer_type(question: str, answer: str) -> str:
         return "report"
     count = len(lexicon.words(answer))
     if lexicon.polarity(answer) is not None and (
-        _YES_NO_QUESTION.match(question) or count <= _WORDS_OF_A_BARE_CLOSED_ANSWER
+        _YES_NO_QUESTION.search(question)
+        or (count <= _WORDS_OF_A_BARE_CLOSED_ANSWER and not _ASKS_FOR_WORDS.match(question))
     ):
         return "closed"
-    options = lexicon.choices(question)
-    if options is not None:
-        content = lexicon.content_words(answer)
-        named = [option for option in options if lexicon.content_words(option) <= content]
-        if len(named) == 1:
-            return "closed"
+    if lexicon.chosen(answer, question) is not None:
+        return "closed"
     return "report" if count > _REPORT_WORDS else "open"
