@@ -26,14 +26,18 @@ _TABLE: dict[str, tuple[str, str]] = {
     "left|right|left-hand|right-hand": ("", _HANDED),
     "middle|mid": (
         "",
-        r"[ -](?:aged?|name|class|school|management|\d0s|(?:twen|thir|for|fif|six|seven|eigh|nine)ties)\b"
-        r"| of (?:the )?(?:night|day|week|month|year|exam\w*|study|procedure|\d{4})\b",
+        r"[ -](?:aged?|name|class|school|management|\d0s|\d{4}|jan\w*|feb\w*|mar\w*|apr\w*|may|june?|july?|aug\w*|sep\w*|oct\w*|nov\w*|dec\w*|(?:twen|thir|for|fif|six|seven|eigh|nine)ties)\b"
+        r"| of (?:the )?(?:night|day|week|month|year|exam\w*|study|procedure|therapy|treatment|chemotherapy|surgery|operation|season|"
+        r"winter|summer|conversation|meal|\d{4})\b",
     ),
     "center|centre": (
         "medical|health|cancer|trauma|tertiary|care|burn|surgery|our|another|outside|referral|stroke|imaging|transplant",
         "",
     ),
-    "upper|lower|superior|inferior": ("", " than"),
+    "upper|lower|superior|inferior": (
+        "mildly|slightly|moderately|markedly|much|somewhat|significantly|even|far|relatively|abnormally",
+        " (?:than|doses?|density|attenuation|signal|rates?|values?|numbers?|quality|incidence)| the [\\w ]+, the",
+    ),
     "top": (
         "",
         r"[ -](?:normal|priority|speed|level|\d+)|(?<=\bon top)(?! of (?:the|this) (?:image|picture|scan|lung|heart))",
@@ -55,14 +59,14 @@ _TABLE: dict[str, tuple[str, str]] = {
     "small|large|moderate": (
         "by and",
         " (?:body (?:mass|habitus|size|frame|build|weight)|numbers?|part|extent|proportion|majority|cohort|series|stud(?:y|ies)|trial|"
-        "child|children|boy|girl|meal|bore)",
+        "child|children|boy|girl|meal|bore)|(?<=\\bat large)(?! \\w)",
     ),
     "marked": ("", " (?:by|with|on|in|as|at|out|for|off)"),
     "trace": ("no|any|without|to|can|not", " (?:elements?|metals?)"),
     "massive": ("", " transfusions?"),
     "extensive": (
         "",
-        " (?:history|discussion|experience|work-?up|surgery|search|review|counsel\\w+|testing|training|use)",
+        " (?:(?:\\w+ )?history|discussion|experience|work-?up|surgery|search|review|counsel\\w+|testing|training|use)",
     ),
     "normal": ("", " (?:saline|volunteers?|controls?|subjects?|deliver\\w+|vaginal|diet)"),
     "clear": (

@@ -104,6 +104,10 @@ _DESCRIBING = re.compile(r"\s+(?:(?!(?:and|or|with|in|of|at)\b)[\w-]+ ){0,3}", r
 _SENTENCE_END = re.compile(r"[.;:\n](?:\s|$)")
 # "The opacities are bilateral": a side alone is no predicate.
 _PREDICATE = re.compile(r"\b(?:is|are|was|were|be|appears?|remains?) $", re.IGNORECASE)
+_HAS_A_SIZE = re.compile(
+    r"\s*(?:$|[.,;:]|in size|to |and |or |size|amount|volume|quantity|number|collection|hematoma|area|amounts)",
+    re.IGNORECASE,
+)
 # What has a middle beside an upper and a lower part.
 _HAS_A_MIDDLE = re.compile(
     r"\s+(?:lobes?|lobar|zones?|lungs?|thirds?|fields?|parts?|portions?|regions?|segments?|aspects?|mediastin\w+|abdom\w+|esophag\w+|"
@@ -331,10 +335,19 @@ class Slot:
             return COUNTERPARTS[low, target.name]
         if self._many and target.axis == "zone":
             return None
-        if low == "moderate" and self._graded in _GRADED:
+        if low == "middle" and self._after.startswith(" of"):
+            return "top" if target.name == "upper" else "bottom"
+        if low == "moderate" and self._is_a_degree:
             return "mild" if target.name == "small" else "severe"
         aligned = min(ALIGNED_FORMS.get(target.group, 0), len(target.forms))
         return target.forms[self._mention.form if self._mention.form < aligned else 0]
+
+    @property
+    def _is_a_degree(self) -> bool:
+        """Whether a "moderate" tells how severe something is, not how large."""
+        if self._graded is not None or self.is_whole:
+            return self._graded in _GRADED
+        return _HAS_A_SIZE.match(self._after) is None
 
     @property
     def _graded(self) -> str | None:

@@ -75,6 +75,20 @@ OTHER_SENSES = {
     "Base of the skull": "Base",
     "Regular rhythm": "Regular",
     "Mr Smith": "Mr",
+    "In mid 2019 a nodule was found.": "In mid 2019",
+    "The patient is right in the middle of chemotherapy.": "right in the middle of",
+    "The central nervous system is normal.": "central nervous",
+    "Mildly lower lung volumes": "lower lung volumes",
+    "The lower the dose, the better.": "The lower",
+    "Extensive smoking history": "Extensive smoking",
+    "Chronic smoker with cough": "Chronic",
+    "Small for gestational age": "Small for",
+    "At large": "large",
+    "Minimal change disease": "Minimal change",
+    "Normal pressure hydrocephalus": "ormal pressure hydrocephalus",
+    "Bladder cancer patient": "cancer",
+    "Male pattern baldness": "Male",
+    "Moderate quality image": "Moderate quality",
     "No. 5 rib": "No. 5",
     "Rib no. 5 is fractured.": "no. 5",
     "Rh negative": "negative",
@@ -171,6 +185,15 @@ def test_plurals_have_edits_in_good_grammar(text: str, expected: set[str]) -> No
         text.replace("Atelectasis", other) for other in ("Consolidation", "Pneumonia", "Pulmonary edema")
     }
     assert edits & expected
+
+
+def test_a_plane_named_twice_is_changed_twice() -> None:
+    edits = {
+        edit.text
+        for seed in range(9)
+        if (edit := rule_edit("Transverse Plane (axial)", "", np.random.default_rng(seed)))
+    }
+    assert edits == {"Coronal Plane (coronal)", "Sagittal Plane (sagittal)"}
 
 
 @pytest.mark.parametrize("text", ["In the ward", "A man with his arm fractured", "Because of the effusion"])
