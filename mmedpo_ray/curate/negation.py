@@ -65,6 +65,7 @@ _SEEN = (
 _PREDICATE = re.compile(rf" (?:is|are|was|were) (?:\w+ )?{_SEEN}\b.*$", re.IGNORECASE)
 _IS_SEEN = re.compile(rf"\b(is|are|was|were) (?!not\b)(?=(?:again |also )?{_SEEN}\b)", re.IGNORECASE)
 _IS_NOT_SEEN = re.compile(rf"\b(is|are|was|were) not (?={_SEEN}\b)", re.IGNORECASE)
+_NO_LONGER_SEEN = re.compile(rf"\b(is|are|was|were) no longer (?={_SEEN}\b)", re.IGNORECASE)
 _IS_ABSENT = re.compile(r"\b(is|are|was|were) absent\b", re.IGNORECASE)
 _RESOLVED = re.compile(r"\b(has|have) (?:\w+ )?resolved\b", re.IGNORECASE)
 _ABSENCE_OF = re.compile(r"\b(absence)(?= of )", re.IGNORECASE)
@@ -296,6 +297,7 @@ def _turned(sentence: str, *, alone: bool, found: int) -> Iterator[str]:
         return
     for pattern, replacement in (
         (_IS_NOT_SEEN, r"\1 "),
+        (_NO_LONGER_SEEN, r"\1 still "),
         (_IS_ABSENT, r"\1 present"),
     ):
         if len(pattern.findall(sentence)) == 1:

@@ -139,6 +139,10 @@ def test_facts_keep_their_own_side_zone_and_size() -> None:
         ("The lungs are clear.", {"lung abnormality"}),
         ("Normal chest radiograph.", {"abnormality"}),
         ("There is no pneumothorax but an effusion is seen.", {"pneumothorax"}),
+        ("The pneumothorax is no longer seen.", {"pneumothorax"}),
+        ("The effusion has resolved.", {"pleural effusion"}),
+        ("No new nodule; stable consolidation.", {"nodule"}),
+        ("Cannot exclude pneumonia.", set()),
     ],
 )
 def test_negation_has_its_scope(text: str, denied: set[str]) -> None:

@@ -176,6 +176,7 @@ def test_a_word_in_another_sense_is_no_finding(text: str) -> None:
         ("Fractures of the ribs", {"No fractures of the ribs"}),
         ("Multiple rib fractures", {"No rib fractures"}),
         ("Old infarcts and lesions", {"No old infarcts or lesions"}),
+        ("The nodules are no longer seen.", {"The nodules are still seen."}),
         ("Ring-enhancing lesions", {"No ring-enhancing lesions"}),
     ],
 )
