@@ -38,7 +38,8 @@ _MODES = {
     "1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV",
     "I", "F", "I;16", "I;16B", "I;16L",
 }  # fmt: skip
-_DEEP = ("I;16", "I;16B", "I;16L", "I", "F")
+# More than 8 bits, or floats: shown by their range.
+DEEP = ("I;16", "I;16B", "I;16L", "I", "F")
 # TIFF's tag PhotometricInterpretation.
 _PHOTOMETRIC = 262
 _WHITE_IS_ZERO = "white_is_zero"
@@ -140,6 +141,24 @@ def count_frames(data: bytes, name: str, max_bytes: int | None = None) -> int:
         return 1
 
 
+def wanted_frames(data: bytes, name: str, policy: str, max_bytes: int | None = None) -> tuple[int, ...]:
+    """The frames of a file that are wanted, from 1; none where it is one picture, or where several are refused.
+
+    Args:
+        data: the file's bytes.
+        name: what messages call it.
+        policy: refuse, first, middle or all.
+        max_bytes: as for :func:`decode`.
+
+    Raises:
+        ImageError: DICOM that cannot be read.
+    """
+    count = 1 if policy == "refuse" else count_frames(data, name, max_bytes)
+    if count == 1:
+        return ()
+    return {"first": (1,), "middle": ((count + 1) // 2,), "all": tuple(range(1, count + 1))}[policy]
+
+
 def _frames(image: Image.Image) -> int:
     return getattr(image, "n_frames", 1) if image.format in _FRAMED else 1
 
@@ -205,7 +224,7 @@ def _one_frame(image: Image.Image, index: int) -> Image.Image:
 
 def _is_white_zero(image: Image.Image) -> bool:
     """Whether a TIFF of a depth at which Pillow leaves WhiteIsZero alone says so; those of up to 8 bits it inverts itself."""
-    if image.format != "TIFF" or image.mode not in _DEEP:
+    if image.format != "TIFF" or image.mode not in DEEP:
         return False
     tags = getattr(image, "tag_v2", {})
     return image.info.get(_WHITE_IS_ZERO, tags.get(_PHOTOMETRIC) == 0)
@@ -404,7 +423,7 @@ def unreadable(uri: str, error: OSError) -> ImageError:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB as models take it: 16-bit and float images scaled by their range, alpha laid over black."""
-    if image.mode in _DEEP:
+    if image.mode in DEEP:
         pixels = finite(np.asarray(image, dtype=np.float64))
         low, high = float(pixels.min()), float(pixels.max())
         scaled = (pixels - low) * (255.0 / (high - low)) if high > low else np.zeros_like(pixels)

@@ -137,16 +137,18 @@ class AnnotationReader(Reader):
                 if self.is_done(names, split, done) or self.is_done([name], split, done):
                     continue
                 image = self.image(row, folder, checker)
+                shown = [list(self.by_frame(each, image, checker)) for each in names]
             except UnusableError as error:
                 yield self.dropped(name, split, place, error)
                 continue
             split = self.split_by_image(split, image)
-            for index, (turn_name, turn) in enumerate(zip(names, turns, strict=True)):
-                try:
-                    yield self.sample(name=turn_name, split=split, image=image, **vars(turn))
-                except UnusableError as error:
-                    error.detail = f"turn {index}" if len(turns) > 1 else error.detail
-                    yield self.dropped(turn_name, split, place, error)
+            for index, (frames, turn) in enumerate(zip(shown, turns, strict=True)):
+                for turn_name, frame in frames:
+                    try:
+                        yield self.sample(name=turn_name, split=split, image=frame, **vars(turn))
+                    except UnusableError as error:
+                        error.detail = f"turn {index}" if len(turns) > 1 else error.detail
+                        yield self.dropped(turn_name, split, place, error)
 
     def _row_name(self, row: Any, position: int) -> str:
         return row_name(row.get(self.id_key) if isinstance(row, dict) else None, position)

@@ -34,6 +34,7 @@ from mmedpo_ray.data.reader import (
     UnusableError,
     address,
     given_name,
+    usable_frames,
 )
 from mmedpo_ray.data.texts import clean, stated_answer_type
 from mmedpo_ray.errors import UserError
@@ -105,7 +106,8 @@ class HfParquetReader(Reader):
                     continue
                 image = images_of_unit.facts(row, place)
                 split = self.split_by_image(split, image)
-                yield self.sample(name=name, split=split, image=image, **self._texts(row))
+                for frame_name, frame in self.by_frame(name, image, images_of_unit.checker):
+                    yield self.sample(name=frame_name, split=split, image=frame, **self._texts(row))
             except UnusableError as error:
                 yield self.dropped(name, split, place, error)
 
@@ -248,7 +250,7 @@ class _UnitImages:
         self._data = data
         self._folder = reader.file(data.image_folder or "")
         self._raw = storage.absolute(storage.join(RunFolder(reader.config.run.folder).raw, reader.dataset))
-        self._checker = ImageChecker(data)
+        self.checker = ImageChecker(data)
         self._written: dict[str, str | UnusableError] = {}
         self._masks: dict[str, str] = {}
 
@@ -264,7 +266,7 @@ class _UnitImages:
             uri = self._write(value, sha256, place)
         else:
             uri = address(image_name(value), self._folder)
-            sha256 = self._checker.sha256(uri)
+            sha256 = self.checker.sha256(uri)
         named = row[self._columns.image_id] if self._columns.image_id is not None else None
         return ImageFacts(uri, sha256, given_name(named) or sha256, self._mask(row))
 
@@ -276,7 +278,7 @@ class _UnitImages:
         """
         value = _bytes_or_path(row[self._columns.mask]) if self._columns.mask is not None else None
         if not isinstance(value, bytes):
-            return self._checker.mask(value, self._folder)
+            return self.checker.mask(value, self._folder)
         if not value:
             return None
         sha256 = hashlib.sha256(value).hexdigest()
@@ -296,7 +298,7 @@ class _UnitImages:
         if len(data) > self._data.max_image_bytes:
             return UnusableError("image_too_large")
         try:
-            image = images.decode(data, place, self._data.max_pixels)
+            image, _ = usable_frames(data, place, self._data)
         except images.ImageError as error:
             return UnusableError(error.reason)
         return self._file(data, sha256, "dcm" if images.is_dicom(data) else (image.format or "image").lower())

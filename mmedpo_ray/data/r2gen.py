@@ -65,7 +65,7 @@ class R2GenReader(AnnotationReader):
 
     def _composite(self, uris: list[str], image_id: str, checker: ImageChecker) -> ImageFacts:
         """Writes all views of a study as one image; its name is the hash of its bytes."""
-        views = [checker.load(uri)[0] for uri in uris]
+        views = [checker.load(uri) for uri in uris]
         data = images.encode_png(side_by_side(views, self.data.max_pixels))
         sha256 = hashlib.sha256(data).hexdigest()
         folder = storage.absolute(storage.join(RunFolder(self.config.run.folder).raw, self.dataset))

@@ -10,7 +10,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
 from typing import Any, ClassVar
@@ -148,12 +148,13 @@ class Reader(ABC):
     """
 
     intended_reasons: ClassVar[tuple[str, ...]] = ()
-    counts_rows: ClassVar[bool] = True
+    counts_rows: bool = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.data = config.data
         self.dataset = config.data.name or config.data.format
+        self.counts_rows = self.counts_rows and config.data.frames != "all"
 
     @abstractmethod
     def units(self) -> Iterator[Unit]:
@@ -219,6 +220,37 @@ class Reader(ABC):
             DROP_DETAIL: f"{place}: {error.detail}" if error.detail else place,
         }
 
+    def by_frame(
+        self, name: str, image: ImageFacts, checker: ImageChecker
+    ) -> Iterator[tuple[str, ImageFacts]]:
+        """The samples that an image makes of a row: name and image, one for each frame that is wanted of its file.
+
+        The split is that of the file, so all frames are in one. A mask of several frames has one for each of the image.
+
+        Args:
+            name: of the row.
+            image: the row's.
+            checker: knows the frames of its file.
+
+        Raises:
+            UnusableError: the mask cannot be read.
+        """
+        frames = checker.frames(image.uri)
+        has_mask_frames = bool(frames and image.mask_uri and checker.frames(image.mask_uri))
+        for frame in frames:
+            mask = (
+                images.with_frame(image.mask_uri, frame)
+                if image.mask_uri and has_mask_frames
+                else image.mask_uri
+            )
+            shown = replace(image, uri=images.with_frame(image.uri, frame), mask_uri=mask)
+            if self.data.frames == "all":
+                yield f"{name}~f{frame}", replace(shown, image_id=f"{image.image_id}~f{frame}")
+            else:
+                yield name, shown
+        if not frames:
+            yield name, image
+
     def split_by_image(self, split: str | None, image: ImageFacts) -> str:
         """The split, drawn by the image's content where the source has none."""
         return split or draw_split(self.config.run.seed, image.sha256, self.data.test_share)
@@ -229,16 +261,36 @@ class Reader(ABC):
         return all(any(self.sample_id(each, name) in done for each in splits) for name in names)
 
 
+def usable_frames(data: bytes, name: str, settings: DataConfig) -> tuple[Image.Image, tuple[int, ...]]:
+    """Decodes what ``data.frames`` wants of an image file.
+
+    Args:
+        data: the file's bytes.
+        name: what messages call it.
+        settings: limits on the size, and which frames are wanted.
+
+    Returns:
+        The last image decoded, and the numbers of the frames, from 1; none where the file is one picture.
+
+    Raises:
+        ImageError: an image cannot be decoded.
+    """
+    limits: dict[str, Any] = {"max_pixels": settings.max_pixels, "max_bytes": settings.max_image_bytes}
+    wanted = images.wanted_frames(data, name, settings.frames, settings.max_image_bytes)
+    *_, last = (images.decode(data, name, frame=frame, **limits) for frame in wanted or (None,))
+    return last, wanted
+
+
 class ImageChecker:
     """Decodes images to know that they can be used, each file once in its life, which is that of a unit.
 
     Args:
-        data: its limits on the size of images.
+        data: its limits on the size of images, and which frames are wanted.
     """
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
-        self._known: dict[str, str | UnusableError] = {}
+        self._known: dict[str, tuple[str, tuple[int, ...]] | UnusableError] = {}
         self._present: dict[str, bool] = {}
         self._patience = images.Patience()
 
@@ -248,9 +300,20 @@ class ImageChecker:
         Raises:
             UnusableError: it is missing, cannot be read, or is broken or too large.
         """
+        return self._facts(uri)[0]
+
+    def frames(self, uri: str) -> tuple[int, ...]:
+        """The frames of an image file that are wanted, from 1; none where it is one picture.
+
+        Raises:
+            UnusableError: as for :meth:`sha256`.
+        """
+        return self._facts(uri)[1]
+
+    def _facts(self, uri: str) -> tuple[str, tuple[int, ...]]:
         if uri not in self._known:
             try:
-                self._known[uri] = self.load(uri)[1]
+                self._known[uri] = self._load(uri)[1:]
             except UnusableError as error:
                 self._known[uri] = error
         known = self._known[uri]
@@ -258,20 +321,26 @@ class ImageChecker:
             raise UnusableError(known.reason, known.detail, known.image_uri)
         return known
 
-    def load(self, uri: str) -> tuple[Image.Image, str]:
-        """An image in its own mode, and the SHA-256 of its file.
+    def load(self, uri: str) -> Image.Image:
+        """An image in its own mode; of a file of several frames the one that is wanted.
 
         Raises:
-            UnusableError: as for :meth:`sha256`.
+            UnusableError: as for :meth:`sha256`; or several frames are wanted.
         """
+        image, _, frames = self._load(uri)
+        if len(frames) > 1:
+            raise UnusableError("image_multi_frame", f"{uri}: {len(frames)} frames", uri)
+        return image
+
+    def _load(self, uri: str) -> tuple[Image.Image, str, tuple[int, ...]]:
         try:
             data = images.read_file(uri, self._data.max_image_bytes, self._patience.waits)
-            image = images.decode(data, uri, self._data.max_pixels)
+            image, frames = usable_frames(data, uri, self._data)
         except images.ImageError as error:
             raise _unusable(error, uri) from None
         except OSError as error:
             raise _unusable(self._patience.withheld(uri, error), uri) from None
-        return image, hashlib.sha256(data).hexdigest()
+        return image, hashlib.sha256(data).hexdigest(), frames
 
     def exists(self, uri: str) -> bool:
         """Whether there is such a file.

@@ -149,8 +149,13 @@ def _full_range(
 ) -> np.ndarray:
     """All values: as they are where 8 bits hold them, few bits spread over 8, else as uint16 from 0, scaled only if they need it."""
     values = np.nan_to_num(values, posinf=0, neginf=0)
-    inside = occurring = _occurring(stored, codes)
     padding = tags.padding()
+    is_affine = "ModalityLUTSequence" not in tags.dataset
+    if codes is not None and is_affine and padding is None:
+        # Between the extremes lies nothing that is darker or brighter, so which values occur does not matter.
+        inside = occurring = (codes >= stored.min()) & (codes <= stored.max())
+    else:
+        inside = occurring = _occurring(stored, codes)
     if padding is not None:
         # What pads the image to a rectangle is far outside the range of the rest.
         raw = stored if codes is None else codes

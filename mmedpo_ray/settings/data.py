@@ -63,6 +63,11 @@ class DataConfig(Section):
     report_instruction: str = Field(
         "Write a radiology report of this image.", description="r2gen: the question that a report answers"
     )
+    frames: Literal["refuse", "first", "middle", "all"] = Field(
+        "refuse",
+        description="image files of several frames (DICOM, TIFF pages, animations): dropped, or which frame is meant; all: a "
+        "sample each, with the frame's number in its id",
+    )
     columns: ParquetColumnsConfig = ParquetColumnsConfig()
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are dropped undecoded")
     max_image_bytes: int = Field(1_000_000_000, ge=1, description="larger image files are dropped unread")
