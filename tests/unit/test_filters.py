@@ -126,9 +126,19 @@ def test_a_letter_or_numeral_tells_two_answers_apart(chosen: str, rejected: str)
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected"), [("A mass", "mass"), ("Mass", "This is a mass."), ("the vitamin A", "Vitamin a")]
+    ("chosen", "rejected"),
+    [
+        ("A mass", "mass"),
+        ("Mass", "This is a mass."),
+        ("the vitamin A", "Vitamin a"),
+        ("5 mm", "5mm."),
+        ("5-10 mm", "５ － １０ｍｍ"),
+        ("5x4x3 cm", "5 × 4 × 3 cm"),
+        ("肝脏", "肝脏。"),
+        ("X-ray", "X\u2011ray"),
+    ],
 )
-def test_an_article_tells_nothing(chosen: str, rejected: str) -> None:
+def test_articles_spaces_and_typography_tell_nothing(chosen: str, rejected: str) -> None:
     assert problem(chosen, rejected, 4.0, "What is seen?") == "same_answer"
 
 

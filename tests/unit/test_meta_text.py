@@ -10,6 +10,12 @@ from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 
 COMMENTS = [
+    "This contrasts with the original statement of no abnormality.",
+    "in direct opposition to the original diagnosis",
+    "An effusion is seen, which is not supported by the original findings.",
+    "This contradicts the normal interpretation of the X-ray.",
+    "The nodule was not observed in the original description.",
+    "This misrepresents the original conclusion.",
     "This contradicts the original findings of clear lungs.",
     "The heart is enlarged, which contradicts the original statement.",
     "There is a large effusion. This contradicts the original description.",
@@ -61,6 +67,10 @@ COMMENTS = [
     "The interpretation of normal findings",
 ]
 ORDINARY = [
+    "This contradicts the clinical findings.",
+    "The lesion contrasts with the surrounding tissue.",
+    "The nodule was not observed on the original images.",
+    "Not identified in the original study.",
     "The clinical picture contradicts pneumonia given the normal findings.",
     "Inconsistent with pneumonia given the other findings.",
     "Inconsistent with the clinical history provided and the imaging findings.",

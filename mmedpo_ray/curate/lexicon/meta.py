@@ -96,10 +96,10 @@ _CONTRADICTS = r"(contradict(s|ed|ing|ory to|ion of|ion to)?|in contradiction (t
 _DISAGREES = (
     r"((is |are |in )?(direct |clear )?(conflict(s|ed|ing)? with|opposites? (of|to)|opposition to|contrary to|at odds with)"
     r"|(disagree(s|ing)?|incompatible|inconsistent|not (in line|consistent|compatible)) with|(not|n['’]t) (match|(align|agree|correspond) "
-    r"(with|to))|oppos(es|ing)|negat(es|ing)|revers(es|ing)|refut(es|ing)|den(ies|ying))"
+    r"(with|to))|oppos(es|ing)|contrast(s|ing) with|negat(es|ing)|misrepresent(s|ing)|misinterpret(s|ing)|revers(es|ing)|refut(es|ing)|den(ies|ying))"
 )
 _DIFFERS = r"((differ(s|ing)?|different|deviat(es|ing)) from|unlike|despite|rather than|instead of|in contrast to|as opposed to)"
-_IS_TOLD = r"(mentioned|stated|described|noted|specified|indicated|listed|included|present|found|given|reported|said|written|seen)"
+_IS_TOLD = r"(supported|observed|identified|documented|evident|mentioned|stated|described|noted|specified|indicated|listed|included|present|found|given|reported|said|written|seen)"
 _FIRST_SENTENCE = r"\A[^.!?\n]*"
 
 _I = ("i ", "i'", "i’", "im ")
@@ -206,7 +206,9 @@ _SOURCE_RULES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("contradict",),
         rf"\b{_COUNTERS} ({_THE} )?(initial {_FEW_WORDS}({_REPORTED}|{_DIAGNOSED})|(statement|description|caption|sentence|assertion|claim)s?|"
-        r"([\w-]+ )?findings? (of|that))\b",
+        r"([\w-]+ )?findings? (of|that)"
+        r"|(normal|clear|negative|unremarkable|stated|described|actual|true|correct) ([\w-]+ ){0,2}"
+        r"(findings?|interpretation|impression|report|diagnosis|conclusion))\b",
     ),
     (
         ("contradict",),
@@ -216,7 +218,7 @@ _SOURCE_RULES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("original", "given", "provided", "reference", "ground"),
         rf"\b{_DISAGREES} {_FEW_WORDS}{_NAMED_SOURCE} {_FEW_WORDS}({_TOLD}|{_REPORTED})\b"
-        rf"|\b(opposites? (of|to)|contrary to|conflict(s|ed|ing)? with) ({_THE} )?{_SOURCE} {_FEW_WORDS}{_DIAGNOSED}\b"
+        rf"|\b(opposites? (of|to)|opposition to|oppos(es|ing)|contrary to|(conflict|contrast)(s|ed|ing)? with) ({_THE} )?{_SOURCE} {_FEW_WORDS}{_DIAGNOSED}\b"
         rf"|\b{_DIFFERS} ({_THE} )?{_SOURCE} {_FEW_WORDS}{_TOLD}\b"
         rf"|\b({_IS_TOLD} (\w+ )?|mention [^.;!?\n]* )(in|by|from) {_THE} {_SOURCE} {_FEW_WORDS}{_TOLD}\b"
         rf"|\bthe {_SOURCE} {_FEW_WORDS}{_TOLD} (\w+ )?(states?|says?|mentions?|indicates?|suggests?|describes?|claims?|concludes?|reads?)\b"
