@@ -13,7 +13,7 @@ import struct
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -157,6 +157,42 @@ def wanted_frames(data: bytes, name: str, policy: str, max_bytes: int | None = N
     if count == 1:
         return ()
     return {"first": (1,), "middle": ((count + 1) // 2,), "all": tuple(range(1, count + 1))}[policy]
+
+
+class ImageLimits(Protocol):
+    """What a caller wants of image files, such as the settings of ingest.
+
+    Attributes:
+        max_pixels: larger images are not decoded.
+        max_image_bytes: deflated DICOM that inflates to more is refused.
+        frames: refuse, first, middle or all.
+    """
+
+    max_pixels: int
+    max_image_bytes: int
+    frames: Literal["refuse", "first", "middle", "all"]
+
+
+def decode_wanted(data: bytes, name: str, limits: ImageLimits) -> tuple[Image.Image, tuple[int, ...]]:
+    """Decodes what is wanted of an image file.
+
+    Args:
+        data: the file's bytes.
+        name: what messages call it.
+        limits: on the size, and which frames are wanted.
+
+    Returns:
+        The last image decoded, and the numbers of the frames, from 1; none where the file is one picture.
+
+    Raises:
+        ImageError: an image cannot be decoded.
+    """
+    wanted = wanted_frames(data, name, limits.frames, limits.max_image_bytes)
+    *_, last = (
+        decode(data, name, limits.max_pixels, frame=frame, max_bytes=limits.max_image_bytes)
+        for frame in wanted or (None,)
+    )
+    return last, wanted
 
 
 def _frames(image: Image.Image) -> int:

@@ -5,6 +5,7 @@ A file may also be JSON Lines (named .jsonl or .ndjson) wherever a JSON list is 
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 from mmedpo_ray import storage
 from mmedpo_ray.data import json_rows
+from mmedpo_ray.data.embedded_images import EmbeddedImages, embedded_bytes
 from mmedpo_ray.data.reader import (
     ROWS_PER_UNIT,
     ImageChecker,
@@ -19,7 +21,6 @@ from mmedpo_ray.data.reader import (
     Reader,
     Unit,
     UnusableError,
-    address,
     row_name,
 )
 from mmedpo_ray.data.texts import clean, storable
@@ -27,6 +28,8 @@ from mmedpo_ray.seen_ids import SeenIds
 
 # Member of a row that names its lesion mask, in every format.
 MASK_KEY = "mask"
+# Bytes of a name between two slashes, on every file system in use.
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,15 @@ class AnnotationReader(Reader):
         Raises:
             UnusableError: there is none that can be used.
         """
-        relative = image_name(row.get(self.image_key))
-        uri = address(relative, folder)
-        return ImageFacts(uri, checker.sha256(uri), relative, checker.mask(row.get(MASK_KEY), folder))
+        value = only_element(row.get(self.image_key))
+        value = value.get("path") if isinstance(value, dict) else value
+        mask = self.mask(row.get(MASK_KEY), folder, checker)
+        if isinstance(value, str) and (data := embedded_bytes(value)) is not None:
+            uri, sha256 = EmbeddedImages(self.config, self.dataset).write(data, "an image in a row")
+            return ImageFacts(uri, sha256, sha256, mask)
+        relative = image_name(value)
+        uri = self.image_address(relative, folder, checker)
+        return ImageFacts(uri, checker.sha256(uri), relative, mask)
 
     # ------------------------------------------------------------------ what all share
 
@@ -197,15 +206,33 @@ def checked_row(row: Any) -> dict[str, Any]:
     return row
 
 
-def image_name(value: Any) -> str:
-    """The file name of an image.
+def only_element(value: Any) -> Any:
+    """The element of a list of one; what is no list is returned as it is.
 
     Raises:
-        UnusableError: there is none.
+        UnusableError: the list has several.
     """
+    if not isinstance(value, list):
+        return value
+    if len(value) > 1:
+        raise UnusableError("several_images", f"{len(value)} images for one question")
+    return value[0] if value else None
+
+
+def image_name(value: Any) -> str:
+    """The file name of an image; of a list of one that of its element.
+
+    Raises:
+        UnusableError: there is none, or several.
+    """
+    value = only_element(value)
+    value = value.get("path") if isinstance(value, dict) else value
     if not isinstance(value, str) or not value.strip():
         raise UnusableError("no_image_name")
-    return storable(value).strip()
+    name = storable(value).strip()
+    if max(map(len, re.split(r"[/\\]", name))) > _LONGEST_NAME:
+        raise UnusableError("no_image_name", f"{len(name)} characters, more than a file's name has")
+    return name
 
 
 def talk(row: dict[str, Any]) -> Any:

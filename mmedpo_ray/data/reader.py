@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
 from typing import Any, ClassVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from uuid import UUID
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from mmedpo_ray import images, storage
 from mmedpo_ray.config import Config, DataConfig
 from mmedpo_ray.data.json_rows import read_json_list
 from mmedpo_ray.data.texts import clean, infer_answer_type, storable, text_problem
+from mmedpo_ray.data.unusable import UnusableError
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
 
 __all__ = [
@@ -101,22 +103,6 @@ UNITS = pa.schema(
         pa.field("repeated", pa.list_(pa.int64())),
     ]
 )
-
-
-class UnusableError(Exception):
-    """A row cannot become a sample.
-
-    Args:
-        reason: short machine-readable drop reason.
-        detail: what is wrong, without patient text.
-        image_uri: the image file to blame; mending it makes the row worth another try.
-    """
-
-    def __init__(self, reason: str, detail: str = "", image_uri: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-        self.image_uri = image_uri
 
 
 @dataclass(frozen=True)
@@ -220,6 +206,42 @@ class Reader(ABC):
             DROP_DETAIL: f"{place}: {error.detail}" if error.detail else place,
         }
 
+    def image_address(self, name: str, folder: str, checker: ImageChecker) -> str:
+        """Address of the image that a row names; backslashes are read as Windows means them where there is no such file.
+
+        Raises:
+            UnusableError: ``outside_root``: the name climbs out of the data set.
+        """
+        uri = self._inside(name, folder)
+        if "\\" in name and not checker.exists(uri):
+            return self._inside(name.replace("\\", "/"), folder)
+        return uri
+
+    def mask(self, name: Any, folder: str, checker: ImageChecker) -> str | None:
+        """Address of the lesion mask that a row names; None where it names none or there is no such file.
+
+        Args:
+            name: what stands in the row, of any type.
+            folder: of the images, which the name is relative to.
+            checker: knows what files there are.
+
+        Raises:
+            UnusableError: the store does not say, or ``outside_root``.
+        """
+        if not isinstance(name, str) or not name.strip():
+            return None
+        uri = self.image_address(storable(name).strip(), folder, checker)
+        return uri if checker.exists(uri) else None
+
+    def _inside(self, name: str, folder: str) -> str:
+        """The address of a name relative to a folder, which must not lead out of the data set; absolute names are as they are."""
+        uri = address(name, folder)
+        if ".." in name.split("/") and "://" not in name and not name.startswith("/"):
+            homes = (folder, storage.absolute(self.data.root or "."))
+            if not any(_lies_in(uri, home) for home in homes):
+                raise UnusableError("outside_root", "the name of its image leads out of the data set")
+        return uri
+
     def by_frame(
         self, name: str, image: ImageFacts, checker: ImageChecker
     ) -> Iterator[tuple[str, ImageFacts]]:
@@ -259,26 +281,6 @@ class Reader(ABC):
         """Whether the rows of these names were all written before, whichever split was drawn for them."""
         splits = (split,) if split else ("train", "test")
         return all(any(self.sample_id(each, name) in done for each in splits) for name in names)
-
-
-def usable_frames(data: bytes, name: str, settings: DataConfig) -> tuple[Image.Image, tuple[int, ...]]:
-    """Decodes what ``data.frames`` wants of an image file.
-
-    Args:
-        data: the file's bytes.
-        name: what messages call it.
-        settings: limits on the size, and which frames are wanted.
-
-    Returns:
-        The last image decoded, and the numbers of the frames, from 1; none where the file is one picture.
-
-    Raises:
-        ImageError: an image cannot be decoded.
-    """
-    limits: dict[str, Any] = {"max_pixels": settings.max_pixels, "max_bytes": settings.max_image_bytes}
-    wanted = images.wanted_frames(data, name, settings.frames, settings.max_image_bytes)
-    *_, last = (images.decode(data, name, frame=frame, **limits) for frame in wanted or (None,))
-    return last, wanted
 
 
 class ImageChecker:
@@ -335,7 +337,7 @@ class ImageChecker:
     def _load(self, uri: str) -> tuple[Image.Image, str, tuple[int, ...]]:
         try:
             data = images.read_file(uri, self._data.max_image_bytes, self._patience.waits)
-            image, frames = usable_frames(data, uri, self._data)
+            image, frames = images.decode_wanted(data, uri, self._data)
         except images.ImageError as error:
             raise _unusable(error, uri) from None
         except OSError as error:
@@ -355,21 +357,6 @@ class ImageChecker:
                 raise _unusable(self._patience.withheld(uri, error), uri) from None
         return self._present[uri]
 
-    def mask(self, name: Any, folder: str) -> str | None:
-        """Address of the lesion mask that a row names; None where it names none or there is no such file.
-
-        Args:
-            name: what stands in the row, of any type.
-            folder: of the images, which the name is relative to.
-
-        Raises:
-            UnusableError: the store does not say.
-        """
-        if not isinstance(name, str) or not name.strip():
-            return None
-        uri = address(storable(name).strip(), folder)
-        return uri if self.exists(uri) else None
-
 
 def _unusable(error: images.ImageError, uri: str) -> UnusableError:
     return UnusableError(error.reason, error.detail, uri)
@@ -380,6 +367,12 @@ def address(name: str, folder: str) -> str:
     if "://" in folder and "://" not in name:
         return storage.join(folder, quote(name, errors="replace"))
     return storage.absolute(name, folder)
+
+
+def _lies_in(uri: str, folder: str) -> bool:
+    """Whether an address is below a folder once its ".." are followed."""
+    path, home = (posixpath.normpath(unquote(each.split("://", 1)[-1])) for each in (uri, folder))
+    return path.startswith(home.rstrip("/") + "/")
 
 
 def given_name(given: Any) -> str | None:
