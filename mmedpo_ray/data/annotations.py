@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mmedpo_ray import storage
 from mmedpo_ray.data import json_rows
-from mmedpo_ray.data.embedded_images import EmbeddedImages, embedded_bytes
+from mmedpo_ray.data.embedded_images import EmbeddedImages, bytes_or_name, only_element
 from mmedpo_ray.data.reader import (
     ROWS_PER_UNIT,
     ImageChecker,
@@ -99,22 +99,37 @@ class AnnotationReader(Reader):
         Raises:
             UnusableError: there is none that can be used.
         """
-        value = only_element(row.get(self.image_key))
-        value = value.get("path") if isinstance(value, dict) else value
         mask = self.mask(row.get(MASK_KEY), folder, checker)
-        if isinstance(value, str) and (data := embedded_bytes(value)) is not None:
-            uri, sha256 = EmbeddedImages(self.config, self.dataset).write(data, "an image in a row")
-            return ImageFacts(uri, sha256, sha256, mask)
+        return replace(self.found_image(self.image_value(row), folder, checker), mask_uri=mask)
+
+    def image_value(self, row: dict[str, Any]) -> Any:
+        """What names or holds the image of a row.
+
+        Raises:
+            UnusableError: the row is malformed.
+        """
+        return row.get(self.image_key)
+
+    def found_image(self, value: Any, folder: str, checker: ImageChecker) -> ImageFacts:
+        """The image that a row names, or holds as bytes or base64.
+
+        Raises:
+            UnusableError: there is none that can be used.
+        """
+        value = bytes_or_name(value)
+        if isinstance(value, bytes):
+            uri, sha256 = EmbeddedImages(self.config, self.dataset).write(value, "an image in a row")
+            return ImageFacts(uri, sha256, sha256)
         relative = image_name(value)
         uri = self.image_address(relative, folder, checker)
-        return ImageFacts(uri, checker.sha256(uri), relative, mask)
+        return ImageFacts(uri, checker.sha256(uri), relative)
 
     # ------------------------------------------------------------------ what all share
 
     def units(self) -> Iterator[Unit]:
         seen: dict[str | None, SeenIds] = {}
         for file, file_split in self.files():
-            for run in json_rows.scan(self.file(file), self._layout(file), ROWS_PER_UNIT):
+            for run in json_rows.scan(self.file(file), self._layout(file), ROWS_PER_UNIT, self.id_key):
                 split = file_split if run.section is None else self._split_of_section(run.section)
                 names = [self._row_name(row, position) for position, row in enumerate(run.rows, run.position)]
                 repeated = seen.setdefault(split, SeenIds()).add(names)
@@ -204,19 +219,6 @@ def checked_row(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UnusableError("not_an_object", f"a {type(row).__name__}")
     return row
-
-
-def only_element(value: Any) -> Any:
-    """The element of a list of one; what is no list is returned as it is.
-
-    Raises:
-        UnusableError: the list has several.
-    """
-    if not isinstance(value, list):
-        return value
-    if len(value) > 1:
-        raise UnusableError("several_images", f"{len(value)} images for one question")
-    return value[0] if value else None
 
 
 def image_name(value: Any) -> str:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import re
+from typing import Any
 
 from mmedpo_ray import images, storage
 from mmedpo_ray.config import Config
@@ -37,6 +38,32 @@ def embedded_bytes(text: str) -> bytes | None:
         if head is None:
             return None
     raise UnusableError("image_undecodable", "a data URL without base64")
+
+
+def only_element(value: Any) -> Any:
+    """The element of a list of one; what is no list is returned as it is.
+
+    Raises:
+        UnusableError: the list has several.
+    """
+    if not isinstance(value, list):
+        return value
+    if len(value) > 1:
+        raise UnusableError("several_images", f"{len(value)} images for one question")
+    return value[0] if value else None
+
+
+def bytes_or_name(value: Any) -> Any:
+    """What a row has in place of an image: bytes, also where they are written as text, or a name; of a list of one its element.
+
+    Raises:
+        UnusableError: a list of several, or a data URL without base64.
+    """
+    value = only_element(value)
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    embedded = embedded_bytes(value) if isinstance(value, str) else None
+    return value if embedded is None else embedded
 
 
 class EmbeddedImages:

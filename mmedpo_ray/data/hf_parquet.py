@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmedpo_ray import storage
-from mmedpo_ray.data.annotations import image_name, only_element, repeated_id
-from mmedpo_ray.data.embedded_images import EmbeddedImages, embedded_bytes
+from mmedpo_ray.data.annotations import image_name, repeated_id
+from mmedpo_ray.data.embedded_images import EmbeddedImages, bytes_or_name
 from mmedpo_ray.data.reader import (
     ROWS_PER_UNIT,
     ImageChecker,
@@ -252,7 +252,7 @@ class _UnitImages:
         Raises:
             UnusableError: it is missing, broken or too large.
         """
-        value = _bytes_or_name(row[self._columns.image])
+        value = bytes_or_name(row[self._columns.image])
         if isinstance(value, bytes):
             uri, sha256 = self._embedded.write(value, place)
         else:
@@ -267,19 +267,10 @@ class _UnitImages:
         Raises:
             UnusableError: the store does not say whether there is such a file.
         """
-        value = _bytes_or_name(row[self._columns.mask]) if self._columns.mask is not None else None
+        value = bytes_or_name(row[self._columns.mask]) if self._columns.mask is not None else None
         if isinstance(value, bytes):
             return self._embedded.write_mask(value)
         return self._reader.mask(value, self._folder, self.checker)
-
-
-def _bytes_or_name(value: Any) -> Any:
-    """What an image's column holds: bytes, also where they are written as text, or a name; of a list of one its element."""
-    value = only_element(value)
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    embedded = embedded_bytes(value) if isinstance(value, str) else None
-    return value if embedded is None else embedded
 
 
 @contextmanager

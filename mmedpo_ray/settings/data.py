@@ -40,9 +40,18 @@ class ParquetColumnsConfig(Section):
 class DataConfig(Section):
     """Raw data into `samples`."""
 
-    format: Literal["phantom", "mmedpo_json", "llava_json", "slake", "vqa_rad", "r2gen", "hf_parquet"] = (
-        "phantom"
-    )
+    format: Literal[
+        "phantom",
+        "mmedpo_json",
+        "llava_json",
+        "slake",
+        "vqa_rad",
+        "r2gen",
+        "hf_parquet",
+        "trl",
+        "llama_factory",
+        "swift",
+    ] = "phantom"
     name: str | None = Field(None, description="name of the data set in the tables; null: the format's own")
     root: str | None = Field(None, description="folder of the data set (path, s3://, gs://)")
     train_file: str | None = Field(
