@@ -26,7 +26,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "left|right|left-hand|right-hand": ("", _HANDED),
     "middle|mid": (
         "",
-        r"[ -](?:aged?|name|class|school|management|\d0s|\d{4}|jan\w*|feb\w*|mar\w*|apr\w*|may|june?|july?|aug\w*|sep\w*|oct\w*|nov\w*|dec\w*|(?:twen|thir|for|fif|six|seven|eigh|nine)ties)\b"
+        r"[ -](?:aged?|name|class|school|ground|east\w*|management|\d0s|\d{4}|jan\w*|feb\w*|mar\w*|apr\w*|may|june?|july?|aug\w*|sep\w*|oct\w*|nov\w*|dec\w*|(?:twen|thir|for|fif|six|seven|eigh|nine)ties)\b"
         r"| of (?:the )?(?:night|day|week|month|year|exam\w*|study|procedure|therapy|treatment|chemotherapy|surgery|operation|season|"
         r"winter|summer|conversation|meal|\d{4})\b",
     ),
@@ -36,14 +36,16 @@ _TABLE: dict[str, tuple[str, str]] = {
     ),
     "upper|lower|superior|inferior": (
         "mildly|slightly|moderately|markedly|much|somewhat|significantly|even|far|relatively|abnormally",
-        " (?:than|doses?|density|attenuation|signal|rates?|values?|numbers?|quality|incidence)| the [\\w ]+, the",
+        " (?:than|class|doses?|density|attenuation|signal|rates?|values?|numbers?|quality|incidence)| the [\\w ]+, the",
     ),
     "top": (
         "",
         r"[ -](?:normal|priority|speed|level|\d+)|(?<=\bon top)(?! of (?:the|this) (?:image|picture|scan|lung|heart))",
     ),
+    "bottom": ("", "[ -](?:line|up)"),
+    "central": ("", " (?:hospital|station|role|question|issue)"),
     "base": (
-        "skull|cranial|tongue",
+        "skull|cranial|tongue|data",
         " (?:excess|deficit|pairs?|rate)|-pairs?| of (?:the )?(?:skull|tongue|thumb|(?:\\w+ )?(?:metatarsal|metacarpal|phalanx|finger|toe))",
     ),
     "apical": ("", r" (?:impulse|beat|pulse|periodontitis)|[ -](?:two|three|four|[2-5])[ -]chamber"),
@@ -54,7 +56,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "mass|masses": (
         "(?<!vertebral )(?<!ciliary )(?<!carotid )body|lean|muscle|fat-free|birth|red cell|atomic|en|critical|"
         "(?:low|reduced|peak|decreased|total) bone",
-        " (?:index|indices|spectrometr\\w+|screening|casualt\\w+|gatherings?|vaccination|general hospital|of \\d+ kg)",
+        " (?:index|indices|spectrometr\\w+|screening|casualt\\w+|gatherings?|vaccination|general hospital|of \\d+ kg|of the \\w+ (?:is|was) \\d+ ?k?g)",
     ),
     "small|large|moderate": (
         "by and",
@@ -62,7 +64,7 @@ _TABLE: dict[str, tuple[str, str]] = {
         "child|children|boy|girl|meal|bore)|(?<=\\bat large)(?! \\w)",
     ),
     "marked": ("", " (?:by|with|on|in|as|at|out|for|off)"),
-    "trace": ("no|any|without|to|can|not", " (?:elements?|metals?)"),
+    "trace": ("no|any|without|to|can|not", " (?:elements?|metals?|the|its)"),
     "massive": ("", " transfusions?"),
     "extensive": (
         "",
@@ -94,14 +96,14 @@ _TABLE: dict[str, tuple[str, str]] = {
     ),
     "white|black|gray|grey|dark": (
         "",
-        "[ -](?:males?|females?|m[ae]n|wom[ae]n|patients?|persons?|people|boys?|girls?|blood|cells?|count|box|scale|stools?|urine)",
+        "[ -](?:males?|females?|m[ae]n|wom[ae]n|patients?|persons?|people|boys?|girls?|blood|cells?|count|box|scale|stools?|urine|coat|room)",
     ),
     "intermediate": ("", "[ -](?:weighted|risk|grade|care)"),
-    "solid": ("", "[ -](?:foods?|state|diet|organs?)"),
-    "linear": ("", " (?:array|regression|accelerator|probe|transducer)"),
+    "solid": ("", "[ -](?:foods?|state|diet|organs?|evidence)"),
+    "linear": ("", " (?:array|regression|accelerator|probe|transducer|relationship)"),
     "round": ("all|year|ward", " (?:the clock|trip)"),
     "regular|irregular": ("", f" (?:{_RHYTHM})"),
-    "focal": ("", " (?:length|spot)"),
+    "focal": ("", " (?:length|spot|point)"),
     "axial": ("", " (?:skeleton|load\\w*|spondylo\\w+)"),
     "pa|ap": ("", " (?:catheters?|pressures?|diameter)"),
     "pet": ("", " (?:owner|dog|bird|shop)"),
@@ -125,10 +127,15 @@ _LEFT_BEHIND = re.compile(
 )
 _WAS = re.compile(r"(?<!\w)(?:was|were|been|being|be) $")
 _WAS_LEFT = re.compile(
-    r" (?:in|on|at|with|as|for|by|to(?! right)|open|intact|unchanged|alone|behind)(?!\w)| ?(?:$|[.;])"
+    r" (?:in|on|at|with|as|for|by|across|between|under|over|inside|within|after|before|until|to(?! right)|open|intact|unchanged|alone|"
+    r"behind|blind|deaf|dead|unconscious|\w*(?:plegic|paretic)|un\w+|"
+    r"(?!(?:sided|deviated|shifted|displaced|rotated|located|lateralized|directed|based)\b)\w+ed)(?!\w)| ?(?:$|[.;])"
 )
 _HAS = re.compile(r"(?<!\w)(?:has|have|had|having) $")
-_HAS_LEFT = re.compile(r" (?:the|an?|him|her|them|his|their|for|against|home|to)(?!\w)| ?(?:$|[.;])")
+_HAS_LEFT = re.compile(
+    r" (?:the|its|only|behind|an?|him|her|them|his|their|for|against|home|to)(?!\w)| ?(?:$|[.;])"
+)
+_LEAVES = re.compile(r"(?<!\w)(?:he|she|they|who|we|i) $")
 _REMAINDER = re.compile(
     r"(?<!\w)(?:what|nothing|little|much|none|all that)(?: (?:is|was|were|remains))? $|"
     r"(?<!\w)(?:no|little|any|much) [\w-]+ $"
@@ -136,10 +143,10 @@ _REMAINDER = re.compile(
 # "Right after the injection", "the right diagnosis", "at right angles".
 _RIGHT_ALONE = re.compile(
     r" (?:away|after|before|now|then|here|through|beside|beneath|behind|underneath|next to|up to|out of|in front of|on top of|"
-    r"in the middle|(?:at|above|below|under|over) the|to (?:refuse|die|know|treat))(?!\w)"
+    r"in the middle|(?:at|above|below|under|over) the|you are)(?!\w)"
 )
 _RIGHT_THING = re.compile(
-    r" (?:answer|diagnosis|dose|time|way|direction|moment|choice|decision|patient|angles?(?! of)|angled)(?!\w)"
+    r" (?:to (?:refuse|die|know|treat\w*|privacy)|of way|answer|diagnosis|dose|time|way|direction|moment|choice|decision|patient|angles?(?! of)|angled)(?!\w)"
 )
 _ALL_RIGHT = re.compile(r"(?<!\w)(?:all|you are|that is quite) $")
 _AT_AN_END = re.compile(r" ?(?:$|[.,;!])")
@@ -177,6 +184,8 @@ def _is_a_verb(before: str, low: str, end: int) -> bool:
     for what, follows in ((_WAS, _WAS_LEFT), (_HAS, _HAS_LEFT)):
         if what.search(before) and follows.match(low, end):
             return True
+    if _LEAVES.search(before):
+        return True
     if _REMAINDER.search(before) and (low.startswith(" of", end) or _AT_AN_END.match(low, end)):
         return True
     return _LEFT_BEHIND.match(low, end) is not None
