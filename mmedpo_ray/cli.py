@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_settings(settings)
     _add_show(verbs)
+    _add_convert_pairs(verbs)
     _add_convert(verbs)
     _add_phantom(verbs)
     return parser
@@ -188,6 +189,25 @@ def _add_show(verbs: argparse._SubParsersAction) -> None:
     )
     show.add_argument("--json", action="store_true", help="print an object a line instead of words")
     _add_common(show)
+
+
+def _add_convert_pairs(verbs: argparse._SubParsersAction) -> None:
+    convert = verbs.add_parser(
+        "convert-pairs",
+        help="preference pairs → data that TRL, LLaMA-Factory or ms-swift train on",
+        description="Writes a table of pairs as another project reads it: trl (.jsonl, .json, or .parquet with the\n"
+        "pictures in it), llama-factory (with dataset_info.json beside it) or swift. Weight and score go along.\n"
+        "Pictures that other decoders would read otherwise (DICOM, 16 bits, EXIF) are written as PNG beside the\n"
+        "file. Visual pairs need swift; the others count and leave them out.",
+        epilog="example: mmedpo convert-pairs runs/mine/scored --to trl --out mine.parquet",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("table", metavar="TABLE", help="a run's pairs/ or scored/, or a Parquet file")
+    convert.add_argument(
+        "--to", required=True, choices=["trl", "llama-factory", "swift"], help="who reads it"
+    )
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    _add_common(convert)
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
@@ -290,6 +310,10 @@ def _command(arguments: argparse.Namespace) -> Callable[[], int]:
         from mmedpo_ray.show import show
 
         return lambda: show(arguments.files, arguments.out, frames=arguments.frames, as_json=arguments.json)
+    if arguments.verb == "convert-pairs":
+        from mmedpo_ray.data.convert_pairs import convert_pairs_command
+
+        return lambda: convert_pairs_command(arguments.table, arguments.to, arguments.out)
     if arguments.verb == "convert":
         from mmedpo_ray.models.convert import convert_command
 

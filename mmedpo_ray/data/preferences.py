@@ -50,16 +50,15 @@ def from_trl(row: dict[str, Any]) -> Preference:
     Raises:
         UnusableError: it is none, or has several turns.
     """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
+    chosen, rejected = (_messages(row.get(side), _ASSISTANT) for side in ("chosen", "rejected"))
     if "prompt" in row:
-        question = _question(_messages(row["prompt"], _USER))
+        prompt = _messages(row["prompt"], _USER)
     else:
-        first, second = _messages(chosen, _ASSISTANT), _messages(rejected, _ASSISTANT)
-        if first[:-1] != second[:-1]:
+        prompt, begins = chosen[:-1], rejected[:-1]
+        if prompt != begins:
             raise UnusableError("malformed_conversation", "chosen and rejected do not begin alike")
-        question, chosen, rejected = _question(first[:-1]), first[-1:], second[-1:]
-    preferred, other = (_answer(_messages(side, _ASSISTANT)) for side in (chosen, rejected))
-    return Preference(question, preferred, other, *_images(row))
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    return Preference(_question(prompt), _answer(chosen), _answer(rejected), *_images(row))
 
 
 def from_llama_factory(row: dict[str, Any]) -> Preference:
