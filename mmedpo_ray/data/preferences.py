@@ -119,6 +119,36 @@ def format_of(row: Any) -> str | None:
     return "llama_factory" if row.keys() & {"conversations", "messages", "instruction"} else "trl"
 
 
+def trimmed(row: dict[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
+    """The row with its answers trimmed, and which of chosen and rejected that changed.
+
+    Args:
+        row: one that can be read.
+        name: its format.
+    """
+    rejected = "rejected"
+    if name == "swift":
+        rejected = "rejected_response" if "rejected_response" in row else "rejected_messages"
+    found, sides = dict(row), []
+    for side, key in (("chosen", "messages" if name == "swift" else "chosen"), ("rejected", rejected)):
+        if key in row and (value := _stripped(row[key])) != row[key]:
+            found[key] = value
+            sides.append(side)
+    return found, sides
+
+
+def _stripped(value: Any) -> Any:
+    """The text of an answer trimmed, in whatever holds it: its last message, its last part."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, list) and value:
+        return [*value[:-1], _stripped(value[-1])]
+    if isinstance(value, dict):
+        key = next((each for each in ("content", "value", "text") if each in value), None)
+        return value if key is None else value | {key: _stripped(value[key])}
+    return value
+
+
 @dataclass(frozen=True)
 class _Message:
     role: str

@@ -236,3 +236,36 @@ def test_rows_of_peers_that_are_no_use(tmp_path, format_name, row, reason):
     (tmp_path / "rows.json").write_text(json.dumps([ROW | row]))
     samples, _ = read_back(tmp_path, "rows.json", format_name)
     assert samples[0]["drop_reason"] == reason
+
+
+@pytest.mark.parametrize(
+    ("target", "file"),
+    [("trl", "out.jsonl"), ("trl", "out.parquet"), ("llama-factory", "out.json"), ("swift", "out.jsonl")],
+)
+def test_the_audit_reads_and_cleans_files_of_peers(tmp_path, scored, target, file):
+    """One pair has a space before its chosen answer, one is the same on both sides."""
+    text = [row for row in scored if row["kind"] == "text"]
+    text[0]["chosen"] = f" {text[0]['chosen']}"
+    text[1]["rejected"] = text[1]["chosen"]
+    pq.write_table(tables.to_table(scored, tables.SCORED), tmp_path / "scored.parquet")
+    counts = convert_pairs(str(tmp_path / "scored.parquet"), target, tmp_path / file)
+    out = tmp_path / "audit.json"
+    command = [
+        "audit",
+        str(tmp_path / file),
+        "--out",
+        str(out),
+        "--fix",
+        str(tmp_path / "fixed"),
+        "--fail-on",
+        "never",
+    ]
+    assert main(command) == 0
+    result = json.loads(out.read_text())
+    found = {finding["check"]: finding for finding in result["findings"]}
+    assert found["equal_sides"]["count"] == 1
+    assert found["untrimmed_text"]["count"] == 1
+    (tmp_path / "fixed" / "images").mkdir()
+    samples, pairs = read_back(tmp_path / "fixed", file, TARGETS[target])
+    assert len(samples) == counts["written"] - 1
+    assert not [row for row in pairs if row.get("drop_reason")]
