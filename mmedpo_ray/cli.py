@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import io
 import os
 import re
 import signal
@@ -131,7 +133,8 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         "table",
         nargs="?",
         metavar="TABLE",
-        help="folder of Parquet files, a Parquet file, or a released MMedPO JSON; default: the run's scored/",
+        help="folder of Parquet files, a Parquet file, a released MMedPO JSON, or data of TRL, LLaMA-Factory or ms-swift; "
+        "default: the run's scored/",
     )
     parser.add_argument(
         "--samples",
@@ -389,6 +392,36 @@ def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[
     return run
 
 
+# What a terminal that knows only ASCII gets in place of the marks that messages are written with.
+_PLAIN_MARKS = {
+    "→": "->",
+    "−": "-",
+    "–": "-",
+    "×": "x",
+    "·": "*",
+    "…": "...",
+    "²": "2",
+    "±": "+-",
+    "≤": "<=",
+    "≥": ">=",
+}
+
+
+def _plain_marks(error: UnicodeError) -> tuple[str, int]:
+    """Error handler of an encoder: marks in their ASCII spelling, "?" for other letters."""
+    assert isinstance(error, UnicodeEncodeError)
+    unknown = error.object[error.start : error.end]
+    return "".join(_PLAIN_MARKS.get(letter, "?") for letter in unknown), error.end
+
+
+def _make_printable() -> None:
+    """Lets output lose a letter rather than end a command where the terminal's encoding lacks it."""
+    codecs.register_error("mmedpo_plain_marks", _plain_marks)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="mmedpo_plain_marks")
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM: like Ctrl-C, with another exit status."""
 
@@ -425,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where an audit found what it should fail on, or for an error nobody foresaw; 2 for one that the user can mend; 130
         after Ctrl-C, 143 after SIGTERM.
     """
+    _make_printable()
     with _handling(signal.SIGINT, _stop_loading):
         arguments = _parse(argv)
         from mmedpo_ray import console, errors

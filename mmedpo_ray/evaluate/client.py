@@ -18,6 +18,7 @@ import openai
 
 from mmedpo_ray.config import EvaluateConfig
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.http_client import async_client
 from mmedpo_ray.image_error import ImageError
 from mmedpo_ray.images import MAX_PIXELS, plain_bytes
 
@@ -135,6 +136,7 @@ class Endpoint:
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
             timeout=self._settings.timeout_s,
             max_retries=self._settings.retries,
+            http_client=async_client(self._base_url),
         )
 
     async def _ask_one(self, client: openai.AsyncOpenAI, question: Question) -> Reply:
