@@ -22,6 +22,14 @@ from mmedpo_ray.config import EvaluateConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.images import MAX_PIXELS, TURNED, ImageError, decode, encode_png, to_rgb
 
+# Why a request brought no answer that another try may bring; an image or a request that is refused stays so.
+RETRY_REASONS = (
+    "request_timeout",
+    "request_failed",
+    "empty_response",
+    *(f"http_{status}" for status in (408, 409, 425, 429, 500, 502, 503, 504)),
+)
+
 _KEPT_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg"}
 _CACHED_IMAGES = 256
 
