@@ -80,7 +80,7 @@ def judge(difference: dict[str, Any], confidence: float) -> dict[str, Call]:
     Returns:
         A call for each main metric with a known difference; official metrics and parts of others take no part.
     """
-    measured = {name: item for name, item in difference.items() if known(item) and _takes_part(name)}
+    measured = {name: item for name, item in difference.items() if known(item) and takes_part(name)}
     corrected = dict(
         zip(measured, holm([_p_value(item, confidence) for item in measured.values()]), strict=True)
     )
@@ -97,7 +97,8 @@ def _call(item: dict[str, Any], corrected: float, confidence: float) -> Call:
     return BETTER if item["value"] > 0 else WORSE
 
 
-def _takes_part(name: str) -> bool:
+def takes_part(name: str) -> bool:
+    """Whether differences of this metric are judged; those of official metrics and of parts of others are not."""
     return METRICS[name].role == "main" if name in METRICS else not name.endswith("_official")
 
 
@@ -128,30 +129,11 @@ def compare(difference: dict[str, Any], *, other: str, other_is: str, confidence
         return None
     order = (BETTER, WORSE, UNCORRECTED, TINY, OPEN)
     named = {call: [name for name, found in calls.items() if found == call] for call in order}
-    better, worse, open_ = named[BETTER], named[WORSE], named[OPEN]
-    whom = f"{other_is} ({other})" if other_is else other
-    tone = "mixed" if better and worse else "better" if better else "worse" if worse else "open"
-    parts = []
-    if tone == "mixed":
-        parts.append(f"Better than {whom} on {_list(better)}, worse on {_list(worse)}")
-    elif tone != "open":
-        parts.append(f"{tone.capitalize()} than {whom} on {_list(better or worse)}")
-    elif open_ == list(calls):
-        parts.append(f"No difference from {whom} is shown on any metric")
-    else:
-        parts.append(f"No difference from {whom} is shown")
-    if named[UNCORRECTED]:
-        parts.append(f"only before the correction for {len(calls)} metrics on {_list(named[UNCORRECTED])}")
-    if named[TINY]:
-        parts.append(f"on {_list(named[TINY])} no difference worth naming")
-    if open_ and len(parts) + (tone != "open") > 1:
-        parts.append(f"on {_list(open_)} no difference is shown")
-    headline = "; ".join(parts) + "."
-    correction = f"Holm's correction over {len(calls)} metrics"
+    tone = "mixed" if named[BETTER] and named[WORSE] else next((c for c in (BETTER, WORSE) if named[c]), OPEN)
     words = {
         BETTER: "Better",
         WORSE: "Worse",
-        UNCORRECTED: f"Not decided (beyond chance if looked at alone, but not after {correction})",
+        UNCORRECTED: f"Not decided (beyond chance if looked at alone, but not after Holm's correction over {len(calls)} metrics)",
         TINY: "No difference worth naming (it prints as 0.0)",
         OPEN: "Not decided",
     }
@@ -160,7 +142,27 @@ def compare(difference: dict[str, Any], *, other: str, other_is: str, confidence
         for call, names in named.items()
         if names
     ]
-    return Comparison(headline, details, tone)
+    return Comparison(_headline(named, tone, f"{other_is} ({other})" if other_is else other), details, tone)
+
+
+def _headline(named: dict[Call, list[str]], tone: str, whom: str) -> str:
+    """Every metric once, in one sentence."""
+    number = sum(len(names) for names in named.values())
+    if tone == "mixed":
+        parts = [f"Better than {whom} on {_list(named[BETTER])}, worse on {_list(named[WORSE])}"]
+    elif tone != OPEN:
+        parts = [f"{tone.capitalize()} than {whom} on {_list(named[BETTER] or named[WORSE])}"]
+    elif len(named[OPEN]) == number:
+        return f"No difference from {whom} is shown on any metric."
+    else:
+        parts = [f"No difference from {whom} is shown"]
+    if named[UNCORRECTED]:
+        parts.append(f"on {_list(named[UNCORRECTED])} only before the correction for {number} metrics")
+    if named[TINY]:
+        parts.append(f"on {_list(named[TINY])} no difference worth naming")
+    if named[OPEN] and tone != OPEN:
+        parts.append(f"on {_list(named[OPEN])} no difference is shown")
+    return "; ".join(parts) + "."
 
 
 def _figures(name: str, item: dict[str, Any], confidence: float) -> str:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mmedpo_ray.evaluate.metrics.base import Answer, Array, as_means
-from mmedpo_ray.evaluate.metrics.words import spaced
+from mmedpo_ray.evaluate.metrics.texts import prediction_text, reference_text, words
 
 _ORDERS = (1, 2, 3, 4)
 _SIGMA = 6.0
@@ -33,7 +33,7 @@ def cider(answers: Sequence[Answer], references: Sequence[str]) -> Array:
     """
     frequencies: Counter[tuple[str, ...]] = Counter()
     for reference in references:
-        frequencies.update(set(_ngrams(reference)))
+        frequencies.update(set(_ngrams(reference_text(reference))))
     log_documents = math.log(max(len(references), 1))
 
     def vectors(text: str) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
@@ -47,8 +47,8 @@ def cider(answers: Sequence[Answer], references: Sequence[str]) -> Array:
         return found, norms, sum(count for ngram, count in counts.items() if len(ngram) == 2)
 
     def score(answer: Answer) -> float:
-        said, said_norms, said_length = vectors(answer.prediction)
-        expected, expected_norms, expected_length = vectors(answer.reference)
+        said, said_norms, said_length = vectors(prediction_text(answer.prediction))
+        expected, expected_norms, expected_length = vectors(reference_text(answer.reference))
         penalty = math.exp(-((said_length - expected_length) ** 2) / (2 * _SIGMA**2))
         total = 0.0
         for order in range(len(_ORDERS)):
@@ -65,7 +65,7 @@ def cider(answers: Sequence[Answer], references: Sequence[str]) -> Array:
 
 
 def _ngrams(text: str) -> _Ngrams:
-    words = spaced(text).lower().split()
+    found = words(text)
     return Counter(
-        tuple(words[start : start + order]) for order in _ORDERS for start in range(len(words) - order + 1)
+        tuple(found[start : start + order]) for order in _ORDERS for start in range(len(found) - order + 1)
     )

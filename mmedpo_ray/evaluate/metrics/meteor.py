@@ -5,7 +5,8 @@ METEOR (Lavie and Agarwal, 2007) matches words that are equal, have one stem, or
 ``report_meteor`` is left out, and ``report_meteor_exact`` takes its place: the same formula on equal words and stems only. The two
 are different scores with different names; never compare one with the other.
 
-nltk's METEOR is no METEOR 1.5 (Java): an exact copy of m words has 1 − 0.5/m³ here, so a copy of one word has 0.5.
+nltk's METEOR is no METEOR 1.5 (Java): an exact copy of m words has 1 − 0.5/m³ here, so a copy of one word has 0.5, and synonyms are
+looked up by the stems of the words ("opac" for opacity), so most of them are not found.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from mmedpo_ray.evaluate.metrics.base import Answer, Array, UnavailableError, as_means
-from mmedpo_ray.evaluate.metrics.words import spaced
+from mmedpo_ray.evaluate.metrics.texts import prediction_text, reference_text, words
 
 
 def meteor(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
@@ -51,7 +52,7 @@ def wordnet_found() -> bool:
 
     try:
         wordnet.ensure_loaded()
-    except (LookupError, OSError):
+    except Exception:  # A LookupError where there is none; a damaged copy raises anything.
         return False
     return True
 
@@ -70,8 +71,8 @@ def _scores(answers: Sequence[Answer], wordnet: Any) -> Array:
     return as_means(
         [
             single_meteor_score(
-                spaced(answer.reference).split(),
-                spaced(answer.prediction).split(),
+                words(reference_text(answer.reference)),
+                words(prediction_text(answer.prediction)),
                 stemmer=stemmer,
                 wordnet=wordnet,
             )

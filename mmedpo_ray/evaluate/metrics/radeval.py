@@ -8,7 +8,7 @@ Each needs weights from the Hugging Face hub: in its cache, or downloaded on fir
 or package are missing is left out and said to be. The models read English chest reports; they have no meaning for other texts.
 
 RadEval's own adapters are not used, for three reasons found in 2.2.1: they ask for CUDA where there is none, they give the CheXbert score of a
-whole set only, and RaTEScore gives an empty answer 0.5. Empty answers score 0 here.
+whole set only, and in RaTEScore an empty or very short answer shifts the pairs of all later ones. Empty answers score 0 here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def radgraph(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
     Raises:
         UnavailableError: RadEval or the weights are missing.
     """
-    scorer = _load("RadGraph F1", "StanfordAIMI/RRG_scorers (radgraph-xl.tar.gz) and its BERT", _radgraph)
+    scorer = _load(
+        "RadGraph F1", "radgraph", "StanfordAIMI/RRG_scorers (radgraph-xl.tar.gz) and its BERT", _radgraph
+    )
 
     def score(kept: list[Answer]) -> Sequence[float]:
         _, (_, partial, _), *_ = scorer(refs=[a.reference for a in kept], hyps=[a.prediction for a in kept])
@@ -60,7 +62,12 @@ def chexbert(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
     Raises:
         UnavailableError: RadEval or the weights are missing.
     """
-    scorer = _load("CheXbert F1", "StanfordAIMI/RRG_scorers (chexbert.pth) and bert-base-uncased", _chexbert)
+    scorer = _load(
+        "CheXbert F1",
+        "f1chexbert.f1chexbert",
+        "StanfordAIMI/RRG_scorers (chexbert.pth) and bert-base-uncased",
+        _chexbert,
+    )
     with _quiet():
         expected = np.array(scorer.get_labels([answer.reference for answer in answers]), dtype=bool)
         said = np.array(scorer.get_labels([answer.prediction or "." for answer in answers]), dtype=bool)
@@ -91,12 +98,22 @@ def ratescore(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
     Raises:
         UnavailableError: RadEval or the weights are missing.
     """
-    scorer = _load("RaTEScore", "Angelakeke/RaTE-NER-Deberta and FremyCompany/BioLORD-2023-C", _ratescore)
+    scorer = _load(
+        "RaTEScore",
+        "RaTEScore.scorer",
+        "Angelakeke/RaTE-NER-Deberta and FremyCompany/BioLORD-2023-C",
+        _ratescore,
+    )
 
-    def score(kept: list[Answer]) -> Sequence[float]:
-        return scorer.compute_score([a.prediction for a in kept], [a.reference for a in kept])[0]
+    def score(answer: Answer) -> float:
+        # One pair a call: RadEval 2.2.1 leaves out texts without a sentence of three characters, and all later pairs shift.
+        try:
+            found = scorer.compute_score([answer.prediction], [answer.reference])[0]
+        except IndexError:
+            found = []
+        return float(found[0]) if len(found) == 1 else 0.0
 
-    return _scored(answers, score)
+    return _scored(answers, lambda kept: [score(answer) for answer in kept])
 
 
 def _scored(answers: Sequence[Answer], score: Callable[[list[Answer]], Sequence[float]]) -> Array:
@@ -112,47 +129,49 @@ def _scored(answers: Sequence[Answer], score: Callable[[list[Answer]], Sequence[
 # ---------------------------------------------------------------------- loading
 
 
-def _radgraph() -> Any:
-    # RadEval 2.2.1 imports parts of its RadGraph by the name RadEval, which only a file system that ignores case knows.
-    import radeval
-
-    sys.modules.setdefault("RadEval", radeval)
-    from radeval.metrics.radgraph import F1RadGraph
-
-    return F1RadGraph(reward_level="all", model_type="radgraph-xl")
+def _radgraph(module: Any) -> Any:
+    return module.F1RadGraph(reward_level="all", model_type="radgraph-xl")
 
 
-def _chexbert() -> Any:
-    import torch
-    from radeval.metrics.f1chexbert.f1chexbert import F1CheXbert
-
-    return F1CheXbert(device="cuda" if torch.cuda.is_available() else "cpu")
+def _chexbert(module: Any) -> Any:
+    return module.F1CheXbert(device="cuda" if module.torch.cuda.is_available() else "cpu")
 
 
-def _ratescore() -> Any:
-    from radeval.metrics.RaTEScore.scorer import RaTEScore
-
-    return RaTEScore()
+def _ratescore(module: Any) -> Any:
+    return module.RaTEScore()
 
 
 @cache
-def _load(label: str, weights: str, build: Callable[[], Any]) -> Any:
+def _load(label: str, module: str, weights: str, build: Callable[[Any], Any]) -> Any:
+    """A scorer of RadEval; kept, since its model takes long to load."""
     if installed() is None:
         # An extra that nobody asked for is not missed.
         raise UnavailableError("")
-    try:
-        with _quiet():
-            return build()
-    except ImportError as error:
-        raise UnavailableError(
-            f"{label} is left out: RadEval lacks the module {error.name}. `pip install mmedpo-ray[radeval]` installs what it needs"
-        ) from error
-    except Exception as error:
-        # RadEval raises a bare Exception where a file is missing.
-        how = "HF_HUB_OFFLINE is set and the cache lacks them" if _offline() else "they could not be loaded"
-        raise UnavailableError(
-            f"{label} is left out: it needs the weights {weights} from the Hugging Face hub, and {how} ({type(error).__name__})"
-        ) from error
+    with _quiet():
+        try:
+            # RadEval 2.2.1 imports parts of its RadGraph by the name RadEval, which only a file system that ignores case knows.
+            sys.modules.setdefault("RadEval", importlib.import_module("radeval"))
+            found = importlib.import_module(f"radeval.metrics.{module}")
+        except Exception as error:
+            # Compiled parts of another numpy raise a ValueError.
+            lacking = (
+                f"has no module {error.name}"
+                if isinstance(error, ModuleNotFoundError)
+                else type(error).__name__
+            )
+            raise UnavailableError(
+                f"{label} is left out: RadEval's {module} cannot be imported here ({lacking}); see docs/how-to/evaluate.md"
+            ) from error
+        try:
+            return build(found)
+        except Exception as error:
+            # RadEval raises a bare Exception where a file is missing.
+            why = (
+                "the cache lacks them and HF_HUB_OFFLINE is set" if _offline() else "they could not be loaded"
+            )
+            raise UnavailableError(
+                f"{label} is left out: it needs the weights {weights} from the Hugging Face hub, and {why} ({type(error).__name__})"
+            ) from error
 
 
 def _offline() -> bool:

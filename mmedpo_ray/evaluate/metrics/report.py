@@ -10,16 +10,16 @@ import numpy as np
 from mmedpo_ray.curate.lexicon import facts
 from mmedpo_ray.curate.lexicon.normal import HAN
 from mmedpo_ray.evaluate.metrics.base import Answer, Array, is_empty
-from mmedpo_ray.evaluate.metrics.words import spaced
+from mmedpo_ray.evaluate.metrics.texts import prediction_text, reference_text
 
 BLEU_ORDER = 4
 
 
 def bleu_statistics(answer: Answer) -> Array:
     """n-gram matches and totals of orders 1–4 and both lengths, (10,), as sacrebleu counts them (tokenizer 13a, lower case)."""
-    bleu = _bleu_scorer()
+    said, expected = prediction_text(answer.prediction), reference_text(answer.reference)
     # The sufficient statistics are not part of sacrebleu's public interface; a test compares the result with its own.
-    statistics = bleu._extract_corpus_statistics([spaced(answer.prediction)], [[spaced(answer.reference)]])[0]
+    statistics = _bleu_scorer()._extract_corpus_statistics([said], [[expected]])[0]
     length, reference_length, *counts = statistics
     return np.array([*counts, length, reference_length], dtype=np.float64)
 
@@ -39,7 +39,7 @@ def bleu_value(sums: Array) -> Array:
 
 def rouge_l(answer: Answer) -> float:
     """F-measure of the longest common subsequence of words, as rouge-score computes it without stemming."""
-    score = _rouge_scorer().score(spaced(answer.reference), spaced(answer.prediction))
+    score = _rouge_scorer().score(reference_text(answer.reference), prediction_text(answer.prediction))
     return float(score["rougeL"].fmeasure)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from mmedpo_ray.evaluate.metrics.base import Answer
-from mmedpo_ray.evaluate.metrics.words import spaced
+from mmedpo_ray.evaluate.metrics.texts import prediction_text, reference_text, words
 
 ORDERS = (1, 2, 3, 4)
 _WEIGHTS = [tuple([1 / order] * order) for order in ORDERS]
@@ -37,7 +37,7 @@ def mean_sentence_bleu(answer: Answer) -> float:
 def _scores(reference: str, prediction: str) -> tuple[float, ...]:
     from nltk.translate import bleu_score
 
-    expected, said = spaced(reference).lower().split(), spaced(prediction).lower().split()
+    expected, said = words(reference_text(reference)), words(prediction_text(prediction))
     with warnings.catch_warnings():
         # It warns of every answer without a common n-gram, whose score is 0.
         warnings.simplefilter("ignore")
