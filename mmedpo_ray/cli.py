@@ -97,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         "action", choices=["show", "validate"], help="show: print every setting; validate: only check"
     )
     _add_settings(settings)
+    _add_show(verbs)
     _add_convert(verbs)
     _add_phantom(verbs)
     return parser
@@ -205,6 +206,28 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own log lines too")
 
 
+def _add_show(verbs: argparse._SubParsersAction) -> None:
+    show = verbs.add_parser(
+        "show",
+        help="image files → PNG as the models will see them, and how each was made",
+        description="Writes what the models will see of image files (PNG, JPEG, TIFF, DICOM, …) as 8-bit RGB PNG, named\n"
+        "after the file's stem, and prints in a line how it was made: decoder, rescale, window or table, inversion,\n"
+        "padding, palette, EXIF. Exit status 2 if a file cannot be used; its line has the reason.",
+        epilog="example: mmedpo show study/*.dcm --out shown --frames middle",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    show.add_argument("files", nargs="+", metavar="FILE", help="image file (path, s3://, gs://)")
+    show.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the PNG files")
+    show.add_argument(
+        "--frames",
+        choices=["refuse", "first", "middle", "all"],
+        default="refuse",
+        help="of files with several frames, as data.frames (default refuse)",
+    )
+    show.add_argument("--json", action="store_true", help="print an object a line instead of words")
+    _add_common(show)
+
+
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
     convert = verbs.add_parser(
         "convert",
@@ -305,6 +328,10 @@ def _command(arguments: argparse.Namespace) -> Callable[[], int]:
         from mmedpo_ray.models.phantom import build_command
 
         return _always_zero(build_command, arguments.out, seed=arguments.seed)
+    if arguments.verb == "show":
+        from mmedpo_ray.show import show
+
+        return lambda: show(arguments.files, arguments.out, frames=arguments.frames, as_json=arguments.json)
     if arguments.verb == "convert":
         from mmedpo_ray.models.convert import convert_command
 

@@ -145,7 +145,8 @@ class Config(Section):
                 f"data.root={self.data.root} would be ignored with data.format=phantom, which makes its own images: set "
                 f"data.format (--format) to that of your data ({', '.join(formats)}), or data.root=null for phantoms"
             )
-        if self.data.format in ("mmedpo_json", "llava_json") and self.data.train_file is None:
+        brings_pairs = self.data.format in ("mmedpo_json", "trl", "llama_factory", "swift")
+        if (brings_pairs or self.data.format == "llava_json") and self.data.train_file is None:
             raise ValueError(f"data.train_file is required with data.format={self.data.format}")
         visual = self.curate.visual
         if visual.tool == "medklip" and visual.medklip.checkpoint is None:
@@ -160,8 +161,10 @@ class Config(Section):
             raise ValueError(
                 "curate.text.method and curate.visual.tool are both none: there would be no pair"
             )
-        if self.curate.text.method == "released" and self.data.format != "mmedpo_json":
-            raise ValueError("curate.text.method=released needs data.format=mmedpo_json")
+        if self.curate.text.method == "released" and not brings_pairs:
+            raise ValueError(
+                "curate.text.method=released needs data that bring pairs: data.format=mmedpo_json, trl, llama_factory or swift"
+            )
         if self.align.loss in ("cdpo", "robust") and self.align.label_smoothing == 0:
             raise ValueError(
                 f"align.loss={self.align.loss} needs align.label_smoothing > 0; at 0 it is sigmoid"

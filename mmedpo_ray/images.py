@@ -1,20 +1,26 @@
-"""Reading and writing image files: every mode in, DICOM too, nothing huge decoded, nothing lossy out."""
+"""Reading and writing image files: every mode in, DICOM too, nothing huge decoded, nothing lossy out.
+
+The address of one frame of several is that of its file and ``#frame=N``, from 1; whoever reads it by these functions sees the same
+picture.
+"""
 
 from __future__ import annotations
 
 import errno
 import io
+import re
 import struct
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mmedpo_ray import png, storage
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.image_error import MADE_BY, ImageError, check_frame, check_size
 
 T = TypeVar("T")
 
@@ -32,6 +38,12 @@ _MODES = {
     "1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV",
     "I", "F", "I;16", "I;16B", "I;16L",
 }  # fmt: skip
+# More than 8 bits, or floats: shown by their range.
+DEEP = ("I;16", "I;16B", "I;16L", "I", "F")
+# TIFF's tag PhotometricInterpretation.
+_PHOTOMETRIC = 262
+_WHITE_IS_ZERO = "white_is_zero"
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Formats whose further frames are pictures of their own. Those of others are previews, layers or sizes of the same picture.
 _FRAMED = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")
 # Where files of several formats keep EXIF and XMP, which may say how to turn the stored pixels.
@@ -43,41 +55,55 @@ _NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
-class ImageError(Exception):
-    """An image cannot be used; ``reason`` is the drop reason of its rows."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+_FRAME = re.compile(r"#frame=([1-9]\d*)\Z")
 
 
-def decode(data: bytes, name: str, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+def with_frame(uri: str, frame: int) -> str:
+    """The address of a frame of a file, from 1."""
+    return f"{uri}#frame={frame}"
+
+
+def file_and_frame(uri: str) -> tuple[str, int | None]:
+    """The file that an address is about, and the frame that it names, from 1, if any."""
+    found = _FRAME.search(uri)
+    return (uri[: found.start()], int(found.group(1))) if found else (uri, None)
+
+
+def decode(
+    data: bytes,
+    name: str,
+    max_pixels: int | None = MAX_PIXELS,
+    *,
+    frame: int | None = None,
+    max_bytes: int | None = None,
+) -> Image.Image:
     """Decodes a whole image in its own mode, turned as its EXIF says; DICOM as :mod:`mmedpo_ray.dicom` shows it.
 
     No EXIF or XMP is left in ``info``, so nobody turns it once more. ``info`` has ``TURNED`` where the file itself may look
-    otherwise.
+    otherwise, and says how the pixels were made (``MADE_BY``).
 
     Args:
         data: the file's bytes.
         name: what messages call it.
         max_pixels: a larger image is not decoded; None: any size is. Pillow's own limit does not count, but for uncompressed
             TIFF and MPO, which end at its double (358 million pixels).
+        frame: which of several frames, from 1; None: the file must have one.
+        max_bytes: deflated DICOM that inflates to more is refused; None: 1 GB.
 
     Raises:
-        ImageError: ``image_undecodable`` (also truncated files), ``image_too_large`` (before decoding), or
-            ``image_multi_frame`` (several pages, an animation, DICOM with several frames).
+        ImageError: ``image_undecodable`` (also truncated files), ``image_too_large`` (before decoding),
+            ``image_multi_frame`` (several pages, an animation, DICOM with several frames), or ``no_such_frame``.
     """
     if is_dicom(data):
         from mmedpo_ray import dicom  # pydicom is loaded only where there is a DICOM file
 
-        return dicom.decode(data, name, max_pixels)
+        return dicom.decode(data, name, max_pixels, frame, max_bytes)
     if data.startswith(_GZIP_MAGIC):
         raise ImageError("image_undecodable", f"{name}: compressed with gzip; unpack it first")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = _decoded(data, name, max_pixels)
+            image = _decoded(data, name, max_pixels, frame)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -91,21 +117,161 @@ def decode(data: bytes, name: str, max_pixels: int | None = MAX_PIXELS) -> Image
     return image
 
 
-def _decoded(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
-    image = _opened(data)
-    width, height = image.size
-    if max_pixels is not None and width * height > max_pixels:
-        raise ImageError("image_too_large", f"{name}: {width}×{height} pixels, limit {max_pixels}")
+def count_frames(data: bytes, name: str, max_bytes: int | None = None) -> int:
+    """How many pictures a file holds: pages, frames of an animation or of DICOM; 1 for what cannot be opened.
+
+    Args:
+        data: the file's bytes.
+        name: what messages call it.
+        max_bytes: as for :func:`decode`.
+
+    Raises:
+        ImageError: DICOM that cannot be read.
+    """
+    if is_dicom(data):
+        from mmedpo_ray import dicom
+
+        return dicom.count_frames(data, name, max_bytes)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _frames(_opened(data))
+    except Exception:
+        # Whoever decodes it says what is wrong.
+        return 1
+
+
+def wanted_frames(data: bytes, name: str, policy: str, max_bytes: int | None = None) -> tuple[int, ...]:
+    """The frames of a file that are wanted, from 1; none where it is one picture, or where several are refused.
+
+    Args:
+        data: the file's bytes.
+        name: what messages call it.
+        policy: refuse, first, middle or all.
+        max_bytes: as for :func:`decode`.
+
+    Raises:
+        ImageError: DICOM that cannot be read.
+    """
+    count = 1 if policy == "refuse" else count_frames(data, name, max_bytes)
+    if count == 1:
+        return ()
+    return {"first": (1,), "middle": ((count + 1) // 2,), "all": tuple(range(1, count + 1))}[policy]
+
+
+class ImageLimits(Protocol):
+    """What a caller wants of image files, such as the settings of ingest.
+
+    Attributes:
+        max_pixels: larger images are not decoded.
+        max_image_bytes: deflated DICOM that inflates to more is refused.
+        frames: refuse, first, middle or all.
+    """
+
+    max_pixels: int
+    max_image_bytes: int
+    frames: Literal["refuse", "first", "middle", "all"]
+
+
+def decode_wanted(data: bytes, name: str, limits: ImageLimits) -> tuple[Image.Image, tuple[int, ...]]:
+    """Decodes what is wanted of an image file.
+
+    Args:
+        data: the file's bytes.
+        name: what messages call it.
+        limits: on the size, and which frames are wanted.
+
+    Returns:
+        The last image decoded, and the numbers of the frames, from 1; none where the file is one picture.
+
+    Raises:
+        ImageError: an image cannot be decoded.
+    """
+    wanted = wanted_frames(data, name, limits.frames, limits.max_image_bytes)
+    *_, last = (
+        decode(data, name, limits.max_pixels, frame=frame, max_bytes=limits.max_image_bytes)
+        for frame in wanted or (None,)
+    )
+    return last, wanted
+
+
+def _frames(image: Image.Image) -> int:
+    return getattr(image, "n_frames", 1) if image.format in _FRAMED else 1
+
+
+def _decoded(data: bytes, name: str, max_pixels: int | None, frame: int | None) -> Image.Image:
+    try:
+        image = _opened(data)
+    except Exception:
+        if not data.startswith(_TIFF_MAGIC):
+            raise
+        return _deep_tiff(data, name, max_pixels, frame)
+    check_size(name, *image.size, max_pixels)
     if image.mode not in _MODES:
         raise ImageError("image_undecodable", f"{name}: colours as {image.mode}; convert it to RGB")
-    frames = getattr(image, "n_frames", 1) if image.format in _FRAMED else 1
+    frames = _frames(image)
+    check_frame(name, frames, frame)
+    made_by = [image.format or "image"]
     if frames > 1:
-        raise ImageError("image_multi_frame", f"{name}: {frames} frames; export the one that is meant")
-    if image.format == "PNG" and (faster := png.unpacked(data)) is not data:
+        made_by.append(f"frame {frame} of {frames}")
+        image = _one_frame(image, (frame or 1) - 1)
+        check_size(name, *image.size, max_pixels)
+    elif image.format == "PNG" and (faster := png.unpacked(data)) is not data:
         image = _opened(faster)
     image.load()
+    if _is_white_zero(image):
+        image = _inverted(image)
+        made_by.append("white is zero: inverted")
     _set_upright(image)
+    if TURNED in image.info:
+        made_by.append("turned as its EXIF says")
+    image.info[MADE_BY] = made_by
     return image
+
+
+def _deep_tiff(data: bytes, name: str, max_pixels: int | None, frame: int | None) -> Image.Image:
+    """A grey TIFF of a kind that Pillow does not know (64-bit floats, signed and white is zero), as 32-bit floats."""
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        check_frame(name, len(file.pages), frame)
+        page = file.pages[(frame or 1) - 1].aspage()
+        check_size(name, page.imagewidth, page.imagelength, max_pixels)
+        pixels = page.asarray().astype(np.float32)
+        is_white_zero = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+    image = Image.fromarray(pixels)
+    image.format, made_by = "TIFF", ["TIFF"]
+    if is_white_zero:
+        image = _inverted(image)
+        made_by.append("white is zero: inverted")
+    image.info[MADE_BY] = made_by
+    return image
+
+
+def _one_frame(image: Image.Image, index: int) -> Image.Image:
+    image.seek(index)
+    found = image.copy()
+    # A copy forgets what it was read from.
+    found.format = image.format
+    if image.format == "TIFF":
+        found.info[_WHITE_IS_ZERO] = _is_white_zero(image)
+    return found
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Whether a TIFF of a depth at which Pillow leaves WhiteIsZero alone says so; those of up to 8 bits it inverts itself."""
+    if image.format != "TIFF" or image.mode not in DEEP:
+        return False
+    tags = getattr(image, "tag_v2", {})
+    return image.info.get(_WHITE_IS_ZERO, tags.get(_PHOTOMETRIC) == 0)
+
+
+def _inverted(image: Image.Image) -> Image.Image:
+    """Bright for dark within the range of the image, in its own mode."""
+    pixels = finite(np.asarray(image))
+    turned = Image.fromarray((pixels.max() - (pixels - pixels.min())).astype(pixels.dtype))
+    turned.format, turned.info = image.format, image.info
+    return turned
 
 
 def _set_upright(image: Image.Image) -> None:
@@ -169,7 +335,7 @@ def is_dicom(data: bytes) -> bool:
 
 
 def read_file(uri: str, max_bytes: int | None = None, waits: Sequence[float] | None = None) -> bytes:
-    """The bytes of an image file. Errors of a store that may pass (throttling, time-outs) are waited out.
+    """The bytes of an image file, whole where the address names a frame. Errors of a store that may pass (throttling, time-outs) are waited out.
 
     Args:
         uri: its address.
@@ -181,7 +347,7 @@ def read_file(uri: str, max_bytes: int | None = None, waits: Sequence[float] | N
         OSError: whether it is there is not known, or it cannot be read: permission, credentials, a store that keeps failing.
     """
     try:
-        return _patiently(lambda: storage.read_bytes(uri, max_bytes), uri, waits)
+        return _patiently(lambda: storage.read_bytes(file_and_frame(uri)[0], max_bytes), uri, waits)
     except storage.FileTooLargeError as error:
         raise ImageError("image_too_large", str(error)) from None
 
@@ -193,7 +359,7 @@ def exists(uri: str, waits: Sequence[float] | None = None) -> bool:
         OSError: the store does not say.
     """
     try:
-        return _patiently(lambda: storage.exists(uri), uri, waits)
+        return _patiently(lambda: storage.exists(file_and_frame(uri)[0]), uri, waits)
     except ImageError:
         return False
 
@@ -229,10 +395,10 @@ def load_image(
     """Reads an image file in its own mode; for ``waits`` see :func:`read_file`.
 
     Raises:
-        ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large`` or ``image_multi_frame``.
+        ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large``, ``image_multi_frame`` or ``no_such_frame``.
         OSError: it cannot be read; see :func:`read_file`.
     """
-    return decode(read_file(uri, waits=waits), uri, max_pixels)
+    return decode(read_file(uri, waits=waits), uri, max_pixels, frame=file_and_frame(uri)[1])
 
 
 class Patience:
@@ -293,7 +459,7 @@ def unreadable(uri: str, error: OSError) -> ImageError:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB as models take it: 16-bit and float images scaled by their range, alpha laid over black."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+    if image.mode in DEEP:
         pixels = finite(np.asarray(image, dtype=np.float64))
         low, high = float(pixels.min()), float(pixels.max())
         scaled = (pixels - low) * (255.0 / (high - low)) if high > low else np.zeros_like(pixels)

@@ -116,7 +116,11 @@ def released_pairs(
 ) -> pa.Table:
     rows = skip(rows)
     rows = rows.filter(pc.is_in(rows["sample_id"], value_set=ray.get(train)))
-    made = (released_pair(row, settings.max_length_ratio) for row in rows.to_pylist())
+    made = (
+        # The same answer beside another image: the filters of answers have nothing to say.
+        row if row["kind"] == "visual" else released_pair(row, settings.max_length_ratio)
+        for row in rows.to_pylist()
+    )
     return tables.to_table(made, tables.with_drop_columns(tables.PAIRS))
 
 

@@ -5,13 +5,15 @@ A file may also be JSON Lines (named .jsonl or .ndjson) wherever a JSON list is 
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mmedpo_ray import storage
 from mmedpo_ray.data import json_rows
+from mmedpo_ray.data.embedded_images import EmbeddedImages, bytes_or_name, only_element
 from mmedpo_ray.data.reader import (
     ROWS_PER_UNIT,
     ImageChecker,
@@ -19,7 +21,6 @@ from mmedpo_ray.data.reader import (
     Reader,
     Unit,
     UnusableError,
-    address,
     row_name,
 )
 from mmedpo_ray.data.texts import clean, storable
@@ -27,6 +28,8 @@ from mmedpo_ray.seen_ids import SeenIds
 
 # Member of a row that names its lesion mask, in every format.
 MASK_KEY = "mask"
+# Bytes of a name between two slashes, on every file system in use.
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,37 @@ class AnnotationReader(Reader):
         Raises:
             UnusableError: there is none that can be used.
         """
-        relative = image_name(row.get(self.image_key))
-        uri = address(relative, folder)
-        return ImageFacts(uri, checker.sha256(uri), relative, checker.mask(row.get(MASK_KEY), folder))
+        mask = self.mask(row.get(MASK_KEY), folder, checker)
+        return replace(self.found_image(self.image_value(row), folder, checker), mask_uri=mask)
+
+    def image_value(self, row: dict[str, Any]) -> Any:
+        """What names or holds the image of a row.
+
+        Raises:
+            UnusableError: the row is malformed.
+        """
+        return row.get(self.image_key)
+
+    def found_image(self, value: Any, folder: str, checker: ImageChecker) -> ImageFacts:
+        """The image that a row names, or holds as bytes or base64.
+
+        Raises:
+            UnusableError: there is none that can be used.
+        """
+        value = bytes_or_name(value)
+        if isinstance(value, bytes):
+            uri, sha256 = EmbeddedImages(self.config, self.dataset).write(value, "an image in a row")
+            return ImageFacts(uri, sha256, sha256)
+        relative = image_name(value)
+        uri = self.image_address(relative, folder, checker)
+        return ImageFacts(uri, checker.sha256(uri), relative)
 
     # ------------------------------------------------------------------ what all share
 
     def units(self) -> Iterator[Unit]:
         seen: dict[str | None, SeenIds] = {}
         for file, file_split in self.files():
-            for run in json_rows.scan(self.file(file), self._layout(file), ROWS_PER_UNIT):
+            for run in json_rows.scan(self.file(file), self._layout(file), ROWS_PER_UNIT, self.id_key):
                 split = file_split if run.section is None else self._split_of_section(run.section)
                 names = [self._row_name(row, position) for position, row in enumerate(run.rows, run.position)]
                 repeated = seen.setdefault(split, SeenIds()).add(names)
@@ -137,16 +161,18 @@ class AnnotationReader(Reader):
                 if self.is_done(names, split, done) or self.is_done([name], split, done):
                     continue
                 image = self.image(row, folder, checker)
+                shown = [list(self.by_frame(each, image, checker)) for each in names]
             except UnusableError as error:
                 yield self.dropped(name, split, place, error)
                 continue
             split = self.split_by_image(split, image)
-            for index, (turn_name, turn) in enumerate(zip(names, turns, strict=True)):
-                try:
-                    yield self.sample(name=turn_name, split=split, image=image, **vars(turn))
-                except UnusableError as error:
-                    error.detail = f"turn {index}" if len(turns) > 1 else error.detail
-                    yield self.dropped(turn_name, split, place, error)
+            for index, (frames, turn) in enumerate(zip(shown, turns, strict=True)):
+                for turn_name, frame in frames:
+                    try:
+                        yield self.sample(name=turn_name, split=split, image=frame, **vars(turn))
+                    except UnusableError as error:
+                        error.detail = f"turn {index}" if len(turns) > 1 else error.detail
+                        yield self.dropped(turn_name, split, place, error)
 
     def _row_name(self, row: Any, position: int) -> str:
         return row_name(row.get(self.id_key) if isinstance(row, dict) else None, position)
@@ -196,14 +222,19 @@ def checked_row(row: Any) -> dict[str, Any]:
 
 
 def image_name(value: Any) -> str:
-    """The file name of an image.
+    """The file name of an image; of a list of one that of its element.
 
     Raises:
-        UnusableError: there is none.
+        UnusableError: there is none, or several.
     """
+    value = only_element(value)
+    value = value.get("path") if isinstance(value, dict) else value
     if not isinstance(value, str) or not value.strip():
         raise UnusableError("no_image_name")
-    return storable(value).strip()
+    name = storable(value).strip()
+    if max(map(len, re.split(r"[/\\]", name))) > _LONGEST_NAME:
+        raise UnusableError("no_image_name", f"{len(name)} characters, more than a file's name has")
+    return name
 
 
 def talk(row: dict[str, Any]) -> Any:

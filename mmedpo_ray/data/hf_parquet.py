@@ -23,8 +23,9 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmedpo_ray import images, storage
+from mmedpo_ray import storage
 from mmedpo_ray.data.annotations import image_name, repeated_id
+from mmedpo_ray.data.embedded_images import EmbeddedImages, bytes_or_name
 from mmedpo_ray.data.reader import (
     ROWS_PER_UNIT,
     ImageChecker,
@@ -32,23 +33,18 @@ from mmedpo_ray.data.reader import (
     Reader,
     Unit,
     UnusableError,
-    address,
     given_name,
 )
 from mmedpo_ray.data.texts import clean, stated_answer_type
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.seen_ids import SeenIds
 
 _FOLDERS = ("", "data")
+# The words by which the Hub's `datasets` tells the splits of files, and one more of ours: validate.
 _SPLITS = {
-    "train": "train",
-    "test": "test",
-    "validation": "validate",
-    "validate": "validate",
-    "valid": "validate",
-    "val": "validate",
-    "dev": "validate",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validate"),
 }
 _TAIL = 8
 # Rows decoded at a time: their images are in memory together.
@@ -105,7 +101,8 @@ class HfParquetReader(Reader):
                     continue
                 image = images_of_unit.facts(row, place)
                 split = self.split_by_image(split, image)
-                yield self.sample(name=name, split=split, image=image, **self._texts(row))
+                for frame_name, frame in self.by_frame(name, image, images_of_unit.checker):
+                    yield self.sample(name=frame_name, split=split, image=frame, **self._texts(row))
             except UnusableError as error:
                 yield self.dropped(name, split, place, error)
 
@@ -243,14 +240,11 @@ class _UnitImages:
     """
 
     def __init__(self, reader: HfParquetReader) -> None:
-        data = reader.data
-        self._columns = data.columns
-        self._data = data
-        self._folder = reader.file(data.image_folder or "")
-        self._raw = storage.absolute(storage.join(RunFolder(reader.config.run.folder).raw, reader.dataset))
-        self._checker = ImageChecker(data)
-        self._written: dict[str, str | UnusableError] = {}
-        self._masks: dict[str, str] = {}
+        self._columns = reader.data.columns
+        self._reader = reader
+        self._folder = reader.file(reader.data.image_folder or "")
+        self._embedded = EmbeddedImages(reader.config, reader.dataset)
+        self.checker = ImageChecker(reader.data)
 
     def facts(self, row: dict[str, Any], place: str) -> ImageFacts:
         """The image of a row as a file.
@@ -258,13 +252,12 @@ class _UnitImages:
         Raises:
             UnusableError: it is missing, broken or too large.
         """
-        value = _bytes_or_path(row[self._columns.image])
+        value = bytes_or_name(row[self._columns.image])
         if isinstance(value, bytes):
-            sha256 = hashlib.sha256(value).hexdigest()
-            uri = self._write(value, sha256, place)
+            uri, sha256 = self._embedded.write(value, place)
         else:
-            uri = address(image_name(value), self._folder)
-            sha256 = self._checker.sha256(uri)
+            uri = self._reader.image_address(image_name(value), self._folder, self.checker)
+            sha256 = self.checker.sha256(uri)
         named = row[self._columns.image_id] if self._columns.image_id is not None else None
         return ImageFacts(uri, sha256, given_name(named) or sha256, self._mask(row))
 
@@ -274,43 +267,10 @@ class _UnitImages:
         Raises:
             UnusableError: the store does not say whether there is such a file.
         """
-        value = _bytes_or_path(row[self._columns.mask]) if self._columns.mask is not None else None
-        if not isinstance(value, bytes):
-            return self._checker.mask(value, self._folder)
-        if not value:
-            return None
-        sha256 = hashlib.sha256(value).hexdigest()
-        if sha256 not in self._masks:
-            self._masks[sha256] = self._file(value, sha256, "mask")
-        return self._masks[sha256]
-
-    def _write(self, data: bytes, sha256: str, place: str) -> str:
-        if sha256 not in self._written:
-            self._written[sha256] = self._checked_file(data, sha256, place)
-        written = self._written[sha256]
-        if isinstance(written, UnusableError):
-            raise UnusableError(written.reason)
-        return written
-
-    def _checked_file(self, data: bytes, sha256: str, place: str) -> str | UnusableError:
-        if len(data) > self._data.max_image_bytes:
-            return UnusableError("image_too_large")
-        try:
-            image = images.decode(data, place, self._data.max_pixels)
-        except images.ImageError as error:
-            return UnusableError(error.reason)
-        return self._file(data, sha256, "dcm" if images.is_dicom(data) else (image.format or "image").lower())
-
-    def _file(self, data: bytes, sha256: str, suffix: str) -> str:
-        uri = storage.join(self._raw, sha256[:2], f"{sha256}.{suffix}")
-        if not storage.exists(uri):
-            storage.write_bytes(uri, data)
-        return uri
-
-
-def _bytes_or_path(value: Any) -> Any:
-    """What an image's column holds: of a struct the bytes, or the path where it has none."""
-    return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+        value = bytes_or_name(row[self._columns.mask]) if self._columns.mask is not None else None
+        if isinstance(value, bytes):
+            return self._embedded.write_mask(value)
+        return self._reader.mask(value, self._folder, self.checker)
 
 
 @contextmanager

@@ -20,8 +20,16 @@ from mmedpo_ray.config import Config
 from mmedpo_ray.data.hf_parquet import HfParquetReader
 from mmedpo_ray.data.llava_json import LlavaJsonReader
 from mmedpo_ray.data.mended import any_mended
-from mmedpo_ray.data.mmedpo_json import SAMPLE_COLUMNS, MMedPOJsonReader, SortedSamples
+from mmedpo_ray.data.mmedpo_json import MMedPOJsonReader
 from mmedpo_ray.data.phantom_source import PhantomReader
+from mmedpo_ray.data.preference_reader import (
+    SAMPLE_COLUMNS,
+    LlamaFactoryReader,
+    PreferenceReader,
+    SortedSamples,
+    SwiftReader,
+    TrlReader,
+)
 from mmedpo_ray.data.r2gen import R2GenReader
 from mmedpo_ray.data.reader import IMAGE_REASONS, ROWS_PER_UNIT, UNITS, Reader, Unit
 from mmedpo_ray.data.slake import SlakeReader
@@ -40,6 +48,9 @@ FORMATS: dict[str, type[Reader]] = {
     "vqa_rad": VqaRadReader,
     "r2gen": R2GenReader,
     "hf_parquet": HfParquetReader,
+    "trl": TrlReader,
+    "llama_factory": LlamaFactoryReader,
+    "swift": SwiftReader,
 }
 
 
@@ -54,7 +65,7 @@ def ingest(config: Config) -> Manifest:
         raise UserError(f"unknown data.format {config.data.format!r}; known are {', '.join(FORMATS)}.")
     reader = FORMATS[config.data.format](config)
     manifest = _ingest_samples(config, reader)
-    if isinstance(reader, MMedPOJsonReader):
+    if isinstance(reader, PreferenceReader):
         _ingest_released(config, reader)
     return manifest
 
@@ -80,7 +91,7 @@ def _ingest_samples(config: Config, reader: Reader) -> Manifest:
     )
 
 
-def _ingest_released(config: Config, reader: MMedPOJsonReader) -> Manifest:
+def _ingest_released(config: Config, reader: PreferenceReader) -> Manifest:
     """Writes the pairs that came with the data; their samples say which rows are usable, and their split."""
     run = RunFolder(config.run.folder)
     station = Station("released", run.released, config, settings=[config.data], inputs=[run.samples])

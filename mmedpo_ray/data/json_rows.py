@@ -20,9 +20,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from mmedpo_ray import storage
+from mmedpo_ray.data import parquet_rows
 from mmedpo_ray.errors import UserError
 
-Layout = Literal["list", "sections", "lines"]
+Layout = Literal["list", "sections", "lines", "parquet"]
 
 # A line of a JSON Lines file that is no JSON.
 BROKEN = object()
@@ -42,8 +43,8 @@ class Run:
     Attributes:
         section: name of the list in an object of lists, else None.
         position: of the first row in its list, from 0.
-        start: first byte of the run in the file.
-        stop: byte after it.
+        start: first byte of the run in the file; its first row of Parquet.
+        stop: byte, or row, after it.
         rows: the decoded rows; `BROKEN` for a line that is no JSON.
     """
 
@@ -55,16 +56,22 @@ class Run:
 
 
 def layout_of(uri: str, layout: Layout) -> Layout:
-    """JSON Lines where the name ends so, else the given layout."""
+    """JSON Lines or Parquet where the name ends so, else the given layout."""
+    if uri.lower().endswith(".parquet"):
+        return "parquet"
     return "lines" if uri.lower().endswith(_LINES_SUFFIXES) else layout
 
 
-def scan(uri: str, layout: Layout, rows_per_run: int) -> Iterator[Run]:
-    """Cuts a file into runs, holding one at a time.
+def scan(uri: str, layout: Layout, rows_per_run: int, id_key: str = "id") -> Iterator[Run]:
+    """Cuts a file into runs, holding one at a time; rows of Parquet have their id alone.
 
     Raises:
         UserError: the file is missing, no JSON, of another layout, or without a row.
     """
+    if layout == "parquet":
+        for start, stop, rows in parquet_rows.scan(uri, rows_per_run, id_key):
+            yield Run(None, start, start, stop, rows)
+        return
     empty = True
     with open_stream(uri) as stream:
         runs = (
@@ -85,6 +92,8 @@ def read_run(uri: str, layout: Layout, start: int, stop: int) -> list[Any]:
     Raises:
         UserError: the file is gone or was changed meanwhile.
     """
+    if layout == "parquet":
+        return parquet_rows.read(uri, start, stop)
     filesystem, path = storage.resolve(uri)
     try:
         with filesystem.open_input_file(path) as file:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmedpo_ray import images, storage
 from mmedpo_ray.data.annotations import MASK_KEY, AnnotationReader, Turn, image_name
-from mmedpo_ray.data.reader import ImageChecker, ImageFacts, UnusableError, address
+from mmedpo_ray.data.reader import ImageChecker, ImageFacts, UnusableError
 from mmedpo_ray.data.texts import clean
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.run_folder import RunFolder
@@ -53,19 +53,19 @@ class R2GenReader(AnnotationReader):
         if not isinstance(paths, list) or not paths:
             raise UnusableError("no_image_name")
         relative = image_name(paths[0])
-        if self.data.views == "first" or len(paths) == 1:
-            uri = address(relative, folder)
-            found = ImageFacts(uri, checker.sha256(uri), relative)
+        shown = paths[:1] if self.data.views == "first" else paths
+        uris = [self.image_address(image_name(path), folder, checker) for path in shown]
+        if len(uris) == 1:
+            found = ImageFacts(uris[0], checker.sha256(uris[0]), relative)
         else:
-            found = self._composite([address(image_name(path), folder) for path in paths], relative, checker)
+            found = self._composite(uris, relative, checker)
         mask = row.get(MASK_KEY)
-        return replace(
-            found, mask_uri=checker.mask(mask[0] if isinstance(mask, list) and mask else mask, folder)
-        )
+        mask = mask[0] if isinstance(mask, list) and mask else mask
+        return replace(found, mask_uri=self.mask(mask, folder, checker))
 
     def _composite(self, uris: list[str], image_id: str, checker: ImageChecker) -> ImageFacts:
         """Writes all views of a study as one image; its name is the hash of its bytes."""
-        views = [checker.load(uri)[0] for uri in uris]
+        views = [checker.load(uri) for uri in uris]
         data = images.encode_png(side_by_side(views, self.data.max_pixels))
         sha256 = hashlib.sha256(data).hexdigest()
         folder = storage.absolute(storage.join(RunFolder(self.config.run.folder).raw, self.dataset))

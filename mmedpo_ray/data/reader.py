@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
 from typing import Any, ClassVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from uuid import UUID
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from mmedpo_ray import images, storage
 from mmedpo_ray.config import Config, DataConfig
 from mmedpo_ray.data.json_rows import read_json_list
 from mmedpo_ray.data.texts import clean, infer_answer_type, storable, text_problem
+from mmedpo_ray.data.unusable import UnusableError
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
 
 __all__ = [
@@ -103,22 +105,6 @@ UNITS = pa.schema(
 )
 
 
-class UnusableError(Exception):
-    """A row cannot become a sample.
-
-    Args:
-        reason: short machine-readable drop reason.
-        detail: what is wrong, without patient text.
-        image_uri: the image file to blame; mending it makes the row worth another try.
-    """
-
-    def __init__(self, reason: str, detail: str = "", image_uri: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-        self.image_uri = image_uri
-
-
 @dataclass(frozen=True)
 class ImageFacts:
     """What ingest knows of an image file that can be decoded.
@@ -148,12 +134,13 @@ class Reader(ABC):
     """
 
     intended_reasons: ClassVar[tuple[str, ...]] = ()
-    counts_rows: ClassVar[bool] = True
+    counts_rows: bool = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.data = config.data
         self.dataset = config.data.name or config.data.format
+        self.counts_rows = self.counts_rows and config.data.frames != "all"
 
     @abstractmethod
     def units(self) -> Iterator[Unit]:
@@ -219,6 +206,73 @@ class Reader(ABC):
             DROP_DETAIL: f"{place}: {error.detail}" if error.detail else place,
         }
 
+    def image_address(self, name: str, folder: str, checker: ImageChecker) -> str:
+        """Address of the image that a row names; backslashes are read as Windows means them where there is no such file.
+
+        Raises:
+            UnusableError: ``outside_root``: the name climbs out of the data set.
+        """
+        uri = self._inside(name, folder)
+        if "\\" in name and not checker.exists(uri):
+            return self._inside(name.replace("\\", "/"), folder)
+        return uri
+
+    def mask(self, name: Any, folder: str, checker: ImageChecker) -> str | None:
+        """Address of the lesion mask that a row names; None where it names none or there is no such file.
+
+        Args:
+            name: what stands in the row, of any type.
+            folder: of the images, which the name is relative to.
+            checker: knows what files there are.
+
+        Raises:
+            UnusableError: the store does not say, or ``outside_root``.
+        """
+        if not isinstance(name, str) or not name.strip():
+            return None
+        uri = self.image_address(storable(name).strip(), folder, checker)
+        return uri if checker.exists(uri) else None
+
+    def _inside(self, name: str, folder: str) -> str:
+        """The address of a name relative to a folder, which must not lead out of the data set; absolute names are as they are."""
+        uri = address(name, folder)
+        if ".." in name.split("/") and "://" not in name and not name.startswith("/"):
+            homes = (folder, storage.absolute(self.data.root or "."))
+            if not any(_lies_in(uri, home) for home in homes):
+                raise UnusableError("outside_root", "the name of its image leads out of the data set")
+        return uri
+
+    def by_frame(
+        self, name: str, image: ImageFacts, checker: ImageChecker
+    ) -> Iterator[tuple[str, ImageFacts]]:
+        """The samples that an image makes of a row: name and image, one for each frame that is wanted of its file.
+
+        The split is that of the file, so all frames are in one. A mask of several frames has one for each of the image.
+
+        Args:
+            name: of the row.
+            image: the row's.
+            checker: knows the frames of its file.
+
+        Raises:
+            UnusableError: the mask cannot be read.
+        """
+        frames = checker.frames(image.uri)
+        has_mask_frames = bool(frames and image.mask_uri and checker.frames(image.mask_uri))
+        for frame in frames:
+            mask = (
+                images.with_frame(image.mask_uri, frame)
+                if image.mask_uri and has_mask_frames
+                else image.mask_uri
+            )
+            shown = replace(image, uri=images.with_frame(image.uri, frame), mask_uri=mask)
+            if self.data.frames == "all":
+                yield f"{name}~f{frame}", replace(shown, image_id=f"{image.image_id}~f{frame}")
+            else:
+                yield name, shown
+        if not frames:
+            yield name, image
+
     def split_by_image(self, split: str | None, image: ImageFacts) -> str:
         """The split, drawn by the image's content where the source has none."""
         return split or draw_split(self.config.run.seed, image.sha256, self.data.test_share)
@@ -233,12 +287,12 @@ class ImageChecker:
     """Decodes images to know that they can be used, each file once in its life, which is that of a unit.
 
     Args:
-        data: its limits on the size of images.
+        data: its limits on the size of images, and which frames are wanted.
     """
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
-        self._known: dict[str, str | UnusableError] = {}
+        self._known: dict[str, tuple[str, tuple[int, ...]] | UnusableError] = {}
         self._present: dict[str, bool] = {}
         self._patience = images.Patience()
 
@@ -248,9 +302,20 @@ class ImageChecker:
         Raises:
             UnusableError: it is missing, cannot be read, or is broken or too large.
         """
+        return self._facts(uri)[0]
+
+    def frames(self, uri: str) -> tuple[int, ...]:
+        """The frames of an image file that are wanted, from 1; none where it is one picture.
+
+        Raises:
+            UnusableError: as for :meth:`sha256`.
+        """
+        return self._facts(uri)[1]
+
+    def _facts(self, uri: str) -> tuple[str, tuple[int, ...]]:
         if uri not in self._known:
             try:
-                self._known[uri] = self.load(uri)[1]
+                self._known[uri] = self._load(uri)[1:]
             except UnusableError as error:
                 self._known[uri] = error
         known = self._known[uri]
@@ -258,20 +323,26 @@ class ImageChecker:
             raise UnusableError(known.reason, known.detail, known.image_uri)
         return known
 
-    def load(self, uri: str) -> tuple[Image.Image, str]:
-        """An image in its own mode, and the SHA-256 of its file.
+    def load(self, uri: str) -> Image.Image:
+        """An image in its own mode; of a file of several frames the one that is wanted.
 
         Raises:
-            UnusableError: as for :meth:`sha256`.
+            UnusableError: as for :meth:`sha256`; or several frames are wanted.
         """
+        image, _, frames = self._load(uri)
+        if len(frames) > 1:
+            raise UnusableError("image_multi_frame", f"{uri}: {len(frames)} frames", uri)
+        return image
+
+    def _load(self, uri: str) -> tuple[Image.Image, str, tuple[int, ...]]:
         try:
             data = images.read_file(uri, self._data.max_image_bytes, self._patience.waits)
-            image = images.decode(data, uri, self._data.max_pixels)
+            image, frames = images.decode_wanted(data, uri, self._data)
         except images.ImageError as error:
             raise _unusable(error, uri) from None
         except OSError as error:
             raise _unusable(self._patience.withheld(uri, error), uri) from None
-        return image, hashlib.sha256(data).hexdigest()
+        return image, hashlib.sha256(data).hexdigest(), frames
 
     def exists(self, uri: str) -> bool:
         """Whether there is such a file.
@@ -286,21 +357,6 @@ class ImageChecker:
                 raise _unusable(self._patience.withheld(uri, error), uri) from None
         return self._present[uri]
 
-    def mask(self, name: Any, folder: str) -> str | None:
-        """Address of the lesion mask that a row names; None where it names none or there is no such file.
-
-        Args:
-            name: what stands in the row, of any type.
-            folder: of the images, which the name is relative to.
-
-        Raises:
-            UnusableError: the store does not say.
-        """
-        if not isinstance(name, str) or not name.strip():
-            return None
-        uri = address(storable(name).strip(), folder)
-        return uri if self.exists(uri) else None
-
 
 def _unusable(error: images.ImageError, uri: str) -> UnusableError:
     return UnusableError(error.reason, error.detail, uri)
@@ -311,6 +367,12 @@ def address(name: str, folder: str) -> str:
     if "://" in folder and "://" not in name:
         return storage.join(folder, quote(name, errors="replace"))
     return storage.absolute(name, folder)
+
+
+def _lies_in(uri: str, folder: str) -> bool:
+    """Whether an address is below a folder once its ".." are followed."""
+    path, home = (posixpath.normpath(unquote(each.split("://", 1)[-1])) for each in (uri, folder))
+    return path.startswith(home.rstrip("/") + "/")
 
 
 def given_name(given: Any) -> str | None:

@@ -8,7 +8,10 @@ from typing import Any
 
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.lexicon.meta import is_leaked_prompt
+from mmedpo_ray.data.unusable import UnusableError
 
+# White space and what takes no room: byte order marks, zero-width characters.
+_EDGES = re.compile("^[\\s\ufeff\u200b-\u200f\u2060]+|[\\s\ufeff\u200b-\u200f\u2060]+$")
 _REPORT_INSTRUCTION = re.compile(
     r"\b(?:write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(?:report|findings|impression)\b",
     re.IGNORECASE,
@@ -25,7 +28,13 @@ _DESCRIPTION = re.compile(
     re.IGNORECASE,
 )
 _YES_NO_QUESTION = re.compile(
-    r"^\W*(?:is|are|was|were|does|do|did|has|have|can|could|should|will|would|any)\b", re.I
+    r"^\W*(?:is|are|was|were|does|do|did|has|have|can|could|should|will|would|any)\b"
+    r"|[吗嗎么麼][？?]?\s*$|是否|有没有|有沒有|是不是|能否",
+    re.IGNORECASE,
+)
+# "Not seen" answers "Where is the liver?", but decides nothing.
+_ASKS_FOR_WORDS = re.compile(
+    r"^\W*(?:in |on |at )?(?:where|what|which|who|whose|how|why|when)\b", re.IGNORECASE
 )
 _REPORT_WORDS = 25
 _WORDS_OF_A_BARE_CLOSED_ANSWER = 2
@@ -33,15 +42,26 @@ _ANSWER_TYPES = ("closed", "open", "report")
 
 
 def clean(value: Any) -> str:
-    """A question or answer without image placeholder and surrounding space.
+    """A question or answer without image placeholder, surrounding space and invisible marks such as U+FEFF.
 
-    A number is written out, as VQA-RAD's counts are; anything else that is no text is empty.
+    A number is written out, as VQA-RAD's counts are, true and false as yes and no; of a list the text that is all of it.
+    Anything else that is no text is empty.
+
+    Raises:
+        UnusableError: a list holds several texts.
     """
     if isinstance(value, str):
-        return storable(value).replace("<image>", " ").strip()
+        return _EDGES.sub("", storable(value).replace("<image>", " "))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return str(value) if math.isfinite(value) else ""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
+    if isinstance(value, list):
+        texts = dict.fromkeys(filter(None, map(clean, value)))
+        if len(texts) > 1:
+            raise UnusableError("several_answers", f"{len(texts)} different texts where one is expected")
+        return next(iter(texts), "")
+    return str(value) if isinstance(value, int) else ""
 
 
 def storable(text: str) -> str:
@@ -78,13 +98,10 @@ def infer_answer_type(question: str, answer: str) -> str:
         return "report"
     count = len(lexicon.words(answer))
     if lexicon.polarity(answer) is not None and (
-        _YES_NO_QUESTION.match(question) or count <= _WORDS_OF_A_BARE_CLOSED_ANSWER
+        _YES_NO_QUESTION.search(question)
+        or (count <= _WORDS_OF_A_BARE_CLOSED_ANSWER and not _ASKS_FOR_WORDS.match(question))
     ):
         return "closed"
-    options = lexicon.choices(question)
-    if options is not None:
-        content = lexicon.content_words(answer)
-        named = [option for option in options if lexicon.content_words(option) <= content]
-        if len(named) == 1:
-            return "closed"
+    if lexicon.chosen(answer, question) is not None:
+        return "closed"
     return "report" if count > _REPORT_WORDS else "open"

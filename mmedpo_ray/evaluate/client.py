@@ -20,7 +20,8 @@ from PIL import Image
 from mmedpo_ray import storage
 from mmedpo_ray.config import EvaluateConfig
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.images import MAX_PIXELS, TURNED, ImageError, decode, encode_png, to_rgb
+from mmedpo_ray.image_error import ImageError
+from mmedpo_ray.images import MAX_PIXELS, TURNED, decode, encode_png, file_and_frame, to_rgb
 
 # Why a request brought no answer that another try may bring; an image or a request that is refused stays so.
 RETRY_REASONS = (
@@ -203,12 +204,13 @@ def image_data_url(uri: str, max_pixels: int = MAX_PIXELS) -> str:
     Raises:
         ImageError: the file is missing, damaged or too large.
     """
+    file, frame = file_and_frame(uri)
     try:
-        data = storage.read_bytes(uri)
+        data = storage.read_bytes(file)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ImageError("image_missing", uri) from error
-    image = decode(data, uri, max_pixels)
-    kind = _KEPT_FORMATS.get(image.format or "")
+    image = decode(data, uri, max_pixels, frame=frame)
+    kind = _KEPT_FORMATS.get(image.format or "") if frame is None else None
     if kind is None or not _is_plain(image):
         data, kind = encode_png(to_rgb(image)), "image/png"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -40,9 +40,18 @@ class ParquetColumnsConfig(Section):
 class DataConfig(Section):
     """Raw data into `samples`."""
 
-    format: Literal["phantom", "mmedpo_json", "llava_json", "slake", "vqa_rad", "r2gen", "hf_parquet"] = (
-        "phantom"
-    )
+    format: Literal[
+        "phantom",
+        "mmedpo_json",
+        "llava_json",
+        "slake",
+        "vqa_rad",
+        "r2gen",
+        "hf_parquet",
+        "trl",
+        "llama_factory",
+        "swift",
+    ] = "phantom"
     name: str | None = Field(None, description="name of the data set in the tables; null: the format's own")
     root: str | None = Field(None, description="folder of the data set (path, s3://, gs://)")
     train_file: str | None = Field(
@@ -62,6 +71,11 @@ class DataConfig(Section):
     )
     report_instruction: str = Field(
         "Write a radiology report of this image.", description="r2gen: the question that a report answers"
+    )
+    frames: Literal["refuse", "first", "middle", "all"] = Field(
+        "refuse",
+        description="image files of several frames (DICOM, TIFF pages, animations): dropped, or which frame is meant; all: a "
+        "sample each, with the frame's number in its id",
     )
     columns: ParquetColumnsConfig = ParquetColumnsConfig()
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are dropped undecoded")

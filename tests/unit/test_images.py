@@ -156,7 +156,7 @@ def several(kind: str, **options: Any) -> bytes:
 @pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
 def test_several_pages_or_an_animation_are_not_one_image(kind: str) -> None:
     found = reason_of(several(kind))
-    assert found == ("image_multi_frame", "x: 2 frames; export the one that is meant")
+    assert found == ("image_multi_frame", "x: 2 frames; set data.frames, or export the one that is meant")
     assert images.decode(saved(Image.new("L", (8, 8), 10), kind), "x").size == (8, 8)
 
 

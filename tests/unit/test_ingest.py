@@ -24,7 +24,7 @@ from mmedpo_ray import images, storage, tables
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.data import phantom
 from mmedpo_ray.data.ingest import FORMATS
-from mmedpo_ray.data.mmedpo_json import SortedSamples
+from mmedpo_ray.data.preference_reader import SortedSamples
 from mmedpo_ray.data.reader import Reader, draw_split, given_name
 from mmedpo_ray.data.texts import infer_answer_type
 from mmedpo_ray.errors import UserError

@@ -21,7 +21,7 @@ _LABEL = re.compile(
     r"(?:(?<=[\s(,;:?.])|\A)\(?([A-Ha-h]|[1-8])\s*(?:\)|[.:](?=\s|$)|[.,](?=[^\x00-\x7f]))\s*"
 )
 # A word, or a measure with its sign and unit.
-_ITEM = r"(?:(?:[<>]=?\s?)?\d+(?:\.\d+)?\s?(?:mm|cm|ml|%|hu|years?|months?)(?!\w)|[\w-]+)"
+_ITEM = r"(?:(?:[<>]=?\s?)?\d+(?:\.\d+)?\s?(?:mm|cm|ml|%|hu|years?|months?)(?!\w)|non[ -][\w-]+|[\w-]+)"
 _LIST = re.compile(
     rf"(?P<before>(?:[\w-]+(?: [\w-]+)?, )*)(?P<left>{_ITEM}),? or (?:an? |the |is it |in the )*(?P<right>{_ITEM})",
     re.IGNORECASE,

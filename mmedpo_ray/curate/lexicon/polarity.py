@@ -53,6 +53,8 @@ _LEADING = re.compile(
     re.IGNORECASE,
 )
 _LETTER = re.compile(r"\W*(?:(?P<yes>y)|n)\W*", re.IGNORECASE)
+# Without any of these there is nothing to search a long text for.
+_WORD = re.compile(rf"\b(?:{_YES_WORDS}|{_NO_WORDS}|true|false|correct|incorrect)\b", re.IGNORECASE)
 # "It does.", "There isn't any."
 _ELLIPSIS = re.compile(
     r"\W*(?:it|there|this|that|they|he|she) (?:is|are|was|were|does|do|did|has|have|can)"
@@ -127,10 +129,10 @@ def stated_polarity(answer: str) -> Polarity | None:
     text = same_characters(final_answer(answer))
     if has_han(text):
         return _chinese_stated(text)
-    named = _last(_NAMED_ANSWER, text)
-    if named is not None:
+    has_word = _WORD.search(text) is not None
+    if has_word and (named := _last(_NAMED_ANSWER, text)) is not None:
         return named
-    if _BOTH.match(text):
+    if has_word and _BOTH.match(text):
         return None
     leading = _LEADING.match(text)
     if leading is not None and _is_own_word(text, leading):
@@ -139,7 +141,7 @@ def stated_polarity(answer: str) -> Polarity | None:
         return "yes" if letter["yes"] else "no"
     if (ellipsis := _ELLIPSIS.fullmatch(text)) is not None:
         return "no" if ellipsis["no"] else "yes"
-    return _last(_STANDING, _EITHER.sub(" ", text))
+    return _last(_STANDING, _EITHER.sub(" ", text)) if has_word else None
 
 
 def polarity(answer: str) -> Polarity | None:

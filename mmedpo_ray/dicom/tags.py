@@ -1,0 +1,144 @@
+"""Reading of display tags: numbers that are none, terms in odd spellings, functional groups of enhanced images.
+
+Tags hold patient data, so nothing here puts a value into a message.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
+# Where a functional group keeps what an image without groups has on top.
+_MACROS = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
+
+
+class DisplayTags:
+    """The tags that say how stored values of one frame are shown: those of the frame, else the shared ones, else those on top.
+
+    Args:
+        dataset: of the file.
+        frame: from 0.
+    """
+
+    def __init__(self, dataset: Dataset, frame: int) -> None:
+        self.dataset = dataset
+        self._places = [*_functional_groups(dataset, frame), dataset]
+
+    def rescale(self) -> tuple[float, float] | None:
+        """Slope and intercept; None where neither is a number. A slope of 0 would leave nothing to see and counts as 1."""
+        for place in self._places:
+            slope, intercept = (_first(numbers(place, name)) for name in ("RescaleSlope", "RescaleIntercept"))
+            if slope is not None or intercept is not None:
+                return slope or 1.0, intercept or 0.0
+        return None
+
+    def window(self) -> tuple[float, float, str] | None:
+        """Centre, width and function (LINEAR, LINEAR_EXACT or SIGMOID) of the first whole window."""
+        for place in self._places:
+            pairs = zip(numbers(place, "WindowCenter"), numbers(place, "WindowWidth"), strict=False)
+            for center, width in pairs:
+                if center is not None and width is not None and width > 0:
+                    return center, width, _function(term(place, "VOILUTFunction"), width)
+        return None
+
+    def padding(self) -> tuple[float, float] | None:
+        """Lowest and highest stored value that only pad the image to a rectangle."""
+        value, limit = (
+            _first(numbers(self.dataset, name)) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+        )
+        if value is None:
+            return None
+        bounds = [self._as_stored(bound) for bound in (value, value if limit is None else limit)]
+        return min(bounds), max(bounds)
+
+    def _as_stored(self, value: float) -> float:
+        """A value as pixels of this file would be read: its tag may have the other of the two types (US, SS)."""
+        bits = int(self.dataset.get("BitsAllocated") or 16)
+        if bits > 16:
+            return value
+        if self.dataset.get("PixelRepresentation") and value >= 2 ** (bits - 1):
+            return value - 2**bits
+        if not self.dataset.get("PixelRepresentation") and value < 0:
+            return value + 2**bits
+        return value
+
+
+def _functional_groups(dataset: Dataset, frame: int) -> Iterable[Dataset]:
+    for name in _GROUPS:
+        groups = dataset.get(name) or []
+        index = frame if name == _GROUPS[0] else 0
+        if index < len(groups):
+            for macro in _MACROS:
+                yield from (groups[index].get(macro) or [])[:1]
+
+
+def numbers(dataset: Dataset, name: str) -> list[float | None]:
+    """The numbers of a tag in their order, None for one that is no finite number; empty where the tag is missing or empty."""
+    if name not in dataset:
+        return []
+    try:
+        value = dataset[name].value
+    except Exception:
+        # pydicom converts when asked, and raises anything on a text that is no number.
+        value = _raw_text(dataset, name)
+    if isinstance(value, str):
+        value = value.split("\\")
+    values = [value] if isinstance(value, int | float) or not isinstance(value, Iterable) else list(value)
+    return [] if values in ([None], [""]) else [_number(each) for each in values]
+
+
+def _raw_text(dataset: Dataset, name: str) -> str:
+    value: Any = getattr(dataset.get_item(name), "value", b"")
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        # A decimal comma is no DICOM, and what it means is plain.
+        number = float(value.strip(" \0").replace(",", ".") if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _first(values: list[float | None]) -> float | None:
+    return values[0] if values else None
+
+
+def term(dataset: Dataset, name: str) -> str:
+    """A term in capitals with one underscore for each gap; empty where there is none: "Linear exact" is LINEAR_EXACT."""
+    try:
+        value = dataset.get(name)
+    except Exception:
+        return ""
+    return re.sub(r"[^A-Z0-9]+", "_", str(value or "").upper()).strip("_")
+
+
+def _function(named: str, width: float) -> str:
+    """The window function; one that is not known is linear, and a linear window narrower than 1 is meant exactly."""
+    if named in ("SIGMOID", "LINEAR_EXACT"):
+        return named
+    return "LINEAR" if width >= 1 else "LINEAR_EXACT"
+
+
+_PALETTE = re.compile(r"^PALETTE_?COLOU?R$")
+_MONOCHROME = re.compile(r"^MONO_?CHROM(?:E|_)*_?([12])$")
+
+
+def photometric(dataset: Dataset) -> str:
+    """The photometric interpretation in its standard spelling; what is unknown is grey or RGB by its number of samples."""
+    named = term(dataset, "PhotometricInterpretation")
+    if found := _MONOCHROME.match(named):
+        return f"MONOCHROME{found.group(1)}"
+    if _PALETTE.match(named):
+        return "PALETTE COLOR"
+    if int(dataset.get("SamplesPerPixel") or 1) == 1:
+        return "MONOCHROME2"
+    known = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
+    return next((each for each in known if each.replace("_", "") == named.replace("_", "")), "RGB")

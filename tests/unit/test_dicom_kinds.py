@@ -1,0 +1,533 @@
+"""Kinds of DICOM file that are valid or common, and easily shown wrong: tables, groups, padding, palettes, frames, terms."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+
+from mmedpo_ray import images
+from mmedpo_ray.image_error import MADE_BY, ImageError
+
+SAMPLES = Path(pydicom.__file__).parent / "data" / "test_files"
+SIDE = 64
+STEPS = np.arange(SIDE) * 64
+RAMP = np.tile(STEPS.astype(np.uint16), (SIDE, 1))
+HOUNSFIELD = np.linspace(-1000, 1000, SIDE).round()
+CT = np.tile(HOUNSFIELD.astype(np.int16), (SIDE, 1))
+GREYS = np.round(STEPS * 255 / 4095)
+
+
+def dataset_of(pixels: np.ndarray, bits: int | None = None, **tags: Any) -> Dataset:
+    found = Dataset()
+    found.SOPClassUID, found.SOPInstanceUID = SecondaryCaptureImageStorage, "1.2.3"
+    found.Rows, found.Columns = pixels.shape[-2:]
+    found.SamplesPerPixel, found.PhotometricInterpretation = 1, "MONOCHROME2"
+    found.BitsAllocated = pixels.dtype.itemsize * 8
+    found.BitsStored = bits or found.BitsAllocated
+    found.HighBit = found.BitsStored - 1
+    found.PixelRepresentation = int(pixels.dtype.kind == "i")
+    found.PixelData = pixels.tobytes()
+    for name, value in tags.items():
+        setattr(found, name, value)
+    return found
+
+
+def file_of(dataset: Dataset, syntax: str = ExplicitVRLittleEndian) -> bytes:
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def item(**tags: Any) -> Dataset:
+    found = Dataset()
+    for name, value in tags.items():
+        setattr(found, name, value)
+    return found
+
+
+def table(descriptor: list[int], data: Any, vr: str) -> Dataset:
+    found = Dataset()
+    found.add_new("LUTDescriptor", "US" if descriptor[1] >= 0 else "SS", descriptor)
+    found.add_new("LUTData", vr, data)
+    return found
+
+
+def shown(dataset: Dataset, **how: Any) -> np.ndarray:
+    return np.asarray(images.decode(file_of(dataset), "x.dcm", **how))
+
+
+def seen(dataset: Dataset) -> np.ndarray:
+    """The first row as a model sees it, 8 bits."""
+    return np.asarray(images.to_rgb(images.decode(file_of(dataset), "x.dcm")))[0, :, 0].astype(int)
+
+
+# ---------------------------------------------------------------------- tables
+
+BYTES = np.round(np.arange(4096) * 255 / 4095).astype(np.uint8)
+WORDS = np.arange(4096, dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    "lut",
+    [
+        table([4096, 0, 8], BYTES.tolist(), "US"),
+        table([4096, 0, 8], BYTES.astype("<u2").tobytes(), "OW"),
+        table([4096, 0, 8], BYTES.tobytes(), "OW"),
+        table([4096, 0, 8], BYTES.view("<u2").tolist(), "US"),
+        table([4096, 0, 12], WORDS.tolist(), "US"),
+        table([4096, 0, 16], WORDS.tolist(), "US"),
+        table([4096, 0, 16], (WORDS * 16).tolist(), "US"),
+        table([4096, 0, 10], (WORDS // 4).tolist(), "US"),
+        table([0, 0, 16], np.arange(65536).clip(0, 4095).astype("<u2").tobytes(), "OW"),
+    ],
+)
+def test_voi_tables_of_every_depth_and_packing(lut):
+    made = dataset_of(RAMP, 12, VOILUTSequence=Sequence([lut]))
+    assert np.abs(seen(made) - GREYS).max() <= 1
+    made.WindowCenter, made.WindowWidth = 100, 10
+    assert np.abs(seen(made) - GREYS).max() <= 1
+
+
+def test_a_voi_table_that_is_too_short_leaves_the_window_or_the_full_range():
+    short = table([4096, 0, 16], WORDS[:100].tolist(), "US")
+    made = dataset_of(RAMP, 12, VOILUTSequence=Sequence([short]))
+    assert np.abs(seen(made) - np.round(STEPS * 255 / 4032)).max() <= 1
+    made.WindowCenter, made.WindowWidth = 2048, 4096
+    assert np.abs(seen(made) - GREYS).max() <= 1
+
+
+def test_a_voi_table_whose_first_input_is_negative():
+    lut = table([2001, -1000, 16], np.arange(2001, dtype=np.uint16).tolist(), "US")
+    made = dataset_of(CT, VOILUTSequence=Sequence([lut]))
+    assert np.abs(seen(made) - np.round((HOUNSFIELD + 1000) * 255 / 2000)).max() <= 1
+    # Written as an unsigned number.
+    lut.add_new("LUTDescriptor", "US", [2001, 65536 - 1000, 16])
+    assert np.abs(seen(made) - np.round((HOUNSFIELD + 1000) * 255 / 2000)).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_modality_tables_of_every_depth(bits):
+    lut = table([4096, 0, bits], (WORDS >> (12 - min(bits, 12))).tolist(), "US")
+    lut.ModalityLUTType = "US"
+    expected = np.round(STEPS * 255 / 4032)
+    made = dataset_of(RAMP, 12, ModalityLUTSequence=Sequence([lut]))
+    assert np.abs(seen(made) - expected).max() <= 256 / 2 ** min(bits, 8) + 1
+    made.PhotometricInterpretation = "MONOCHROME1"
+    assert np.abs(seen(made) - (255 - expected)).max() <= 256 / 2 ** min(bits, 8) + 1
+
+
+# ---------------------------------------------------------------------- few bits, floats
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize("inverted", [False, True])
+def test_few_bits_without_a_window_are_spread_over_eight(bits, inverted):
+    pixels = np.tile(np.arange(2**bits, dtype=np.uint8), (4, 1))
+    made = dataset_of(pixels, bits)
+    if inverted:
+        made.PhotometricInterpretation = "MONOCHROME1"
+    expected = np.round(np.arange(2**bits) * 255 / (2**bits - 1))
+    assert (seen(made) == (255 - expected if inverted else expected)).all()
+
+
+def test_bits_packed_eight_a_byte():
+    made = dataset_of(np.zeros((8, 8), np.uint8))
+    made.BitsAllocated, made.BitsStored, made.HighBit = 1, 1, 0
+    made.PixelData = bytes([0b10101010] * 8)
+    assert (seen(made) == [0, 255] * 4).all()
+
+
+@pytest.mark.parametrize(("tag", "dtype"), [("FloatPixelData", "<f4"), ("DoubleFloatPixelData", "<f8")])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_float_pixels(tag, dtype, inverted):
+    made = dataset_of(RAMP.astype(dtype))
+    data = made.PixelData
+    for name in ("PixelData", "BitsStored", "HighBit", "PixelRepresentation"):
+        delattr(made, name)
+    setattr(made, tag, data)
+    if inverted:
+        made.PhotometricInterpretation = "MONOCHROME1"
+    expected = np.round(STEPS * 255 / 4032)
+    assert np.abs(seen(made) - (255 - expected if inverted else expected)).max() <= 1
+
+
+# ---------------------------------------------------------------------- functional groups
+
+
+def groups(*, rescale: bool, window: bool) -> Dataset:
+    found = Dataset()
+    if rescale:
+        found.PixelValueTransformationSequence = Sequence([item(RescaleSlope=1, RescaleIntercept=-1024)])
+    if window:
+        found.FrameVOILUTSequence = Sequence([item(WindowCenter=40, WindowWidth=400)])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shared", "per_frame", "top"),
+    [
+        ("rescale window", "", ""),
+        ("", "rescale window", ""),
+        ("rescale", "window", ""),
+        ("window", "rescale", ""),
+        ("rescale", "", "window"),
+        ("", "window", "rescale"),
+    ],
+)
+def test_enhanced_images_are_shown_as_plain_ones(shared, per_frame, top):
+    plain = dataset_of(RAMP, 12, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)
+    enhanced = dataset_of(RAMP, 12, NumberOfFrames=1)
+    for name, where in (
+        ("SharedFunctionalGroupsSequence", shared),
+        ("PerFrameFunctionalGroupsSequence", per_frame),
+    ):
+        setattr(
+            enhanced,
+            name,
+            Sequence([groups(rescale="rescale" in where, window="window" in where)] if where else []),
+        )
+    if "rescale" in top:
+        enhanced.RescaleSlope, enhanced.RescaleIntercept = 1, -1024
+    if "window" in top:
+        enhanced.WindowCenter, enhanced.WindowWidth = 40, 400
+    assert (shown(enhanced) == shown(plain)).all()
+
+
+def test_each_frame_has_its_own_window():
+    both = np.stack([RAMP, RAMP])
+    made = dataset_of(both, 12, NumberOfFrames=2)
+    made.PerFrameFunctionalGroupsSequence = Sequence(
+        [
+            item(FrameVOILUTSequence=Sequence([item(WindowCenter=center, WindowWidth=400)]))
+            for center in (1000, 3000)
+        ]
+    )
+    plain = [shown(dataset_of(RAMP, 12, WindowCenter=center, WindowWidth=400)) for center in (1000, 3000)]
+    assert (shown(made, frame=1) == plain[0]).all()
+    assert (shown(made, frame=2) == plain[1]).all()
+    assert images.count_frames(file_of(made), "x") == 2
+    with pytest.raises(ImageError) as error:
+        shown(made)
+    assert error.value.reason == "image_multi_frame"
+    with pytest.raises(ImageError) as error:
+        shown(made, frame=3)
+    assert error.value.reason == "no_such_frame"
+
+
+# ---------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize(
+    "padding",
+    [
+        {"PixelPaddingValue": ("SS", -2000)},
+        {"PixelPaddingValue": ("US", 63536)},
+        {"PixelPaddingValue": ("US", 63536), "PixelPaddingRangeLimit": ("US", 63536)},
+        {"PixelPaddingValue": ("SS", -2050), "PixelPaddingRangeLimit": ("SS", -1990)},
+        {"PixelPaddingValue": ("SS", -1990), "PixelPaddingRangeLimit": ("US", 63486)},
+    ],
+)
+@pytest.mark.parametrize("inverted", [False, True])
+def test_padding_of_either_type_and_range_is_left_out(padding, inverted):
+    pixels = CT.copy()
+    pixels[:, :4] = -2000
+    made = dataset_of(pixels)
+    if inverted:
+        made.PhotometricInterpretation = "MONOCHROME1"
+    for name, (vr, value) in padding.items():
+        made.add_new(name, vr, value)
+    inside = CT[0, 4:].astype(float)
+    expected = np.round((inside - inside.min()) * 255 / np.ptp(inside))
+    assert np.abs(seen(made)[4:] - (255 - expected if inverted else expected)).max() <= 1
+
+
+def test_high_padding_of_unsigned_pixels():
+    pixels = RAMP.copy()
+    pixels[:, -4:] = 65535
+    made = dataset_of(pixels)
+    made.add_new("PixelPaddingValue", "SS", -1)
+    assert np.abs(seen(made)[:-4] - np.round(STEPS[:-4] * 255 / STEPS[-5])).max() <= 1
+
+
+# ---------------------------------------------------------------------- palettes
+
+
+def palette_image(bits: int, data: list[bytes], segmented: bool = False, first: int = 0) -> Dataset:
+    pixels = np.tile(np.arange(SIDE, dtype=np.uint8) * 4, (SIDE, 1))
+    made = dataset_of(pixels, PhotometricInterpretation="PALETTE COLOR")
+    for colour, each in zip(("Red", "Green", "Blue"), data, strict=True):
+        made.add_new(f"{colour}PaletteColorLookupTableDescriptor", "US", [256, first, bits])
+        name = f"{colour}PaletteColorLookupTableData"
+        made.add_new(f"Segmented{name}" if segmented else name, "OW", each)
+    return made
+
+
+GREY8 = np.arange(256)
+
+
+@pytest.mark.parametrize(
+    ("bits", "entries"),
+    [
+        (8, GREY8.astype(np.uint8).tobytes()),
+        (8, GREY8.astype("<u2").tobytes()),
+        (16, (GREY8 * 257).astype("<u2").tobytes()),
+        (16, (GREY8 * 256).astype("<u2").tobytes()),
+        (16, GREY8.astype("<u2").tobytes()),
+    ],
+)
+def test_palettes_of_every_depth_and_packing(bits, entries):
+    pixels = shown(palette_image(bits, [entries] * 3))
+    assert pixels.shape == (SIDE, SIDE, 3)
+    assert (pixels[0] == (np.arange(SIDE) * 4)[:, None]).all()
+
+
+def test_the_three_tables_of_a_palette_keep_apart():
+    red, green, blue = (np.roll(GREY8, shift).astype(np.uint8) for shift in (0, 10, 20))
+    pixels = shown(palette_image(8, [red.tobytes(), green.tobytes(), blue.tobytes()]))
+    codes = np.arange(SIDE) * 4
+    assert (pixels[0] == np.stack([red[codes], green[codes], blue[codes]], axis=-1)).all()
+
+
+def test_segmented_palettes():
+    # One entry as it is, then a line of 255 steps up to 65,280.
+    line = struct.pack("<6H", 0, 1, 0, 1, 255, 255 * 256)
+    pixels = shown(palette_image(16, [line] * 3, segmented=True))
+    assert np.abs(pixels[0, :, 0].astype(int) - np.arange(SIDE) * 4).max() <= 1
+    # 128 entries written out, and the same once more by reference to byte 0.
+    half = struct.pack("<130H", 0, 128, *(GREY8[:128] * 512)) + struct.pack("<4H", 2, 1, 0, 0)
+    pixels = shown(palette_image(16, [half] * 3, segmented=True))
+    assert (pixels[0, :, 0] == (np.arange(SIDE) * 4 % 128) * 2).all()
+
+
+def test_a_real_segmented_palette_equals_pydicom():
+    path = SAMPLES / "gdcm-US-ALOKA-16.dcm"
+    if not path.is_file():
+        path = Path(pytest.importorskip("data_store").__file__).parent / "data" / path.name
+    dataset = pydicom.dcmread(path)
+    expected = pydicom.pixels.apply_color_lut(dataset.pixel_array, dataset)
+    pixels = np.asarray(images.decode(path.read_bytes(), "x"))
+    assert (pixels == expected[..., :3] >> (8 if expected.dtype == np.uint16 else 0)).all()
+
+
+# ---------------------------------------------------------------------- frames, terms, numbers
+
+
+@pytest.mark.parametrize("frames", [None, 1, "1"])
+def test_pixels_beyond_the_declared_frame_are_left_alone(frames):
+    made = dataset_of(RAMP, 12)
+    made.PixelData = RAMP.tobytes() + RAMP[:, ::-1].tobytes()
+    if frames is not None:
+        made.NumberOfFrames = frames
+    image = images.decode(file_of(made), "x.dcm")
+    assert image.size == (SIDE, SIDE)
+    assert (np.asarray(images.to_rgb(image))[0, :, 0] == np.round(STEPS * 255 / 4032)).all()
+
+
+@pytest.mark.parametrize(
+    ("term", "inverted"),
+    [
+        ("MONOCHROME2", False),
+        ("monochrome2", False),
+        ("MONOCHROME 2", False),
+        ("MONOCHROME1 ", True),
+        ("Monochrome_1", True),
+        ("UNKNOWN", False),
+        ("", False),
+    ],
+)
+def test_photometric_terms_in_odd_spellings(term, inverted):
+    made = dataset_of(RAMP, 12, PhotometricInterpretation=term, WindowCenter=2048, WindowWidth=4096)
+    assert np.abs(seen(made) - (255 - GREYS if inverted else GREYS)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("function", "same_as"),
+    [
+        ("linear", "LINEAR"),
+        ("Linear Exact", "LINEAR_EXACT"),
+        ("LINEAR EXACT ", "LINEAR_EXACT"),
+        ("sigmoid", "SIGMOID"),
+        ("HOUSE", "LINEAR"),
+    ],
+)
+def test_window_functions_in_odd_spellings(function, same_as):
+    one, other = (
+        dataset_of(RAMP, 12, WindowCenter=2000, WindowWidth=600, VOILUTFunction=name)
+        for name in (function, same_as)
+    )
+    assert (shown(one) == shown(other)).all()
+
+
+@pytest.mark.parametrize("slope", [b"1,0 ", b"one ", b"1.0.0 ", b"nan ", b"0 "])
+def test_rescale_values_that_are_no_numbers_leave_the_image(slope):
+    made = dataset_of(RAMP, 12, RescaleSlope="1.0 ", RescaleIntercept="0")
+    data = file_of(made)
+    element = struct.pack("<HH2sH", 0x0028, 0x1053, b"DS", 4) + b"1.0 "
+    assert element in data
+    broken = struct.pack("<HH2sH", 0x0028, 0x1053, b"DS", len(slope)) + slope
+    pixels = np.asarray(images.to_rgb(images.decode(data.replace(element, broken), "x")))[0, :, 0]
+    assert (pixels == np.round(STEPS * 255 / 4032)).all()
+
+
+def test_a_window_with_a_decimal_comma():
+    made = dataset_of(RAMP, 12, WindowCenter="2048", WindowWidth="4096")
+    data = file_of(made).replace(b"DS\x04\x004096", b"DS\x06\x004096,0")
+    assert np.abs(np.asarray(images.decode(data, "x"))[0] - GREYS).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "missing", ["PhotometricInterpretation", "PixelRepresentation", "BitsStored", "SamplesPerPixel"]
+)
+def test_tags_that_writers_leave_out(missing):
+    made = dataset_of(RAMP, 16, WindowCenter=2048, WindowWidth=4096)
+    delattr(made, missing)
+    assert np.abs(seen(made) - GREYS).max() <= 1
+
+
+# ---------------------------------------------------------------------- deflate, decoders, no pixels
+
+
+def test_deflated_files_are_read_up_to_the_limit():
+    made = dataset_of(RAMP, 12, WindowCenter=2048, WindowWidth=4096)
+    plain = shown(made)
+    data = file_of(made, DeflatedExplicitVRLittleEndian)
+    assert (np.asarray(images.decode(data, "x")) == plain).all()
+    with pytest.raises(ImageError) as error:
+        images.decode(data, "x", max_bytes=RAMP.nbytes)
+    assert error.value.reason == "image_too_large"
+    assert len(zlib.compress(RAMP.tobytes())) < RAMP.nbytes
+
+
+def test_a_real_deflated_file():
+    assert images.decode((SAMPLES / "image_dfl.dcm").read_bytes(), "x").size == (512, 512)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MR_small_jpeg_ls_lossless.dcm",
+        "JPEG2000.dcm",
+        "MR_small_jp2klossless.dcm",
+        "JPEGLSNearLossless_16.dcm",
+    ],
+)
+def test_every_common_compression_has_a_decoder(name):
+    image = images.decode((SAMPLES / name).read_bytes(), "x")
+    assert np.ptp(np.asarray(image)) > 0
+
+
+def test_a_compression_without_a_decoder_says_what_to_install():
+    # Neither Pillow nor GDCM reads 12-bit JPEG for pydicom.
+    with pytest.raises(ImageError) as error:
+        images.decode((SAMPLES / "JPGExtended.dcm").read_bytes(), "x")
+    assert error.value.reason == "image_undecodable"
+    assert "install a decoder" in error.value.detail
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test-SR.dcm",
+        "rtplan.dcm",
+        "rtstruct.dcm",
+        "dicomdirtests/DICOMDIR",
+        "waveform_ecg.dcm",
+        "reportsi.dcm",
+    ],
+)
+def test_files_without_pixels_say_so(name):
+    with pytest.raises(ImageError) as error:
+        images.decode((SAMPLES / name).read_bytes(), "x")
+    assert error.value.reason == "image_undecodable"
+    assert "without pixel data" in error.value.detail
+
+
+# ---------------------------------------------------------------------- real files
+
+
+def real_files() -> list[Path]:
+    data_store = pytest.importorskip("data_store")
+    folders = (SAMPLES, Path(data_store.__file__).parent / "data")
+    return [path for folder in folders for path in sorted(folder.rglob("*.dcm"))]
+
+
+def test_real_files_are_shown_or_refused_with_a_reason():
+    """Every file bundled with pydicom and pydicom-data."""
+    count = 0
+    for path in real_files():
+        try:
+            image = images.decode(path.read_bytes(), "x", frame=1)
+        except ImageError as error:
+            assert error.reason in ("image_undecodable", "image_too_large"), path.name
+            continue
+        assert image.mode in ("L", "I;16", "RGB")
+        assert image.info[MADE_BY]
+        count += 1
+    assert count > 100
+
+
+def test_real_grey_files_equal_modality_voi_and_photometric():
+    """Where pydicom's own functions are right, each step by them gives the same picture."""
+    count = 0
+    for path in real_files():
+        dataset = pydicom.dcmread(path, force=True)
+        window = dataset.get("WindowCenter"), dataset.get("WindowWidth")
+        plain = (
+            dataset.get("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
+            and str(dataset.get("NumberOfFrames") or 1) == "1"
+            and isinstance(window[0], float)
+            and isinstance(window[1], float)
+            and window[1] >= 1
+            and "VOILUTSequence" not in dataset
+        )
+        if not plain:
+            continue
+        try:
+            values = pydicom.pixels.apply_modality_lut(dataset.pixel_array, dataset)
+            image = np.asarray(images.decode(path.read_bytes(), "x")).astype(int)
+        except (ImageError, Exception):
+            continue
+        low, high = window[0] - 0.5 - (window[1] - 1) / 2, window[0] - 0.5 + (window[1] - 1) / 2
+        expected = np.round(np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255)
+        if np.ptp(expected) == 0:
+            continue
+        if dataset.PhotometricInterpretation == "MONOCHROME1":
+            expected = 255 - expected
+        assert np.abs(image - expected).max() <= 1, path.name
+        count += 1
+    assert count > 10
+
+
+@pytest.mark.parametrize("pair", [("RG1_UNCR", "RG1_J2KR"), ("RG1_UNCI", "RG1_J2KI")])
+def test_a_chest_film_is_the_same_in_every_encoding(pair):
+    folder = Path(pytest.importorskip("data_store").__file__).parent / "data"
+    plain, packed = (np.asarray(images.decode((folder / f"{name}.dcm").read_bytes(), "x")) for name in pair)
+    assert plain.shape == (1955, 1841)
+    assert (plain == packed).all()
+
+
+@given(st.binary(max_size=200), st.integers(0, 3))
+def test_damaged_files_are_refused(noise, place):
+    data = bytearray(file_of(dataset_of(RAMP, 12)))
+    start = 300 + place * 50
+    data[start : start + len(noise)] = noise
+    try:
+        image = images.decode(bytes(data), "x", max_pixels=10**7)
+    except ImageError as error:
+        assert error.reason.startswith("image_")
+    else:
+        assert image.width * image.height <= 10**7
