@@ -265,7 +265,9 @@ def test_evaluation_through_the_endpoint(endpoint, config):
         summary["models"]["aligned"]["open_f1"]["value"] - summary["models"]["base"]["open_f1"]["value"]
     )
     labels = [str(cell) for cell in summary_table(summary).columns[0].cells]
-    assert {"closed accuracy", "report CIDEr (0–10)", "undecided, of closed", "failed requests"} <= set(labels)
+    assert {"closed accuracy", "report CIDEr (0–10)", "undecided, of closed", "failed requests"} <= set(
+        labels
+    )
     written = read_manifest(run.evaluate).finished_at
     config.evaluate.bootstrap = 200
     assert evaluate(config).finished_at == written  # answers are kept, only the intervals are drawn anew
