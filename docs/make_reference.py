@@ -123,7 +123,8 @@ def _summary_section() -> list[str]:
         "| `models` | model → metric → `value`, `low`, `high` (interval), `n` (answers, failed ones included) |",
         "| `counts` | model → `answers`, `failed`, `empty`, `closed` (closed questions), `undecided` (of these) |",
         "| `difference`, `difference_to_control` | metric → aligned minus base (control): `value`, `low`, `high`, `n`, `p` (paired test), "
-        "`p_holm` (corrected for the metrics compared; null for those that are not judged) |",
+        "`p_holm` (corrected for the metrics compared), `verdict`: better, worse, uncorrected (only before the correction), tiny (prints as 0.0) "
+        "or open; both null for metrics that are not judged |",
         "| `left_out` | metric → why it could not be computed here |",
         "| `questions`, `images`, `bootstrap`, `confidence`, `command` | what was scored, and how |",
         "",

@@ -62,8 +62,8 @@ _READS_WRITES = {
         "nothing; answers on serve.host:serve.port until interrupted",
     ),
     "evaluate": (
-        "samples/ (split test) and the models, or evaluate.endpoint",
-        "evaluate/ (answers), evaluate/summary.json",
+        "samples/ (split test) and the models, or evaluate.endpoint; with --answers that file alone",
+        "evaluate/ (answers), evaluate/summary.json; with --answers what --json and --rows name",
     ),
     "report": ("every table and metric of the run", "report.html"),
 }

@@ -37,7 +37,7 @@ class Given:
         reference: reference answer.
         prediction: null where there is no answer.
         names: those of model, image_id, sample_id and id that the row has.
-        id: the field ``id`` with the type it has.
+        ids: those of id and sample_id that the row has, with the type they have there.
     """
 
     where: str
@@ -46,7 +46,7 @@ class Given:
     reference: str
     prediction: str | None
     names: dict[str, str]
-    id: Any = None
+    ids: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def evaluate_file(uri: str, options: Options) -> tuple[dict[str, Any], list[dict
         options: of intervals and tests.
 
     Returns:
-        The summary and a row an answer, in the file's order: ``model``, ``id`` if given, and every metric's value. The summary is
+        The summary and a row an answer, in the file's order: ``model``, ``id`` and ``sample_id`` if given, and every metric's value. The summary is
         ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "differences": [{"first", "second", "paired",
-        "unpaired", "metrics": {metric: {…, "p", "p_holm"}}}], …}``.
+        "unpaired", "metrics": {metric: {…, "p", "p_holm", "verdict"}}}], …}``.
 
     Raises:
         UserError: the file is missing, a row cannot be used, or is in a script that cannot be scored; it names file and row.
@@ -119,7 +119,7 @@ def _rows(given: Sequence[Given], rows: Sequence[Row], scored: scoring.Scored) -
     # Metrics that were not computed are null too, so that every file has the same columns.
     columns = dict.fromkeys(METRICS)
     return [
-        ({"id": item.id} if item.id is not None else {}) | {"model": row.model} | columns | values
+        item.ids | {"model": row.model} | columns | values
         for item, row, values in zip(given, rows, scoring.row_values(scored), strict=True)
     ]
 
@@ -135,7 +135,7 @@ def pair(given: Sequence[Given], uri: str) -> Pairing:
     has them equally often, and left unpaired otherwise.
 
     Raises:
-        UserError: only some rows have a model or an image, or an id occurs twice within a model.
+        UserError: only some rows have a model or an image, an id occurs twice within a model, or stands for two questions.
     """
     for name in ("model", "image_id"):
         lacking = [row for row in given if name not in row.names]
@@ -145,6 +145,13 @@ def pair(given: Sequence[Given], uri: str) -> Pairing:
             )
     clustered = "image_id" in given[0].names
     by, keys = _keys(given, uri)
+    asked: dict[str, tuple[str, str]] = {}
+    for row, key in zip(given, keys, strict=True):
+        if asked.setdefault(key, (row.answer_type, row.reference)) != (row.answer_type, row.reference):
+            raise UserError(
+                f"{uri}, {row.where}{_id_in_words(row)}: another model's row with this {by} has another reference or answer_type. "
+                f"Give rows about one question one {by}, or leave it out."
+            )
     rows = [
         Row(
             row.names.get("model", _ONLY_MODEL),
@@ -296,7 +303,7 @@ def _given(uri: str, where: str, row: Any) -> Given:
         texts["reference"] or "",
         texts["prediction"],
         names,
-        row.get("id"),
+        {name: row[name] for name in ("id", "sample_id") if row.get(name) is not None},
     )
 
 

@@ -14,6 +14,7 @@ from mmedpo_ray.evaluate.metrics import METRICS, Answer, Metric, UnavailableErro
 from mmedpo_ray.evaluate.metrics.base import is_empty
 from mmedpo_ray.evaluate.metrics.closed import verdict
 from mmedpo_ray.evaluate.metrics.words import unsupported_script
+from mmedpo_ray.report.verdict import judge
 
 Figures = dict[str, dict[str, Any]]
 
@@ -112,8 +113,8 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
     """Scores of the first model minus those of the second on the questions that both answered.
 
     Returns:
-        ``{metric: {"value", "low", "high", "n", "p", "p_holm"}}``: "p" tests that there is none; "p_holm" is corrected for all main
-        metrics compared here, null for the others.
+        ``{metric: {"value", "low", "high", "n", "p", "p_holm", "verdict"}}``: "p" tests that there is none; "p_holm" is corrected for
+        all main metrics compared here, and "verdict" is :func:`~mmedpo_ray.report.verdict.judge`'s; both are null for the others.
     """
     found: Figures = {}
     for name in scored.statistics:
@@ -124,16 +125,15 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
         found[name]["p"] = (
             statistics.paired_p_value(metric.value, sums[0], sums[1], seed=options.seed) if tested else None
         )
-    return with_holm(found)
-
-
-def with_holm(found: Figures) -> Figures:
-    """Adds "p_holm" to differences that have "p": Holm's correction over the main metrics."""
     compared = [
         name for name, item in found.items() if METRICS[name].role == "main" and item["p"] is not None
     ]
     corrected = dict(zip(compared, statistics.holm([found[name]["p"] for name in compared]), strict=True))
-    return {name: item | {"p_holm": corrected.get(name)} for name, item in found.items()}
+    calls = judge(found, options.confidence)
+    return {
+        name: item | {"p_holm": corrected.get(name), "verdict": calls.get(name)}
+        for name, item in found.items()
+    }
 
 
 def counts(rows: Iterable[Row]) -> dict[str, int]:

@@ -64,7 +64,7 @@ def summarise(
         failed: requests that brought no answer (``evaluate/dropped/``); scored as empty answers.
 
     Returns:
-        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "difference": {metric: {…, "p", "p_holm"}},
+        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "difference": {metric: {…, "p", "p_holm", "verdict"}},
         "difference_to_control": …, "left_out": {metric: why}}``
     """
     rows = rows_of(answers, questions, failed)

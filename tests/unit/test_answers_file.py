@@ -137,7 +137,9 @@ def test_two_models_are_compared_on_the_same_questions(tmp_path: Path) -> None:
     assert difference["value"] == pytest.approx(means[0] - means[1])
     assert difference["low"] < difference["value"] < difference["high"]
     assert difference["p"] < 0.01 and difference["p_holm"] == difference["p"]
+    assert difference["verdict"] == "better"
     assert found["metrics"]["closed_accuracy_official"]["p_holm"] is None
+    assert found["metrics"]["closed_accuracy_official"]["verdict"] is None
     assert (summary["images"], summary["questions"], summary["paired_by"]) == (30, 60, "id")
 
 
@@ -307,6 +309,15 @@ def test_an_id_twice_in_a_model_cannot_be_paired(tmp_path: Path, capsys: pytest.
     rows = [row(model=model, id="q") for model in ("a", "b", "a")]
     said = refused(write(tmp_path / "a.jsonl", rows), capsys).replace("\n", " ")
     assert "line 3" in said and "twice" in said
+
+
+def test_an_id_is_one_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        row(model="a", id="q", prediction=SECRET),
+        row(model="b", id="q", reference="No", prediction=SECRET),
+    ]
+    said = refused(write(tmp_path / "a.jsonl", rows), capsys).replace("\n", " ")
+    assert "line 2" in said and "another reference" in said
 
 
 def test_outputs_belong_to_a_file_of_answers(capsys: pytest.CaptureFixture[str]) -> None:
