@@ -121,7 +121,7 @@ def _summary_section() -> list[str]:
         "| --- | --- |",
         "| `names` | name of each role: base, aligned, control |",
         "| `models` | model → metric → `value`, `low`, `high` (interval), `n` (answers, failed ones included) |",
-        "| `counts` | model → `answers`, `failed`, `empty`, `closed` (closed questions), `undecided` (of these) |",
+        "| `counts` | model → `answers`, `failed`, `empty`, `closed` (closed questions), `undecided` (of these), `undecided_share` |",
         "| `difference`, `difference_to_control` | metric → aligned minus base (control): `value`, `low`, `high`, `n`, `p` (paired test), "
         "`p_holm` (corrected for the metrics compared), `verdict`: better, worse, uncorrected (only before the correction), tiny (prints as 0.0) "
         "or open; both null for metrics that are not judged |",

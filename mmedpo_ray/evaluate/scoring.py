@@ -136,14 +136,15 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
     }
 
 
-def counts(rows: Iterable[Row]) -> dict[str, int]:
+def counts(rows: Iterable[Row]) -> dict[str, Any]:
     """How many answers there are, and how many say nothing; each row is in one of failed, empty and undecided at most.
 
     Returns:
         answers; failed (no answer came back); empty (no word in it); closed (closed questions); undecided (answers to closed
-        questions that decide for nothing). All of these count as wrong and stay in the denominator.
+        questions that decide for nothing), undecided_share (of closed; null without any). All of these count as wrong and stay
+        in the denominator.
     """
-    found = dict.fromkeys(("answers", "failed", "empty", "closed", "undecided"), 0)
+    found: dict[str, Any] = dict.fromkeys(("answers", "failed", "empty", "closed", "undecided"), 0)
     for row in rows:
         found["answers"] += 1
         found["closed"] += row.answer_type == "closed"
@@ -153,7 +154,7 @@ def counts(rows: Iterable[Row]) -> dict[str, int]:
             found["empty"] += 1
         elif row.answer_type == "closed" and verdict(row.answer) == "undecided":
             found["undecided"] += 1
-    return found
+    return found | {"undecided_share": found["undecided"] / found["closed"] if found["closed"] else None}
 
 
 def check_script(what: str, question: str, reference: str) -> None:

@@ -55,7 +55,9 @@ def label(metric: str) -> str:
     """A metric's key as words: ``report_rouge_l`` → "report ROUGE-L"."""
     official = metric.endswith("_official")
     parts = [_WORDS.get(part, part) for part in metric.removesuffix("_official").split("_")]
-    return " ".join(parts).replace("ROUGE L", "ROUGE-L") + (" (official rule)" if official else "")
+    # What is left of METEOR without WordNet does not go by its name.
+    text = " ".join(parts).replace("ROUGE L", "ROUGE-L").replace("METEOR exact", "meteor-exact")
+    return text + (" (official rule)" if official else "")
 
 
 def known(estimate: dict[str, Any] | None) -> bool:

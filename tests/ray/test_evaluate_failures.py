@@ -36,7 +36,8 @@ def make(root: Path, server: ChatServer, *, dropped_share: float = 0.9, referenc
         {
             "run": {"folder": str(root / "run"), "max_dropped_share": dropped_share},
             "model": {"path": str(root)},
-            "evaluate": {"endpoint": server.url, "bootstrap": 100, "retries": 0},
+            # The server takes five connections at a time.
+            "evaluate": {"endpoint": server.url, "bootstrap": 100, "retries": 0, "concurrency": 4},
         }
     )
     Image.new("L", (8, 8)).save(root / "a.png")
@@ -97,6 +98,7 @@ def test_a_request_without_an_answer_stays_in_the_denominator(
         "empty": 2,
         "closed": COUNT,
         "undecided": 1,
+        "undecided_share": 0.1,
     }
     asked = len(server.requests)
     evaluate(config)

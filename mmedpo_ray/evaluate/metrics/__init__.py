@@ -56,7 +56,7 @@ METRICS: dict[str, Metric] = {
         Metric("report_meteor", "report METEOR", "report", None, mean_value, batch=meteor),
         Metric(
             "report_meteor_exact",
-            "report METEOR on exact words and stems",
+            "report meteor-exact (no synonyms)",
             "report",
             None,
             mean_value,
