@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import io
 import os
 import re
 import signal
@@ -98,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_settings(settings)
     _add_show(verbs)
+    _add_convert_pairs(verbs)
     _add_convert(verbs)
     _add_phantom(verbs)
     return parser
@@ -130,7 +133,8 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         "table",
         nargs="?",
         metavar="TABLE",
-        help="folder of Parquet files, a Parquet file, or a released MMedPO JSON; default: the run's scored/",
+        help="folder of Parquet files, a Parquet file, a released MMedPO JSON, or data of TRL, LLaMA-Factory or ms-swift; "
+        "default: the run's scored/",
     )
     parser.add_argument(
         "--samples",
@@ -226,6 +230,25 @@ def _add_show(verbs: argparse._SubParsersAction) -> None:
     )
     show.add_argument("--json", action="store_true", help="print an object a line instead of words")
     _add_common(show)
+
+
+def _add_convert_pairs(verbs: argparse._SubParsersAction) -> None:
+    convert = verbs.add_parser(
+        "convert-pairs",
+        help="preference pairs → data that TRL, LLaMA-Factory or ms-swift train on",
+        description="Writes a table of pairs as another project reads it: trl (.jsonl, .json, or .parquet with the\n"
+        "pictures in it), llama-factory (with dataset_info.json beside it) or swift. Weight and score go along.\n"
+        "Pictures that other decoders would read otherwise (DICOM, 16 bits, EXIF) are written as PNG beside the\n"
+        "file. Visual pairs need swift; the others count and leave them out.",
+        epilog="example: mmedpo convert-pairs runs/mine/scored --to trl --out mine.parquet",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("table", metavar="TABLE", help="a run's pairs/ or scored/, or a Parquet file")
+    convert.add_argument(
+        "--to", required=True, choices=["trl", "llama-factory", "swift"], help="who reads it"
+    )
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    _add_common(convert)
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
@@ -332,6 +355,10 @@ def _command(arguments: argparse.Namespace) -> Callable[[], int]:
         from mmedpo_ray.show import show
 
         return lambda: show(arguments.files, arguments.out, frames=arguments.frames, as_json=arguments.json)
+    if arguments.verb == "convert-pairs":
+        from mmedpo_ray.data.convert_pairs import convert_pairs_command
+
+        return lambda: convert_pairs_command(arguments.table, arguments.to, arguments.out)
     if arguments.verb == "convert":
         from mmedpo_ray.models.convert import convert_command
 
@@ -418,6 +445,36 @@ def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[
     return run
 
 
+# What a terminal that knows only ASCII gets in place of the marks that messages are written with.
+_PLAIN_MARKS = {
+    "→": "->",
+    "−": "-",
+    "–": "-",
+    "×": "x",
+    "·": "*",
+    "…": "...",
+    "²": "2",
+    "±": "+-",
+    "≤": "<=",
+    "≥": ">=",
+}
+
+
+def _plain_marks(error: UnicodeError) -> tuple[str, int]:
+    """Error handler of an encoder: marks in their ASCII spelling, "?" for other letters."""
+    assert isinstance(error, UnicodeEncodeError)
+    unknown = error.object[error.start : error.end]
+    return "".join(_PLAIN_MARKS.get(letter, "?") for letter in unknown), error.end
+
+
+def _make_printable() -> None:
+    """Lets output lose a letter rather than end a command where the terminal's encoding lacks it."""
+    codecs.register_error("mmedpo_plain_marks", _plain_marks)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="mmedpo_plain_marks")
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM: like Ctrl-C, with another exit status."""
 
@@ -454,6 +511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where an audit found what it should fail on, or for an error nobody foresaw; 2 for one that the user can mend; 130
         after Ctrl-C, 143 after SIGTERM.
     """
+    _make_printable()
     with _handling(signal.SIGINT, _stop_loading):
         arguments = _parse(argv)
         from mmedpo_ray import console, errors

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeGuard
 from mmedpo_ray import storage
 from mmedpo_ray.data.texts import storable
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.http_client import async_client
 from mmedpo_ray.settings.endpoint import EndpointConfig
 
 # Drop reason of a row that the endpoint did not answer although it may at another time.
@@ -243,7 +244,9 @@ class EndpointClient:
                 timeout=self._settings.timeout_s,
                 max_retries=self._settings.retries,
                 # Every try passes here, so that retries are paced and counted as well.
-                http_client=self._openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._before_try]}),
+                http_client=async_client(
+                    _base_url(self._settings), event_hooks={"request": [self._before_try]}
+                ),
             )
         self._stopping = False
         try:

@@ -494,6 +494,30 @@ def load_rgb(uri: str) -> Image.Image:
     return to_rgb(load_image(uri, max_pixels=None))
 
 
+_PLAIN = {"PNG": "image/png", "JPEG": "image/jpeg"}
+
+
+def plain_bytes(uri: str, max_pixels: int | None = MAX_PIXELS) -> tuple[bytes, str]:
+    """A picture as a file that every decoder reads as training does: its bytes and their media type.
+
+    Plain 8-bit PNG and JPEG files are taken as they are; everything else (16 bits, alpha, palette, EXIF rotation, DICOM, one frame
+    of several) becomes an RGB PNG by :func:`to_rgb`.
+
+    Raises:
+        ImageError: the file is missing, damaged or too large.
+    """
+    file, frame = file_and_frame(uri)
+    try:
+        data = storage.read_bytes(file)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ImageError("image_missing", uri) from error
+    image = decode(data, uri, max_pixels, frame=frame)
+    kind = _PLAIN.get(image.format or "") if frame is None else None
+    if kind is None or image.mode not in ("L", "RGB") or "transparency" in image.info or TURNED in image.info:
+        return encode_png(to_rgb(image)), "image/png"
+    return data, kind
+
+
 def encode_png(image: Image.Image) -> bytes:
     """The image as PNG bytes, in its own mode, as Pillow writes it; equal pixels give equal bytes. Slow: see :func:`mmedpo_ray.png.encode_pixels`."""
     buffer = io.BytesIO()

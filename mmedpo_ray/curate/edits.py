@@ -26,7 +26,7 @@ _UNCOUNTED = re.compile(
 )
 # "a unilateral effusion", "an NG tube": by the sound, not by the letter.
 _SOUNDS_LIKE_A_CONSONANT = re.compile(r"(?:uni|use|uter|ureter|urin|eu|one)", re.IGNORECASE)
-_NAMED_LETTER = re.compile(r"[AEFHILMNORSX][A-Z]+\b")
+_NAMED_LETTER = re.compile(r"[AEFHILMNORSX][A-Z]+\b|[xX][- ]?ray|ng tube")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def article_of(spelled: str) -> str:
 def is_plural(surface: str, mention: Mention) -> bool:
     """Whether the text has the concept in its plural."""
     low = surface.lower()
-    return low == mention.concept.forms[mention.form] + "s" or low.endswith(_PLURAL_ENDINGS)
+    forms = mention.concept.forms
+    is_regular = low == forms[mention.form] + "s" or (low.endswith("s") and low[:-1] in forms)
+    return is_regular or low.endswith(_PLURAL_ENDINGS)
 
 
 def is_bare(surface: str, mention: Mention) -> bool:

@@ -25,6 +25,10 @@ _EXTRA_WORDS = 8
 # A Greek letter or a name in its own spelling is no other script.
 _FOREIGN_LETTERS = 0.2
 _BARE_WORDS = 2
+# "5 mm", "< 5", "5 x 4", "5 - 10" beside "5mm", "<5", "5x4", "5-10".
+_BESIDE_A_NUMBER = re.compile(
+    r"(?<=\d) +(?=(?:mm|cm|ml|%|[x~-] *\d))|(?<=\d[x~-]) +(?=\d)|(?<=\d [x~-]) +(?=\d)|(?<=[<>=~]) +(?=\d)"
+)
 _MODALITIES = frozenset(concept.name for concept in CONCEPTS.values() if concept.axis == "modality")
 # "No", "not", "without", "denies", "excluded" before it in the same clause.
 _DENIED_IN_CHINESE = re.compile(r"(?:[无無没沒未不非]|否认|否認|排除)[^，。；：！？、,.;:!?]*$")
@@ -60,7 +64,8 @@ def problem(chosen: str, rejected: str, max_length_ratio: float, question: str =
         return "empty_rejected"
     if lexicon.is_meta_text(rejected) or lexicon.is_meta_text(chosen):
         return "meta_text"
-    if lexicon.equivalent(chosen, rejected):
+    chosen, rejected, question = map(lexicon.same_characters, (chosen, rejected, question))
+    if lexicon.equivalent(chosen, rejected) or _evenly_spaced(chosen) == _evenly_spaced(rejected):
         return "same_answer"
     if contains_truth(chosen, rejected, question):
         return "contains_truth"
@@ -68,6 +73,11 @@ def problem(chosen: str, rejected: str, max_length_ratio: float, question: str =
     if got > max_length_ratio * wanted and got >= wanted + _EXTRA_WORDS:
         return "rejected_too_long"
     return _foreign(chosen, rejected, question)
+
+
+def _evenly_spaced(text: str) -> str:
+    """The text in small letters, without a final period and without spaces between a number and its sign or unit."""
+    return _BESIDE_A_NUMBER.sub("", text.casefold()).strip(" .")
 
 
 def most_frequent(reasons: Iterable[str]) -> str | None:

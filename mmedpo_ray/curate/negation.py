@@ -23,7 +23,6 @@ from mmedpo_ray.curate.edits import (
 from mmedpo_ray.curate.overall import CLEAR_LUNGS, WHOLE_NORMAL_WORDS
 from mmedpo_ray.curate.terms import Mention, mentions
 
-_POLARITY = re.compile(r"^(\W*)(yes|no)\b(.*)$", re.IGNORECASE | re.DOTALL)
 _DEGREE = r"(?:mild|mildly|moderate|moderately|severe|severely|minimal|slight|trace|marked|massive|extensive)"
 # What a denial leaves out: how sure, how many, how large, since when. "There is no likely a small effusion" says nothing.
 _UNDENIED = (
@@ -31,7 +30,7 @@ _UNDENIED = (
     r"some|a few|one|two|three|four|five|an?|stable|unchanged|persistent|" + _DEGREE + r"|"
     r"\d+(?:\.\d+)?(?: ?[x×] ?\d+(?:\.\d+)?)*[ -]?[mc]m)(?:,? |(?<=,)))*"
 )
-_THERE_IS = re.compile(
+THERE_IS = re.compile(
     r"\b(there (?:is|are)) (?!(?:no|not|neither|only|at|about|more|less)\b)(?:((?:now|again|also|currently) )|(still ))?"
     + _UNDENIED,
     re.IGNORECASE,
@@ -43,10 +42,7 @@ _EXPLAINED = re.compile(
     re.IGNORECASE,
 )
 _NO_LONGER_A = re.compile(r"\b(there (?:is|are)) no longer (?=an? )", re.IGNORECASE)
-_THERE_IS_NO = re.compile(r"\b(there (?:is|are)) no ", re.IGNORECASE)
-_AUXILIARY = re.compile(
-    r"\b(is|are|was|were|does|do|has|have|appears?|shows?)\b(?! not\b)(?: no\b)?", re.IGNORECASE
-)
+THERE_IS_NO = re.compile(r"\b(there (?:is|are)) no ", re.IGNORECASE)
 # Words up to the end of a sentence; a decimal point is none.
 _LISTED = r"((?:[^.;:]|\.(?=\d))+?)(?=\.(?!\d)|[;:]|$)"
 # A denial as it stands at the beginning of a sentence, with its list, up to the sentence's end.
@@ -69,6 +65,7 @@ _SEEN = (
 _PREDICATE = re.compile(rf" (?:is|are|was|were) (?:\w+ )?{_SEEN}\b.*$", re.IGNORECASE)
 _IS_SEEN = re.compile(rf"\b(is|are|was|were) (?!not\b)(?=(?:again |also )?{_SEEN}\b)", re.IGNORECASE)
 _IS_NOT_SEEN = re.compile(rf"\b(is|are|was|were) not (?={_SEEN}\b)", re.IGNORECASE)
+_NO_LONGER_SEEN = re.compile(rf"\b(is|are|was|were) no longer (?={_SEEN}\b)", re.IGNORECASE)
 _IS_ABSENT = re.compile(r"\b(is|are|was|were) absent\b", re.IGNORECASE)
 _RESOLVED = re.compile(r"\b(has|have) (?:\w+ )?resolved\b", re.IGNORECASE)
 _ABSENCE_OF = re.compile(r"\b(absence)(?= of )", re.IGNORECASE)
@@ -98,6 +95,15 @@ _ADJECTIVE = re.compile(
     r"(?:\w{2,}al|\w{3,}ar|\w{2,}ic|\w{2,}ary|\w{2,}ous|left|right|upper|lower|acute|chronic|large|small)$",
     re.IGNORECASE,
 )
+# What is no description of a finding: "in the mass", "causing obstruction".
+_NO_DESCRIPTION = re.compile(
+    r"\b(?:in|on|at|of|with|by|for|from|to|as|because|the|this|that|these|those|its?|both|some|other|than)\b|^\W*\w{3,}ing\b",
+    re.IGNORECASE,
+)
+_SOMEONE = re.compile(
+    r"\b(?:m[ae]n|wom[ae]n|patients?|females?|males?|child|infant|boy|girl|his|her|he|she)\b", re.IGNORECASE
+)
+_CAPITAL_WORD = re.compile(r"\b[A-Z]\w*")
 # "The lungs are clear" leaves room for what lies outside of them.
 _OUTSIDE_THE_LUNGS = frozenset({"pleural effusion", "pneumothorax", "pneumoperitoneum", "rib fracture"})
 _CLEAR = re.compile(r"\b(?:clear|normal|unremarkable)\b", re.IGNORECASE)
@@ -113,46 +119,6 @@ _OVERALL = re.compile(
 )
 _OVERALL_IN_PLURAL = re.compile(r"(?:abnormalities|processes|findings|diseases)\b", re.IGNORECASE)
 _OVERALL_UNCOUNTED = re.compile(r"disease\b", re.IGNORECASE)
-
-
-# ---------------------------------------------------------------------- yes and no
-
-
-def polarity_edits(answer: str) -> Iterator[Edit]:
-    """ "Yes, there is …" → "No, there is no …", and back."""
-    if lexicon.polarity(answer) is None:
-        return
-    match = _POLARITY.match(answer)
-    if match is None:
-        return
-    lead, word, rest = match.groups()
-    if not rest.strip(" .") or rest.lstrip().startswith((",", ".", ";", ":", "-", "–")):
-        other = like(word, "no" if word.lower() == "yes" else "yes")
-        yield Edit(lead + other + _negate(rest, deny=word.lower() == "yes"), "polarity")
-
-
-def _negate(statement: str, *, deny: bool) -> str:
-    """Turns the statement after "Yes," or "No," round; the bare polarity where its grammar is not known."""
-    if not statement.strip(" ."):
-        return statement
-    if deny:
-        changed, count = _THERE_IS.subn(r"\1 no ", statement, count=1)
-        if not count:
-            changed, count = _AUXILIARY.subn(r"\1 not", statement, count=1)
-            if count and re.match(r".*\b(?:do|does|has|have|appears?|shows?) not\b", changed, re.I | re.S):
-                count = 0
-    else:
-        changed, count = _THERE_IS_NO.subn(r"\1 ", statement, count=1)
-        if not count:
-            changed, count = re.subn(
-                r"\b(is|are|was|were) not\b", r"\1", statement, count=1, flags=re.IGNORECASE
-            )
-    if count:
-        return changed
-    return "." if statement.rstrip().endswith(".") else ""
-
-
-# ---------------------------------------------------------------------- present and absent
 
 
 def negation_edits(answer: str) -> Iterator[Edit]:
@@ -171,7 +137,7 @@ def negation_edits(answer: str) -> Iterator[Edit]:
 
 
 def _there_is_edits(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
-    for match in _THERE_IS.finditer(answer):
+    for match in THERE_IS.finditer(answer):
         end = next((end for _, end in spans if end >= match.end()), len(answer))
         # "but" ends a span and still belongs to the sentence.
         if _EXPLAINED.search(answer, match.end(), end + len("but ")) or not answer[match.end() : end].strip():
@@ -331,6 +297,7 @@ def _turned(sentence: str, *, alone: bool, found: int) -> Iterator[str]:
         return
     for pattern, replacement in (
         (_IS_NOT_SEEN, r"\1 "),
+        (_NO_LONGER_SEEN, r"\1 still "),
         (_IS_ABSENT, r"\1 present"),
     ):
         if len(pattern.findall(sentence)) == 1:
@@ -342,6 +309,20 @@ def _turned(sentence: str, *, alone: bool, found: int) -> Iterator[str]:
     absence = _ABSENCE_OF.search(sentence)
     if absence:
         yield sentence[: absence.start()] + like(absence.group(1), "presence") + sentence[absence.end() :]
+
+
+def bare_denial_edits(answer: str) -> Iterator[Edit]:
+    """ "Multiple rib fractures" → "No rib fractures": an answer that names findings and says nothing else."""
+    spans = [span for span in lexicon.sentence_spans(answer) if answer[slice(*span)].strip()]
+    named = _findings(answer)
+    if len(spans) != 1 or lexicon.is_negated(answer) or not named or _VERB.search(answer):
+        return
+    if _NO_DESCRIPTION.search(answer, 0, named[0].start) or _SOMEONE.search(answer):
+        return
+    said = answer.strip()
+    said = said if _CAPITAL_WORD.search(said, 1) else uncapitalise(said)
+    denied = said[_asserted_end(said) :].replace(" and ", " or ")
+    yield Edit(like(answer.strip()[0], "no") + " " + denied, "negation")
 
 
 def _asserted_end(said: str) -> int:

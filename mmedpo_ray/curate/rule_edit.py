@@ -15,8 +15,9 @@ import numpy as np
 
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.changed_fact import changes_fact
+from mmedpo_ray.curate.closed_edits import polarity_edits
 from mmedpo_ray.curate.edits import NEAR, Edit, like
-from mmedpo_ray.curate.negation import negation_edits, polarity_edits
+from mmedpo_ray.curate.negation import bare_denial_edits, negation_edits
 from mmedpo_ray.curate.overall import abnormality_edits, clear_lung_edits, statement_edits
 from mmedpo_ray.curate.swaps import MIDLINE, swap_edits
 from mmedpo_ray.curate.terms import CONCEPTS, mentions
@@ -71,9 +72,8 @@ def _drawn_edit(
 ) -> Edit | None:
     find = _edits_of_short if len(answer) <= _SHORT_LETTERS else _edits
     by_axis = find(answer, question, vocabulary)
-    return _first_fitting(answer, question, _drawn(by_axis, rng)) or _first_fitting(
-        answer, question, clear_lung_edits(answer, _lung_findings(vocabulary))
-    )
+    last = chain(clear_lung_edits(answer, _lung_findings(vocabulary)), bare_denial_edits(answer))
+    return _first_fitting(answer, question, _drawn(by_axis, rng)) or _first_fitting(answer, question, last)
 
 
 def _shouted(answer: str, question: str, rng: np.random.Generator, vocabulary: frozenset[str]) -> Edit | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cached_property
 
+from mmedpo_ray.curate.counterparts import ALIGNED_FORMS, COUNTERPARTS
 from mmedpo_ray.curate.edits import (
     NEAR,
     article_of,
@@ -17,67 +18,6 @@ from mmedpo_ray.curate.edits import (
 )
 from mmedpo_ray.curate.terms import Concept, Mention
 
-# Groups whose concepts list this many spellings in the same order ("left-sided", "right-sided").
-_ALIGNED_FORMS = {
-    "side": 5,
-    "modality": 3,
-    "sequence": 3,
-    "contrast": 2,
-    "depth": 2,
-    "axiality": 2,
-    "intensity": 5,
-    "density": 4,
-    "margin": 3,
-    "symmetry": 2,
-    "spread": 2,
-}
-# Spellings whose counterpart is another than the concept's first: (spelling, concept) → spelling; None: there is none.
-_COUNTERPARTS: dict[tuple[str, str], str | None] = {
-    ("left-sided", "bilateral"): "bilateral",
-    ("right-sided", "bilateral"): "bilateral",
-    ("leftward", "bilateral"): None,
-    ("rightward", "bilateral"): None,
-    ("left-hand", "bilateral"): None,
-    ("right-hand", "bilateral"): None,
-    ("bilaterally", "left"): "on the left",
-    ("bilaterally", "right"): "on the right",
-    ("both sides", "left"): "the left side",
-    ("both sides", "right"): "the right side",
-    ("both lungs", "left"): "the left lung",
-    ("both lungs", "right"): "the right lung",
-    ("hyperintensity", "isointense"): None,
-    ("hypointensity", "isointense"): None,
-    ("hyper intense", "isointense"): "iso intense",
-    ("gray", "hyperintense"): "white",
-    ("gray", "hypointense"): "black",
-    ("grey", "hyperintense"): "white",
-    ("grey", "hypointense"): "black",
-    ("apical", "lower"): "basal",
-    ("apical", "middle"): "perihilar",
-    ("apex", "lower"): "base",
-    ("top", "lower"): "bottom",
-    ("superior", "lower"): "inferior",
-    ("inferior", "upper"): "superior",
-    ("bottom", "upper"): "top",
-    ("base", "upper"): "apex",
-    ("basal", "upper"): "apical",
-    ("basilar", "upper"): "apical",
-    ("basilar", "middle"): "perihilar",
-    ("bibasilar", "upper"): "biapical",
-    ("bibasilar", "middle"): "bilateral perihilar",
-    ("mild", "large"): "severe",
-    ("mildly", "moderate"): "moderately",
-    ("mildly", "large"): "severely",
-    ("slight", "large"): "marked",
-    ("minimal", "large"): "extensive",
-    ("moderately", "small"): "mildly",
-    ("moderately", "large"): "severely",
-    ("severe", "small"): "mild",
-    ("severely", "small"): "mildly",
-    ("severely", "moderate"): "moderately",
-    ("marked", "small"): "slight",
-    ("extensive", "small"): "minimal",
-}
 # What has a degree rather than a size: "moderate edema" is mild or severe, "a moderate effusion" small or large.
 _GRADED = frozenset(
     {
@@ -152,15 +92,30 @@ _SIZABLE = re.compile(
 _IN_SIZE = re.compile(r" in size\b(?! and\b)", re.IGNORECASE)
 # Sides: "both lungs are" cannot become "the left lung are"; "left middle lobe" does not exist.
 _PLURAL_VERB = re.compile(r"\s+(?:are|were|have|show|demonstrate|appear|remain)\b", re.IGNORECASE)
-_PLURAL_LUNGS = re.compile(
-    r"^(\s+(?:lung|kidney|hemisphere|breast|ventricle))s\b(?! (?:are|were|have|show))", re.IGNORECASE
+_PAIRED_NOUNS = re.compile(
+    r"^(\s+(?:[\w-]+ ){0,2}?(?:lung|kidney|hemisphere|breast|ventricle|lobe|base|zone|field|hip|knee|shoulder|ankle|wrist|leg|arm|"
+    r"hand|eye|orbit|adrenal gland|adrenal|ureter))s\b(?! (?:are|were|have|show|bases|fields|zones))",
+    re.IGNORECASE,
+)
+# Findings of which a side has one: "bilateral effusions" are "a left effusion".
+_ONE_A_SIDE = frozenset({"pleural effusion", "pneumothorax", "subdural hematoma", "epidural hematoma"})
+_VERB_FOR_MANY = re.compile(r"\b(?:are|were|have|show|demonstrate|appear|remain)\b", re.IGNORECASE)
+_DESCRIBING = re.compile(r"\s+(?:(?!(?:and|or|with|in|of|at)\b)[\w-]+ ){0,3}", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.;:\n](?:\s|$)")
+# "The opacities are bilateral": a side alone is no predicate.
+_PREDICATE = re.compile(r"\b(?:is|are|was|were|be|appears?|remains?) $", re.IGNORECASE)
+_HAS_A_SIZE = re.compile(
+    r"\s*(?:$|[.,;:]|in size|to |and |or |size|amount|volume|quantity|number|collection|hematoma|area|amounts)",
+    re.IGNORECASE,
+)
+# What has a middle beside an upper and a lower part.
+_HAS_A_MIDDLE = re.compile(
+    r"\s+(?:lobes?|lobar|zones?|lungs?|thirds?|fields?|parts?|portions?|regions?|segments?|aspects?|mediastin\w+|abdom\w+|esophag\w+|"
+    r"oesophag\w+|thora\w+|rectum|ureter|pole|trachea)\b",
+    re.IGNORECASE,
 )
 _MIDDLE_LOBE = re.compile(r"\s+mid(?:dle)? lobe", re.IGNORECASE)
 _BEFORE_A_NAMED_SIDE = re.compile(r"\b(?:the|on|to|from|towards?|both|an?)\s+(?:\w+ )?$", re.IGNORECASE)
-_MANY = re.compile(
-    r"\b(?:multiple|several|many|numerous|scattered|innumerable|two|three|few|some|these|all)\b",
-    re.IGNORECASE,
-)
 # What stands before a mention: an article, perhaps with words between; a verb that wants one.
 _ARTICLE = re.compile(r"\b(an?) ((?:\w+ )*)$", re.IGNORECASE)
 _ARTICLE_WANTED = re.compile(
@@ -227,17 +182,46 @@ class Slot:
         if axis == "finding":
             return self._with_finding(target, spelled)
         if axis == "side" and self._mention.concept.name == "bilateral":
-            after = _PLURAL_LUNGS.sub(r"\1", after, count=1)
+            return self._on_one_side(like(surface, spelled))
         if axis == "state" and target.name == "enlarged":
             after = _IN_SIZE.sub("", after, count=1) if _IN_SIZE.match(after) else after
         # "Lungs" becomes "Kidneys", but "Heart".
         many = self._many and (axis != "anatomy" or target.name in _PAIRED)
         spelled = like(surface, plural(target, spelled) if many else spelled)
+        if surface[:1].isupper() and (
+            not before.strip() or before.rstrip().endswith((".", ";", ":", "!", "?"))
+        ):
+            spelled = capitalise(spelled)
         article = self._article
         if article and not article.group(2):
             word = like(article.group(1), article_of(spelled))
             return f"{before[: article.start()]}{word} {spelled}{after}"
         return before + spelled + after
+
+    def _on_one_side(self, side: str) -> str | None:
+        """The answer with one side in the place of both, and what is there once a side in the singular."""
+        before, after = self._before, self._after
+        finding = next((m for m in self._following if m.concept.name in _ONE_A_SIDE), None)
+        if finding is None or not self._describes(finding) or not self._is_plural(finding):
+            return before + side + _PAIRED_NOUNS.sub(r"\1", after, count=1)
+        sentence = before[max((end.end() for end in _SENTENCE_END.finditer(before)), default=0) :]
+        if _VERB_FOR_MANY.search(sentence + _SENTENCE_END.split(after)[0]):
+            return None
+        start, end = finding.start - self._mention.end, finding.end - self._mention.end
+        one = like(after[start:end], finding.concept.forms[finding.form].replace("thoraces", "thorax"))
+        wanted = _ARTICLE_WANTED.search(before, self._near)
+        if wanted:
+            described = wanted.group(1) + side
+            side = f"{article_of(described)} {described}"
+            before = before[: wanted.start(1)]
+        return before + side + after[:start] + one + after[end:]
+
+    def _describes(self, finding: Mention) -> bool:
+        """Whether only a few other words that describe it stand before the finding."""
+        return _DESCRIBING.fullmatch(self._after[: finding.start - self._mention.end]) is not None
+
+    def _is_plural(self, mention: Mention) -> bool:
+        return is_plural(self._spelling(mention), mention)
 
     def _with_finding(self, target: Concept, spelled: str) -> str | None:
         """The answer with another finding, and the article that its kind of noun wants."""
@@ -275,11 +259,9 @@ class Slot:
 
     def _takes(self, target: Concept) -> bool:
         """Whether the target makes sense between the words around it."""
-        before, after, axis = self._before, self._after, self._mention.concept.axis
+        before, axis = self._before, self._mention.concept.axis
         if axis == "zone":
-            return not (
-                target.name == "middle" and after.startswith(" lobe") and before.lower().endswith("left ")
-            )
+            return target.name != "middle" or self._takes_the_middle()
         if axis == "side":
             return self._takes_side(target.name)
         if axis == "state":
@@ -291,17 +273,19 @@ class Slot:
             return self._takes_degree_of(target)
         return True
 
+    def _takes_the_middle(self) -> bool:
+        """Whether there is a middle one: of lobes on the right only, of a finger or a quadrant never."""
+        if self._after.startswith(" lobe"):
+            return not self._before.lower().endswith("left ")
+        is_part = self._surface.lower() in ("upper", "lower")
+        return not is_part or self.is_whole or _HAS_A_MIDDLE.match(self._after) is not None
+
     def _takes_side(self, side: str) -> bool:
         after = self._after
         if _MIDDLE_LOBE.match(after):
             return False
-        many = next(
-            (is_plural(self._spelling(m), m) for m in self._following if m.concept.axis == "finding"), None
-        )
         if self._mention.concept.name == "bilateral":
-            if _PLURAL_VERB.match(after):
-                return False
-            return not many or _MANY.search(self._before, self._near) is not None
+            return not _PLURAL_VERB.match(after)
         if side != "bilateral" or self.is_whole:
             return True
         finding = next((m for m in self._following if m.concept.axis == "finding"), None)
@@ -341,12 +325,29 @@ class Slot:
     def _counterpart(self, target: Concept) -> str | None:
         """How the target is spelled in the place of the mention; None where it has no such form."""
         low = self._surface.lower()
-        if (low, target.name) in _COUNTERPARTS:
-            return _COUNTERPARTS[low, target.name]
-        if low == "moderate" and self._graded in _GRADED:
+        if (
+            low == "bilateral"
+            and _PREDICATE.search(self._before, self._near)
+            and _AT_AN_END.match(self._after)
+        ):
+            return f"{target.name}-sided"
+        if (low, target.name) in COUNTERPARTS:
+            return COUNTERPARTS[low, target.name]
+        if self._many and target.axis == "zone":
+            return None
+        if low == "middle" and self._after.startswith(" of"):
+            return "top" if target.name == "upper" else "bottom"
+        if low == "moderate" and self._is_a_degree:
             return "mild" if target.name == "small" else "severe"
-        aligned = min(_ALIGNED_FORMS.get(target.group, 0), len(target.forms))
+        aligned = min(ALIGNED_FORMS.get(target.group, 0), len(target.forms))
         return target.forms[self._mention.form if self._mention.form < aligned else 0]
+
+    @property
+    def _is_a_degree(self) -> bool:
+        """Whether a "moderate" tells how severe something is, not how large."""
+        if self._graded is not None or self.is_whole:
+            return self._graded in _GRADED
+        return _HAS_A_SIZE.match(self._after) is None
 
     @property
     def _graded(self) -> str | None:

@@ -42,26 +42,57 @@ _PART_OF = re.compile(
 _ADJECTIVES = frozenset(
     {"hepatic", "splenic", "renal", "pancreatic", "gastric", "adrenal", "pulmonary", "cardiac"}
 )
+_TOLD_OF_A_FINDING = re.compile(r"\s+(?:patients?|staging|therapy|treatment|risk|protocol)\b", re.IGNORECASE)
 # Groups of findings that belong to one part of the body, so that no other part can have them.
 _PLACED_GROUPS = frozenset({"chest", "brain", "bleeding", "abdomen", "device"})
 _MOVABLE_ANATOMY = frozenset({"lobe", "brain part", "matter"})
-_NOT_OF_THE_CHEST = re.compile(
-    r"\b(?:joint|pericardial|knee|hip|elbow|ankle|shoulder|mastoid|subdural|ear) $", re.IGNORECASE
+# A finding's word in the name of another: "joint effusion", "subcutaneous emphysema", "small cell lung cancer".
+_OTHER_FINDING = re.compile(
+    r"\b(?:joint|pericardial|knee|hip|elbow|ankle|shoulder|mastoid|subdural|epidural|ear|subcutaneous|surgical|pedal|leg|foot|peripheral|"
+    r"limb|macular|tissue|normal pressure|(?:cell|hepatocellular|hodgkin\S*|ductal|lobular|bronchogenic|papillary|medullary|follicular|squamous)"
+    r"(?: lung| breast)?) $",
+    re.IGNORECASE,
 )
 # Names of views, vessels and chambers, in which a side or level is no fact of its own.
 _PART_OF_A_NAME = re.compile(
     r"(?:\s+and\s+\w+)?\s+(?:views?|projections?|radiographs?|films?|vena cava|limits?|ventric\w*|atri\w+|main\w*|"
-    r"circumflex|mediastinum|internal jugular|jugular|subclavian|decubitus)\b",
+    r"circumflex|anterior descending|mediastinum|internal jugular|jugular|subclavian|decubitus)\b",
     re.IGNORECASE,
 )
 _LEVEL_OF_A_NAME = re.compile(
     r"[\s-]+(?:normal|cerebral|cerebellar|communicating|mesenteric|meningeal|cisterns?|cranial|fossa|horns?|sagittal|venous|line|catheter|"
-    r"canal|pontine|sulcus|descending|thyroid|pulmonary arter\w+|ear|to)\b",
+    r"canal|pontine|sulcus|descending|nervous|obesity|cyanosis|apnea|fovea|finger|toe|phalan\w+|turbinate|meatus|gi|endoscopy|thyroid|pulmonary arter\w+|ear|to)\b",
     re.IGNORECASE,
 )
 _SIZE_OF_A_NAME = re.compile(
-    r"[\s-]+(?:bowel|intestine|vessels?|airways?|joints|cell|field|degree)\b", re.IGNORECASE
+    r"[\s-]+(?:bowel|intestine|vessels?|airways?|joints|(?:[bt][ -])?cell|field|degree|of|for|group|change|quality)\b",
+    re.IGNORECASE,
 )
+# Names in which a plane, a shape or an acuity is no fact of its own.
+_NAMES: dict[Axis, re.Pattern[str]] = {
+    "plane": re.compile(
+        r"[\s-]+(?:process\w*|colon|mesocolon|myelitis|sinus\w*|foram\w+|arch|ligament|fractures?|incision|carpal|diameter|sutures?)\b",
+        re.IGNORECASE,
+    ),
+    "sequence": re.compile(
+        r"[\s-]+(?:vertebra\w*|nerve|level|spinous|dis[ck]|ribs?|body|transverse|compression|fractures?|dermatome|root)\b",
+        re.IGNORECASE,
+    ),
+    "appearance": re.compile(
+        r"[\s-]+(?:ligament|fibrosis|axonal|nodular hyperplasia|large|window|foramen|alveolar damage|cortical dysplasia|ducts?|artery|"
+        r"hygroma|pseudopapillary|idiopathic)\b",
+        re.IGNORECASE,
+    ),
+    "acuity": re.compile(
+        r"[\s-]+(?:obstructive|kidney|renal failure|lymphocytic|lymphoblastic|myeloid|myelogenous|fatigue|granulomatous|respiratory distress|smokers?|users?|use|alcohol\w*|"
+        r"chest syndrome|coronary|abdomen|on)\b",
+        re.IGNORECASE,
+    ),
+}
+# "The angle is acute", "acute on chronic".
+_NO_ACUITY = re.compile(r"\b(?:angles? (?:\w+ )?|on )$", re.IGNORECASE)
+_TOLD_OF_A_SEX = re.compile(r"\s+(?:pattern|genital\w*|catheter|connector)\b", re.IGNORECASE)
+_PRONOUN = re.compile(r"\b(?:he|she|his|her|hers|him|himself|herself)\b", re.IGNORECASE)
 # "normal limits", "normal variant": no state. "mildly enlarged": nothing is mildly normal. "limits of normal" neither.
 _STATE_OF_A_NAME = re.compile(
     r"[\s-]+(?:limits?|variants?|variation|pressure|saline|range|for)\b", re.IGNORECASE
@@ -125,8 +156,17 @@ def _exchanges(
             if target.name in named or (placed and target.name in MIDLINE):
                 continue
             changed = slot.filled(target)
+            if changed is not None and mention.concept.axis == "plane":
+                changed = _filled_again(changed, mention.concept, target)
             if changed is not None:
                 yield Edit(changed, mention.concept.axis)
+
+
+def _filled_again(text: str, concept: Concept, target: Concept) -> str | None:
+    """The text with the target also where the concept is named again: "Transverse plane (axial)" has one plane, not two."""
+    found = mentions(text)
+    index = next((index for index, mention in enumerate(found) if mention.concept is concept), None)
+    return text if index is None else Slot(text, found, index).filled(target)
 
 
 def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...]) -> bool:
@@ -135,6 +175,13 @@ def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...
     axis = concept.axis
     if _COMPOUND.match(answer, end) and axis != "modality":
         return False
+    if axis in _NAMES and _NAMES[axis].match(answer, end):
+        return False
+    if axis == "acuity":
+        return not _NO_ACUITY.search(answer, max(0, mention.start - NEAR), mention.start)
+    if axis == "sex":
+        # "The woman hurt his leg": other words would have to follow.
+        return not (_PRONOUN.search(answer) or _TOLD_OF_A_SEX.match(answer, end))
     if axis == "side":
         return not _PART_OF_A_NAME.match(answer, end)
     if axis == "zone":
@@ -147,7 +194,10 @@ def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...
             or _GROSSLY.search(answer, max(0, mention.start - NEAR), mention.start) is not None
         )
     if axis == "finding":
-        return not _NOT_OF_THE_CHEST.search(answer, max(0, mention.start - NEAR), mention.start)
+        return not (
+            _OTHER_FINDING.search(answer, max(0, mention.start - NEAR), mention.start)
+            or _TOLD_OF_A_FINDING.match(answer, end)
+        )
     if axis == "anatomy":
         return _stands_alone(answer, mention, found)
     return True

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
+from mmedpo_ray.curate.senses import is_other_sense
+
 Axis = Literal[
     "finding",
     "side",
@@ -319,9 +321,13 @@ _PATTERN = re.compile(rf"(?<![\w-])(?:{_pattern([*_FORMS, *_PLURALS])}|[lr](?=\s
 
 @lru_cache(maxsize=4096)
 def mentions(text: str) -> tuple[Mention, ...]:
-    """Every concept named in ``text``, in order; the longest spelling wins, mentions never overlap."""
+    """Every concept named in ``text``, in order; the longest spelling wins, mentions never overlap.
+
+    A word in another sense ("was left in the ward") names none.
+    """
     found = []
-    for match in _PATTERN.finditer(lowered(text)):
+    low = lowered(text)
+    for match in _PATTERN.finditer(low):
         start, end = match.span()
         spelled = match.group()
         if end - start == 1:
@@ -329,6 +335,8 @@ def mentions(text: str) -> tuple[Mention, ...]:
                 continue
             name, form = _CAPITALS[text[start]]
             concept = CONCEPTS[name]
+        elif is_other_sense(text, low, start, end):
+            continue
         else:
             concept, form = _FORMS[spelled] if spelled in _FORMS else _FORMS[spelled[:-1]]
         found.append(Mention(concept, start, end, form))

@@ -50,16 +50,15 @@ def from_trl(row: dict[str, Any]) -> Preference:
     Raises:
         UnusableError: it is none, or has several turns.
     """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
+    chosen, rejected = (_messages(row.get(side), _ASSISTANT) for side in ("chosen", "rejected"))
     if "prompt" in row:
-        question = _question(_messages(row["prompt"], _USER))
+        prompt = _messages(row["prompt"], _USER)
     else:
-        first, second = _messages(chosen, _ASSISTANT), _messages(rejected, _ASSISTANT)
-        if first[:-1] != second[:-1]:
+        prompt, begins = chosen[:-1], rejected[:-1]
+        if prompt != begins:
             raise UnusableError("malformed_conversation", "chosen and rejected do not begin alike")
-        question, chosen, rejected = _question(first[:-1]), first[-1:], second[-1:]
-    preferred, other = (_answer(_messages(side, _ASSISTANT)) for side in (chosen, rejected))
-    return Preference(question, preferred, other, *_images(row))
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    return Preference(_question(prompt), _answer(chosen), _answer(rejected), *_images(row))
 
 
 def from_llama_factory(row: dict[str, Any]) -> Preference:
@@ -118,6 +117,36 @@ def format_of(row: Any) -> str | None:
     if "chosen" not in row or "rejected" not in row:
         return None
     return "llama_factory" if row.keys() & {"conversations", "messages", "instruction"} else "trl"
+
+
+def trimmed(row: dict[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
+    """The row with its answers trimmed, and which of chosen and rejected that changed.
+
+    Args:
+        row: one that can be read.
+        name: its format.
+    """
+    rejected = "rejected"
+    if name == "swift":
+        rejected = "rejected_response" if "rejected_response" in row else "rejected_messages"
+    found, sides = dict(row), []
+    for side, key in (("chosen", "messages" if name == "swift" else "chosen"), ("rejected", rejected)):
+        if key in row and (value := _stripped(row[key])) != row[key]:
+            found[key] = value
+            sides.append(side)
+    return found, sides
+
+
+def _stripped(value: Any) -> Any:
+    """The text of an answer trimmed, in whatever holds it: its last message, its last part."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, list) and value:
+        return [*value[:-1], _stripped(value[-1])]
+    if isinstance(value, dict):
+        key = next((each for each in ("content", "value", "text") if each in value), None)
+        return value if key is None else value | {key: _stripped(value[key])}
+    return value
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import openai
-from PIL import Image
 
-from mmedpo_ray import storage
 from mmedpo_ray.config import EvaluateConfig
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.http_client import async_client
 from mmedpo_ray.image_error import ImageError
-from mmedpo_ray.images import MAX_PIXELS, TURNED, decode, encode_png, file_and_frame, to_rgb
+from mmedpo_ray.images import MAX_PIXELS, plain_bytes
 
 # Why a request brought no answer that another try may bring; an image or a request that is refused stays so.
 RETRY_REASONS = (
@@ -31,7 +30,6 @@ RETRY_REASONS = (
     *(f"http_{status}" for status in (408, 409, 425, 429, 500, 502, 503, 504)),
 )
 
-_KEPT_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg"}
 _CACHED_IMAGES = 256
 
 
@@ -146,6 +144,7 @@ class Endpoint:
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
             timeout=self._settings.timeout_s,
             max_retries=self._settings.retries,
+            http_client=async_client(self._base_url),
         )
 
     async def _ask_one(self, client: openai.AsyncOpenAI, question: Question) -> Reply:
@@ -196,28 +195,13 @@ class Endpoint:
 
 
 def image_data_url(uri: str, max_pixels: int = MAX_PIXELS) -> str:
-    """An image file as a ``data:`` URL that every decoder reads as training did.
-
-    Plain 8-bit PNG and JPEG files travel as they are; everything else (16 bits, alpha, palette, EXIF rotation, other
-    formats) as an RGB PNG made by :func:`mmedpo_ray.images.to_rgb`.
+    """An image file as a ``data:`` URL; see :func:`mmedpo_ray.images.plain_bytes`.
 
     Raises:
         ImageError: the file is missing, damaged or too large.
     """
-    file, frame = file_and_frame(uri)
-    try:
-        data = storage.read_bytes(file)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ImageError("image_missing", uri) from error
-    image = decode(data, uri, max_pixels, frame=frame)
-    kind = _KEPT_FORMATS.get(image.format or "") if frame is None else None
-    if kind is None or not _is_plain(image):
-        data, kind = encode_png(to_rgb(image)), "image/png"
+    data, kind = plain_bytes(uri, max_pixels)
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _is_plain(image: Image.Image) -> bool:
-    return image.mode in ("L", "RGB") and "transparency" not in image.info and TURNED not in image.info
 
 
 def _code(error: openai.APIStatusError) -> str:

@@ -205,8 +205,23 @@ def _read(moves: list[Move], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         with _opened(file) as get:
             for move in moves:
                 if move.tensor.file == file:
-                    tensors[move.target] = get(move.tensor.name).to(dtype).contiguous()
+                    weight = get(move.tensor.name)
+                    tensors[move.target] = weight.to(dtype).contiguous()
+                    _check_finite(weight, tensors[move.target], move.tensor)
     return tensors
+
+
+def _check_finite(weight: torch.Tensor, written: torch.Tensor, tensor: Tensor) -> None:
+    """Refuses weights that are no numbers, which a model would carry into every answer."""
+    if bool(torch.isfinite(written).all()):
+        return
+    if bool(torch.isfinite(weight).all()):
+        raise UserError(
+            f"{tensor.name} in {tensor.file} has values beyond the range of {written.dtype}; choose --dtype bfloat16."
+        )
+    raise UserError(
+        f"{tensor.name} in {tensor.file} holds NaN or infinite values: the checkpoint is damaged. Get it again."
+    )
 
 
 @contextmanager

@@ -827,3 +827,20 @@ def test_the_command_says_what_to_know_and_what_comes_next(
     assert "--vision-tower" in said
     assert f"model.path={out}" in said
     assert (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
+def test_weights_that_are_no_numbers_are_refused_by_name(original, tmp_path, value, file_format):
+    folder = tmp_path / "damaged"
+    shutil.copytree(original.folder, folder)
+    tensors = {name: tensor.clone() for name, tensor in original.tensors.items()}
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[0] = value
+    for file in [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]:
+        file.unlink()
+    save_weights(folder, tensors, file_format, 1)
+    with pytest.raises(UserError) as error:
+        convert(folder, tmp_path / "out")
+    assert name in str(error.value)
+    assert not (tmp_path / "out" / "config.json").exists()

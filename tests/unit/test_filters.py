@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedpo_ray.curate.filters import contains_truth, language, most_frequent, problem
+from mmedpo_ray.curate.hallucinate import is_wrong
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,46 @@ def test_each_filter_names_its_reason(chosen: str, rejected: str, reason: str | 
 )
 def test_the_truth_inside_a_longer_answer(question: str, chosen: str, rejected: str, contained: bool) -> None:
     assert contains_truth(chosen, rejected, question) is contained
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("Hepatitis A", "Hepatitis B"),
+        ("hepatitis b.", "Hepatitis a."),
+        ("Vitamin A", "Vitamin B"),
+        ("Vitamin A deficiency", "Vitamin B deficiency"),
+        ("Group A", "Group B"),
+        ("Type A aortic dissection", "Type B aortic dissection"),
+        ("Stanford A dissection", "Stanford B"),
+        ("Blood type A", "Blood type AB"),
+        ("Type I", "Type II"),
+        ("Le Fort II", "Le Fort I"),
+        ("Grade 1", "Grade 2"),
+        ("A", "B"),
+        ("(B)", "(A)"),
+    ],
+)
+def test_a_letter_or_numeral_tells_two_answers_apart(chosen: str, rejected: str) -> None:
+    assert problem(chosen, rejected, 4.0, "Which one?") is None
+    assert is_wrong(chosen, rejected, "Which one?", "open")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("A mass", "mass"),
+        ("Mass", "This is a mass."),
+        ("the vitamin A", "Vitamin a"),
+        ("5 mm", "5mm."),
+        ("5-10 mm", "５ － １０ｍｍ"),
+        ("5x4x3 cm", "5 × 4 × 3 cm"),
+        ("肝脏", "肝脏。"),
+        ("X-ray", "X\u2011ray"),
+    ],
+)
+def test_articles_spaces_and_typography_tell_nothing(chosen: str, rejected: str) -> None:
+    assert problem(chosen, rejected, 4.0, "What is seen?") == "same_answer"
 
 
 def test_the_most_frequent_reason() -> None:

@@ -139,6 +139,10 @@ def test_facts_keep_their_own_side_zone_and_size() -> None:
         ("The lungs are clear.", {"lung abnormality"}),
         ("Normal chest radiograph.", {"abnormality"}),
         ("There is no pneumothorax but an effusion is seen.", {"pneumothorax"}),
+        ("The pneumothorax is no longer seen.", {"pneumothorax"}),
+        ("The effusion has resolved.", {"pleural effusion"}),
+        ("No new nodule; stable consolidation.", {"nodule"}),
+        ("Cannot exclude pneumonia.", set()),
     ],
 )
 def test_negation_has_its_scope(text: str, denied: set[str]) -> None:
@@ -498,7 +502,10 @@ def test_ordinary_answers_are_no_meta_text(text: str) -> None:
     assert not _is_meta_text_in_a_column(text)
 
 
-@pytest.mark.parametrize("piece", ["\n", " ", ".", "please provide ", "I cannot provide the ", "note: the "])
+@pytest.mark.parametrize(
+    "piece",
+    ["\n", " ", ".", "please provide ", "I cannot provide the ", "note: the ", "contradicts the original "],
+)
 def test_a_long_text_is_searched_in_reasonable_time(piece: str) -> None:
     started = time.perf_counter()
     lexicon.is_meta_text(piece * (20_000 // len(piece)) + "Question")

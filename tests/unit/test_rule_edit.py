@@ -719,7 +719,7 @@ PLAUSIBLE = frozenset(
             "There is no longer a pneumothorax in the right lung.",
             {"There is still a pneumothorax in the right lung."},
         ),
-        ("The pneumothorax is no longer seen.", {None}),
+        ("The pneumothorax is no longer seen.", {"The pneumothorax is still seen."}),
         # Adjectives and places that belong to one item.
         (
             "There is no mediastinal or hilar lymphadenopathy.",
@@ -765,7 +765,7 @@ PLAUSIBLE = frozenset(
         ("Degenerative changes of the thoracic spine.", {None}),
         ("Tortuous thoracic aorta.", {None}),
         ("The gray-white matter differentiation is preserved.", {None}),
-        ("Compression fracture of the lumbar spine.", {None}),
+        ("Compression fracture of the lumbar spine.", {"No compression fracture of the lumbar spine."}),
         (
             "Stable 4 mm pulmonary nodule in the right middle lobe.",
             {f"Stable 4 mm pulmonary nodule in the right {zone} lobe." for zone in ("upper", "lower")},

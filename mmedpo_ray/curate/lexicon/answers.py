@@ -9,6 +9,7 @@ from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, facts, is_negated, ne
 from mmedpo_ray.curate.lexicon.normal import final_answer, has_han, same_characters
 from mmedpo_ray.curate.lexicon.polarity import Polarity, chinese_polarity, is_open, stated_polarity
 from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical, sense, synonym
+from mmedpo_ray.curate.lexicon.tokens import tokens
 from mmedpo_ray.curate.lexicon.words import (
     INTRODUCING,
     Term,
@@ -20,7 +21,7 @@ from mmedpo_ray.curate.terms import mentions
 
 _CHOICE = re.compile(r"([\w-]+),? or (?:an? |the )?([\w-]+)", re.IGNORECASE)
 
-_SIGN = re.compile(r"(?<![-=])[<>]=?|\+|(?<![\w)\].-])-(?=\.?\d)")
+_HAS_SIGN = re.compile(r"\d|[<>+~±%°-]")
 _ITEMS = re.compile(r",|/|\b(?:or|and|nor)\b", re.IGNORECASE)
 # Words of questions and denials that name nothing.
 _DENYING = frozenset(
@@ -68,11 +69,11 @@ def equivalent(first: str, second: str) -> bool:
     if set(facts(first)) != set(facts(second)):
         both = sense(first)
         return both is not None and both == sense(second)
-    if _signs(first) != _signs(second) or _other_letters(first) != _other_letters(second):
-        return False
     meaning = sense(first)
     if meaning is not None and meaning == sense(second):
         return True
+    if _numbers(first) != _numbers(second) or _other_letters(first) != _other_letters(second):
+        return False
     if _sizes(first) != _sizes(second):
         return False
     first, second = restated(first), restated(second)
@@ -85,9 +86,9 @@ def equivalent(first: str, second: str) -> bool:
     return is_same and _opposites(first) == _opposites(second)
 
 
-def _signs(text: str) -> list[str]:
-    """Comparisons, plus signs and the minus of a number; other hyphens and dashes mean nothing."""
-    return _SIGN.findall(text)
+def _numbers(text: str) -> list[str]:
+    """Numbers with their signs, and signs alone, in order; hyphens and slashes between words mean nothing."""
+    return [token for token in tokens(text) if _HAS_SIGN.search(token)]
 
 
 def _sizes(text: str) -> list[str]:

@@ -104,6 +104,11 @@ _ALL_WELL = re.compile(
 # "The right upper lobe", "zone" and "lung" are one place.
 _LUNG_PARTS = frozenset({"lobe", "zone", "field", "lung"})
 _UNKNOWN_RELEVANCE = 0.5
+# "Type I", "Le Fort I fracture": a number, unlike the "I" of "I see" and "and I think".
+_ROMAN_ONE = re.compile(
+    r"(?<=[a-z] )(?<!\band )(?<!\bbut )(?<!\bthat )(?<!\bas )I\b"
+    r"(?! (?:see|think|can|cannot|am|would|do|don|have|could|believe)\b)"
+)
 # Words of place and kind, and of caution, that name nothing.
 _VAGUE = (
     frozenset(
@@ -209,7 +214,12 @@ def _spanned(text: str, span: list[Term]) -> str:
 
 
 def _telling(text: str, asked: set[str]) -> list[Term]:
-    return [term for term in terms(text) if term.name not in asked and term.name not in _VAGUE]
+    return [
+        term
+        for term in terms(text)
+        if term.name not in asked
+        and (term.name not in _VAGUE or (term.name == "i" and _ROMAN_ONE.match(text, term.start)))
+    ]
 
 
 def are_kin(finding: str, others: set[str]) -> bool:

@@ -23,7 +23,7 @@ NEGATION = re.compile(
 )
 _IS_CONTRAST = re.compile(_CONTRAST, re.IGNORECASE)
 _AFTER_NEGATION = re.compile(
-    r"\b(?:is|are|was|were)?\s*(?:absent|not (?:clearly |definitely )?(?:seen|present|identified|visible|evident|noted|visuali[sz]ed|"
+    r"\b(?:is|are|was|were)?\s*(?:absent|(?:not|no longer) (?:clearly |definitely )?(?:seen|present|identified|visible|evident|noted|visuali[sz]ed|"
     r"observed|detected|found|demonstrated|appreciated|apparent|shown|displayed|depicted|featured|included|there)|ruled out|"
     r"excluded|resolved)\b",
     re.IGNORECASE,

@@ -77,6 +77,29 @@ _EDIT = (
     rf"|\b(the|this) {_EDITABLE} ((is|are|was|were|has been|have been) )?{_EDITED}\b)"
 )
 _BETWEEN = r"[\s'\"“”’*_-]*"
+# The text that a wrong answer was made from. "Initial" and "original" are also said of studies, diseases and earlier reports.
+_SOURCE = r"(original|given|provided|reference|ground[- ]truth)"
+# The same behind other words: "given the findings", "the history provided", "with reference to" are none.
+_NAMED_SOURCE = r"(original|ground[- ]truth|(the|this|these|your|its|any|all) (given|provided|reference))"
+_TOLD = (
+    r"(statement|sentence|description|depiction|conclusion|caption|text|answer|response|observation|claim|assertion|annotation|"
+    r"finding|label)s?"
+)
+_REPORTED = (
+    r"(report|impression|interpretation|assessment|evaluation|reading|information|result|indication)s?"
+)
+_DIAGNOSED = r"(diagnos[ie]s)"
+_FEW_WORDS = r"([\w'’\"“”/-]+ ){0,3}"
+# "This contradicts", "directly contradicting": an edit is told. A biopsy may well contradict an initial diagnosis.
+_COUNTERS = r"((this|that|which|it|answer|statement|response|\w+ly) contradict(s|ed)|contradicting)"
+_CONTRADICTS = r"(contradict(s|ed|ing|ory to|ion of|ion to)?|in contradiction (to|with))"
+_DISAGREES = (
+    r"((is |are |in )?(direct |clear )?(conflict(s|ed|ing)? with|opposites? (of|to)|opposition to|contrary to|at odds with)"
+    r"|(disagree(s|ing)?|incompatible|inconsistent|not (in line|consistent|compatible)) with|(not|n['’]t) (match|(align|agree|correspond) "
+    r"(with|to))|oppos(es|ing)|contrast(s|ing) with|negat(es|ing)|misrepresent(s|ing)|misinterpret(s|ing)|revers(es|ing)|refut(es|ing)|den(ies|ying))"
+)
+_DIFFERS = r"((differ(s|ing)?|different|deviat(es|ing)) from|unlike|despite|rather than|instead of|in contrast to|as opposed to)"
+_IS_TOLD = r"(supported|observed|identified|documented|evident|mentioned|stated|described|noted|specified|indicated|listed|included|present|found|given|reported|said|written|seen)"
 _FIRST_SENTENCE = r"\A[^.!?\n]*"
 
 _I = ("i ", "i'", "i’", "im ")
@@ -172,7 +195,49 @@ _RULES: tuple[tuple[tuple[str, ...], str], ...] = (
         r"\bhere(['’]?s| is) (the|an?|my|your|one) (\w+ )?(answer|response|rewrite|edit|version|sentence|rewritten|edited|modified)\b",
     ),
 )
-COMMENTARY = "|".join(pattern for _, pattern in _RULES)
+# Talk about the text that the answer was made from, and that it was made to contradict.
+_SOURCE_RULES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("contradict",),
+        rf"\b{_CONTRADICTS} [^.;!?\n]*\b({_NAMED_SOURCE} {_FEW_WORDS}({_TOLD}|{_REPORTED}|{_DIAGNOSED})\b"
+        rf"|initial {_FEW_WORDS}{_TOLD}\b|(original|the reference|ground[- ]truth){_END}"
+        r"|originally (stated|described|reported|mentioned|noted|given|provided)\b)",
+    ),
+    (
+        ("contradict",),
+        rf"\b{_COUNTERS} ({_THE} )?(initial {_FEW_WORDS}({_REPORTED}|{_DIAGNOSED})|(statement|description|caption|sentence|assertion|claim)s?|"
+        r"([\w-]+ )?findings? (of|that)"
+        r"|(normal|clear|negative|unremarkable|stated|described|actual|true|correct) ([\w-]+ ){0,2}"
+        r"(findings?|interpretation|impression|report|diagnosis|conclusion))\b",
+    ),
+    (
+        ("contradict",),
+        r"\bcontradict(s|ing|ory|ion)? ([\w-]+ ){0,2}(answer|statement|response|sentence|caption|version|rewrite)s?\b"
+        r"|\b(answer|statement|response|sentence|description|version) (\w+ ){0,2}contradicts\b",
+    ),
+    (
+        ("original", "given", "provided", "reference", "ground"),
+        rf"\b{_DISAGREES} {_FEW_WORDS}{_NAMED_SOURCE} {_FEW_WORDS}({_TOLD}|{_REPORTED})\b"
+        rf"|\b(opposites? (of|to)|opposition to|oppos(es|ing)|contrary to|(conflict|contrast)(s|ed|ing)? with) ({_THE} )?{_SOURCE} {_FEW_WORDS}{_DIAGNOSED}\b"
+        rf"|\b{_DIFFERS} ({_THE} )?{_SOURCE} {_FEW_WORDS}{_TOLD}\b"
+        rf"|\b({_IS_TOLD} (\w+ )?|mention [^.;!?\n]* )(in|by|from) {_THE} {_SOURCE} {_FEW_WORDS}{_TOLD}\b"
+        rf"|\bthe {_SOURCE} {_FEW_WORDS}{_TOLD} (\w+ )?(states?|says?|mentions?|indicates?|suggests?|describes?|claims?|concludes?|reads?)\b"
+        rf"|\b(the|this) {_SOURCE} (statement|sentence|caption|text)s?\b"
+        r"|\bthe given (description|report|findings|conclusion|interpretation)\b"
+        rf"|\bground[- ]truth ({_TOLD}|{_REPORTED}|{_DIAGNOSED})\b|\breference (report|description|findings)\b",
+    ),
+    (
+        ("depiction", "interpretation"),
+        r"\bclear depiction of ((an?|the) )?normal\b|\binterpretation of ((an?|the|these|those) )?normal (\w+ )?findings\b",
+    ),
+    (
+        ("dispreferred", "hallucinated", "rewritten"),
+        r"\b(dispreferred|hallucinated|rewritten) ([\w-]+ )?(report|response|caption|description|statement|text|finding|diagnosis|version)s?\b",
+    ),
+)
+# In one pattern RE2 runs out of memory for its states and takes fifty times as long.
+COMMENTARY_PARTS = tuple("|".join(pattern for _, pattern in rules) for rules in (_RULES, _SOURCE_RULES))
+COMMENTARY = "|".join(COMMENTARY_PARTS)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -181,7 +246,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 _LEAK = _compiled(LEAKED_PROMPT)
-_COMMENTS = tuple((pieces, _compiled(pattern)) for pieces, pattern in _RULES)
+_COMMENTS = tuple((pieces, _compiled(pattern)) for pieces, pattern in _RULES + _SOURCE_RULES)
 
 
 def is_leaked_prompt(text: str) -> bool:

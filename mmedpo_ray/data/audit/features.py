@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
+from mmedpo_ray.curate.lexicon.meta import COMMENTARY_PARTS, LEAKED_PROMPT
 from mmedpo_ray.curate.tools.prompts import names_finding
 from mmedpo_ray.data.audit.hashing import hashes, normalised
 from mmedpo_ray.data.audit.samples import HELD_OUT, Samples, SplitImages
@@ -31,7 +31,7 @@ _BIT = {name: 1 << index for index, name in enumerate(FORMATS)}
 
 # The patterns are in small letters.
 _LEAKED_PROMPT = f"(?im){LEAKED_PROMPT}"
-_COMMENTARY = f"(?im){COMMENTARY}"
+_COMMENTARY = [f"(?im){part}" for part in COMMENTARY_PARTS]
 # What a question asks for, by its first words; the first pattern that matches counts.
 QUESTION_FORMS: dict[str, str] = {
     "report": r"(?i)\b(write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(report|findings|impression)\b",
@@ -67,7 +67,7 @@ class Features:
         format_chosen, format_rejected: (N,) uint16, bits in the order of `FORMATS`.
         polarity: (N,) int8, 1 where chosen says yes, -1 no, 0 neither.
         equal: (N,) bool, both sides are the same text.
-        near_equal: (N,) bool, they differ in case, spacing or punctuation only.
+        near_equal: (N,) bool, they differ in case, spacing, punctuation or other characters for the same signs only.
         empty: (N,) bool, a side has no text.
         untrimmed: (N,) bool, a side begins or ends with white space.
         leak: (N,) uint8, bits `LEAK_CHOSEN`, `LEAK_REJECTED`, `COMMENT_CHOSEN`, `COMMENT_REJECTED`.
@@ -166,7 +166,7 @@ def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarra
     norm_question, norm_chosen, norm_rejected = (normalised(texts) for texts in (question, chosen, rejected))
     formats = [_formats(side) for side in (chosen, rejected)]
     equal = _numpy(pc.equal(chosen, rejected))
-    polarity = _polarity(formats[0])
+    polarity = _polarity(norm_chosen)
     kind = pa.array(np.where(visual, "v", "t"))
     asked = hashes(image, norm_question)
     first = pc.utf8_lower(pc.struct_field(pc.extract_regex(question, r"^\W*(?P<word>\w*)"), [0]))
@@ -243,8 +243,9 @@ def _formats(texts: pa.Array) -> np.ndarray:
     return bits
 
 
-def _polarity(bits: np.ndarray) -> np.ndarray:
-    yes, no = (bits & _BIT["says_yes"]) > 0, (bits & _BIT["says_no"]) > 0
+def _polarity(texts: pa.Array) -> np.ndarray:
+    """1 where a normalised text says yes, -1 where it says no."""
+    yes, no = (_numpy(pc.match_substring_regex(texts, FORMATS[name])) for name in ("says_yes", "says_no"))
     return yes.astype(np.int8) - no.astype(np.int8)
 
 
@@ -255,7 +256,7 @@ def _leaks(chosen: pa.Array, rejected: pa.Array) -> np.ndarray:
         (rejected, LEAK_REJECTED, COMMENT_REJECTED),
     ):
         leaked = _numpy(pc.match_substring_regex(texts, _LEAKED_PROMPT))
-        talks = _numpy(pc.match_substring_regex(texts, _COMMENTARY))
+        talks = np.logical_or.reduce([_numpy(pc.match_substring_regex(texts, each)) for each in _COMMENTARY])
         bits |= np.where(leaked, leak, np.where(talks, comment, 0)).astype(np.uint8)
     return bits
 
@@ -328,8 +329,9 @@ def _against_samples(
             rows = samples.rows_asking(_text(batch, "image_uri"), normalised(_text(batch, "question")))
         known = rows >= 0
         answers = pc.fill_null(samples.table["answer"].take(pa.array(rows[known])), "").combine_chunks()
-        expected = _polarity(_formats(answers))
-        same = _numpy(pc.equal(norm_chosen.filter(pa.array(known)), normalised(answers)))
+        norm_answers = normalised(answers)
+        expected = _polarity(norm_answers)
+        same = _numpy(pc.equal(norm_chosen.filter(pa.array(known)), norm_answers))
         opposite = expected * polarity[known] < 0
         truth[known] = np.where(same, AGREES, np.where(opposite, OPPOSITE, DIFFERS))
         of_test[known] = samples.in_test[rows[known]]

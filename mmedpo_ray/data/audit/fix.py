@@ -19,6 +19,7 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from mmedpo_ray import storage
 from mmedpo_ray.data.audit.features import Features
@@ -26,6 +27,7 @@ from mmedpo_ray.data.audit.rows import contradictions, later_of_equal
 from mmedpo_ray.data.audit.samples import Samples
 from mmedpo_ray.data.audit.table import PairTable
 from mmedpo_ray.data.audit.weights import bad_weight
+from mmedpo_ray.data.preferences import format_of, trimmed
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.manifest import Manifest, read_manifest, versions, write_manifest
 
@@ -298,7 +300,7 @@ def _write_json(pairs: PairTable, rule_of: np.ndarray, folder: str, log: IO[byte
     names = list(RULES)
     places = np.setdiff1d(np.arange(len(rule_of) + len(pairs.malformed)), np.array(pairs.malformed, np.int64))
     kept: list[dict[str, Any]] = []
-    trimmed = 0
+    trimmed_count = 0
     for place in pairs.malformed:
         _log(log, place, None, "removed", _MALFORMED)
     for place, rule, pair_id, row in zip(
@@ -310,13 +312,20 @@ def _write_json(pairs: PairTable, rule_of: np.ndarray, folder: str, log: IO[byte
         clean, sides = _trimmed_row(row)
         if sides:
             _log(log, place, pair_id, "trimmed", "untrimmed_text", sides)
-            trimmed += 1
+            trimmed_count += 1
         kept.append(clean)
+    name = storage.join(folder, posixpath.basename(pairs.path))
+    if pairs.path.endswith(".parquet"):
+        filesystem, inside = storage.resolve(pairs.path)
+        with filesystem.open_input_file(inside) as file:
+            schema = pq.read_schema(file)
+        storage.write_parquet(name, pa.Table.from_pylist(kept, schema), row_group_size=256)
+        return trimmed_count
     # Lone surrogates cannot be written as UTF-8; as escapes they can.
     text = _as_text(kept, is_lines=pairs.is_lines, is_ascii=False)
     data = (text if _encodable(text) else _as_text(kept, is_lines=pairs.is_lines, is_ascii=True)).encode()
-    storage.write_bytes(storage.join(folder, posixpath.basename(pairs.path)), data)
-    return trimmed
+    storage.write_bytes(name, data)
+    return trimmed_count
 
 
 def _as_text(rows: list[dict[str, Any]], *, is_lines: bool, is_ascii: bool) -> str:
@@ -335,6 +344,8 @@ def _encodable(text: str) -> bool:
 
 
 def _trimmed_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    if (peer := format_of(row)) is not None:
+        return trimmed(row, peer)
     clean, sides = dict(row), []
     for side, key in zip(_SIDES, ("conversations", "rejected_conversations"), strict=True):
         asked, answered = row[key]

@@ -17,11 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 
 from mmedpo_ray import storage
 from mmedpo_ray.data.audit.place import Wanted, why_no_table, why_other_columns
+from mmedpo_ray.data.embedded_images import bytes_or_name
 from mmedpo_ray.data.json_rows import layout_of, read_json_list
+from mmedpo_ray.data.preferences import PREFERENCE_FORMATS, format_of
 from mmedpo_ray.data.reader import storable
+from mmedpo_ray.data.unusable import UnusableError
 from mmedpo_ray.errors import UserError
 
 _BATCH_ROWS = 65_536
@@ -51,8 +55,12 @@ _JSON_FIELDS = pa.schema(
         ("chosen", pa.string()),
         ("rejected", pa.string()),
         ("weight", pa.float64()),
+        ("kind", pa.string()),
+        ("rejected_image_uri", pa.string()),
     ]
 )
+# What a table of text pairs alone does without.
+_VISUAL_COLUMNS = {"kind", "rejected_image_uri"}
 
 
 @dataclass(frozen=True)
@@ -158,13 +166,15 @@ def _expected_type(name: str) -> pa.DataType:
 
 
 def open_pairs(path: str) -> PairTable:
-    """Opens a folder of Parquet files, a Parquet file, or a released MMedPO JSON (a list, or JSON Lines).
+    """Opens a folder of Parquet files, a Parquet file, or JSON (a list, or JSON Lines) in the released layout or that of a peer.
 
     Raises:
         UserError: nothing is there, it is none of these, or a required column is missing.
     """
     if is_json(path) and parquet_files(path) == [path]:
         return _open_json(path)
+    if (peers := _peer_rows(path)) is not None:
+        return _table_of_rows(path, peers, is_lines=False)
     source = open_parquet(path, "pairs", _REQUIRED)
     names, num_rows = set(source.schema.names), source.count_rows()
     used = frozenset(names & {*_TEXT_COLUMNS, *_NUMBER_COLUMNS})
@@ -242,6 +252,26 @@ def _open_json(path: str) -> PairTable:
         # What reads annotation files speaks of the settings that name them.
         said = str(error).partition(" Check data.format")[0]
         raise UserError(f"{said} The audit reads the released layout, or Parquet.") from error
+    return _table_of_rows(path, rows, is_lines=layout_of(path, "list") == "lines")
+
+
+def _peer_rows(path: str) -> list[dict[str, Any]] | None:
+    """The rows of a Parquet file in the layout of a peer; None for another file."""
+    if parquet_files(path) != [path] or not path.endswith(".parquet"):
+        return None
+    try:
+        filesystem, inside = storage.resolve(path)
+        with filesystem.open_input_file(inside) as file:
+            names = pq.read_schema(file).names
+            if "question" in names or format_of(dict.fromkeys(names)) is None:
+                return None
+            return pq.read_table(file).to_pylist()
+    except (pa.ArrowException, OSError):
+        # Whoever opens it as a table of ours says what is wrong.
+        return None
+
+
+def _table_of_rows(path: str, rows: list[Any], *, is_lines: bool) -> PairTable:
     pairs, kept, malformed = [], [], []
     for position, row in enumerate(rows):
         pair = _json_pair(row, position)
@@ -252,15 +282,17 @@ def _open_json(path: str) -> PairTable:
             kept.append(row)
     if not pairs:
         raise UserError(
-            f"{path}: none of its {len(rows):,} rows is a preference pair. Expected the released layout: a list of "
-            '{"id", "image", "conversations", "rejected_conversations", "weighted_score"}.'
+            f"{path}: none of its {len(rows):,} rows is a preference pair. Expected the released layout, a list of "
+            '{"id", "image", "conversations", "rejected_conversations", "weighted_score"}, or that of TRL, LLaMA-Factory '
+            "or ms-swift."
         )
     table = pa.Table.from_pylist(pairs, _JSON_FIELDS)
     columns = set(table.column_names)
     if table["weight"].null_count == table.num_rows:
         columns -= {"weight"}
+    if not pc.any(pc.equal(table["kind"], "visual")).as_py():
+        columns -= _VISUAL_COLUMNS
     content = hashlib.sha256(storage.read_bytes(storage.absolute(path))).hexdigest()[:16]
-    is_lines = layout_of(path, "list") == "lines"
     return PairTable(
         path, table.num_rows, frozenset(columns), content, tuple(malformed), table, kept, is_lines
     )
@@ -270,6 +302,8 @@ def _json_pair(row: Any, position: int) -> dict[str, Any] | None:
     """A row of the released layout with its texts as they are, or None."""
     if not isinstance(row, dict):
         return None
+    if (peer := format_of(row)) is not None:
+        return _peer_pair(row, position, peer)
     preferred, other = (_turn(row.get(key)) for key in ("conversations", "rejected_conversations"))
     if preferred is None or other is None:
         return None
@@ -281,7 +315,36 @@ def _json_pair(row: Any, position: int) -> dict[str, Any] | None:
         "chosen": preferred[1],
         "rejected": other[1],
         "weight": _weight(weight),
+        "kind": "text",
     }
+
+
+def _peer_pair(row: dict[str, Any], position: int, peer: str) -> dict[str, Any] | None:
+    """A row of another project with its texts as they are, or None."""
+    try:
+        found = PREFERENCE_FORMATS[peer](row)
+        image, other = (_image_key(bytes_or_name(value)) for value in (found.image, found.rejected_image))
+    except UnusableError:
+        return None
+    given = row.get("id")
+    visual = other is not None and other != image
+    return {
+        "pair_id": storable(str(given)) if given is not None else f"row {position}",
+        "image_uri": image,
+        "question": storable(found.question).replace("<image>", " ").strip(),
+        "chosen": storable(found.chosen),
+        "rejected": storable(found.rejected),
+        "weight": _weight(row.get("weight", found.score)),
+        "kind": "visual" if visual else "text",
+        "rejected_image_uri": other if visual else image,
+    }
+
+
+def _image_key(value: Any) -> str | None:
+    """The name of an image, or the hash of its bytes."""
+    if isinstance(value, bytes):
+        return f"sha256:{hashlib.sha256(value).hexdigest()}"
+    return storable(value) if isinstance(value, str) else None
 
 
 def _weight(value: Any) -> float | None:

@@ -29,7 +29,7 @@ def equal_sides(features: Features, _: AuditConfig) -> Finding:
 
 
 def near_equal_sides(features: Features, _: AuditConfig) -> Finding:
-    """Text pairs whose answers differ in case, spacing or punctuation only."""
+    """Text pairs whose answers differ in case, spacing, punctuation or typographic characters only."""
     text = text_pairs(features)
     mask, of = text & features.near_equal, int(text.sum())
     return finding_of_rows(
@@ -37,7 +37,7 @@ def near_equal_sides(features: Features, _: AuditConfig) -> Finding:
         mask,
         of,
         share_severity(int(mask.sum()), of, high=0.01, medium=0.001),
-        f"{noun(int(mask.sum()), 'pair')} whose sides differ in case, spacing or punctuation only: they teach form",
+        f"{noun(int(mask.sum()), 'pair')} whose sides differ in case, spacing or punctuation (also typographic or full-width) only: they teach form",
         "remove them (--fix), or make another rejected answer",
         fixed=True,
     )
