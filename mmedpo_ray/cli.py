@@ -396,7 +396,7 @@ def _show_or_check(config: Config, action: str) -> int:
 
 
 def _answers_command(arguments: argparse.Namespace, config: Config) -> Callable[[], int]:
-    from mmedpo_ray.evaluate.answers_file import answers_command
+    from mmedpo_ray.evaluate.answers_command import answers_command
     from mmedpo_ray.evaluate.scoring import Options
 
     options = Options(config.evaluate.bootstrap, config.evaluate.confidence, config.run.seed)

@@ -1,8 +1,10 @@
 """endpoint + samples → answers and scores.
 
-Every test question goes to every model through the endpoint, as a user's would. The answers (`answers` schema) are kept
-in ``evaluate/``, requests that failed in ``evaluate/dropped/``, the scores with their intervals in ``evaluate/summary.json``. A request that
-failed is scored as an empty answer: it stays in the denominator. The next call tries those again that may pass.
+Every test question goes to every model through the endpoint, as a user's would. The answers (`answers`
+schema) are kept in ``evaluate/``, requests that failed in ``evaluate/dropped/``, the scores with their
+intervals in ``evaluate/summary.json``. A request that
+failed is scored as an empty answer: it stays in the denominator. The next call tries those again that may
+    pass.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ def evaluate(config: Config) -> Manifest:
     Uses ``evaluate.endpoint`` if given, else starts an endpoint for the run's models and stops it afterwards.
 
     Raises:
-        UserError: there is no test question, or one in a script that cannot be scored, the endpoint lacks a model, or too many requests
-            failed.
+        UserError: there is no test question, or one in a script that cannot be scored, the endpoint lacks a
+            model, or too many requests failed.
     """
     run = RunFolder(config.run.folder)
     station, names = _station(config, run)

@@ -61,8 +61,8 @@ class Scored:
 
     Attributes:
         rows: as given.
-        statistics: by metric, the places of the rows that it is about and their statistics, (N, K). Metrics without rows or without
-            what they need are absent.
+        statistics: by metric, the places of the rows that it is about and their statistics, (N, K). Metrics
+            without rows or without what they need are absent.
         left_out: why a metric is missing, by its name; only where that is worth saying.
     """
 
@@ -72,7 +72,7 @@ class Scored:
 
 
 def score(rows: Sequence[Row]) -> Scored:
-    """Computes the statistics of every metric that applies; all models' answers together, so that a model is loaded once."""
+    """Computes the statistics of every metric that applies, for all models' answers together."""
     scored = Scored(rows)
     places: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
@@ -113,8 +113,9 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
     """Scores of the first model minus those of the second on the questions that both answered.
 
     Returns:
-        ``{metric: {"value", "low", "high", "n", "p", "p_holm", "verdict"}}``: "p" tests that there is none; "p_holm" is corrected for
-        all main metrics compared here, and "verdict" is :func:`~mmedpo_ray.report.verdict.judge`'s; both are null for the others.
+        ``{metric: {"value", "low", "high", "n", "p", "p_holm", "verdict"}}``: "p" tests that there is none;
+        "p_holm" is corrected for all main metrics compared here, and "verdict" is
+        :func:`~mmedpo_ray.report.verdict.judge`'s; both are null for the others.
     """
     found: Figures = {}
     for name in scored.statistics:
@@ -137,12 +138,12 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
 
 
 def counts(rows: Iterable[Row]) -> dict[str, Any]:
-    """How many answers there are, and how many say nothing; each row is in one of failed, empty and undecided at most.
+    """How many answers there are, and how many say nothing: each of these is failed, empty or undecided.
 
     Returns:
-        answers; failed (no answer came back); empty (no word in it); closed (closed questions); undecided (answers to closed
-        questions that decide for nothing), undecided_share (of closed; null without any). All of these count as wrong and stay
-        in the denominator.
+        answers; failed (no answer came back); empty (no word in it); closed (closed questions); undecided
+        (answers to closed questions that decide for nothing), undecided_share (of closed; null without any).
+        All of these count as wrong and stay in the denominator.
     """
     found: dict[str, Any] = dict.fromkeys(("answers", "failed", "empty", "closed", "undecided"), 0)
     for row in rows:
@@ -172,8 +173,8 @@ def check_script(what: str, question: str, reference: str) -> None:
         script = unsupported_script(text)
         if script is not None:
             raise UserError(
-                f"{what}: the {kind} is in {script} script. Scores are defined for Latin and Chinese texts only: leave such questions out, "
-                "or translate them."
+                f"{what}: the {kind} is in {script} script. Scores are defined for Latin and Chinese texts only: leave "
+                "such questions out, or translate them."
             )
 
 

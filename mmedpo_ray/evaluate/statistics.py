@@ -1,12 +1,14 @@
-"""How sure a score is: intervals by resampling whole images, and tests of differences by swapping whole images.
+"""How sure a score is: intervals by resampling whole images, tests of differences by swapping whole images.
 
-Questions about one image stand and fall together, so resampling single answers would claim too much. Here images are
-drawn with replacement and each brings all its answers along (clustered percentile bootstrap). Differences between two
-models are taken on the same images in each resample, so what is hard for both cancels out.
+Questions about one image stand and fall together, so resampling single answers would claim too much. Here
+images are drawn with replacement and each brings all its answers along (clustered percentile bootstrap).
+Differences between two models are taken on the same images in each resample, so what is hard for both cancels
+out.
 
-Whether a difference is more than chance is tested by approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005, whose test
-sacrebleu's ``--paired-ar`` is too): if the models were alike, each image's two sets of answers could as well be swapped. Several metrics are
-several chances to find something, so p-values are corrected together (Holm, 1979).
+Whether a difference is more than chance is tested by approximate randomisation (Noreen, 1989; Riezler and
+Maxwell, 2005, whose test sacrebleu's ``--paired-ar`` is too): if the models were alike, each image's two sets
+of answers could as well be swapped. Several metrics are several chances to find something, so p-values are
+corrected together (Holm, 1979).
 """
 
 from __future__ import annotations
@@ -143,7 +145,8 @@ def paired_p_value(
         first: sums of each cluster of the one model, (C, K).
         second: of the other, clusters in the same order.
         seed: of the draws.
-        permutations: drawn at random where there are more swaps than that; then the observed one counts too (p is never 0).
+        permutations: drawn at random where there are more swaps than that; then the observed one counts too
+            (p is never 0).
 
     Returns:
         Share of swaps whose difference is at least as large as the observed one; 1 without clusters.

@@ -50,7 +50,7 @@ def summarise(
     seed: int,
     failed: pa.Table | None = None,
 ) -> dict[str, Any]:
-    """Scores of every model with intervals, and of the differences on the questions that both models were asked.
+    """Scores of every model with intervals, and differences on the questions that both models were asked.
 
     Args:
         answers: the `answers` table.
@@ -64,8 +64,8 @@ def summarise(
         failed: requests that brought no answer (``evaluate/dropped/``); scored as empty answers.
 
     Returns:
-        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "difference": {metric: {…, "p", "p_holm", "verdict"}},
-        "difference_to_control": …, "left_out": {metric: why}}``
+        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "difference":
+        {metric: {…, "p", "p_holm", "verdict"}}, "difference_to_control": …, "left_out": {metric: why}}``
     """
     rows = rows_of(answers, questions, failed)
     scored = scoring.score(rows)
@@ -198,7 +198,8 @@ def _difference_cell(value: dict[str, Any] | None, call: verdict.Call | None) ->
     if not value or value["value"] is None or value["low"] is None:
         return "–"
     interval = f"\\[{_short(value['low'], '+')}, {_short(value['high'], '+')}]"
-    mark, colour = {verdict.BETTER: ("*", "green"), verdict.WORSE: ("*", "red")}.get(call, ("", "none"))  # type: ignore[arg-type]
+    mark = "*" if call in (verdict.BETTER, verdict.WORSE) else ""
+    colour = {"better": "green", "worse": "red"}.get(call or "", "none")
     return f"[{colour}]{value['value']:+.3f}{mark}\n{interval}[/{colour}]"
 
 

@@ -71,16 +71,17 @@ def known(estimate: dict[str, Any] | None) -> bool:
 def judge(difference: dict[str, Any], confidence: float) -> dict[str, Call]:
     """What each difference amounts to.
 
-    "better" and "worse" need all three: a p-value below 1 − confidence after Holm's correction over the metrics compared, an
-    interval without 0, and a value that does not print as 0.0 points.
+    "better" and "worse" need all three: a p-value below 1 − confidence after Holm's correction over the
+    metrics compared, an interval without 0, and a value that does not print as 0.0 points.
 
     Args:
-        difference: ``{metric: {"value", "low", "high", "p"}}``; where "p" is missing it is taken from the interval, as of a normal
-            distribution (Altman and Bland, BMJ 2011;343:d2304).
+        difference: ``{metric: {"value", "low", "high", "p"}}``; where "p" is missing it is taken from the
+            interval, as of a normal distribution (Altman and Bland, BMJ 2011;343:d2304).
         confidence: of the intervals.
 
     Returns:
-        A call for each main metric with a known difference; official metrics and parts of others take no part.
+        A call for each main metric with a known difference; official metrics and parts of others take no
+        part.
     """
     measured = {name: item for name, item in difference.items() if known(item) and takes_part(name)}
     corrected = dict(
@@ -135,7 +136,8 @@ def compare(difference: dict[str, Any], *, other: str, other_is: str, confidence
     words = {
         BETTER: "Better",
         WORSE: "Worse",
-        UNCORRECTED: f"Not decided (beyond chance if looked at alone, but not after Holm's correction over {len(calls)} metrics)",
+        UNCORRECTED: "Not decided (beyond chance if looked at alone, but not after Holm's correction over "
+        f"{len(calls)} metrics)",
         TINY: "No difference worth naming (it prints as 0.0)",
         OPEN: "Not decided",
     }

@@ -12,7 +12,8 @@ from mmedpo_ray.curate.lexicon import final_answer
 
 Array = np.ndarray
 
-# main: compared and judged. detail: a part of a main metric, shown but not judged. official: for comparison with published figures.
+# main: compared and judged. detail: a part of a main metric, shown but not judged. official: for comparison
+# with published figures.
 Role = Literal["main", "detail", "official"]
 
 
@@ -32,7 +33,7 @@ class Answer:
 
 
 class UnavailableError(Exception):
-    """A metric cannot be computed here; the message says what is missing and how to get it. Empty: nothing to say."""
+    """A metric cannot be computed here; the message says what is missing. Empty: nothing to say."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Metric:
         label: its name in tables.
         answer_type: closed, open or report: the answers it is about.
         statistics: one answer → (K,) float, for a metric that looks at one answer at a time.
-        value: sums of statistics (…, K) → (…) values in [0, 1] (CIDEr: [0, 10]); NaN where nothing was counted.
+        value: sums of statistics (…, K) → (…) values in [0, 1] (CIDEr: [0, 10]); NaN where nothing was
+            counted.
         role: main, detail or official.
-        batch: N answers and the references of the whole test set → (N, K) float, for a metric that needs the whole set
-            (CIDEr) or runs a model. May raise :class:`UnavailableError`.
+        batch: N answers and the references of the whole test set → (N, K) float, for a metric that needs the
+            whole set (CIDEr) or runs a model. May raise :class:`UnavailableError`.
     """
 
     name: str
@@ -70,7 +72,8 @@ class Metric:
 
         Args:
             answers: N answers, at least one.
-            references: the reference of every question of the test set, each question once; default: those of ``answers``.
+            references: the reference of every question of the test set, each question once; default: those of
+                ``answers``.
 
         Returns:
             (N, K)

@@ -1,12 +1,14 @@
-"""CIDEr: n-grams that the answer shares with its reference, the more the rarer they are in the references of the test set.
+"""CIDEr: n-grams shared with the reference, which count the more the rarer they are in the test set.
 
-The variant CIDEr-D (Vedantam et al., 2015, arXiv 1411.5726), equal to ``Cider`` of pycocoevalcap 1.2, which image captioning and
-R2Gen's successors publish. That package is no dependency: it is 100 MB of Java programs and computes documents' frequencies anew in
-each call. Here they come once from the references of the whole test set, so that each answer has a score of its own and the
-bootstrap can draw answers; intervals take the frequencies as given.
+The variant CIDEr-D (Vedantam et al., 2015, arXiv 1411.5726), equal to ``Cider`` of pycocoevalcap 1.2, which
+image captioning and R2Gen's successors publish. That package is no dependency: it is 100 MB of Java programs
+and computes documents' frequencies anew in each call. Here they come once from the references of the whole
+test set, so that each answer has a score of its own and the bootstrap can draw answers; intervals take the
+frequencies as given.
 
-The score depends on the test set: never compare it between data sets, or between a whole set and a part of it. What stands in every
-reference weighs nothing, so where all references agree even exact copies score 0. The range is 0 to 10, as published.
+The score depends on the test set: never compare it between data sets, or between a whole set and a part of
+it. What stands in every reference weighs nothing, so where all references agree even exact copies score 0.
+The range is 0 to 10, as published.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def cider(answers: Sequence[Answer], references: Sequence[str]) -> Array:
     log_documents = math.log(max(len(references), 1))
 
     def vectors(text: str) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-        """Weighted n-grams of each order, their norms, and the number of bigrams, which the length penalty is about."""
+        """Weighted n-grams of each order, their norms, and the number of bigrams, which is the length."""
         found: list[dict[tuple[str, ...], float]] = [{} for _ in _ORDERS]
         counts = _ngrams(text)
         for ngram, count in counts.items():

@@ -1,12 +1,13 @@
 """METEOR as nltk computes it, and what is left of it where WordNet is not at hand.
 
-METEOR (Lavie and Agarwal, 2007) matches words that are equal, have one stem, or are synonyms in WordNet. nltk reads WordNet from
-``corpora/wordnet`` in one of its data folders (``python -m nltk.downloader wordnet``, or that folder copied and named by NLTK_DATA). Without it
-``report_meteor`` is left out, and ``report_meteor_exact`` takes its place: the same formula on equal words and stems only. The two
-are different scores with different names; never compare one with the other.
+METEOR (Lavie and Agarwal, 2007) matches words that are equal, have one stem, or are synonyms in WordNet. nltk
+reads WordNet from ``corpora/wordnet`` in one of its data folders (``python -m nltk.downloader wordnet``, or
+that folder copied and named by NLTK_DATA). Without it ``report_meteor`` is left out, and
+``report_meteor_exact`` takes its place: the same formula on equal words and stems only. The two are different
+scores with different names; never compare one with the other.
 
-nltk's METEOR is no METEOR 1.5 (Java): an exact copy of m words has 1 − 0.5/m³ here, so a copy of one word has 0.5, and synonyms are
-looked up by the stems of the words ("opac" for opacity), so most of them are not found.
+nltk's METEOR is no METEOR 1.5 (Java): an exact copy of m words has 1 − 0.5/m³ here, so a copy of one word has
+0.5, and synonyms are looked up by the stems of the words ("opac" for opacity), so most of them are not found.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def meteor(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
     """
     if not wordnet_found():
         raise UnavailableError(
-            "METEOR is left out: nltk finds no WordNet (`python -m nltk.downloader wordnet`; offline, copy its folder corpora/ and "
-            "set NLTK_DATA to where it lies). What stands in, meteor-exact, is another score"
+            "METEOR is left out: nltk finds no WordNet (`python -m nltk.downloader wordnet`; offline, copy its folder "
+            "corpora/ and set NLTK_DATA to where it lies). What stands in, meteor-exact, is another score"
         )
     from nltk.corpus import wordnet
 

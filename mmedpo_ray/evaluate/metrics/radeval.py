@@ -1,14 +1,18 @@
 """Clinical scores of reports by trained models, from the package RadEval (``pip install mmedpo-ray[radeval]``).
 
-- RadGraph F1 (Delbrouck et al., 2022, arXiv 2210.12186): entities and whether they stand in a relation, RadGraph-XL, level "partial".
-- CheXbert F1 (Smit et al., 2020, arXiv 2004.09167): micro-averaged over the 14 CheXpert labels, uncertain counted as present.
+- RadGraph F1 (Delbrouck et al., 2022, arXiv 2210.12186): entities and whether they stand in a relation,
+  RadGraph-XL, level "partial".
+- CheXbert F1 (Smit et al., 2020, arXiv 2004.09167): micro-averaged over the 14 CheXpert labels, uncertain
+  counted as present.
 - RaTEScore (Zhao et al., 2024, arXiv 2406.16845): similarity of entities by their embeddings.
 
-Each needs weights from the Hugging Face hub: in its cache, or downloaded on first use unless HF_HUB_OFFLINE is set. A metric whose weights
-or package are missing is left out and said to be. The models read English chest reports; they have no meaning for other texts.
+Each needs weights from the Hugging Face hub: in its cache, or downloaded on first use unless HF_HUB_OFFLINE
+is set. A metric whose weights or package are missing is left out and said to be. The models read English
+chest reports; they have no meaning for other texts.
 
-RadEval's own adapters are not used, for three reasons found in 2.2.1: they ask for CUDA where there is none, they give the CheXbert score of a
-whole set only, and in RaTEScore an empty or very short answer shifts the pairs of all later ones. Empty answers score 0 here.
+RadEval's own adapters are not used, for three reasons found in 2.2.1: they ask for CUDA where there is none,
+they give the CheXbert score of a whole set only, and in RaTEScore an empty or very short answer shifts the
+pairs of all later ones. Empty answers score 0 here.
 """
 
 from __future__ import annotations
@@ -106,7 +110,8 @@ def ratescore(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
     )
 
     def score(answer: Answer) -> float:
-        # One pair a call: RadEval 2.2.1 leaves out texts without a sentence of three characters, and all later pairs shift.
+        # One pair a call: RadEval 2.2.1 leaves out texts without a sentence of three characters, and all
+        # later pairs shift.
         try:
             found = scorer.compute_score([answer.prediction], [answer.reference])[0]
         except IndexError:
@@ -149,7 +154,8 @@ def _load(label: str, module: str, weights: str, build: Callable[[Any], Any]) ->
         raise UnavailableError("")
     with _quiet():
         try:
-            # RadEval 2.2.1 imports parts of its RadGraph by the name RadEval, which only a file system that ignores case knows.
+            # RadEval 2.2.1 imports parts of its RadGraph by the name RadEval, which only a file system that
+            # ignores case knows.
             sys.modules.setdefault("RadEval", importlib.import_module("radeval"))
             found = importlib.import_module(f"radeval.metrics.{module}")
         except Exception as error:
@@ -160,7 +166,8 @@ def _load(label: str, module: str, weights: str, build: Callable[[Any], Any]) ->
                 else type(error).__name__
             )
             raise UnavailableError(
-                f"{label} is left out: RadEval's {module} cannot be imported here ({lacking}); see docs/how-to/evaluate.md"
+                f"{label} is left out: RadEval's {module} cannot be imported here ({lacking}); see "
+                "docs/how-to/evaluate.md"
             ) from error
         try:
             return build(found)
@@ -170,7 +177,8 @@ def _load(label: str, module: str, weights: str, build: Callable[[Any], Any]) ->
                 "the cache lacks them and HF_HUB_OFFLINE is set" if _offline() else "they could not be loaded"
             )
             raise UnavailableError(
-                f"{label} is left out: it needs the weights {weights} from the Hugging Face hub, and {why} ({type(error).__name__})"
+                f"{label} is left out: it needs the weights {weights} from the Hugging Face hub, and {why} "
+                f"({type(error).__name__})"
             ) from error
 
 
@@ -180,7 +188,7 @@ def _offline() -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps RadEval's prints out of stdout, where --json may write, and its downloads off a machine that is to stay offline."""
+    """Keeps RadEval's prints out of stdout, where --json may write, and its downloads off an offline machine."""
     import nltk
 
     download = nltk.download

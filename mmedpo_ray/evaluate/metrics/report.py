@@ -16,9 +16,10 @@ BLEU_ORDER = 4
 
 
 def bleu_statistics(answer: Answer) -> Array:
-    """n-gram matches and totals of orders 1–4 and both lengths, (10,), as sacrebleu counts them (tokenizer 13a, lower case)."""
+    """n-gram matches and totals of orders 1–4 and both lengths, (10,), as sacrebleu counts them (13a, lower case)."""
     said, expected = prediction_text(answer.prediction), reference_text(answer.reference)
-    # The sufficient statistics are not part of sacrebleu's public interface; a test compares the result with its own.
+    # The sufficient statistics are not part of sacrebleu's public interface; a test compares the result with
+    # its own.
     statistics = _bleu_scorer()._extract_corpus_statistics([said], [[expected]])[0]
     length, reference_length, *counts = statistics
     return np.array([*counts, length, reference_length], dtype=np.float64)

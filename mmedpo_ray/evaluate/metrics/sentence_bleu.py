@@ -1,10 +1,12 @@
 """BLEU of single answers, averaged over answers: what Med-VLM papers print as BLEU-1 to BLEU-4.
 
-Source: LLaVA-Med's ``llava/eval/run_eval.py`` (commit ad758b6), from which the authors' other scripts come: nltk's ``sentence_bleu``
-without smoothing, on lower-cased words split at blanks. Its BLEU-1 and BLEU-4 are the ones here. What it prints as 2 and 3 are the
-precisions of bigrams and of trigrams alone; here all four are cumulative (weights 1/n), as papers define BLEU-n.
+Source: LLaVA-Med's ``llava/eval/run_eval.py`` (commit ad758b6), from which the authors' other scripts come:
+nltk's ``sentence_bleu`` without smoothing, on lower-cased words split at blanks. Its BLEU-1 and BLEU-4 are
+the ones here. What it prints as 2 and 3 are the precisions of bigrams and of trigrams alone; here all four
+are cumulative (weights 1/n), as papers define BLEU-n.
 
-Without smoothing an answer without a common 4-gram has BLEU-4 0; so has an exact copy of fewer than four words.
+Without smoothing an answer without a common 4-gram has BLEU-4 0; so has an exact copy of fewer than four
+words.
 """
 
 from __future__ import annotations

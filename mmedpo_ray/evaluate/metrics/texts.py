@@ -7,7 +7,7 @@ from mmedpo_ray.evaluate.metrics.words import spaced
 
 
 def prediction_text(prediction: str) -> str:
-    """The final answer with blanks around Chinese characters; nothing where it has no word, so that no full stop is a match."""
+    """The final answer with blanks around Chinese characters; nothing where it has no word: "." matches no full stop."""
     return "" if is_empty(prediction) else spaced(prediction)
 
 
@@ -17,5 +17,5 @@ def reference_text(reference: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """What stands between blanks, in lower case; punctuation stays where it is, as in nltk's and pycocoevalcap's plain use."""
+    """What stands between blanks, in lower case; punctuation stays, as in nltk's and pycocoevalcap's plain use."""
     return text.lower().split()
