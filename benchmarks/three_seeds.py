@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from mmedpo_ray import tables
 from mmedpo_ray.config import Config, load
-from mmedpo_ray.evaluate.evaluate import summarise
 from mmedpo_ray.evaluate.metrics import METRICS
+from mmedpo_ray.evaluate.summary import failed_rows, summarise
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.stage import read_table
 
@@ -54,16 +54,12 @@ def main() -> int:
 
 def pooled(config: Config, folders: dict[int, Path]) -> dict[str, Any]:
     """Scores of all seeds' answers together and of each seed alone."""
-    answers, questions, per_seed = [], {}, {}
+    answers, failed, questions, per_seed = [], [], {}, {}
     for seed, folder in folders.items():
         run = RunFolder(str(folder))
-        table = read_table(run.evaluate, tables.ANSWERS, "answers")
-        for column in ("image_id", "sample_id"):
-            prefixed = pa.array([f"{seed}/{value}" for value in table[column].to_pylist()], pa.string())
-            table = table.set_column(
-                table.schema.get_field_index(column), table.schema.field(column), prefixed
-            )
-        answers.append(table)
+        answers.append(_of_seed(seed, read_table(run.evaluate, tables.ANSWERS, "answers")))
+        if (dropped := failed_rows(run.evaluate)) is not None:
+            failed.append(_of_seed(seed, dropped))
         samples = read_table(run.samples, tables.SAMPLES, "samples")
         for sample_id, question in zip(
             samples["sample_id"].to_pylist(), samples["question"].to_pylist(), strict=True
@@ -83,11 +79,17 @@ def pooled(config: Config, folders: dict[int, Path]) -> dict[str, Any]:
         resamples=config.evaluate.bootstrap,
         confidence=config.evaluate.confidence,
         seed=0,
+        failed=pa.concat_tables(failed) if failed else None,
     )
-    return result | {
-        "per_seed": per_seed,
-        "images": len({i for t in answers for i in t["image_id"].to_pylist()}),
-    }
+    return result | {"per_seed": per_seed}
+
+
+def _of_seed(seed: int, table: pa.Table) -> pa.Table:
+    """Ids that no two seeds share."""
+    for column in ("image_id", "sample_id"):
+        prefixed = pa.array([f"{seed}/{value}" for value in table[column].to_pylist()], pa.string())
+        table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), prefixed)
+    return table
 
 
 def markdown(summary: dict[str, Any], config: Config) -> str:
@@ -97,11 +99,14 @@ def markdown(summary: dict[str, Any], config: Config) -> str:
     header = ["metric", *names, f"aligned − {names[0]}", f"aligned − {names[-1]}"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for key, metric in METRICS.items():
-        if metric.official or not summary["models"][names[0]][key]["n"]:
+        if metric.official or not summary["models"][names[0]].get(key, {}).get("n"):
             continue
         cells = [f"{summary['models'][name][key]['value']:.3f}" for name in names]
         for difference in ("difference", "difference_to_control"):
-            figure = summary[difference][key]
+            figure = summary[difference].get(key)
+            if figure is None or figure["value"] is None:
+                cells.append("–")
+                continue
             cells.append(f"{figure['value']:+.3f} [{figure['low']:+.3f}, {figure['high']:+.3f}]")
         lines.append(f"| {metric.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

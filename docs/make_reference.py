@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from mmedpo_ray import tables
 from mmedpo_ray.config import Config, OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
+from mmedpo_ray.evaluate.metrics import METRICS
 
 REFERENCE = Path(__file__).parent / "reference"
 HEADER = "<!-- Written by docs/make_reference.py; do not edit. -->\n\n"
@@ -108,7 +109,33 @@ def table_pages() -> str:
         if name == "scored":
             lines.insert(-2, "All fields of `pairs`, and:\n")
         lines += [_field_row(field) for field in fields] + [""]
-    return "\n".join(lines)
+    return "\n".join(lines + _summary_section())
+
+
+def _summary_section() -> list[str]:
+    return [
+        "## evaluate/summary.json\n",
+        "The scores of a run; `mmedpo evaluate --answers FILE --json OUT` writes the same with a list `differences`",
+        "(`first`, `second`, `paired`, `unpaired`, `metrics`) in place of the two.\n",
+        "| key | meaning |",
+        "| --- | --- |",
+        "| `names` | name of each role: base, aligned, control |",
+        "| `models` | model → metric → `value`, `low`, `high` (interval), `n` (answers, failed ones included) |",
+        "| `counts` | model → `answers`, `failed`, `empty`, `closed` (closed questions), `undecided` (of these), `undecided_share` |",
+        "| `difference`, `difference_to_control` | metric → aligned minus base (control): `value`, `low`, `high`, `n`, `p` (paired test), "
+        "`p_holm` (corrected for the metrics compared), `verdict`: better, worse, uncorrected (only before the correction), tiny (prints as 0.0) "
+        "or open; both null for metrics that are not judged |",
+        "| `left_out` | metric → why it could not be computed here |",
+        "| `questions`, `images`, `bootstrap`, `confidence`, `command` | what was scored, and how |",
+        "",
+        "| metric | answers | label | role |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| `{name}` | {metric.answer_type} | {metric.label} | {metric.role} |"
+            for name, metric in METRICS.items()
+        ),
+        "",
+    ]
 
 
 def _field_row(field: pa.Field) -> str:

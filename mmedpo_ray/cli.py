@@ -64,8 +64,8 @@ _READS_WRITES = {
         "nothing; answers on serve.host:serve.port until interrupted",
     ),
     "evaluate": (
-        "samples/ (split test) and the models, or evaluate.endpoint",
-        "evaluate/ (answers), evaluate/summary.json",
+        "samples/ (split test) and the models, or evaluate.endpoint; with --answers that file alone",
+        "evaluate/ (answers), evaluate/summary.json; with --answers what --json and --rows name",
     ),
     "report": ("every table and metric of the run", "report.html"),
 }
@@ -154,7 +154,45 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fix", metavar="DIR", help="write a cleaned table here, with a log of every change")
 
 
-_OPTIONS = {"ingest": _add_ingest, "curate": _add_curate, "audit": _add_audit, "align": _add_align}
+_ANSWERS_HELP = """\
+example: mmedpo evaluate --config configs/phantom.yaml run.folder=runs/mine
+
+With --answers nothing is asked: answers that exist are scored, without a run, an endpoint, Ray or a GPU. A row of FILE is one answer:
+  {"answer_type": "closed", "question": "Is there an effusion?", "reference": "Yes", "prediction": "Yes.",
+   "image_id": "study-7", "model": "base"}
+answer_type is closed, open or report. image_id (intervals are drawn over images), model (differences between models) and
+sample_id or id (what pairs their rows) may be left out. A prediction of null is a request that failed; it counts as wrong.
+
+  mmedpo evaluate --answers answers.jsonl
+  mmedpo evaluate --answers answers.jsonl --json scores.json --rows rows.jsonl evaluate.bootstrap=10000
+  mmedpo evaluate --answers answers.jsonl --json - | jq .models
+"""
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="score the answers in this file (JSON lines, a JSON list or Parquet) instead of asking an endpoint",
+    )
+    parser.add_argument(
+        "--json", metavar="OUT", help="with --answers: write the scores here; - is the output"
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="OUT",
+        help="with --answers: write a line an answer, in the file's order, with every metric's value",
+    )
+    parser.epilog = _ANSWERS_HELP
+
+
+_OPTIONS = {
+    "ingest": _add_ingest,
+    "curate": _add_curate,
+    "audit": _add_audit,
+    "align": _add_align,
+    "evaluate": _add_evaluate,
+}
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +334,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if rest:
         arguments.overrides += rest
+    if arguments.verb == "evaluate" and arguments.answers is None and (arguments.json or arguments.rows):
+        parser.error(
+            "--json and --rows belong to --answers FILE; a run's scores are in evaluate/summary.json"
+        )
     if getattr(arguments, "table", None) and _OVERRIDE.match(arguments.table):
         # The first positional argument of `audit` may be a setting.
         arguments.overrides.insert(0, arguments.table)
@@ -327,6 +369,8 @@ def _command(arguments: argparse.Namespace) -> Callable[[], int]:
     config = settings_of(arguments)
     if arguments.verb == "config":
         return lambda: _show_or_check(config, arguments.action)
+    if arguments.verb == "evaluate" and arguments.answers is not None:
+        return _answers_command(arguments, config)
     return _station_command(arguments, resolve_run_folder(config))
 
 
@@ -349,6 +393,15 @@ def _show_or_check(config: Config, action: str) -> int:
     else:
         console.console.print("the settings are valid")
     return 0
+
+
+def _answers_command(arguments: argparse.Namespace, config: Config) -> Callable[[], int]:
+    from mmedpo_ray.evaluate.answers_command import answers_command
+    from mmedpo_ray.evaluate.scoring import Options
+
+    options = Options(config.evaluate.bootstrap, config.evaluate.confidence, config.run.seed)
+    outputs = {"json_path": arguments.json, "rows_path": arguments.rows}
+    return _always_zero(answers_command, arguments.answers, options, **outputs)
 
 
 def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[[], int]:

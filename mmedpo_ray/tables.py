@@ -198,7 +198,11 @@ ANSWERS = pa.schema(
         _field("task", pa.string(), "vqa or report"),
         _field("answer_type", pa.string(), "closed, open or report"),
         _field("reference", pa.string(), "reference answer"),
-        _field("prediction", pa.string(), "the endpoint's answer"),
+        _field(
+            "prediction",
+            pa.string(),
+            "the endpoint's answer; a request that brought none is in `dropped/` and scored as an empty answer",
+        ),
         _field("seconds", pa.float64(), "latency of the request"),
     ]
 )

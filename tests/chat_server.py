@@ -48,6 +48,7 @@ class ChatServer:
 
     Attributes:
         url: address up to ``/v1``.
+        models: names that it answers for.
         answer: gets a request's JSON body, and how often it came before, and says what to do.
         requests: bodies of all chat requests, in order of arrival.
         arrivals: their times, ``time.monotonic``.
@@ -56,6 +57,7 @@ class ChatServer:
 
     url: str = ""
     key: str | None = None
+    models: tuple[str, ...] = (MODEL,)
     answer: Callable[[dict[str, Any], int], Reply] = lambda body, before: Reply()
     requests: list[dict[str, Any]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
@@ -77,7 +79,7 @@ class ChatServer:
         try:
             if self.key is not None and key != f"Bearer {self.key}":
                 return Reply(status=401, code="invalid_api_key")
-            if body["model"] != MODEL:
+            if body["model"] not in self.models:
                 return Reply(status=404, code="model_not_found")
             reply = self.answer(body, before)
             time.sleep(reply.delay)
@@ -112,6 +114,18 @@ def running() -> Iterator[ChatServer]:
             except ConnectionError:
                 # The client gave up, as some tests want.
                 self.close_connection = True
+
+        def do_GET(self) -> None:
+            """The list of models, whatever the path."""
+            models = [
+                {"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in state.models
+            ]
+            payload = json.dumps({"object": "list", "data": models}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
 
         @staticmethod
         def _body(reply: Reply) -> dict[str, Any]:

@@ -22,6 +22,14 @@ from mmedpo_ray.http_client import async_client
 from mmedpo_ray.image_error import ImageError
 from mmedpo_ray.images import MAX_PIXELS, plain_bytes
 
+# Why a request brought no answer that another try may bring; an image or a request that is refused stays so.
+RETRY_REASONS = (
+    "request_timeout",
+    "request_failed",
+    "empty_response",
+    *(f"http_{status}" for status in (408, 409, 425, 429, 500, 502, 503, 504)),
+)
+
 _CACHED_IMAGES = 256
 
 

@@ -1,7 +1,10 @@
 """endpoint + samples → answers and scores.
 
-Every test question goes to every model through the endpoint, as a user's would. The answers (`answers` schema) are kept
-in ``evaluate/``, what failed in ``evaluate/dropped/``, the scores with their intervals in ``evaluate/summary.json``.
+Every test question goes to every model through the endpoint, as a user's would. The answers (`answers`
+schema) are kept in ``evaluate/``, requests that failed in ``evaluate/dropped/``, the scores with their
+intervals in ``evaluate/summary.json``. A request that
+failed is scored as an empty answer: it stays in the denominator. The next call tries those again that may
+    pass.
 """
 
 from __future__ import annotations
@@ -18,22 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-from rich import box
-from rich.table import Table
 
 from mmedpo_ray import storage, tables
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.evaluate import statistics
-from mmedpo_ray.evaluate.client import Endpoint, Question, Reply
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, Metric
+from mmedpo_ray.evaluate.client import RETRY_REASONS, Endpoint, Question, Reply
+from mmedpo_ray.evaluate.metrics import at_hand
+from mmedpo_ray.evaluate.scoring import check_script
+from mmedpo_ray.evaluate.summary import failed_rows, summarise, summary_table
 from mmedpo_ray.models.loading import model_fingerprint
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.serving import engine_groups, run_models, start_endpoint
 from mmedpo_ray.stage import Manifest, Station, digest, read_manifest, read_table
+
+__all__ = ["SUMMARY", "evaluate", "summarise", "summary_table"]
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +51,28 @@ def evaluate(config: Config) -> Manifest:
     Uses ``evaluate.endpoint`` if given, else starts an endpoint for the run's models and stops it afterwards.
 
     Raises:
-        UserError: there is no test question, the endpoint lacks a model, or too many requests failed.
+        UserError: there is no test question, or one in a script that cannot be scored, the endpoint lacks a
+            model, or too many requests failed.
     """
     run = RunFolder(config.run.folder)
     station, names = _station(config, run)
-    finished = station.finished()
-    if finished is not None:
-        if _read_summary(run).get("key") != _summary_key(station, config):
-            answers = read_table(run.evaluate, tables.ANSWERS, "answers")
-            _write_summary(config, run, station, answers, names)
-        return finished
-    samples = _test_samples(config, run)
-    done = station.done_ids("answer_id")
+    manifest = station.finished()
+    if manifest is None:
+        _ask(config, station, names, _test_samples(config, run))
+        manifest = station.finish_parts(
+            schema=tables.ANSWERS, id_column="answer_id", retry_reasons=RETRY_REASONS
+        )
+    key = digest(
+        manifest.key, manifest.content, config.evaluate.bootstrap, config.evaluate.confidence, at_hand()
+    )
+    if _read_summary(run).get("key") != key:
+        _write_summary(config, run, names, key)
+    return manifest
+
+
+def _ask(config: Config, station: Station, names: Sequence[str], samples: list[dict[str, Any]]) -> None:
+    """Asks every model what it has not answered yet."""
+    done = station.done_ids("answer_id", RETRY_REASONS)
     todo = [
         (name, sample) for name in names for sample in samples if f"{name}/{sample['sample_id']}" not in done
     ]
@@ -70,11 +83,6 @@ def evaluate(config: Config) -> Manifest:
             with _endpoint(config, group) as base_url:
                 asyncio.run(_collect(config, station, base_url, questions, done=asked))
             asked += len(questions)
-
-    def summarise(answers: pa.Table) -> dict[str, Any]:
-        return {"summary": _write_summary(config, run, station, answers, names)["models"]}
-
-    return station.finish_parts(schema=tables.ANSWERS, id_column="answer_id", extra=summarise)
 
 
 def _station(config: Config, run: RunFolder) -> tuple[Station, list[str]]:
@@ -128,7 +136,13 @@ def _test_samples(config: Config, run: RunFolder) -> list[dict[str, Any]]:
         raise UserError(
             f"{run.samples} has no test question. Set data.test_file, or data.test_share above 0, and run ingest again."
         )
-    rows = table.to_pylist()
+    rows = _limited(config, table.to_pylist())
+    for row in rows:
+        check_script(f"sample {row['sample_id']}", row["question"], row["answer"])
+    return rows
+
+
+def _limited(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     limit = config.evaluate.max_samples
     if limit is None or limit >= len(rows):
         return rows
@@ -208,93 +222,11 @@ def _row(name: str, sample: dict[str, Any], reply: Reply) -> dict[str, Any]:
 # ---------------------------------------------------------------------- scores
 
 
-def summarise(
-    answers: pa.Table,
-    questions: dict[str, str],
-    *,
-    base: str,
-    aligned: str,
-    control: str,
-    resamples: int,
-    confidence: float,
-    seed: int,
-) -> dict[str, Any]:
-    """Scores of every model with intervals, and of the differences on the questions that both models answered.
-
-    Args:
-        answers: the `answers` table.
-        questions: question by sample id.
-        base: name of the unaligned model.
-        aligned: name of the aligned one.
-        control: name of the control; may be absent.
-        resamples: draws of the bootstrap.
-        confidence: of the intervals.
-        seed: of the draws.
-
-    Returns:
-        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "difference": …, "difference_to_control": …}``
-    """
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in answers.to_pylist():
-        rows.setdefault((row["model"], row["answer_type"]), []).append(row)
-    names = [name for name in (base, aligned, control) if any(name == model for model, _ in rows)]
-    models: dict[str, dict[str, Any]] = {name: {} for name in names}
-    differences: dict[str, dict[str, Any]] = {base: {}, control: {}}
-    for metric in METRICS.values():
-        scored = {
-            name: _statistics(metric, rows.get((name, metric.answer_type), []), questions) for name in names
-        }
-        options = {"resamples": resamples, "confidence": confidence, "seed": seed}
-        for name in names:
-            models[name][metric.name] = _estimate(metric, [scored[name]], **options).as_dict()
-        for other, target in differences.items():
-            if aligned in scored and other in scored:
-                target[metric.name] = _estimate(metric, [scored[aligned], scored[other]], **options).as_dict()
-    return {"models": models, "difference": differences[base], "difference_to_control": differences[control]}
-
-
-_Scored = dict[str, tuple[str, np.ndarray]]
-
-
-def _statistics(metric: Metric, rows: list[dict[str, Any]], questions: dict[str, str]) -> _Scored:
-    """Sample id → (image id, statistics)."""
-    return {
-        row["sample_id"]: (
-            row["image_id"],
-            metric.statistics(
-                Answer(row["reference"], row["prediction"], questions.get(row["sample_id"], ""))
-            ),
-        )
-        for row in rows
-    }
-
-
-def _estimate(metric: Metric, scored: list[_Scored], **options: Any) -> statistics.Estimate:
-    common = sorted(set.intersection(*(set(item) for item in scored)))
-    if not common:
-        return statistics.Estimate(float("nan"), float("nan"), float("nan"), 0)
-    clusters = [scored[0][sample][0] for sample in common]
-    order = sorted(set(clusters))
-    sums = [
-        statistics.cluster_sums(np.stack([item[sample][1] for sample in common]), clusters, order)
-        for item in scored
-    ]
-    return statistics.bootstrap(
-        metric.value,
-        sums,
-        combine=statistics.difference if len(sums) == 2 else None,
-        n=len(common),
-        **options,
-    )
-
-
-def _write_summary(
-    config: Config, run: RunFolder, station: Station, answers: pa.Table, names: Sequence[str]
-) -> dict[str, Any]:
+def _write_summary(config: Config, run: RunFolder, names: Sequence[str], key: str) -> None:
     samples = read_table(run.samples, tables.SAMPLES, "samples")
     questions = dict(zip(samples["sample_id"].to_pylist(), samples["question"].to_pylist(), strict=True))
     summary = summarise(
-        answers,
+        read_table(run.evaluate, tables.ANSWERS, "answers"),
         questions,
         base=config.model.name,
         aligned=config.evaluate.aligned_name,
@@ -302,6 +234,7 @@ def _write_summary(
         resamples=config.evaluate.bootstrap,
         confidence=config.evaluate.confidence,
         seed=config.run.seed,
+        failed=failed_rows(run.evaluate),
     )
     summary["names"] = {
         role: name
@@ -313,19 +246,13 @@ def _write_summary(
         if name in names
     }
     summary |= {
-        "images": pc.count_distinct(answers["image_id"]).as_py(),
-        "questions": pc.count_distinct(answers["sample_id"]).as_py(),
         "bootstrap": config.evaluate.bootstrap,
         "confidence": config.evaluate.confidence,
         "command": _command(),
-        "key": _summary_key(station, config),
+        "key": key,
     }
-    storage.write_bytes(storage.join(run.evaluate, SUMMARY), json.dumps(summary, indent=2).encode())
-    return summary
-
-
-def _summary_key(station: Station, config: Config) -> str:
-    return digest(station.key, config.evaluate.bootstrap, config.evaluate.confidence, sorted(METRICS))
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    storage.write_bytes(storage.join(run.evaluate, SUMMARY), text.encode())
 
 
 def _read_summary(run: RunFolder) -> dict[str, Any]:
@@ -339,54 +266,3 @@ def _command() -> str:
     """The command line of this process, without the folder of the program."""
     program = Path(sys.argv[0]).name
     return shlex.join([program, *sys.argv[1:]] if not program.endswith(".py") else ["python", *sys.argv])
-
-
-def summary_table(summary: dict[str, Any]) -> Table:
-    """The scores as a table: a column a model, then the differences with their intervals."""
-    names = summary["names"]
-    table = Table(
-        title=f"{summary['questions']:,} questions about {summary['images']:,} images, "
-        f"{summary['confidence']:.0%} intervals over images",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("")
-    for name in names.values():
-        table.add_column(name.replace("_", "_\n", 1), justify="right", overflow="fold")
-    table.add_column(f"{names.get('aligned', 'aligned')} −\n{names.get('base', 'base')}", justify="right")
-    if "control" in names:
-        table.add_column(f"{names['aligned']} −\n{names['control']}", justify="right")
-    for key, metric in METRICS.items():
-        values = [summary["models"].get(name, {}).get(key) for name in names.values()]
-        if metric.official or not any(value and value["n"] for value in values):
-            continue
-        cells = [_cell(value) for value in values] + [_difference_cell(summary["difference"].get(key))]
-        if "control" in names:
-            cells.append(_difference_cell(summary["difference_to_control"].get(key)))
-        table.add_row(metric.label, *cells)
-    return table
-
-
-def _cell(value: dict[str, Any] | None) -> str:
-    if not value or value["value"] is None:
-        return "–"
-    if value["low"] is None:
-        return f"{value['value']:.3f}"
-    return f"{value['value']:.3f}\n[dim]\\[{_short(value['low'])}, {_short(value['high'])}][/dim]"
-
-
-def _difference_cell(value: dict[str, Any] | None) -> str:
-    if not value or value["value"] is None or value["low"] is None:
-        return "–"
-    text = f"{value['value']:+.3f}\n\\[{_short(value['low'], '+')}, {_short(value['high'], '+')}]"
-    if value["low"] > 0:
-        return f"[green]{text}[/green]"
-    return f"[red]{text}[/red]" if value["high"] < 0 else text
-
-
-def _short(number: float, sign: str = "") -> str:
-    """Three decimals without the zero before the point."""
-    return (
-        format(number, f"{sign}.3f").replace("0.", ".", 1)
-        if abs(number) < 1
-        else format(number, f"{sign}.3f")
-    )

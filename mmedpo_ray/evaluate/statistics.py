@@ -1,8 +1,14 @@
-"""How sure a score is: intervals by resampling whole images.
+"""How sure a score is: intervals by resampling whole images, tests of differences by swapping whole images.
 
-Questions about one image stand and fall together, so resampling single answers would claim too much. Here images are
-drawn with replacement and each brings all its answers along (clustered percentile bootstrap). Differences between two
-models are taken on the same images in each resample, so what is hard for both cancels out.
+Questions about one image stand and fall together, so resampling single answers would claim too much. Here
+images are drawn with replacement and each brings all its answers along (clustered percentile bootstrap).
+Differences between two models are taken on the same images in each resample, so what is hard for both cancels
+out.
+
+Whether a difference is more than chance is tested by approximate randomisation (Noreen, 1989; Riezler and
+Maxwell, 2005, whose test sacrebleu's ``--paired-ar`` is too): if the models were alike, each image's two sets
+of answers could as well be swapped. Several metrics are several chances to find something, so p-values are
+corrected together (Holm, 1979).
 """
 
 from __future__ import annotations
@@ -16,6 +22,10 @@ Array = np.ndarray
 
 # Resamples × images are held at once up to this many numbers.
 _BLOCK = 8_000_000
+# Swaps drawn by the test. Up to as many it takes every one there is.
+PERMUTATIONS = 9_999
+# Differences of sums of the same numbers in another order.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -118,3 +128,64 @@ def _draws(num_clusters: int, resamples: int, seed: int) -> Iterator[Array]:
             .reshape(size, num_clusters)
             .astype(np.float64)
         )
+
+
+def paired_p_value(
+    values: Callable[[Array], Array],
+    first: Array,
+    second: Array,
+    *,
+    seed: int,
+    permutations: int = PERMUTATIONS,
+) -> float:
+    """Two-sided p-value of the difference between two models on the same clusters.
+
+    Args:
+        values: sums of statistics (…, K) → (…) values.
+        first: sums of each cluster of the one model, (C, K).
+        second: of the other, clusters in the same order.
+        seed: of the draws.
+        permutations: drawn at random where there are more swaps than that; then the observed one counts too
+            (p is never 0).
+
+    Returns:
+        Share of swaps whose difference is at least as large as the observed one; 1 without clusters.
+    """
+    total = first.sum(axis=0) + second.sum(axis=0)
+    delta = first - second
+    # A swap of equal sums changes nothing.
+    delta = delta[np.abs(delta).max(axis=1, initial=0.0) > 0]
+    if not len(delta):
+        return 1.0
+    kept = second.sum(axis=0)
+    observed = abs(float(values(kept + delta.sum(axis=0)) - values(kept))) - _ROUNDING
+    as_large = 0
+    exact = 2 ** min(len(delta), 60) <= permutations
+    for keeps in _all_swaps(len(delta)) if exact else _swaps(len(delta), permutations, seed):
+        sums = kept + keeps @ delta
+        as_large += int((np.abs(values(sums) - values(total - sums)) >= observed).sum())
+    return as_large / 2 ** len(delta) if exact else (1 + as_large) / (1 + permutations)
+
+
+def _all_swaps(num_clusters: int) -> Iterator[Array]:
+    bits = np.arange(2**num_clusters)[:, None] >> np.arange(num_clusters)
+    yield (bits & 1).astype(np.float64)
+
+
+def _swaps(num_clusters: int, permutations: int, seed: int) -> Iterator[Array]:
+    """1 where a cluster keeps its sums, 0 where the models swap theirs."""
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK // num_clusters)
+    for start in range(0, permutations, block):
+        size = (min(block, permutations - start), num_clusters)
+        yield generator.integers(0, 2, size=size, dtype=np.int8).astype(np.float64)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for looking at all of them (Holm, 1979), in the same order."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        corrected[index] = largest
+    return corrected

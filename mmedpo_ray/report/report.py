@@ -162,6 +162,7 @@ def _findings(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
     models = {role: summary.get("models", {}).get(name) for role, name in names.items()}
     confidence = summary.get("confidence", config.evaluate.confidence)
     to_base, to_control = summary.get("difference") or {}, summary.get("difference_to_control") or {}
+    counts = summary.get("counts") or {}
     present = [role for role in ("base", "aligned", "control") if models.get(role)]
     measured = [
         metric
@@ -169,7 +170,8 @@ def _findings(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
         if any((models[role].get(metric) or {}).get("n") for role in present)
     ]
     own = [metric for metric in measured if not metric.endswith("_official")]
-    drawn = [m for m in own if verdict.known(to_base.get(m)) or verdict.known(to_control.get(m))]
+    judged = [metric for metric in own if verdict.takes_part(metric)]
+    drawn = [m for m in judged if verdict.known(to_base.get(m)) or verdict.known(to_control.get(m))]
     groups = [
         (name, [item if verdict.known(item := found.get(metric)) else None for metric in drawn])
         for name, found in (("against base", to_base), ("against SFT control", to_control))
@@ -192,6 +194,8 @@ def _findings(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
         "to_base": to_base,
         "to_control": to_control,
         "confidence": confidence,
+        "counts": [(names[role], found) for role in present if (found := counts.get(names[role]))],
+        "left_out": summary.get("left_out") or {},
         "command": summary.get("command"),
         "questions": summary.get("questions"),
         "images": summary.get("images"),

@@ -250,7 +250,9 @@ def test_evaluation_through_the_endpoint(endpoint, config):
     assert set(summary["models"]) == {"base", "aligned"}
     for name in ("base", "aligned"):
         scores = summary["models"][name]
-        assert scores["closed_accuracy"]["n"] == scores["open_f1"]["n"] == scores["report_rouge_l"]["n"] == 2
+        # The damaged image's questions have no answer and count as wrong.
+        assert scores["closed_accuracy"]["n"] == scores["open_f1"]["n"] == scores["report_rouge_l"]["n"] == 3
+        assert (summary["counts"][name]["answers"], summary["counts"][name]["failed"]) == (9, 3)
         assert (
             0
             <= scores["report_bleu"]["low"]
@@ -262,7 +264,10 @@ def test_evaluation_through_the_endpoint(endpoint, config):
     assert difference["value"] == pytest.approx(
         summary["models"]["aligned"]["open_f1"]["value"] - summary["models"]["base"]["open_f1"]["value"]
     )
-    assert summary_table(summary).row_count == 6
+    labels = [str(cell) for cell in summary_table(summary).columns[0].cells]
+    assert {"closed accuracy", "report CIDEr (0–10)", "undecided, of closed", "failed requests"} <= set(
+        labels
+    )
     written = read_manifest(run.evaluate).finished_at
     config.evaluate.bootstrap = 200
     assert evaluate(config).finished_at == written  # answers are kept, only the intervals are drawn anew

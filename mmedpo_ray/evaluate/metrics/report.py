@@ -1,22 +1,26 @@
-"""Scores of reports: BLEU, ROUGE-L and the findings that both sides assert."""
+"""Scores of reports: corpus BLEU, ROUGE-L and the findings that both sides assert."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import numpy as np
 
 from mmedpo_ray.curate.lexicon import facts
-from mmedpo_ray.evaluate.metrics.base import Answer, Array
+from mmedpo_ray.curate.lexicon.normal import HAN
+from mmedpo_ray.evaluate.metrics.base import Answer, Array, is_empty
+from mmedpo_ray.evaluate.metrics.texts import prediction_text, reference_text
 
 BLEU_ORDER = 4
 
 
 def bleu_statistics(answer: Answer) -> Array:
-    """n-gram matches and totals of orders 1–4 and both lengths, (10,), as sacrebleu counts them."""
-    bleu = _bleu_scorer()
-    # The sufficient statistics are not part of sacrebleu's public interface; a test compares the result with its own.
-    statistics = bleu._extract_corpus_statistics([answer.prediction], [[answer.reference]])[0]
+    """n-gram matches and totals of orders 1–4 and both lengths, (10,), as sacrebleu counts them (13a, lower case)."""
+    said, expected = prediction_text(answer.prediction), reference_text(answer.reference)
+    # The sufficient statistics are not part of sacrebleu's public interface; a test compares the result with
+    # its own.
+    statistics = _bleu_scorer()._extract_corpus_statistics([said], [[expected]])[0]
     length, reference_length, *counts = statistics
     return np.array([*counts, length, reference_length], dtype=np.float64)
 
@@ -35,16 +39,21 @@ def bleu_value(sums: Array) -> Array:
 
 
 def rouge_l(answer: Answer) -> float:
-    """F-measure of the longest common subsequence of words."""
-    return float(_rouge_scorer().score(answer.reference, answer.prediction)["rougeL"].fmeasure)
+    """F-measure of the longest common subsequence of words, as rouge-score computes it without stemming."""
+    score = _rouge_scorer().score(reference_text(answer.reference), prediction_text(answer.prediction))
+    return float(score["rougeL"].fmeasure)
 
 
 def finding_statistics(answer: Answer) -> Array:
-    """Findings asserted with their side and zone: shared, in the answer only, in the reference only, and 1; (4,)."""
+    """Findings asserted with their side and zone: shared, in the answer only, in the reference only, and 1; (4,).
+
+    An empty answer misses at least one: of a normal study it does not even say that it is normal.
+    """
     stated, expected = _findings(answer.prediction), _findings(answer.reference)
-    return np.array(
-        [len(stated & expected), len(stated - expected), len(expected - stated), 1], dtype=np.float64
-    )
+    missed = len(expected - stated)
+    if is_empty(answer.prediction):
+        missed = max(missed, 1)
+    return np.array([len(stated & expected), len(stated - expected), missed, 1], dtype=np.float64)
 
 
 def finding_f1_value(sums: Array) -> Array:
@@ -67,8 +76,17 @@ def _bleu_scorer():
     return BLEU(lowercase=True)
 
 
+class _Tokenizer:
+    """The words of rouge-score's own tokenizer, which has none for Chinese, and each Chinese character."""
+
+    _word = re.compile(rf"[a-z0-9]+|{HAN.pattern}")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self._word.findall(text.lower())
+
+
 @cache
 def _rouge_scorer():
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"])
+    return RougeScorer(["rougeL"], tokenizer=_Tokenizer())

@@ -1,0 +1,209 @@
+"""The scores of a run: ``summary.json`` and the table at the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from mmedpo_ray.evaluate import scoring
+from mmedpo_ray.evaluate.metrics import METRICS, Answer
+from mmedpo_ray.evaluate.scoring import Options, Row
+from mmedpo_ray.report import verdict
+
+
+def rows_of(answers: pa.Table, questions: dict[str, str], failed: pa.Table | None = None) -> list[Row]:
+    """Rows to score, from the `answers` table and the table of the requests that failed.
+
+    Args:
+        answers: `answers` table.
+        questions: question by sample id.
+        failed: rows of ``evaluate/dropped/``; they are scored as empty answers.
+    """
+    return [
+        *_rows(answers, questions, False),
+        *(_rows(failed, questions, True) if failed is not None else ()),
+    ]
+
+
+def _rows(table: pa.Table, questions: dict[str, str], failed: bool) -> Iterator[Row]:
+    columns = ["model", "sample_id", "image_id", "answer_type", "reference", "prediction"]
+    for row in table.select(columns).to_pylist():
+        answer = Answer(row["reference"], row["prediction"] or "", questions.get(row["sample_id"], ""))
+        yield Row(row["model"], row["sample_id"], row["image_id"], row["answer_type"], answer, failed)
+
+
+def summarise(
+    answers: pa.Table,
+    questions: dict[str, str],
+    *,
+    base: str,
+    aligned: str,
+    control: str,
+    resamples: int,
+    confidence: float,
+    seed: int,
+    failed: pa.Table | None = None,
+) -> dict[str, Any]:
+    """Scores of every model with intervals, and differences on the questions that both models were asked.
+
+    Args:
+        answers: the `answers` table.
+        questions: question by sample id.
+        base: name of the unaligned model.
+        aligned: name of the aligned one.
+        control: name of the control; may be absent.
+        resamples: draws of the bootstrap.
+        confidence: of the intervals.
+        seed: of the draws.
+        failed: requests that brought no answer (``evaluate/dropped/``); scored as empty answers.
+
+    Returns:
+        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "difference":
+        {metric: {…, "p", "p_holm", "verdict"}}, "difference_to_control": …, "left_out": {metric: why}}``
+    """
+    rows = rows_of(answers, questions, failed)
+    scored = scoring.score(rows)
+    options = Options(resamples, confidence, seed)
+    asked = {row.model for row in rows}
+    names = [name for name in (base, aligned, control) if name in asked]
+
+    def difference(other: str) -> scoring.Figures:
+        return scoring.differences(scored, aligned, other, options) if {aligned, other} <= asked else {}
+
+    return {
+        "models": {name: scoring.estimates(scored, name, options) for name in names},
+        "counts": {name: scoring.counts(row for row in rows if row.model == name) for name in names},
+        "difference": difference(base),
+        "difference_to_control": difference(control),
+        "left_out": scored.left_out,
+        "images": len({row.cluster for row in rows}),
+        "questions": len({row.question_id for row in rows}),
+    }
+
+
+def failed_rows(folder: str) -> pa.Table | None:
+    """The requests of a finished evaluation that brought no answer."""
+    from mmedpo_ray import storage
+    from mmedpo_ray.merge import DROPPED
+
+    paths = storage.list_files(storage.join(folder, DROPPED), ".parquet")
+    found = [storage.read_parquet(path) for path in paths]
+    table = pa.concat_tables(found) if found else None
+    # A row without its reference cannot be scored; ingest lets none through.
+    return None if table is None else table.filter(pc.is_valid(table["reference"]))
+
+
+# ---------------------------------------------------------------------- terminal
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The scores as a table: a column a model, then the differences with their intervals."""
+    names = summary["names"]
+    aligned = names.get("aligned", "aligned")
+    compared = [(aligned, names.get("base", "base"), summary["difference"])]
+    if "control" in names:
+        compared.append((aligned, names["control"], summary["difference_to_control"]))
+    return score_table(summary, list(names.values()), compared)
+
+
+def score_table(
+    summary: dict[str, Any],
+    models: Sequence[str],
+    compared: Sequence[tuple[str, str, scoring.Figures]],
+    clusters: str = "images",
+) -> Table:
+    """The scores as a table.
+
+    Args:
+        summary: "models", "counts", "questions", "images", "confidence", "left_out".
+        models: a column each.
+        compared: first model, second model and their differences: a column each.
+        clusters: what the intervals are over.
+    """
+    confidence = summary["confidence"]
+    title = f"{summary['questions']:,} questions"
+    if clusters == "images":
+        title += f" about {summary['images']:,} images"
+    calls = [verdict.judge(found, confidence) for _, _, found in compared]
+    table = Table(
+        title=f"{title}, {confidence:.0%} intervals over {clusters}",
+        caption=Text(_caption(summary, calls)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for name in models:
+        table.add_column(Text(name.replace("_", "_\n", 1)), justify="right", overflow="fold")
+    for first, second, _ in compared:
+        table.add_column(Text(f"{first} −\n{second}"), justify="right", overflow="fold")
+    for key, metric in METRICS.items():
+        values = [summary["models"].get(name, {}).get(key) for name in models]
+        if metric.official or not any(value and value["n"] for value in values):
+            continue
+        cells = [_cell(value) for value in values]
+        cells += [
+            _difference_cell(found.get(key), call.get(key))
+            for (_, _, found), call in zip(compared, calls, strict=True)
+        ]
+        table.add_row(metric.label, *cells)
+    for label, cells in _count_rows(summary.get("counts") or {}, models):
+        table.add_row(label, *cells, *[""] * len(compared), style="dim")
+    return table
+
+
+def _count_rows(counts: dict[str, dict[str, int]], models: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Answers that say nothing; they count as wrong above."""
+    found = [counts.get(name) for name in models]
+    if any(item and item["closed"] for item in found):
+        yield (
+            "undecided, of closed",
+            [
+                f"{item['undecided']:,} ({item['undecided'] / item['closed']:.0%})"
+                if item and item["closed"]
+                else "–"
+                for item in found
+            ],
+        )
+    for key, label in (("empty", "empty answers"), ("failed", "failed requests")):
+        if any(item for item in found):
+            yield label, [f"{item[key]:,}" if item else "–" for item in found]
+
+
+def _caption(summary: dict[str, Any], calls: Sequence[dict[str, verdict.Call]]) -> str:
+    lines = []
+    if any(call in (verdict.BETTER, verdict.WORSE) for found in calls for call in found.values()):
+        number = max(len(found) for found in calls)
+        lines.append(
+            f"* a difference: p < {1 - summary['confidence']:.2g} with Holm's correction over {number} metrics"
+        )
+    lines += [f"{reason}." for reason in (summary.get("left_out") or {}).values()]
+    return "\n".join(lines)
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    if not value or value["value"] is None:
+        return "–"
+    if value["low"] is None:
+        return f"{value['value']:.3f}"
+    return f"{value['value']:.3f}\n[dim]\\[{_short(value['low'])}, {_short(value['high'])}][/dim]"
+
+
+def _difference_cell(value: dict[str, Any] | None, call: verdict.Call | None) -> str:
+    if not value or value["value"] is None or value["low"] is None:
+        return "–"
+    interval = f"\\[{_short(value['low'], '+')}, {_short(value['high'], '+')}]"
+    mark = "*" if call in (verdict.BETTER, verdict.WORSE) else ""
+    colour = {"better": "green", "worse": "red"}.get(call or "", "none")
+    return f"[{colour}]{value['value']:+.3f}{mark}\n{interval}[/{colour}]"
+
+
+def _short(number: float, sign: str = "") -> str:
+    """Three decimals without the zero before the point."""
+    text = format(number, f"{sign}.3f")
+    return text.replace("0.", ".", 1) if abs(number) < 1 else text
