@@ -453,7 +453,7 @@ def test_files_without_pixels_say_so(name):
     with pytest.raises(ImageError) as error:
         images.decode((SAMPLES / name).read_bytes(), "x")
     assert error.value.reason == "image_undecodable"
-    assert "without pixel data" in error.value.detail
+    assert "no pixel data" in error.value.detail
 
 
 # ---------------------------------------------------------------------- real files
