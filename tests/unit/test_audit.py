@@ -32,6 +32,7 @@ from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.data.audit import audit, audit_command
 from mmedpo_ray.data.audit.examine import NAMES, examine
 from mmedpo_ray.data.audit.extract import extract
+from mmedpo_ray.data.audit.features import features_of
 from mmedpo_ray.data.audit.fix import removals, write_fixed
 from mmedpo_ray.data.audit.hashing import normalised
 from mmedpo_ray.data.audit.statistics import explained, separation
@@ -1299,3 +1300,22 @@ def test_a_path_to_no_samples_is_told_with_what_to_give(
 def test_every_check_is_documented(repository: Path) -> None:
     page = (repository / "docs" / "how-to" / "audit.md").read_text()
     assert [name for name in NAMES if f"`{name}`" not in page] == []
+
+
+def test_polarity_is_read_as_everywhere(tmp_path: Path) -> None:
+    """Chosen answers that say yes and no to one question contradict each other, however they say it."""
+    answers = ["Present", "Not seen", "是的。", "没有", "Nope", "There is no doubt: yes"]
+    rows = [
+        {
+            "pair_id": str(number),
+            "image_uri": "a.png",
+            "question": "Is there a mass?",
+            "chosen": text,
+            "rejected": "Maybe",
+        }
+        for number, text in enumerate(answers)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    pairs = open_pairs(str(tmp_path / "pairs.parquet"))
+    found = features_of(next(pairs.batches()), None)
+    assert found["polarity"].tolist() == [1, -1, 1, -1, -1, 1]

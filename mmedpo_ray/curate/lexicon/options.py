@@ -18,7 +18,7 @@ from mmedpo_ray.curate.lexicon.words import content_words
 from mmedpo_ray.curate.terms import mentions
 
 _LABEL = re.compile(
-    r"(?:(?<=[\s(,;:?.])|\A)\(?([A-Ha-h]|[1-8])\s*(?:\)|[.:](?=\s|$)|[.,](?=[^\x00-\x7f]))\s*"
+    r"(?:(?<=[\s(,;:?.])|\A)\(?([A-Ha-h]|[1-8])\s*(?:\)|[.:](?=\s|$)|[.,:](?=[^\x00-\x7f]))\s*"
 )
 # A word, or a measure with its sign and unit.
 _ITEM = r"(?:(?:[<>]=?\s?)?\d+(?:\.\d+)?\s?(?:mm|cm|ml|%|hu|years?|months?)(?!\w)|non[ -][\w-]+|[\w-]+)"

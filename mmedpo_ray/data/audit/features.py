@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmedpo_ray.curate.lexicon import polarity
 from mmedpo_ray.curate.lexicon.meta import COMMENTARY_PARTS, LEAKED_PROMPT
 from mmedpo_ray.curate.tools.prompts import names_finding
 from mmedpo_ray.data.audit.hashing import hashes, normalised
@@ -45,6 +46,7 @@ QUESTION_FORMS: dict[str, str] = {
     "other": r"",
 }
 
+_SIGN = {"yes": 1, "no": -1, None: 0}
 # Bits of `leak`.
 LEAK_CHOSEN, LEAK_REJECTED, COMMENT_CHOSEN, COMMENT_REJECTED = 1, 2, 4, 8
 # Values of `noise_bound`: what decides how much of the image the noise covers.
@@ -166,7 +168,7 @@ def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarra
     norm_question, norm_chosen, norm_rejected = (normalised(texts) for texts in (question, chosen, rejected))
     formats = [_formats(side) for side in (chosen, rejected)]
     equal = _numpy(pc.equal(chosen, rejected))
-    polarity = _polarity(norm_chosen)
+    said = _polarity(chosen)
     kind = pa.array(np.where(visual, "v", "t"))
     asked = hashes(image, norm_question)
     first = pc.utf8_lower(pc.struct_field(pc.extract_regex(question, r"^\W*(?P<word>\w*)"), [0]))
@@ -178,7 +180,7 @@ def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarra
         "chars_rejected": _numpy(pc.utf8_length(rejected)),
         "format_chosen": formats[0],
         "format_rejected": formats[1],
-        "polarity": polarity,
+        "polarity": said,
         "equal": equal,
         "near_equal": ~equal & _numpy(pc.equal(norm_chosen, norm_rejected)),
         "empty": _empty_text(chosen) | _empty_text(rejected),
@@ -200,7 +202,7 @@ def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarra
         "noise_bound": _noise_bound(batch),
         "lesion_covered": _noise_parameter(batch, "lesion_covered").astype(np.float32),
     }
-    return found | _against_samples(batch, samples, norm_chosen, polarity)
+    return found | _against_samples(batch, samples, norm_chosen, said)
 
 
 def _words(texts: pa.Array) -> np.ndarray:
@@ -244,9 +246,10 @@ def _formats(texts: pa.Array) -> np.ndarray:
 
 
 def _polarity(texts: pa.Array) -> np.ndarray:
-    """1 where a normalised text says yes, -1 where it says no."""
-    yes, no = (_numpy(pc.match_substring_regex(texts, FORMATS[name])) for name in ("says_yes", "says_no"))
-    return yes.astype(np.int8) - no.astype(np.int8)
+    """1 where a text says yes, -1 where it says no; each distinct text is read once."""
+    encoded = texts.dictionary_encode()
+    signs = [_SIGN[polarity(text)] for text in encoded.dictionary.to_pylist()]
+    return np.array(signs, np.int8)[_numpy(encoded.indices)] if signs else np.zeros(len(texts), np.int8)
 
 
 def _leaks(chosen: pa.Array, rejected: pa.Array) -> np.ndarray:
@@ -315,7 +318,7 @@ def _number(text: str | None) -> float:
 
 
 def _against_samples(
-    batch: pa.Table, samples: Samples | None, norm_chosen: pa.Array, polarity: np.ndarray
+    batch: pa.Table, samples: Samples | None, norm_chosen: pa.Array, said: np.ndarray
 ) -> dict[str, np.ndarray]:
     size = batch.num_rows
     rows = np.full(size, -1, np.int64)
@@ -330,9 +333,9 @@ def _against_samples(
         known = rows >= 0
         answers = pc.fill_null(samples.table["answer"].take(pa.array(rows[known])), "").combine_chunks()
         norm_answers = normalised(answers)
-        expected = _polarity(norm_answers)
+        expected = _polarity(answers)
         same = _numpy(pc.equal(norm_chosen.filter(pa.array(known)), norm_answers))
-        opposite = expected * polarity[known] < 0
+        opposite = expected * said[known] < 0
         truth[known] = np.where(same, AGREES, np.where(opposite, OPPOSITE, DIFFERS))
         of_test[known] = samples.in_test[rows[known]]
         for split, images in samples.held_out.items():
