@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from mmedpo_ray.evaluate import scoring
 from mmedpo_ray.evaluate.metrics import METRICS, Answer
 from mmedpo_ray.evaluate.scoring import Options, Row
 from mmedpo_ray.report import verdict
+
+# What ingest appends to the id of an image that is one frame of its file.
+_FRAME = re.compile(r"~f\d+\Z")
 
 
 def rows_of(answers: pa.Table, questions: dict[str, str], failed: pa.Table | None = None) -> list[Row]:
@@ -35,7 +39,9 @@ def _rows(table: pa.Table, questions: dict[str, str], failed: bool) -> Iterator[
     columns = ["model", "sample_id", "image_id", "answer_type", "reference", "prediction"]
     for row in table.select(columns).to_pylist():
         answer = Answer(row["reference"], row["prediction"] or "", questions.get(row["sample_id"], ""))
-        yield Row(row["model"], row["sample_id"], row["image_id"], row["answer_type"], answer, failed)
+        # Frames of one file stand and fall together, as questions about one image do.
+        cluster = _FRAME.sub("", row["image_id"])
+        yield Row(row["model"], row["sample_id"], cluster, row["answer_type"], answer, failed)
 
 
 def summarise(
