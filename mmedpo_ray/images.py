@@ -92,7 +92,7 @@ def decode(
 
     Raises:
         ImageError: ``image_undecodable`` (also truncated files), ``image_too_large`` (before decoding),
-            ``image_multi_frame`` (several pages, an animation, DICOM with several frames), or ``no_such_frame``.
+            ``image_multi_frame`` (several pages, an animation, DICOM with several frames), or ``image_no_such_frame``.
     """
     if is_dicom(data):
         from mmedpo_ray import dicom  # pydicom is loaded only where there is a DICOM file
@@ -395,7 +395,7 @@ def load_image(
     """Reads an image file in its own mode; for ``waits`` see :func:`read_file`.
 
     Raises:
-        ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large``, ``image_multi_frame`` or ``no_such_frame``.
+        ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large``, ``image_multi_frame`` or ``image_no_such_frame``.
         OSError: it cannot be read; see :func:`read_file`.
     """
     return decode(read_file(uri, waits=waits), uri, max_pixels, frame=file_and_frame(uri)[1])

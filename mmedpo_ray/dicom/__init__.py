@@ -54,7 +54,7 @@ def decode(
 
     Raises:
         ImageError: ``image_undecodable`` (also without pixels, or compressed by a method without a decoder here),
-            ``image_too_large``, ``image_multi_frame``, or ``no_such_frame``.
+            ``image_too_large``, ``image_multi_frame``, or ``image_no_such_frame``.
     """
     with _reading(name):
         dataset = _read(data, name, max_bytes)

@@ -84,7 +84,7 @@ def stored_pixels(dataset: Dataset, name: str, index: int) -> tuple[np.ndarray, 
         index = _inflate_frame(dataset, index)
         syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_private or not syntax.is_transfer_syntax:
-        raise ImageError("image_undecodable", f"{name}: DICOM of an unknown transfer syntax")
+        raise ImageError("image_undecodable", f"{name}: DICOM of an unknown transfer syntax; export its images to another one")
     # Of plain words we know better than pydicom, which takes the lower bits whatever HighBit says.
     is_plain = not syntax.is_compressed or syntax.name.startswith("RLE")
     options: dict[str, Any] = {"index": index, "allow_excess_frames": False}
