@@ -45,7 +45,9 @@ def dataset_of(pixels: np.ndarray, bits: int | None = None, **tags: Any) -> Data
 
 def colour_of(pixels: np.ndarray, bits: int | None = None, **tags: Any) -> Dataset:
     """A data set of colour (H, W, 3) pixels."""
-    found = dataset_of(pixels[..., 0], bits, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0)
+    found = dataset_of(
+        pixels[..., 0], bits, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0
+    )
     found.PixelData = pixels.tobytes()
     for name, value in tags.items():
         setattr(found, name, value)

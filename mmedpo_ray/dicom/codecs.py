@@ -24,7 +24,7 @@ _JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLo
 _SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 _BARE = {0x01, *range(0xD0, 0xD9)}
 # pydicom asks for this name.
-DECODER_DEPENDENCIES = {syntax: (NAME,) for syntax in (*_JPEG, *_JPEG_LS, *_JPEG_2000)}
+DECODER_DEPENDENCIES = dict.fromkeys((*_JPEG, *_JPEG_LS, *_JPEG_2000), (NAME,))
 
 
 def is_available(syntax: str) -> bool:
@@ -49,7 +49,9 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytes:
     pixels = _pixels(source, runner)
     runner.set_option("bits_allocated", 8 * pixels.dtype.itemsize)
     runner.set_option("planar_configuration", 0)
-    if runner.transfer_syntax in _JPEG_2000 and runner.photometric_interpretation.startswith(("YBR_ICT", "YBR_RCT")):
+    if runner.transfer_syntax in _JPEG_2000 and runner.photometric_interpretation.startswith(
+        ("YBR_ICT", "YBR_RCT")
+    ):
         runner.set_option("photometric_interpretation", "RGB")
     return pixels.tobytes()
 
@@ -71,9 +73,10 @@ def _pixels(source: bytes, runner: DecodeRunner) -> np.ndarray:
     out = np.empty(shape, f"u{_bytes_of(bits)}")
     if runner.transfer_syntax in _JPEG_LS:
         return imagecodecs.jpegls_decode(source, out=out)
+    if len(shape) == 2:
+        return imagecodecs.jpeg8_decode(source, out=out)
     # The same colours in as out: pydicom converts them.
-    colours = {"colorspace": "YCBCR", "outcolorspace": "YCBCR"} if len(shape) > 2 else {}
-    return imagecodecs.jpeg8_decode(source, **colours, out=out)
+    return imagecodecs.jpeg8_decode(source, colorspace="YCBCR", outcolorspace="YCBCR", out=out)
 
 
 def _frame_header(source: bytes) -> tuple[int, int, int, int]:

@@ -20,7 +20,9 @@ Notes = list[str]
 _ROWS = 64
 
 
-def show_grey(words: np.ndarray, bits: Bits, tags: DisplayTags, *, inverted: bool) -> tuple[Image.Image, Notes]:
+def show_grey(
+    words: np.ndarray, bits: Bits, tags: DisplayTags, *, inverted: bool
+) -> tuple[Image.Image, Notes]:
     """The image of one frame, and how it was made.
 
     Args:
@@ -152,7 +154,12 @@ class _Grey:
 
     def _full_occurring(self) -> np.ndarray:
         codes, words = self._codes, self._words
-        if codes is None or self._is_padding is not None or self._table is not None or not self._bits.is_lowest(words):
+        if (
+            codes is None
+            or self._is_padding is not None
+            or self._table is not None
+            or not self._bits.is_lowest(words)
+        ):
             return self._occurring
         # Between the extremes lies nothing that is darker or brighter, so which values occur does not matter.
         return (codes >= words.min()) & (codes <= words.max())

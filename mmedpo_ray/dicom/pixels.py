@@ -41,7 +41,11 @@ class Bits:
         """Whether words are the values of their pixels as they are: no bit outside these is set."""
         if self.complete:
             return True
-        low, high = (-(2 ** (self.stored - 1)), 2 ** (self.stored - 1) - 1) if words.dtype.kind == "i" else (0, 2**self.stored - 1)
+        low, high = (
+            (-(2 ** (self.stored - 1)), 2 ** (self.stored - 1) - 1)
+            if words.dtype.kind == "i"
+            else (0, 2**self.stored - 1)
+        )
         return self.lowest == 0 and low <= int(words.min()) and int(words.max()) <= high
 
     def values(self, words: np.ndarray) -> np.ndarray:
@@ -84,7 +88,10 @@ def stored_pixels(dataset: Dataset, name: str, index: int) -> tuple[np.ndarray, 
         index = _inflate_frame(dataset, index)
         syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_private or not syntax.is_transfer_syntax:
-        raise ImageError("image_undecodable", f"{name}: DICOM of an unknown transfer syntax; export its images to another one")
+        raise ImageError(
+            "image_undecodable",
+            f"{name}: DICOM of an unknown transfer syntax; export its images to another one",
+        )
     # Of plain words we know better than pydicom, which takes the lower bits whatever HighBit says.
     is_plain = not syntax.is_compressed or syntax.name.startswith("RLE")
     options: dict[str, Any] = {"index": index, "allow_excess_frames": False}
@@ -154,7 +161,8 @@ def _read(dataset: Dataset, name: str, options: dict[str, Any]) -> np.ndarray:
     except ValueError:
         pass
     raise ImageError(
-        "image_undecodable", f"{name}: DICOM, fewer pixels than it declares, or sizes and depths that contradict each other"
+        "image_undecodable",
+        f"{name}: DICOM, fewer pixels than it declares, or sizes and depths that contradict each other",
     )
 
 
@@ -180,9 +188,7 @@ def _decompressed(dataset: Dataset, name: str, options: dict[str, Any]) -> np.nd
     if not available:
         detail = "install a decoder: none is at hand for it, so export its images to another transfer syntax"
     else:
-        detail = (
-            "damaged, or install a decoder: one for pydicom that reads it (pip install pylibjpeg pylibjpeg-libjpeg) on every node"
-        )
+        detail = "damaged, or install a decoder: one for pydicom that reads it (pip install pylibjpeg pylibjpeg-libjpeg) on every node"
     raise ImageError("image_undecodable", f"{name}: DICOM compressed by {syntax.name}; {detail}")
 
 

@@ -55,7 +55,9 @@ def test_lossless_compressions_at_every_depth(syntax: uid.UID, bits: int) -> Non
 def test_signed_pixels(syntax: uid.UID, bits: int) -> None:
     pixels = (ramp_of(bits).astype(np.int64) - 2 ** (bits - 1)).astype(f"i{bits // 8}")
     data = compressed(dataset_of(pixels), [_ENCODERS[syntax](pixels, bits)], syntax)
-    assert (np.asarray(images.decode(data, "x")) == np.asarray(images.decode(file_of(dataset_of(pixels)), "x"))).all()
+    assert (
+        np.asarray(images.decode(data, "x")) == np.asarray(images.decode(file_of(dataset_of(pixels)), "x"))
+    ).all()
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
@@ -106,10 +108,15 @@ def test_colours_by_jpeg_under_any_name(term: str) -> None:
 def test_frames_deflated_one_by_one() -> None:
     frames = [RAMP, RAMP[:, ::-1]]
     packers = [zlib.compressobj(wbits=-15) for _ in frames]
-    packed = [packer.compress(frame.tobytes()) + packer.flush() for packer, frame in zip(packers, frames, strict=True)]
+    packed = [
+        packer.compress(frame.tobytes()) + packer.flush()
+        for packer, frame in zip(packers, frames, strict=True)
+    ]
     made = dataset_of(np.stack(frames), 12, NumberOfFrames=2)
     # pydicom does not write a syntax that it does not know.
-    data = compressed(made, packed, uid.JPEGLosslessSV1).replace(uid.JPEGLosslessSV1.encode(), b"1.2.840.10008.1.2.8.1\0")
+    data = compressed(made, packed, uid.JPEGLosslessSV1).replace(
+        uid.JPEGLosslessSV1.encode(), b"1.2.840.10008.1.2.8.1\0"
+    )
     plain = seen(dataset_of(RAMP, 12))
     assert (seen_file(data, frame=1) == plain).all()
     assert (seen_file(data, frame=2) == plain[::-1]).all()
@@ -140,8 +147,12 @@ def test_a_frame_larger_than_declared_is_not_decoded() -> None:
 def test_few_bits_do_not_end_the_process() -> None:
     """GDCM, where it is installed, aborts on such files."""
     pixels = ramp_of(4)
-    data = compressed(dataset_of(pixels, 4), [imagecodecs.ljpeg_encode(pixels, bitspersample=4)], uid.JPEGLosslessSV1)
-    code = "import sys; from mmedpo_ray import images; print(images.decode(sys.stdin.buffer.read(), 'x').info)"
+    data = compressed(
+        dataset_of(pixels, 4), [imagecodecs.ljpeg_encode(pixels, bitspersample=4)], uid.JPEGLosslessSV1
+    )
+    code = (
+        "import sys; from mmedpo_ray import images; print(images.decode(sys.stdin.buffer.read(), 'x').info)"
+    )
     done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert MADE_BY.encode() in done.stdout

@@ -131,10 +131,14 @@ def test_colours_of_every_depth(bits: int, planar: int) -> None:
     assert np.abs(shown(made) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("term", ["YBR_FULL", "ybr full", "YCbCr", "YBR_FULL_422", "YBR-FULL-422", "YBR_PARTIAL_422"])
+@pytest.mark.parametrize(
+    "term", ["YBR_FULL", "ybr full", "YCbCr", "YBR_FULL_422", "YBR-FULL-422", "YBR_PARTIAL_422"]
+)
 def test_luminance_and_differences_with_all_their_samples(term: str) -> None:
     """Uncompressed files that declare halved differences and have them whole."""
-    rgb = np.stack([np.tile(np.arange(SIDE) * 4, (4, 1)), np.full((4, SIDE), 90), np.full((4, SIDE), 30)], axis=-1)
+    rgb = np.stack(
+        [np.tile(np.arange(SIDE) * 4, (4, 1)), np.full((4, SIDE), 90), np.full((4, SIDE), 30)], axis=-1
+    )
     # JFIF's matrix, which PS3.3 C.7.6.3.1.2 names.
     red, green, blue = (rgb[..., index].astype(float) for index in range(3))
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
