@@ -27,7 +27,7 @@ from mmedpo_ray.dicom.deflated import inflated
 from mmedpo_ray.dicom.display import show_grey
 from mmedpo_ray.dicom.pixels import Bits, check_pixels, stored_pixels
 from mmedpo_ray.dicom.tables import palette
-from mmedpo_ray.dicom.tags import DisplayTags
+from mmedpo_ray.dicom.tags import DisplayTags, frames_of
 from mmedpo_ray.image_error import MADE_BY, ImageError, check_frame, check_size
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def count_frames(data: bytes, name: str, max_bytes: int | None = None) -> int:
         ImageError: it cannot be read.
     """
     with _reading(name):
-        return _frames(_read(data, name, max_bytes))
+        return frames_of(_read(data, name, max_bytes))
 
 
 @contextmanager
@@ -95,14 +95,10 @@ def _read(data: bytes, name: str, max_bytes: int | None) -> Dataset:
     return pydicom.dcmread(io.BytesIO(whole), force=True)
 
 
-def _frames(dataset: Dataset) -> int:
-    return int(dataset.get("NumberOfFrames") or 1)
-
-
 def _decode(dataset: Dataset, name: str, max_pixels: int | None, frame: int | None) -> Image.Image:
     check_pixels(dataset, name)
     check_size(name, int(dataset.Columns), int(dataset.Rows), max_pixels)
-    frames = _frames(dataset)
+    frames = frames_of(dataset)
     check_frame(name, frames, frame)
     index = (frame or 1) - 1
     words, bits = stored_pixels(dataset, name, index)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmedpo_ray.dicom.tags import numbers, photometric
+from mmedpo_ray.dicom.tags import frames_of, numbers, photometric
 from mmedpo_ray.image_error import ImageError
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def _complete(dataset: Dataset) -> None:
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         dataset.file_meta = FileMetaDataset() if meta is None else meta
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    if "NumberOfFrames" in dataset:
+        dataset.NumberOfFrames = frames_of(dataset)
     defaults = {"SamplesPerPixel": 1, "PixelRepresentation": 0, "BitsStored": dataset.BitsAllocated}
     if int(dataset.get("SamplesPerPixel") or 1) > 1:
         defaults |= {"PlanarConfiguration": 0}
@@ -149,7 +151,7 @@ def _is_whole(dataset: Dataset) -> bool:
     """Whether uncompressed pixels have all three samples each, whatever subsampling they declare."""
     if dataset.file_meta.TransferSyntaxUID.is_compressed or not dataset.get("PixelData"):
         return False
-    pixels = dataset.Rows * dataset.Columns * int(dataset.get("NumberOfFrames") or 1)
+    pixels = dataset.Rows * dataset.Columns * frames_of(dataset)
     return 0 <= len(dataset.PixelData) - 3 * pixels * (dataset.BitsAllocated // 8) <= 1
 
 
@@ -203,7 +205,7 @@ def _inflate_frame(dataset: Dataset, index: int) -> int:
 
     samples = int(dataset.SamplesPerPixel)
     length = -(-int(dataset.Rows) * int(dataset.Columns) * samples * int(dataset.BitsAllocated) // 8)
-    frames = int(dataset.get("NumberOfFrames") or 1)
+    frames = frames_of(dataset)
     deflated = get_frame(dataset.PixelData, index, number_of_frames=frames)
     pixels = zlib.decompressobj(-zlib.MAX_WBITS).decompress(deflated, length)
     dataset.PixelData = pixels + b"\0" * (len(pixels) % 2)

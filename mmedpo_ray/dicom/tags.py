@@ -111,6 +111,11 @@ def _first(values: list[float | None]) -> float | None:
     return values[0] if values else None
 
 
+def frames_of(dataset: Dataset) -> int:
+    """How many frames a file declares; 1 where it does not say, or says no number."""
+    return max(1, int(_first(numbers(dataset, "NumberOfFrames")) or 1))
+
+
 def term(dataset: Dataset, name: str) -> str:
     """A term in capitals with one underscore for each gap; empty where there is none: "Linear exact" is LINEAR_EXACT."""
     try:
