@@ -27,6 +27,12 @@ _NEGATIVE_QUESTION = re.compile(
 )
 # The question repeated, or a condition.
 _ASKS_BACK = re.compile(r"\?\W*\Z|\A\W*if\b", re.IGNORECASE)
+# Few texts have any of these, and to look for them is quick.
+_MAY_COUNT = re.compile(
+    r"[\d<>+~±%°↑↓½¼¾]|(?:\A|[\s(])[-−–]|[-−–](?:\Z|[,;.)])|[^\x00-\x7f]|"
+    r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b",
+    re.IGNORECASE,
+)
 _HAS_SIGN = re.compile(r"\d|[<>+~±%°↑↓-]")
 _ITEMS = re.compile(r",|/|\b(?:or|and|nor)\b", re.IGNORECASE)
 # Words of questions and denials that name nothing.
@@ -98,6 +104,8 @@ def equivalent(first: str, second: str) -> bool:
 
 def numbers_and_signs(text: str) -> list[str]:
     """Numbers with their signs, and signs alone, in order; hyphens and slashes between words mean nothing."""
+    if _MAY_COUNT.search(text) is None:
+        return []
     return [token for token in tokens(text) if _HAS_SIGN.search(token)]
 
 
