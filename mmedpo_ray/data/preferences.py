@@ -61,7 +61,7 @@ def from_trl(row: dict[str, Any]) -> Preference:
         asked = _messages(prompt, _USER)
     else:
         asked = chosen[:-1]
-        if asked != rejected[:-1]:
+        if _questions(asked) != _questions(rejected[:-1]):
             raise UnusableError("malformed_conversation", "chosen and rejected do not begin alike")
         chosen, rejected = chosen[-1:], rejected[-1:]
     return _preference(row, asked, chosen, rejected)
@@ -100,7 +100,10 @@ def from_swift(row: dict[str, Any]) -> Preference:
     if row.get("rejected_response") is not None:
         rejected = _rejected(row["rejected_response"])
     elif row.get("rejected_messages") is not None:
-        rejected = _messages(row["rejected_messages"], _USER)[-1:]
+        other = _messages(row["rejected_messages"], _USER)
+        if other[:-1] and _questions(other[:-1]) != _questions(asked):
+            raise UnusableError("malformed_conversation", "chosen and rejected do not begin alike")
+        rejected = other[-1:]
     else:
         # The same answer beside another image.
         rejected = chosen if row.get("rejected_images") else _rejected(None)
@@ -188,6 +191,11 @@ def _messages(value: Any, role: Sequence[str]) -> list[_Message]:
         content = each.get("content", each.get("value"))
         found.append(_Message(str(each.get("role", each.get("from"))), _text(content), _parts(content)))
     return [message for message in found if message.role not in _SYSTEM]
+
+
+def _questions(talk: Sequence[_Message]) -> list[tuple[str, str]]:
+    """Roles and texts of messages, without what marks the place of an image."""
+    return [(message.role, clean(message.text)) for message in talk]
 
 
 def _rejected(value: Any) -> list[_Message]:

@@ -282,6 +282,11 @@ def test_true_and_false_of_peers_are_answers(tmp_path):
         ("swift", {"messages": TALK + YES}, "no_rejected_answer"),
         (
             "swift",
+            {"messages": TALK + YES, "rejected_messages": [{"role": "user", "content": "Where?"}, *NO]},
+            "malformed_conversation",
+        ),
+        (
+            "swift",
             {"messages": TALK + YES, "rejected_response": "No", "images": ["a.png", "b.png"]},
             "several_images",
         ),
