@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from mmedpo_ray.evaluate import scoring
 from mmedpo_ray.evaluate.metrics import METRICS, Answer
 from mmedpo_ray.evaluate.scoring import Options, Row
 from mmedpo_ray.report import verdict
+
+# What ingest appends to the id of an image that is one frame of its file.
+_FRAME = re.compile(r"~f\d+\Z")
 
 
 def rows_of(answers: pa.Table, questions: dict[str, str], failed: pa.Table | None = None) -> list[Row]:
@@ -35,7 +39,9 @@ def _rows(table: pa.Table, questions: dict[str, str], failed: bool) -> Iterator[
     columns = ["model", "sample_id", "image_id", "answer_type", "reference", "prediction"]
     for row in table.select(columns).to_pylist():
         answer = Answer(row["reference"], row["prediction"] or "", questions.get(row["sample_id"], ""))
-        yield Row(row["model"], row["sample_id"], row["image_id"], row["answer_type"], answer, failed)
+        # Frames of one file stand and fall together, as questions about one image do.
+        cluster = _FRAME.sub("", row["image_id"])
+        yield Row(row["model"], row["sample_id"], cluster, row["answer_type"], answer, failed)
 
 
 def summarise(
@@ -137,7 +143,7 @@ def score_table(
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for name in models:
         table.add_column(Text(name.replace("_", "_\n", 1)), justify="right", overflow="fold")
     for first, second, _ in compared:
@@ -200,7 +206,9 @@ def _difference_cell(value: dict[str, Any] | None, call: verdict.Call | None) ->
     interval = f"\\[{_short(value['low'], '+')}, {_short(value['high'], '+')}]"
     mark = "*" if call in (verdict.BETTER, verdict.WORSE) else ""
     colour = {"better": "green", "worse": "red"}.get(call or "", "none")
-    return f"[{colour}]{value['value']:+.3f}{mark}\n{interval}[/{colour}]"
+    shown = f"{value['value']:+.3f}"
+    shown = "0.000" if shown in ("+0.000", "-0.000") else shown
+    return f"[{colour}]{shown}{mark}\n{interval}[/{colour}]"
 
 
 def _short(number: float, sign: str = "") -> str:

@@ -327,3 +327,16 @@ def test_outputs_belong_to_a_file_of_answers(capsys: pytest.CaptureFixture[str])
         cli.main(["evaluate", "--json", "-"])
     assert caught.value.code == 2
     assert "--answers" in capsys.readouterr().err
+
+
+def test_frames_of_one_file_are_one_cluster():
+    from mmedpo_ray import tables
+    from mmedpo_ray.evaluate.summary import rows_of
+
+    rows = [
+        {"answer_id": f"m/{name}", "model": "m", "sample_id": name, "image_id": name, "task": "vqa", "answer_type": "open",
+         "reference": "left", "prediction": "left", "seconds": 0.1}
+        for name in ("d/a~f1", "d/a~f2", "d/b")
+    ]  # fmt: skip
+    found = rows_of(tables.to_table(rows, tables.ANSWERS), {})
+    assert [row.cluster for row in found] == ["d/a", "d/a", "d/b"]
