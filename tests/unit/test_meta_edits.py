@@ -175,7 +175,9 @@ CHINESE_REPORTS = [
     ],
     ids=("notes", "labels", "chinese", "reports", "report lines", "chinese reports"),
 )
-def test_notes_are_found_and_reports_are_not(texts: list[str], is_meta: bool, before: tuple[str, ...]) -> None:
+def test_notes_are_found_and_reports_are_not(
+    texts: list[str], is_meta: bool, before: tuple[str, ...]
+) -> None:
     asked = [start + text for start in before for text in (*texts, *map(str.upper, texts))]
     assert [text for text in asked if lexicon.is_meta_text(text) is not is_meta] == []
     flagged = pc.match_substring_regex(pa.array(asked), f"(?im){LEAKED_PROMPT}|{COMMENTARY}").to_pylist()

@@ -82,7 +82,9 @@ _EDITABLE = (
 )
 _VALUE = r"(left|right|yes|no|upper|lower|normal|abnormal|present|absent)"
 _QUOTE = r"[\"“”„‘'`]"
-_VERDICT = r"(wrong|incorrect|correct|inaccurate|accurate|invalid|implausible|not correct|not accurate|false|untrue)"
+_VERDICT = (
+    r"(wrong|incorrect|correct|inaccurate|accurate|invalid|implausible|not correct|not accurate|false|untrue)"
+)
 # An edit of an answer, in either voice.
 _EDIT = (
     rf"(\b{_EDITED} ((the|an?|this|its|one|my|your|both) )?((original|given|stated|named|correct|final|last|key) )?{_EDITABLE}\b"
@@ -111,9 +113,7 @@ _FEW_WORDS = r"([\w'’\"“”/-]+ ){0,3}"
 _COUNTERS = r"((this|that|which|it|answer|statement|response|\w+ly) contradict(s|ed)|contradicting)"
 _CONTRADICTS = r"(contradict(s|ed|ing|ory to|ion of|ion to)?|in contradiction (to|with))"
 # Findings may well contradict an original report; a statement that contradicts it was made to.
-_WAS_MADE_TO_CONTRADICT = (
-    r"((to|will|would|must|should|directly) contradict|contradict(s|ed|ing|ory to|ion of|ion to)|in contradiction (to|with))"
-)
+_WAS_MADE_TO_CONTRADICT = r"((to|will|would|must|should|directly) contradict|contradict(s|ed|ing|ory to|ion of|ion to)|in contradiction (to|with))"
 _DISAGREES = (
     r"((is |are |in )?(direct |clear )?(conflict(s|ed|ing)? with|opposites? (of|to)|opposition to|contrary to|at odds with)"
     r"|(disagree(s|ing)?|incompatible|inconsistent|not (in line|consistent|compatible)) with|(not|n['’]t) (match|(align|agree|correspond) "
@@ -125,9 +125,7 @@ _FIRST_SENTENCE = r"\A[^.!?\n]*"
 # The source with nothing after it: "in the original, …". The original of a report has a noun: "in the original study".
 _BARE_SOURCE = r"the (original|reference|ground[- ]truth)"
 _STOP = r"([^\w\n]*$|\s*[.,;:!?)\]])"
-_SAYS = (
-    r"(states?|stated|says?|said|mentions?|mentioned|indicates?|describes?|claims?|claimed|specifies|specified|names|reads|asserts?)"
-)
+_SAYS = r"(states?|stated|says?|said|mentions?|mentioned|indicates?|describes?|claims?|claimed|specifies|specified|names|reads|asserts?)"
 _THE_EDIT = r"(this|that|which|it|answer|statement|response|version|sentence)"
 _CHANGES = r"(changes|alters|reverses|flips|inverts|swaps|negates|modifies|rewrites|contradicts)"
 # Labels of an edit, and what is labelled.
@@ -295,7 +293,17 @@ _EDIT_RULES: tuple[tuple[tuple[str, ...], str], ...] = (
         rf"|\b(this|that|which|it) {_CHANGES} the (meaning|wording|polarity|laterality|answer|statement|sentence)\b",
     ),
     (
-        ("side", "laterality", "answer", "statement", "sentence", "wording", "polarity", "negation", "meaning"),
+        (
+            "side",
+            "laterality",
+            "answer",
+            "statement",
+            "sentence",
+            "wording",
+            "polarity",
+            "negation",
+            "meaning",
+        ),
         rf"\bthe (answer|statement|sentence|wording|polarity|negation|meaning) (is|was|has been) (now |\w+ly )?({_EDITED}|switched)\b"
         rf"|\bthe (sides?|laterality) (was|were|is now|are now|has been|have been) (\w+ly )?({_EDITED}|switched)({_STOP}"
         rf"| (to|from) {_VALUE}\b| in (this|the) {_LABELLED}\b)"
