@@ -163,7 +163,7 @@ _RIGHT_ALONE = re.compile(
     r"in the middle|(?:at|above|below|under|over) the|you are|about(?! \d))(?!\w)"
 )
 _RIGHT_THING = re.compile(
-    r" (?:to (?:refuse|die|know|treat\w*|privacy)|of way|answer|diagnosis|dose|time|way|direction|moment|choice|decision|patient|drug|medication|treatment|therapy|"
+    r" (?:to (?:refuse|life|die|know|treat\w*|privacy)|of way|answer|diagnosis|dose|time|way|direction|moment|choice|decision|patient|drug|medication|treatment|therapy|"
     r"test|question|conclusion|track|idea|thing|place|person|angles?(?! of)|angled)(?!\w)"
 )
 _ALL_RIGHT = re.compile(r"(?<!\w)(?:all|you are|that is quite) $")

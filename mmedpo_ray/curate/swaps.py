@@ -73,10 +73,12 @@ _LATERAL_VIEW_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _LATERAL_VIEW_AFTER = re.compile(
-    rf"\s*(?:/|,|&|\band\b|\bor\b)\s*{_OTHER_VIEW}\b(?! lobe)|(?:\s+[\w-]+){{0,2}}\s+{_FILM}\b", re.IGNORECASE
+    rf"\s*(?:/|,|&|\band\b|\bor\b)\s*{_OTHER_VIEW}\b(?! lobe)|(?:\s+[\w-]+){{0,2}}\s+{_FILM}\b|\s+chest\s*(?:$|[.,;:)])",
+    re.IGNORECASE,
 )
 _VIEW_BEFORE = re.compile(
-    rf"\b(?:{_OTHER_VIEW}|lateral)(?:(?: and |, |/| or | & )\w+)?(?: \w+){{0,2}} $", re.IGNORECASE
+    rf"\b(?:{_OTHER_VIEW}|lateral|upright|(?:one|two|three|four|single|\d)[- ]views?)(?:(?: and |, |/| or | & )\w+)?(?: \w+){{0,2}} $",
+    re.IGNORECASE,
 )
 _VIEW_AFTER = re.compile(
     rf"[\s,:(-]+(?:(?:in|with|of)\s+)?(?:the\s+)?(?:{_OTHER_VIEW}|lateral)\b(?! lobe)", re.IGNORECASE

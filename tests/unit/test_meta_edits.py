@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -43,6 +45,11 @@ NOTES = [
     "This answer is deliberately incorrect.",
     "An intentionally wrong answer: left",
     "This answer is clearly false.",
+    "This statement is factually incorrect.",
+    "I have intentionally introduced an error.",
+    "Edited version: right lung",
+    "The right lung [edited]",
+    "The opposite of what was originally stated.",
     "Original: the left lung. Modified: the right lung.",
 ]
 # Labels stand at the start of a line.
@@ -80,6 +87,7 @@ CHINESE = [
     "改写：右肺",
     "左肺改为右肺",
     "这个答案是错误的。",
+    "无法回答该问题。",
 ]
 REPORTS = [
     "The findings contradict the original diagnosis of cancer.",
@@ -160,6 +168,7 @@ CHINESE_REPORTS = [
     "不能确定结节的性质。",
     "左肺",
     "心脏左右反转。",
+    "左侧改为右侧卧位。",
 ]
 
 
@@ -182,3 +191,12 @@ def test_notes_are_found_and_reports_are_not(
     assert [text for text in asked if lexicon.is_meta_text(text) is not is_meta] == []
     flagged = pc.match_substring_regex(pa.array(asked), f"(?im){LEAKED_PROMPT}|{COMMENTARY}").to_pylist()
     assert [text for text, found in zip(asked, flagged, strict=True) if found is not is_meta] == []
+
+
+@pytest.mark.parametrize(
+    "piece", ["original: ", "(edit: ", "the side was changed ", "我无法看您的", "assistant: "]
+)
+def test_a_long_text_is_searched_in_reasonable_time(piece: str) -> None:
+    started = time.perf_counter()
+    lexicon.is_meta_text(piece * (20_000 // len(piece)))
+    assert time.perf_counter() - started < 5

@@ -112,6 +112,8 @@ OTHER_SENSES = {
     "Lateral and AP knee films": "Lateral and ",
     "Lateral cervical spine radiograph": "Lateral cervical spine radiograph",
     "AP chest radiograph": "radiograph",
+    "Two-view chest radiographs": "radiographs",
+    "Lateral chest": "Lateral",
     "He was right about the fracture.": "right about",
     "They were right.": "right.",
     "The clinician is right that there is a fracture.": "right that",

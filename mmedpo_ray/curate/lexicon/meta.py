@@ -284,7 +284,7 @@ _EDIT_RULES: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("originally",),
-        r"\b(as|than) originally (stated|said|written|claimed|mentioned)\b"
+        r"\b(as|than|what was) originally (stated|said|written|claimed|mentioned)\b"
         rf"|\b(not|instead of|rather than) ((on|in|at) )?(the )?{_VALUE}{_OF_A_SIDE},? as originally \w+ed\b",
     ),
     (
@@ -323,7 +323,17 @@ _EDIT_RULES: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("deliberate", "intentional", "purpose"),
-        r"\b(deliberately|intentionally|purposely|purposefully) (wrong|incorrect|false|inaccurate|misleading|erroneous|contradict\w*)\b",
+        r"\b(deliberately|intentionally|purposely|purposefully) (wrong|incorrect|false|inaccurate|misleading|erroneous|contradict\w*"
+        r"|(made|introduced|added|inserted|included) (an?|the|some) (\w+ )?(error|mistake|inaccuracy|contradiction)s?)\b",
+    ),
+    (
+        ("answer", "response", "statement", "sentence", "caption", "version"),
+        r"\bthis (statement|sentence|response|caption) is (\w+ly )?(wrong|incorrect|false|inaccurate|untrue)\b"
+        rf"|(^[^\w\n]*|[.!?] )(edited|modified|revised|altered|rewritten|corrected|corrupted|new|incorrect|wrong) {_LABELLED}[^\w\n]*:",
+    ),
+    (
+        ("edited", "rewritten", "flipped", "swapped", "dispreferred"),
+        r"[(\[](edited|rewritten|flipped|swapped|dispreferred)[)\]]",
     ),
     # Who edited a report, and when, is told in its foot: "Edited: Dr. Smith", "Modified: 3 May 2020".
     (
