@@ -280,7 +280,7 @@ _EDIT_RULES: tuple[tuple[tuple[str, ...], str], ...] = (
         rf"|\b{_THE_EDIT} (\w+ly )?((is |was )?(differs?|differed|different|deviates?|departs?) from"
         rf"|(does not|doesn['’]?t) (match|agree with|align with|correspond (to|with)|reflect)) {_BARE_SOURCE}{_STOP}"
         rf"|\b{_CHANGES} {_BARE_SOURCE}{_STOP}"
-        r"|(^[^\w\n]*|[.!?] )ground[- ]truth\s*:|\boriginal\s*:[^\n]*\b(modified|edited|rewritten|changed|altered|swapped)\s*:",
+        r"|(^[^\w\n]*|[.!?] )ground[- ]truth\s*:|\boriginal\s*:[^:\n]*\b(modified|edited|rewritten|changed|altered|swapped)\s*:",
     ),
     (
         ("originally",),
@@ -313,7 +313,7 @@ _EDIT_RULES: tuple[tuple[tuple[str, ...], str], ...] = (
         ("(", "["),
         rf"[(\[]\W{{0,2}}({_EDITED}|switched)( from)? {_QUOTE}?{_VALUE}{_QUOTE}?{_OF_A_SIDE} (to|with|into|by|for) "
         rf"{_QUOTE}?{_VALUE}{_QUOTE}?{_OF_A_SIDE}\W{{0,2}}[)\]]"
-        rf"|[(\[]\W{{0,2}}{_LABEL}\s*:[^)\]\n]*({_ARROW}|\b{_VALUE}{_QUOTE}? (to|with|into|instead)\b)"
+        rf"|[(\[]\W{{0,2}}{_LABEL}\s*:[^:)\]\n]*({_ARROW}|\b{_VALUE}{_QUOTE}? (to|with|into|instead)\b)"
         rf"|^[^\w\n]*{_LABELLED} ?[(\[]({_EDITED}|revised|corrected|incorrect|wrong|hallucinated|(dis)?preferred|rejected|chosen|original|new)"
         r"[)\]]|^[^\w\n]*(report|description) ?[(\[](modified|altered|rewritten|swapped|hallucinated|dispreferred)[)\]]",
     ),
