@@ -49,7 +49,14 @@ __all__ = [
 
 UNREADABLE = images.UNREADABLE
 # Drop reasons that copying, mending or uploading an image file ends, or a store that answers again.
-IMAGE_REASONS = ("image_missing", UNREADABLE, "image_undecodable", "image_too_large", "image_multi_frame")
+IMAGE_REASONS = (
+    "image_missing",
+    UNREADABLE,
+    "image_undecodable",
+    "image_too_large",
+    "image_multi_frame",
+    "image_no_such_frame",
+)
 _LONGEST_DETAIL = 400
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:\\")
 # Few tasks: each new worker process costs a second of imports. Not fewer: their images are decoded one after another.
@@ -346,12 +353,20 @@ class ImageChecker:
     def _load(self, uri: str) -> tuple[Image.Image, str, tuple[int, ...]]:
         try:
             data = images.read_file(uri, self._data.max_image_bytes, self._patience.waits)
-            image, frames = images.decode_wanted(data, uri, self._data)
+            image, frames = self._decoded(data, uri)
         except images.ImageError as error:
             raise _unusable(error, uri) from None
         except OSError as error:
             raise _unusable(self._patience.withheld(uri, error), uri) from None
         return image, hashlib.sha256(data).hexdigest(), frames
+
+    def _decoded(self, data: bytes, uri: str) -> tuple[Image.Image, tuple[int, ...]]:
+        """The image, and which frames of its file are wanted where the address names none."""
+        _, frame = images.file_and_frame(uri)
+        if frame is None:
+            return images.decode_wanted(data, uri, self._data)
+        limits = self._data
+        return images.decode(data, uri, limits.max_pixels, frame=frame, max_bytes=limits.max_image_bytes), ()
 
     def exists(self, uri: str) -> bool:
         """Whether there is such a file.
@@ -381,9 +396,11 @@ def _unusable(error: images.ImageError, uri: str) -> UnusableError:
 
 
 def address(name: str, folder: str) -> str:
-    """Address of a file that the data names relative to a folder; names may hold characters that a URI must escape."""
+    """Address of a file, or a frame of it, that the data names relative to a folder; names may hold characters that a URI must escape."""
     if "://" in folder and "://" not in name:
-        return storage.join(folder, quote(name, errors="replace"))
+        file, frame = images.file_and_frame(name)
+        uri = storage.join(folder, quote(file, errors="replace"))
+        return uri if frame is None else images.with_frame(uri, frame)
     return storage.absolute(name, folder)
 
 

@@ -67,7 +67,7 @@ def test_an_address_names_a_frame(tmp_path, suffix):
         images.load_image(path)
     with pytest.raises(ImageError) as error:
         images.load_image(images.with_frame(path, 4))
-    assert error.value.reason == "no_such_frame"
+    assert error.value.reason == "image_no_such_frame"
 
 
 def test_a_single_picture_is_its_first_frame(tmp_path):
@@ -76,6 +76,25 @@ def test_a_single_picture_is_its_first_frame(tmp_path):
     assert (
         np.asarray(images.load_rgb(images.with_frame(path, 1))) == np.asarray(images.load_rgb(path))
     ).all()
+
+
+def test_rows_that_name_frames(tmp_path):
+    pages(tmp_path / "a.tif", 3)
+    rows = [
+        {"id": str(number), "image": f"a.tif#frame={number}", "conversations": [
+            {"from": "human", "value": "Is there a mass?"}, {"from": "gpt", "value": "Yes"}]}
+        for number in (1, 3, 4)
+    ]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = [f"run.folder={tmp_path / 'run'}", f"data.root={tmp_path}", "data.image_folder=."]
+    config = load(None, [*settings, "data.format=llava_json", "data.train_file=rows.json"])
+    reader = FORMATS["llava_json"](config)
+    found = [row for unit in reader.units() for row in reader.samples(unit)]
+    assert [row.get("drop_reason") for row in found] == [None, None, "image_no_such_frame"]
+    greys = [np.asarray(images.load_rgb(row["image_uri"]))[0, 0, 0] for row in found[:2]]
+    assert greys == [10, 30]
+    assert len({row["image_id"] for row in found[:2]}) == 2
+    assert found[0]["split"] == found[1]["split"]
 
 
 @pytest.mark.parametrize(
