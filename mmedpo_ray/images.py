@@ -20,8 +20,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from mmedpo_ray import png, storage, tiff
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.float_pixels import finite
 from mmedpo_ray.image_error import MADE_BY, ImageError, check_frame, check_size
+from mmedpo_ray.pixels import finite, read_off
 
 T = TypeVar("T")
 
@@ -423,16 +423,30 @@ def unreadable(uri: str, error: OSError) -> ImageError:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB as models take it: 16-bit and float images scaled by their range, alpha laid over black."""
+    if image.mode == "I;16":
+        return _spread(image).convert("RGB")
     if image.mode in DEEP:
         pixels = finite(np.asarray(image, dtype=np.float64))
         low, high = float(pixels.min()), float(pixels.max())
-        scaled = (pixels - low) * (255.0 / (high - low)) if high > low else np.zeros_like(pixels)
-        return Image.fromarray(np.round(scaled).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_shares(pixels, low, high)).convert("RGB")
     if has_alpha(image):
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _spread(image: Image.Image) -> Image.Image:
+    """16 bits scaled to 8 by their range: computed for each value that there may be, and read off."""
+    grey = read_off(_shares(np.arange(1 << 16, dtype=np.float64), *image.getextrema()), np.asarray(image))
+    return Image.fromarray(grey)
+
+
+def _shares(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Pixels scaled to 0 to 255, uint8; those outside the range are at its ends."""
+    if high <= low:
+        return np.zeros(pixels.shape, np.uint8)
+    return np.round((np.clip(pixels, low, high) - low) * (255.0 / (high - low))).astype(np.uint8)
 
 
 def has_alpha(image: Image.Image) -> bool:

@@ -7,8 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from mmedpo_ray.float_pixels import finite
 from mmedpo_ray.image_error import MADE_BY, check_frame, check_size
+from mmedpo_ray.pixels import finite
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Pillow's modes of more than 8 bits, or floats.

@@ -14,10 +14,9 @@ from PIL import Image
 from mmedpo_ray.dicom.pixels import Bits
 from mmedpo_ray.dicom.tables import LookupTable, sequence_table
 from mmedpo_ray.dicom.tags import DisplayTags
+from mmedpo_ray.pixels import read_off
 
 Notes = list[str]
-
-_ROWS = 64
 
 
 def show_grey(
@@ -67,7 +66,7 @@ class _Grey:
 
     def image(self, shown: np.ndarray, *, inverted: bool = False) -> Image.Image:
         """The image whose pixels are the shown value of each stored one; ``inverted`` turns the range that occurs round."""
-        pixels = shown if self._codes is None else _taken(shown, self._words)
+        pixels = shown if self._codes is None else read_off(shown, _unsigned(self._words))
         if inverted:
             pixels = (255 if pixels.dtype == np.uint8 else pixels.max()) - pixels
         return Image.fromarray(pixels)
@@ -198,17 +197,6 @@ def _unsigned(stored: np.ndarray) -> np.ndarray:
     """Pixels of up to 16 bits by their bits, as places in a table of all codes."""
     native = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("="))
     return native.view(f"u{stored.dtype.itemsize}")
-
-
-def _taken(shown: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """The shown value of each pixel."""
-    unsigned = _unsigned(words)
-    pixels = np.empty(unsigned.shape, shown.dtype)
-    # Some rows at a time: NumPy makes 64-bit places of the pixels first, which then stay in the cache.
-    for start in range(0, len(pixels), _ROWS):
-        rows = slice(start, start + _ROWS)
-        np.take(shown, unsigned[rows], out=pixels[rows], mode="clip")
-    return pixels
 
 
 def _grey(shares: np.ndarray) -> np.ndarray:
