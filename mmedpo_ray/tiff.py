@@ -16,6 +16,16 @@ DEEP = ("I;16", "I;16B", "I;16L", "I", "F")
 # TIFF's tags BitsPerSample, PhotometricInterpretation, PlanarConfiguration and SampleFormat, and values of the last two.
 _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339
 _APART, _UNSIGNED, _SIGNED = 2, 1, 2
+_ORIENTATION = 274
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # In ``info`` of a copied page, whose tags are gone.
 WHITE_IS_ZERO = "white_is_zero"
 
@@ -58,11 +68,19 @@ def decode(data: bytes, name: str, max_pixels: int | None, frame: int | None) ->
         if pixels.ndim == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
             pixels = np.moveaxis(pixels, 0, -1)
         is_white_zero = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+        orientation = page.tags.get(_ORIENTATION)
+        turn = _TURNS.get(orientation.value) if orientation is not None else None
     if pixels.ndim == 3 and pixels.dtype == np.uint16:
         image = Image.fromarray((pixels[..., :3] >> 8).astype(np.uint8))
     else:
-        image = Image.fromarray(pixels.astype(np.float32))
-    image.format, made_by = "TIFF", ["TIFF"]
+        # From its darkest value, that a narrow range far from 0 keeps its levels.
+        pixels = finite(pixels.astype(np.float64))
+        image = Image.fromarray((pixels - pixels.min()).astype(np.float32))
+    made_by = ["TIFF"]
+    if turn is not None:
+        image = image.transpose(turn)
+        made_by.append("turned as its EXIF says")
+    image.format = "TIFF"
     if is_white_zero:
         image = inverted(image)
         made_by.append("white is zero: inverted")

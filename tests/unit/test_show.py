@@ -146,3 +146,40 @@ def test_samples_of_files_with_several_frames(tmp_path, frames, expected):
     assert len({row["split"] for row in kept}) <= 1
     assert len({row["image_id"] for row in kept}) == len(kept)
     assert len({row["image_sha256"] for row in kept}) <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_that_pillow_does_not_know_is_turned_as_others_are(orientation):
+    import io
+
+    import tifffile
+
+    pixels = np.arange(12).reshape(3, 4) * 20
+    pictures = []
+    for kind in ("uint8", "float64"):
+        buffer = io.BytesIO()
+        tifffile.imwrite(
+            buffer,
+            pixels.astype(kind),
+            photometric="minisblack",
+            extratags=[(274, "H", 1, orientation, True)],
+        )
+        pictures.append(
+            np.asarray(images.to_rgb(images.decode(buffer.getvalue(), "x")))[..., 0].astype(float)
+        )
+    eight, deep = pictures
+    assert eight.shape == deep.shape
+    assert np.abs(deep - eight * 255 / 220).max() <= 1
+
+
+def test_a_narrow_range_far_from_0_keeps_its_levels():
+    import io
+
+    import tifffile
+
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer, 2.0**30 + np.arange(12, dtype=np.float64).reshape(3, 4), photometric="minisblack"
+    )
+    shown = np.asarray(images.to_rgb(images.decode(buffer.getvalue(), "x")))[..., 0]
+    assert len(set(shown.ravel().tolist())) == 12
