@@ -287,7 +287,9 @@ class Reader(ABC):
             else:
                 yield name, shown
         if not frames:
-            yield name, image
+            # A frame that the row names is called as one that is wanted of its file.
+            file, named = images.file_and_frame(image.image_id)
+            yield name, image if named is None else replace(image, image_id=f"{file}~f{named}")
 
     def split_by_image(self, split: str | None, image: ImageFacts) -> str:
         """The split, drawn by the image's content where the source has none."""
