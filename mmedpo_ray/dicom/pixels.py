@@ -143,16 +143,20 @@ def _complete(dataset: Dataset) -> None:
     dataset.PhotometricInterpretation = photometric(
         dataset, is_jpeg=dataset.file_meta.TransferSyntaxUID in JPEGTransferSyntaxes
     )
-    if dataset.PhotometricInterpretation == "YBR_FULL_422" and _is_whole(dataset):
-        dataset.PhotometricInterpretation = "YBR_FULL"
+    is_halved = dataset.PhotometricInterpretation == "YBR_FULL_422" and int(dataset.BitsAllocated) == 8
+    if is_halved and "PixelData" in dataset and not dataset["PixelData"].is_undefined_length:
+        _settle_subsampling(dataset)
 
 
-def _is_whole(dataset: Dataset) -> bool:
-    """Whether uncompressed pixels have all three samples each, whatever subsampling they declare."""
-    if dataset.file_meta.TransferSyntaxUID.is_compressed or not dataset.get("PixelData"):
-        return False
+def _settle_subsampling(dataset: Dataset) -> None:
+    """Uncompressed halved differences (YBR_FULL_422): some files have them whole after all, some more frames than they declare."""
     pixels = dataset.Rows * dataset.Columns * frames_of(dataset)
-    return 0 <= len(dataset.PixelData) - 3 * pixels * (dataset.BitsAllocated // 8) <= 1
+    length = len(dataset.PixelData)
+    if 0 <= length - 3 * pixels <= 1:
+        dataset.PhotometricInterpretation = "YBR_FULL"
+    elif length > 2 * pixels:
+        # pydicom takes this for whole differences and refuses it.
+        dataset.PixelData = dataset.PixelData[: 2 * pixels]
 
 
 def _read(dataset: Dataset, name: str, options: dict[str, Any]) -> np.ndarray:

@@ -147,6 +147,14 @@ def test_luminance_and_differences_with_all_their_samples(term: str) -> None:
     assert np.abs(shown(made).astype(int) - rgb).max() <= 2
 
 
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_halved_differences_with_more_frames_than_declared(frames: int) -> None:
+    made = colour_of(np.zeros((4, 8, 3), np.uint8), PhotometricInterpretation="YBR_FULL_422")
+    # Two luminances and one of each difference for two pixels: mid-grey.
+    made.PixelData = bytes([100, 100, 128, 128]) * 16 * frames
+    assert (shown(made) == 100).all()
+
+
 def test_the_ramp_without_anything() -> None:
     assert (seen(dataset_of(RAMP, 12)) == SPREAD).all()
     assert np.abs(seen(dataset_of(CT)) - np.round((HOUNSFIELD + 1000) * 255 / 2000)).max() <= 1
