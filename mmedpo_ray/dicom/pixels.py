@@ -192,7 +192,7 @@ def _decompressed(dataset: Dataset, name: str, options: dict[str, Any]) -> np.nd
             # Each decoder has formats of its own that it cannot read.
             continue
     if not available:
-        detail = "install a decoder: none is at hand for it, so export its images to another transfer syntax"
+        detail = "no decoder reads it here; export its frames to another transfer syntax"
     else:
         detail = "damaged, or install a decoder: one for pydicom that reads it (pip install pylibjpeg pylibjpeg-libjpeg) on every node"
     raise ImageError("image_undecodable", f"{name}: DICOM compressed by {syntax.name}; {detail}")
@@ -202,7 +202,7 @@ def _inflate_frame(dataset: Dataset, index: int) -> int:
     """Makes a file of deflated frames an uncompressed one of one frame; returns the frame's index in it.
 
     Raises:
-        IndexError, zlib.error: it is damaged.
+        Exception: it is damaged, and what pydicom or zlib say of it.
     """
     from pydicom.encaps import get_frame
     from pydicom.uid import ExplicitVRLittleEndian

@@ -135,6 +135,12 @@ def test_video_says_what_to_do(syntax: uid.UID) -> None:
     with pytest.raises(ImageError) as error:
         images.decode(compressed(dataset_of(RAMP, 12), [b"video "], syntax), "x")
     assert error.value.reason == "image_undecodable"
+    assert "export its frames" in error.value.detail
+
+
+def test_damaged_frames_say_what_may_help() -> None:
+    with pytest.raises(ImageError) as error:
+        images.decode(compressed(dataset_of(RAMP, 12), [b"damaged "], uid.JPEGLosslessSV1), "x")
     assert "install a decoder: " in error.value.detail
 
 
