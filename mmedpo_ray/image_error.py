@@ -19,14 +19,14 @@ def check_frame(name: str, frames: int, frame: int | None) -> None:
     """Whether a file of so many frames can be read as one picture.
 
     Raises:
-        ImageError: ``image_multi_frame`` where no frame is named, ``no_such_frame``.
+        ImageError: ``image_multi_frame`` where no frame is named, ``image_no_such_frame``.
     """
     if frames > 1 and frame is None:
         raise ImageError(
             "image_multi_frame", f"{name}: {frames} frames; set data.frames, or export the one that is meant"
         )
     if frame is not None and frame > frames:
-        raise ImageError("no_such_frame", f"{name}: frame {frame} of {frames}")
+        raise ImageError("image_no_such_frame", f"{name}: frame {frame} of {frames}")
 
 
 def check_size(name: str, width: int, height: int, max_pixels: int | None) -> None:

@@ -18,9 +18,10 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mmedpo_ray import png, storage
+from mmedpo_ray import png, storage, tiff
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.image_error import MADE_BY, ImageError, check_frame, check_size
+from mmedpo_ray.pixels import finite, read_off
 
 T = TypeVar("T")
 
@@ -39,11 +40,7 @@ _MODES = {
     "I", "F", "I;16", "I;16B", "I;16L",
 }  # fmt: skip
 # More than 8 bits, or floats: shown by their range.
-DEEP = ("I;16", "I;16B", "I;16L", "I", "F")
-# TIFF's tag PhotometricInterpretation.
-_PHOTOMETRIC = 262
-_WHITE_IS_ZERO = "white_is_zero"
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+DEEP = tiff.DEEP
 # Formats whose further frames are pictures of their own. Those of others are previews, layers or sizes of the same picture.
 _FRAMED = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")
 # Where files of several formats keep EXIF and XMP, which may say how to turn the stored pixels.
@@ -92,7 +89,7 @@ def decode(
 
     Raises:
         ImageError: ``image_undecodable`` (also truncated files), ``image_too_large`` (before decoding),
-            ``image_multi_frame`` (several pages, an animation, DICOM with several frames), or ``no_such_frame``.
+            ``image_multi_frame`` (several pages, an animation, DICOM with several frames), or ``image_no_such_frame``.
     """
     if is_dicom(data):
         from mmedpo_ray import dicom  # pydicom is loaded only where there is a DICOM file
@@ -132,13 +129,13 @@ def count_frames(data: bytes, name: str, max_bytes: int | None = None) -> int:
         from mmedpo_ray import dicom
 
         return dicom.count_frames(data, name, max_bytes)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             return _frames(_opened(data))
-    except Exception:
-        # Whoever decodes it says what is wrong.
-        return 1
+        except Exception:
+            # Whoever decodes it says what is wrong.
+            return tiff.count_pages(data) if data.startswith(tiff.MAGIC) else 1
 
 
 def wanted_frames(data: bytes, name: str, policy: str, max_bytes: int | None = None) -> tuple[int, ...]:
@@ -203,9 +200,11 @@ def _decoded(data: bytes, name: str, max_pixels: int | None, frame: int | None) 
     try:
         image = _opened(data)
     except Exception:
-        if not data.startswith(_TIFF_MAGIC):
+        if not data.startswith(tiff.MAGIC):
             raise
-        return _deep_tiff(data, name, max_pixels, frame)
+        return tiff.decode(data, name, max_pixels, frame)
+    if tiff.is_misread(image):
+        return tiff.decode(data, name, max_pixels, frame)
     check_size(name, *image.size, max_pixels)
     if image.mode not in _MODES:
         raise ImageError("image_undecodable", f"{name}: colours as {image.mode}; convert it to RGB")
@@ -219,31 +218,12 @@ def _decoded(data: bytes, name: str, max_pixels: int | None, frame: int | None) 
     elif image.format == "PNG" and (faster := png.unpacked(data)) is not data:
         image = _opened(faster)
     image.load()
-    if _is_white_zero(image):
-        image = _inverted(image)
+    if tiff.is_white_zero(image):
+        image = tiff.inverted(image)
         made_by.append("white is zero: inverted")
     _set_upright(image)
     if TURNED in image.info:
         made_by.append("turned as its EXIF says")
-    image.info[MADE_BY] = made_by
-    return image
-
-
-def _deep_tiff(data: bytes, name: str, max_pixels: int | None, frame: int | None) -> Image.Image:
-    """A grey TIFF of a kind that Pillow does not know (64-bit floats, signed and white is zero), as 32-bit floats."""
-    import tifffile
-
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        check_frame(name, len(file.pages), frame)
-        page = file.pages[(frame or 1) - 1].aspage()
-        check_size(name, page.imagewidth, page.imagelength, max_pixels)
-        pixels = page.asarray().astype(np.float32)
-        is_white_zero = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
-    image = Image.fromarray(pixels)
-    image.format, made_by = "TIFF", ["TIFF"]
-    if is_white_zero:
-        image = _inverted(image)
-        made_by.append("white is zero: inverted")
     image.info[MADE_BY] = made_by
     return image
 
@@ -254,24 +234,8 @@ def _one_frame(image: Image.Image, index: int) -> Image.Image:
     # A copy forgets what it was read from.
     found.format = image.format
     if image.format == "TIFF":
-        found.info[_WHITE_IS_ZERO] = _is_white_zero(image)
+        found.info[tiff.WHITE_IS_ZERO] = tiff.is_white_zero(image)
     return found
-
-
-def _is_white_zero(image: Image.Image) -> bool:
-    """Whether a TIFF of a depth at which Pillow leaves WhiteIsZero alone says so; those of up to 8 bits it inverts itself."""
-    if image.format != "TIFF" or image.mode not in DEEP:
-        return False
-    tags = getattr(image, "tag_v2", {})
-    return image.info.get(_WHITE_IS_ZERO, tags.get(_PHOTOMETRIC) == 0)
-
-
-def _inverted(image: Image.Image) -> Image.Image:
-    """Bright for dark within the range of the image, in its own mode."""
-    pixels = finite(np.asarray(image))
-    turned = Image.fromarray((pixels.max() - (pixels - pixels.min())).astype(pixels.dtype))
-    turned.format, turned.info = image.format, image.info
-    return turned
 
 
 def _set_upright(image: Image.Image) -> None:
@@ -395,7 +359,7 @@ def load_image(
     """Reads an image file in its own mode; for ``waits`` see :func:`read_file`.
 
     Raises:
-        ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large``, ``image_multi_frame`` or ``no_such_frame``.
+        ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large``, ``image_multi_frame`` or ``image_no_such_frame``.
         OSError: it cannot be read; see :func:`read_file`.
     """
     return decode(read_file(uri, waits=waits), uri, max_pixels, frame=file_and_frame(uri)[1])
@@ -459,11 +423,12 @@ def unreadable(uri: str, error: OSError) -> ImageError:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB as models take it: 16-bit and float images scaled by their range, alpha laid over black."""
+    if image.mode == "I;16":
+        return _spread(image).convert("RGB")
     if image.mode in DEEP:
         pixels = finite(np.asarray(image, dtype=np.float64))
         low, high = float(pixels.min()), float(pixels.max())
-        scaled = (pixels - low) * (255.0 / (high - low)) if high > low else np.zeros_like(pixels)
-        return Image.fromarray(np.round(scaled).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_shares(pixels, low, high)).convert("RGB")
     if has_alpha(image):
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
@@ -471,18 +436,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _spread(image: Image.Image) -> Image.Image:
+    """16 bits scaled to 8 by their range: computed for each value that there may be, and read off."""
+    grey = read_off(_shares(np.arange(1 << 16, dtype=np.float64), *image.getextrema()), np.asarray(image))
+    return Image.fromarray(grey)
+
+
+def _shares(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Pixels scaled to 0 to 255, uint8; those outside the range are at its ends."""
+    if high <= low:
+        return np.zeros(pixels.shape, np.uint8)
+    return np.round((np.clip(pixels, low, high) - low) * (255.0 / (high - low))).astype(np.uint8)
+
+
 def has_alpha(image: Image.Image) -> bool:
     """Whether pixels are transparent by a band of the image or by a colour that its file declares so (PNG's tRNS)."""
     return image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
-
-
-def finite(pixels: np.ndarray) -> np.ndarray:
-    """Float pixels with the infinite and the undefined ones at the ends of the range of the others (NaN: the lower)."""
-    known = np.isfinite(pixels)
-    if known.all():
-        return pixels
-    low, high = (pixels[known].min(), pixels[known].max()) if known.any() else (0.0, 0.0)
-    return np.nan_to_num(pixels, nan=low, posinf=high, neginf=low)
 
 
 def load_rgb(uri: str) -> Image.Image:

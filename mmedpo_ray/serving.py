@@ -437,6 +437,8 @@ def _greet(base_url: str, model: str, deadline: float) -> None:
     """Asks a model for one token, which also warms it up."""
     body = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}
     last = "no answer"
+    # The server is on this machine, where the environment's proxies would not find it.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         request = urllib.request.Request(
             f"{base_url}/chat/completions",
@@ -444,7 +446,7 @@ def _greet(base_url: str, model: str, deadline: float) -> None:
             {"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=_GREETING_TIMEOUT_S) as response:
+            with direct.open(request, timeout=_GREETING_TIMEOUT_S) as response:
                 json.load(response)["choices"]
             return
         except urllib.error.HTTPError as error:

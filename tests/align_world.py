@@ -216,8 +216,11 @@ def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None
             loop = TrainingLoop(launch.spec)
         if launch.crash_after is not None:
             loop._log = _crash_at(launch.crash_after, loop._log)  # type: ignore[method-assign]
-        with contextlib.suppress(_CrashError):
+        try:
             loop.run()
+        except _CrashError:
+            # The next launch begins as after a real crash: with nothing still being written, and on all ranks at once.
+            loop.keeper.wait()
     torch.distributed.destroy_process_group()
 
 

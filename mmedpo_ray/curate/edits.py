@@ -76,11 +76,12 @@ def is_uncounted(concept: Concept, spelled: str) -> bool:
 
 
 def like(surface: str, spelled: str) -> str:
-    """``spelled`` with the capitals of ``surface``; acronyms in capitals always."""
+    """``spelled`` with the capitals of ``surface``; acronyms in capitals always ("CTs")."""
     first, _, rest = spelled.partition(" ")
     stem, hyphen, suffix = first.partition("-")
-    if stem in _ACRONYMS:
-        return stem.upper() + hyphen + suffix + (f" {rest}" if rest else "")
+    acronym = stem.removesuffix("s")
+    if acronym in _ACRONYMS:
+        return acronym.upper() + stem[len(acronym) :] + hyphen + suffix + (f" {rest}" if rest else "")
     if len(surface) > 1 and surface.isupper() and surface.lower() not in _ACRONYMS:
         return spelled.upper()
     return capitalise(spelled) if surface[:1].isupper() and surface.lower() not in _ACRONYMS else spelled

@@ -102,6 +102,8 @@ def contains_truth(chosen: str, rejected: str, question: str = "") -> bool:
       Words of the question prove nothing, since every answer may repeat them.
     """
     chosen, rejected, question = map(lexicon.canonical, (chosen, rejected, question))
+    if not set(lexicon.numbers_and_signs(chosen)) <= set(lexicon.numbers_and_signs(rejected)):
+        return False
     return _states(chosen, rejected, question) and not lexicon.conflicts(chosen, rejected, question)
 
 

@@ -28,7 +28,8 @@ from PIL import Image
 from scipy import ndimage
 
 from mmedpo_ray.config import NoiseConfig
-from mmedpo_ray.images import finite, has_alpha
+from mmedpo_ray.images import has_alpha
+from mmedpo_ray.pixels import finite
 
 _TOTAL_STEPS = 1000
 _RELEASED_STD = 10.0

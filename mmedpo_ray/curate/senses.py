@@ -35,8 +35,12 @@ _TABLE: dict[str, tuple[str, str]] = {
         "",
     ),
     "upper|lower|superior|inferior": (
-        "mildly|slightly|moderately|markedly|much|somewhat|significantly|even|far|relatively|abnormally",
-        " (?:than|class|doses?|density|attenuation|signal|rates?|values?|numbers?|quality|incidence)| the [\\w ]+, the",
+        "mildly|slightly|moderately|markedly|much|somewhat|significantly|even|far|relatively|abnormally|"
+        "(?:quality|resolution|results?|performance|accuracy) (?:is|are|was|were)",
+        " (?:than|class|doses?|density|attenuation|signal|rates?|values?|numbers?|incidence)| the [\\w ]+, the|"
+        " (?:(?:image|picture|diagnostic|overall|technical|soft[- ]tissue|spatial|temporal|clinical|treatment) )?"
+        "(?:quality|results?|outcomes?|performance|accuracy|resolution|sensitivity|specificity|survival|detail|contrast)|"
+        " to (?:ct|mri?|x-?rays?|radiograph\\w*|ultrasound|pet|conventional|standard|placebo|other|that of)",
     ),
     "top": (
         "",
@@ -140,13 +144,27 @@ _REMAINDER = re.compile(
     r"(?<!\w)(?:what|nothing|little|much|none|all that)(?: (?:is|was|were|remains))? $|"
     r"(?<!\w)(?:no|little|any|much) [\w-]+ $"
 )
+# "He was right about the fracture", "it is a mass, right?": correct.
+_IS_CORRECT = re.compile(
+    r"(?<!\w)(?:(?:he|she|they|we|you|who|that|clinicians?|doctors?|physicians?|referrers?|radiologists?|surgeons?|"
+    r"diagnosis|impression|suspicion|assumption|guess)(?: (?:is|was|are|were|may be|might be)|['’](?:s|re))|i am|i['’]m|i was|"
+    r"am i|(?:is|was) (?:he|she|that)|(?:are|were) (?:they|you|we)|(?:did|does|do|done|get|got) (?:it|this|that)|prove[dn]?) "
+    r"(?:(?:quite|absolutely|probably|perfectly|not|all|completely|entirely) )?$"
+)
+_CORRECT_ENDS = re.compile(
+    r" ?(?:$|[.,;!?])| (?:in \w+ing|and (?:the|that|so)|but|because|since|when|as)(?!\w)"
+)
+_BE = re.compile(r"(?<!\w)(?:is|was|are|were|be|been|am|['’]s|['’]re|['’]m) (?:\w+ly |quite |not )?$")
+_CORRECT_THAT = re.compile(r" (?:that|to (?!left|the|a)\w+)(?!\w)")
+_ASKS_BACK = re.compile(r"(?<!\w)(?!left)\w+, $")
 # "Right after the injection", "the right diagnosis", "at right angles".
 _RIGHT_ALONE = re.compile(
     r" (?:away|after|before|now|then|here|through|beside|beneath|behind|underneath|next to|up to|out of|in front of|on top of|"
-    r"in the middle|(?:at|above|below|under|over) the|you are)(?!\w)"
+    r"in the middle|(?:at|above|below|under|over) the|you are|about(?! \d))(?!\w)"
 )
 _RIGHT_THING = re.compile(
-    r" (?:to (?:refuse|die|know|treat\w*|privacy)|of way|answer|diagnosis|dose|time|way|direction|moment|choice|decision|patient|angles?(?! of)|angled)(?!\w)"
+    r" (?:to (?:refuse|life|die|know|treat\w*|privacy)|of way|answer|diagnosis|dose|time|way|direction|moment|choice|decision|patient|drug|medication|treatment|therapy|"
+    r"test|question|conclusion|track|idea|thing|place|person|angles?(?! of)|angled)(?!\w)"
 )
 _ALL_RIGHT = re.compile(r"(?<!\w)(?:all|you are|that is quite) $")
 _AT_AN_END = re.compile(r" ?(?:$|[.,;!])")
@@ -192,11 +210,17 @@ def _is_a_verb(before: str, low: str, end: int) -> bool:
 
 
 def _is_no_side(before: str, low: str, end: int) -> bool:
-    """Whether a "right" is that of "right after", "the right answer" or "all right"."""
+    """Whether a "right" is that of "right after", "the right answer", "he was right" or "all right"."""
     if _RIGHT_THING.match(low, end):
         return True
     if _A_SIDE_BEFORE.search(before):
         return False
+    if _IS_CORRECT.search(before) and _CORRECT_ENDS.match(low, end):
+        return True
+    if _BE.search(before) and _CORRECT_THAT.match(low, end):
+        return True
+    if low.startswith("?", end) and _ASKS_BACK.search(before):
+        return True
     return _RIGHT_ALONE.match(low, end) is not None or bool(
         _ALL_RIGHT.search(before) and _AT_AN_END.match(low, end)
     )

@@ -271,7 +271,8 @@ class Slot:
             return not has_side or target.name in _PAIRED
         if axis == "finding":
             return self._takes_degree_of(target)
-        return True
+        # "Chest radiographs" are no "chest pets".
+        return not (self._many and target.name == "pet")
 
     def _takes_the_middle(self) -> bool:
         """Whether there is a middle one: of lobes on the right only, of a finger or a quadrant never."""

@@ -64,6 +64,25 @@ _LEVEL_OF_A_NAME = re.compile(
     r"canal|pontine|sulcus|descending|nervous|obesity|cyanosis|apnea|fovea|finger|toe|phalan\w+|turbinate|meatus|gi|endoscopy|thyroid|pulmonary arter\w+|ear|to)\b",
     re.IGNORECASE,
 )
+# "PA and lateral chest radiographs": "lateral" is a view, and only a radiograph has these views.
+_FILM = r"(?:views?|projections?|radiographs?|films?|x-?rays?|x ray|cxr|exposures?)"
+_OTHER_VIEW = r"(?:pa|ap|frontal|posteroanterior|anteroposterior|oblique|decubitus|lordotic)"
+_LATERAL_VIEW_BEFORE = re.compile(
+    rf"\b(?:{_OTHER_VIEW}(?: (?:view|chest))?(?:\s*[,&/+]\s*(?:and |or )?| and (?:the )?| or (?:the )?| plus )"
+    rf"|(?:{_FILM}|chest)[:,(\s-]+(?:(?:is|are|was|were|of) )?(?:an? |the |left |right )?)$",
+    re.IGNORECASE,
+)
+_LATERAL_VIEW_AFTER = re.compile(
+    rf"\s*(?:/|,|&|\band\b|\bor\b)\s*{_OTHER_VIEW}\b(?! lobe)|(?:\s+[\w-]+){{0,2}}\s+{_FILM}\b|\s+chest\s*(?:$|[.,;:)])",
+    re.IGNORECASE,
+)
+_VIEW_BEFORE = re.compile(
+    rf"\b(?:{_OTHER_VIEW}|lateral|upright|(?:one|two|three|four|single|\d)[- ]views?)(?:(?: and |, |/| or | & )\w+)?(?: \w+){{0,2}} $",
+    re.IGNORECASE,
+)
+_VIEW_AFTER = re.compile(
+    rf"[\s,:(-]+(?:(?:in|with|of)\s+)?(?:the\s+)?(?:{_OTHER_VIEW}|lateral)\b(?! lobe)", re.IGNORECASE
+)
 _SIZE_OF_A_NAME = re.compile(
     r"[\s-]+(?:bowel|intestine|vessels?|airways?|joints|(?:[bt][ -])?cell|field|degree|of|for|group|change|quality)\b",
     re.IGNORECASE,
@@ -185,7 +204,16 @@ def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...
     if axis == "side":
         return not _PART_OF_A_NAME.match(answer, end)
     if axis == "zone":
-        return not (_PART_OF_A_NAME.match(answer, end) or _LEVEL_OF_A_NAME.match(answer, end))
+        return not (
+            _PART_OF_A_NAME.match(answer, end)
+            or _LEVEL_OF_A_NAME.match(answer, end)
+            or (
+                concept.name == "lateral"
+                and _is_by(answer, mention, _LATERAL_VIEW_BEFORE, _LATERAL_VIEW_AFTER)
+            )
+        )
+    if axis == "modality":
+        return concept.name != "x-ray" or not _is_by(answer, mention, _VIEW_BEFORE, _VIEW_AFTER)
     if axis == "size":
         return not _SIZE_OF_A_NAME.match(answer, end)
     if axis == "state":
@@ -201,6 +229,12 @@ def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...
     if axis == "anatomy":
         return _stands_alone(answer, mention, found)
     return True
+
+
+def _is_by(answer: str, mention: Mention, before: re.Pattern[str], after: re.Pattern[str]) -> bool:
+    return bool(
+        before.search(answer, max(0, mention.start - NEAR), mention.start) or after.match(answer, mention.end)
+    )
 
 
 def _stands_alone(answer: str, mention: Mention, found: tuple[Mention, ...]) -> bool:

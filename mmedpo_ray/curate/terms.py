@@ -314,8 +314,12 @@ def _pattern(forms: Iterable[str]) -> str:
     return spelled(tree)
 
 
-# Regular plurals need no form of their own.
-_PLURALS = [form + "s" for form in _FORMS if form[-1] not in "s0123456789"]
+# Regular plurals need no form of their own. Sides have none ("the patient's rights"), and pets are animals.
+_PLURALS = [
+    form + "s"
+    for form, (concept, _) in _FORMS.items()
+    if form[-1] not in "s0123456789" and concept.axis != "side" and form != "pet"
+]
 _PATTERN = re.compile(rf"(?<![\w-])(?:{_pattern([*_FORMS, *_PLURALS])}|[lr](?=\s))(?!\w)")
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from mmedpo_ray import storage
 from mmedpo_ray.data import json_rows
-from mmedpo_ray.data.embedded_images import EmbeddedImages, bytes_or_name, only_element
+from mmedpo_ray.data.embedded_images import LONGEST_NAME, EmbeddedImages, bytes_or_name, only_element
 from mmedpo_ray.data.reader import (
     ROWS_PER_UNIT,
     ImageChecker,
@@ -28,8 +28,8 @@ from mmedpo_ray.seen_ids import SeenIds
 
 # Member of a row that names its lesion mask, in every format.
 MASK_KEY = "mask"
-# Bytes of a name between two slashes, on every file system in use.
-_LONGEST_NAME = 255
+# Letters of a name between two slashes, on every file system in use.
+_LONGEST_PART = 255
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def image_name(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UnusableError("no_image_name")
     name = storable(value).strip()
-    if max(map(len, re.split(r"[/\\]", name))) > _LONGEST_NAME:
+    if len(name) > LONGEST_NAME or max(map(len, re.split(r"[/\\]", name))) > _LONGEST_PART:
         raise UnusableError("no_image_name", f"{len(name)} characters, more than a file's name has")
     return name
 

@@ -57,6 +57,14 @@ class PreferenceReader(AnnotationReader):
     def image_value(self, row: dict[str, Any]) -> Any:
         return self.preference(row).image
 
+    def image_address(self, name: str, folder: str, checker: ImageChecker) -> str:
+        """As for other formats; what is not in the image folder is looked for beside it, where other projects name images from."""
+        uri = super().image_address(name, folder, checker)
+        if self.data.image_folder is not None or checker.exists(uri):
+            return uri
+        beside = super().image_address(name, self.file("."), checker)
+        return beside if checker.exists(beside) else uri
+
     def pairs(self, unit: Unit, samples: Samples, done: Container[str] = ()) -> Iterator[dict[str, Any]]:
         """The `released` rows of a unit, dropped where a sample was dropped or there is no rejected answer.
 

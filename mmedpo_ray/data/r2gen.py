@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from mmedpo_ray import images, storage
-from mmedpo_ray.data.annotations import MASK_KEY, AnnotationReader, Turn, image_name
+from mmedpo_ray.data.annotations import MASK_KEY, AnnotationReader, Turn
 from mmedpo_ray.data.reader import ImageChecker, ImageFacts, UnusableError
 from mmedpo_ray.data.texts import clean
 from mmedpo_ray.errors import UserError
@@ -52,26 +52,22 @@ class R2GenReader(AnnotationReader):
             paths = [paths]
         if not isinstance(paths, list) or not paths:
             raise UnusableError("no_image_name")
-        relative = image_name(paths[0])
         shown = paths[:1] if self.data.views == "first" else paths
-        uris = [self.image_address(image_name(path), folder, checker) for path in shown]
-        if len(uris) == 1:
-            found = ImageFacts(uris[0], checker.sha256(uris[0]), relative)
-        else:
-            found = self._composite(uris, relative, checker)
+        views = [self.found_image(path, folder, checker) for path in shown]
+        found = views[0] if len(views) == 1 else self._composite(views, checker)
         mask = row.get(MASK_KEY)
         mask = mask[0] if isinstance(mask, list) and mask else mask
         return replace(found, mask_uri=self.mask(mask, folder, checker))
 
-    def _composite(self, uris: list[str], image_id: str, checker: ImageChecker) -> ImageFacts:
+    def _composite(self, found: list[ImageFacts], checker: ImageChecker) -> ImageFacts:
         """Writes all views of a study as one image; its name is the hash of its bytes."""
-        views = [checker.load(uri) for uri in uris]
+        views = [checker.load(view.uri) for view in found]
         data = images.encode_png(side_by_side(views, self.data.max_pixels))
         sha256 = hashlib.sha256(data).hexdigest()
         folder = storage.absolute(storage.join(RunFolder(self.config.run.folder).raw, self.dataset))
         target = storage.join(folder, sha256[:2], f"{sha256}.png")
         storage.write_bytes(target, data)
-        return ImageFacts(target, sha256, image_id)
+        return ImageFacts(target, sha256, found[0].image_id)
 
 
 def side_by_side(views: list[Image.Image], max_pixels: int) -> Image.Image:

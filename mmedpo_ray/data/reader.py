@@ -7,23 +7,23 @@ into rows of `samples` inside a Ray task. Whatever is wrong with a row becomes a
 from __future__ import annotations
 
 import hashlib
-import math
 import posixpath
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from functools import cached_property
 from typing import Any, ClassVar
 from urllib.parse import quote, unquote
-from uuid import UUID
 
 import pyarrow as pa
 from PIL import Image
 
 from mmedpo_ray import images, storage
 from mmedpo_ray.config import Config, DataConfig
+from mmedpo_ray.data.embedded_images import EmbeddedImages, bytes_or_name
 from mmedpo_ray.data.json_rows import read_json_list
+from mmedpo_ray.data.row_names import given_name, row_name
 from mmedpo_ray.data.texts import clean, infer_answer_type, storable, text_problem
 from mmedpo_ray.data.unusable import UnusableError
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
@@ -49,9 +49,16 @@ __all__ = [
 
 UNREADABLE = images.UNREADABLE
 # Drop reasons that copying, mending or uploading an image file ends, or a store that answers again.
-IMAGE_REASONS = ("image_missing", UNREADABLE, "image_undecodable", "image_too_large", "image_multi_frame")
-# Whole numbers below it are exact as floats.
-_EXACT = 2**53
+IMAGE_REASONS = (
+    "image_missing",
+    UNREADABLE,
+    "image_undecodable",
+    "image_too_large",
+    "image_multi_frame",
+    "image_no_such_frame",
+)
+_LONGEST_DETAIL = 400
+_WINDOWS_DRIVE = re.compile(r"[A-Za-z]:\\")
 # Few tasks: each new worker process costs a second of imports. Not fewer: their images are decoded one after another.
 ROWS_PER_UNIT = 256
 
@@ -203,34 +210,43 @@ class Reader(ABC):
             "dataset": self.dataset,
             "image_uri": error.image_uri,
             DROP_REASON: error.reason,
-            DROP_DETAIL: f"{place}: {error.detail}" if error.detail else place,
+            DROP_DETAIL: f"{place}: {_shortened(error.detail)}" if error.detail else place,
         }
 
     def image_address(self, name: str, folder: str, checker: ImageChecker) -> str:
         """Address of the image that a row names; backslashes are read as Windows means them where there is no such file.
 
         Raises:
-            UnusableError: ``outside_root``: the name climbs out of the data set.
+            UnusableError: ``outside_root``: the name climbs out of the data set; ``image_missing``: it begins with a drive's letter.
         """
         uri = self._inside(name, folder)
-        if "\\" in name and not checker.exists(uri):
-            return self._inside(name.replace("\\", "/"), folder)
-        return uri
+        if "\\" not in name or checker.exists(uri):
+            return uri
+        if _WINDOWS_DRIVE.match(name):
+            hint = "a path on a Windows machine: name images relative to data.image_folder"
+            raise UnusableError("image_missing", f"{name} is {hint}", uri)
+        return self._inside(name.replace("\\", "/"), folder)
 
-    def mask(self, name: Any, folder: str, checker: ImageChecker) -> str | None:
-        """Address of the lesion mask that a row names; None where it names none or there is no such file.
+    def mask(self, value: Any, folder: str, checker: ImageChecker) -> str | None:
+        """Address of the lesion mask that a row names or holds; None where it names none or there is no such file.
 
         Args:
-            name: what stands in the row, of any type.
+            value: what stands in the row, of any type.
             folder: of the images, which the name is relative to.
             checker: knows what files there are.
 
         Raises:
             UnusableError: the store does not say, or ``outside_root``.
         """
-        if not isinstance(name, str) or not name.strip():
+        value = bytes_or_name(value)
+        if isinstance(value, bytes):
+            return EmbeddedImages(self.config, self.dataset).write_mask(value)
+        if not isinstance(value, str) or not value.strip():
             return None
-        uri = self.image_address(storable(name).strip(), folder, checker)
+        name = storable(value).strip()
+        if _WINDOWS_DRIVE.match(name):
+            return None
+        uri = self.image_address(name, folder, checker)
         return uri if checker.exists(uri) else None
 
     def _inside(self, name: str, folder: str) -> str:
@@ -271,7 +287,9 @@ class Reader(ABC):
             else:
                 yield name, shown
         if not frames:
-            yield name, image
+            # A frame that the row names is called as one that is wanted of its file.
+            file, named = images.file_and_frame(image.image_id)
+            yield name, image if named is None else replace(image, image_id=f"{file}~f{named}")
 
     def split_by_image(self, split: str | None, image: ImageFacts) -> str:
         """The split, drawn by the image's content where the source has none."""
@@ -337,12 +355,20 @@ class ImageChecker:
     def _load(self, uri: str) -> tuple[Image.Image, str, tuple[int, ...]]:
         try:
             data = images.read_file(uri, self._data.max_image_bytes, self._patience.waits)
-            image, frames = images.decode_wanted(data, uri, self._data)
+            image, frames = self._decoded(data, uri)
         except images.ImageError as error:
             raise _unusable(error, uri) from None
         except OSError as error:
             raise _unusable(self._patience.withheld(uri, error), uri) from None
         return image, hashlib.sha256(data).hexdigest(), frames
+
+    def _decoded(self, data: bytes, uri: str) -> tuple[Image.Image, tuple[int, ...]]:
+        """The image, and which frames of its file are wanted where the address names none."""
+        _, frame = images.file_and_frame(uri)
+        if frame is None:
+            return images.decode_wanted(data, uri, self._data)
+        limits = self._data
+        return images.decode(data, uri, limits.max_pixels, frame=frame, max_bytes=limits.max_image_bytes), ()
 
     def exists(self, uri: str) -> bool:
         """Whether there is such a file.
@@ -358,14 +384,25 @@ class ImageChecker:
         return self._present[uri]
 
 
+def _shortened(detail: str) -> str:
+    """The detail without its middle where it is long: what is no name at all may stand in the place of one."""
+    return (
+        detail
+        if len(detail) <= _LONGEST_DETAIL
+        else f"{detail[: _LONGEST_DETAIL // 2]} … {detail[-_LONGEST_DETAIL // 4 :]}"
+    )
+
+
 def _unusable(error: images.ImageError, uri: str) -> UnusableError:
     return UnusableError(error.reason, error.detail, uri)
 
 
 def address(name: str, folder: str) -> str:
-    """Address of a file that the data names relative to a folder; names may hold characters that a URI must escape."""
+    """Address of a file, or a frame of it, that the data names relative to a folder; names may hold characters that a URI must escape."""
     if "://" in folder and "://" not in name:
-        return storage.join(folder, quote(name, errors="replace"))
+        file, frame = images.file_and_frame(name)
+        uri = storage.join(folder, quote(file, errors="replace"))
+        return uri if frame is None else images.with_frame(uri, frame)
     return storage.absolute(name, folder)
 
 
@@ -373,41 +410,6 @@ def _lies_in(uri: str, folder: str) -> bool:
     """Whether an address is below a folder once its ".." are followed."""
     path, home = (posixpath.normpath(unquote(each.split("://", 1)[-1])) for each in (uri, folder))
     return path.startswith(home.rstrip("/") + "/")
-
-
-def given_name(given: Any) -> str | None:
-    """A row's own id as part of a sample id, None where it has none. "~" is ours: it separates what we append.
-
-    Text, bytes (UTF-8, else their hex digits), numbers (17, 17.0 and Decimal("17.00") are the same id) and UUIDs are ids;
-    null, NaN, true and false, dates and anything nested are none.
-    """
-    if isinstance(given, bytes):
-        try:
-            given = given.decode()
-        except UnicodeDecodeError:
-            given = given.hex()
-    if isinstance(given, int | float | Decimal | UUID) and not isinstance(given, bool):
-        return _number_name(given)
-    if not isinstance(given, str) or not given.strip():
-        return None
-    return storable(given).strip().replace("%", "%25").replace("~", "%7E")
-
-
-def _number_name(given: float | Decimal | UUID) -> str | None:
-    if isinstance(given, int | UUID):
-        return str(given)
-    if not math.isfinite(given):
-        return None
-    # pandas makes whole numbers floats where a column has gaps; large floats are no exact numbers.
-    if given == int(given) and (isinstance(given, Decimal) or abs(given) < _EXACT):
-        return str(int(given))
-    return f"{given.normalize():f}" if isinstance(given, Decimal) else str(given)
-
-
-def row_name(given: Any, position: int) -> str:
-    """A row's own id, or its position."""
-    name = given_name(given)
-    return f"~r{position}" if name is None else name
 
 
 def draw_split(seed: int, image_sha256: str, test_share: float) -> str:

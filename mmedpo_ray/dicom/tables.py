@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmedpo_ray.dicom.tags import numbers
+from mmedpo_ray.dicom.tags import DisplayTags, numbers
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -23,31 +24,41 @@ class LookupTable:
     Attributes:
         first: the input that the first entry belongs to.
         entries: (N,) what comes out; inputs below and above get the first and the last.
-        bits: of an entry, as declared.
+        is_whole: whether there are as many entries as it says.
     """
 
     first: int
     entries: np.ndarray
-    bits: int
+    is_whole: bool
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """The entries of some inputs, which are rounded to whole numbers."""
         index = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
         return self.entries[index.astype(np.int64)]
 
+    def reaches(self, value: float) -> bool:
+        """Whether there is an entry for a value, or a higher one."""
+        return value <= self.first + len(self.entries) - 1
 
-def sequence_table(dataset: Dataset, name: str, values: np.ndarray) -> LookupTable | None:
-    """The first table of a LUT sequence; None where there is none, or it is shorter than it says.
+
+def sequence_table(
+    tags: DisplayTags, name: str, values: np.ndarray, highest: Callable[[], float]
+) -> LookupTable | None:
+    """The first usable table of a LUT sequence; None where there is none.
 
     Args:
-        dataset: of the file.
+        tags: of the frame.
         name: ModalityLUTSequence or VOILUTSequence.
         values: inputs, which tell whether the first entry's may be negative.
+        highest: the highest input of the image; a table that is shorter than it says must reach it.
     """
-    items = dataset.get(name)
-    if not items:
-        return None
-    return _table(items[0], "LUTDescriptor", "LUTData", _is_little(dataset), is_signed=bool(values.min() < 0))
+    is_signed = bool(values.min() < 0)
+    for place in tags.places:
+        for item in place.get(name) or []:
+            table = _table(item, "LUTDescriptor", "LUTData", _is_little(tags.dataset), is_signed)
+            if table is not None and (table.is_whole or table.reaches(highest())):
+                return table
+    return None
 
 
 def palette(dataset: Dataset) -> list[LookupTable] | None:
@@ -59,13 +70,13 @@ def palette(dataset: Dataset) -> list[LookupTable] | None:
         if data not in dataset:
             data = f"Segmented{data}"
         table = _table(dataset, descriptor, data, _is_little(dataset), is_signed)
-        if table is None:
+        if table is None or not table.is_whole:
             return None
         tables.append(table)
-    # Entries of 16 bits with nothing above the lower 8 are 8-bit colours, whatever the descriptor says.
-    if max(int(table.entries.max()) for table in tables) < 256:
-        return tables
-    return [LookupTable(table.first, table.entries >> 8, 8) for table in tables]
+    # Some writers declare more bits than they use; nobody means a palette whose brightest colour is almost black.
+    highest = max(int(table.entries.max()) for table in tables)
+    bits = next(bits for bits in (8, 12, 16) if highest < 2**bits)
+    return [replace(table, entries=table.entries >> (bits - 8)) for table in tables]
 
 
 def _is_little(dataset: Dataset) -> bool:
@@ -82,50 +93,51 @@ def _table(item: Dataset, descriptor: str, data: str, is_little: bool, is_signed
         first = (first + _WORD // 2) % _WORD - _WORD // 2
     else:
         first %= _WORD
-    value = item[data].value
-    entries: np.ndarray | None
+    words, packed = _units(item[data].value, is_little or item[data].VR == "OB")
     if data.startswith("Segmented"):
-        expanded = _expanded(_units(value, bits, is_little))
-        entries = expanded[:count] if len(expanded) >= count else None
+        entries = _segments(words, packed, count, bits)
     else:
-        entries = _entries(value, count, bits, is_little)
-    if entries is None:
+        entries = _entries(words, packed, count, bits)
+    if not len(entries):
         return None
-    return LookupTable(first, entries.astype(np.int64), bits)
+    return LookupTable(first, entries[:count].astype(np.int64), len(entries) >= count)
 
 
-def _entries(value: Any, count: int, bits: int, is_little: bool) -> np.ndarray | None:
-    """A table's entries: words, bytes, or bytes two a word; None where there are too few."""
+def _units(value: Any, is_little: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A table's data as words, and as bytes: of two in a word the lower comes first, whatever the order of bytes."""
     if isinstance(value, bytes | bytearray):
-        if len(value) >= 2 * count:
-            return np.frombuffer(value, "<u2" if is_little else ">u2", count)
-        packed = np.frombuffer(value, np.uint8)
-    else:
-        words = np.atleast_1d(np.asarray(value, dtype=np.int64)) % _WORD
-        if len(words) >= count:
-            return words[:count]
-        # The first of two entries is in the lower byte.
-        packed = words.astype("<u2").view(np.uint8)
-    return packed[:count] if bits <= 8 and len(packed) >= count else None
+        whole = bytes(value) + b"\0" * (len(value) % 2)
+        words = np.frombuffer(whole, "<u2" if is_little else ">u2")
+        return words[: len(value) // 2], words.astype("<u2").view(np.uint8)[: len(value)]
+    words = (np.atleast_1d(np.asarray([] if value is None else value, dtype=np.int64)) % _WORD).astype("<u2")
+    return words, words.view(np.uint8)
 
 
-def _units(value: Any, bits: int, is_little: bool) -> list[int]:
-    """What segments are made of: bytes of a table of 8 bits, else words."""
-    if not isinstance(value, bytes | bytearray):
-        words = np.atleast_1d(np.asarray(value, dtype=np.int64)) % _WORD
-        return (words.astype("<u2").view(np.uint8) if bits <= 8 else words).tolist()
-    if bits <= 8:
-        return list(value)
-    return np.frombuffer(value[: len(value) // 2 * 2], "<u2" if is_little else ">u2").tolist()
+def _entries(words: np.ndarray, packed: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """A table's entries: words or, where these are too few, 8-bit ones two a word."""
+    # Words of 8 bits that are too few stay so: they would give zero for every other entry.
+    is_packed = bits <= 8 and len(words) < count <= len(packed) and bool((packed[1::2] != 0).any())
+    return packed if is_packed else words
 
 
-def _expanded(units: list[int]) -> np.ndarray:
-    """A segmented table written out (PS3.3 C.7.9.2): discrete, linear and indirect segments."""
+def _segments(words: np.ndarray, packed: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """A segmented table written out; of 8 bits its units are bytes, or words as some write them."""
+    ways = [(words, 2)] if bits > 8 else [(packed, 1), (words, 2)]
+    written = [_expanded(units.tolist(), width) for units, width in ways]
+    return next((each for each in written if len(each) == count), written[0])
+
+
+def _expanded(units: list[int], width: int) -> np.ndarray:
+    """A segmented table written out (PS3.3 C.7.9.2): discrete, linear and indirect segments.
+
+    Args:
+        units: what segments are made of.
+        width: bytes a unit.
+    """
     found: list[int] = []
     place = 0
-    while place + 1 < len(units):
-        add = _repeat if units[place] == 2 else _segment
-        place = add(units, place, found)
+    while place + 1 < len(units) and len(found) <= _WORD:
+        place = _repeat(units, place, found, width) if units[place] == 2 else _segment(units, place, found)
     return np.array(found, dtype=np.int64)
 
 
@@ -142,14 +154,10 @@ def _segment(units: list[int], place: int, found: list[int]) -> int:
     return place + 3
 
 
-def _repeat(units: list[int], place: int, found: list[int]) -> int:
-    """Adds earlier segments again: their number, and the place of the first in bytes, low half first."""
-    half, width = (_WORD, 2) if max(units) > 255 or len(units) <= place + 5 else (256, 1)
-    if width == 2:
-        start, end = (units[place + 2] + half * units[place + 3]) // 2, place + 4
-    else:
-        start = sum(unit << (8 * number) for number, unit in enumerate(units[place + 2 : place + 6]))
-        end = place + 6
+def _repeat(units: list[int], place: int, found: list[int], width: int) -> int:
+    """Adds earlier segments again: their number, and the place of the first in bytes, which has 32 bits, low ones first."""
+    end = place + 2 + 4 // width
+    start = sum(unit << (8 * width * number) for number, unit in enumerate(units[place + 2 : end])) // width
     for _ in range(units[place + 1]):
         if start >= place or units[start] == 2:
             break

@@ -28,11 +28,11 @@ class DisplayTags:
 
     def __init__(self, dataset: Dataset, frame: int) -> None:
         self.dataset = dataset
-        self._places = [*_functional_groups(dataset, frame), dataset]
+        self.places = [*_functional_groups(dataset, frame), dataset]
 
     def rescale(self) -> tuple[float, float] | None:
         """Slope and intercept; None where neither is a number. A slope of 0 would leave nothing to see and counts as 1."""
-        for place in self._places:
+        for place in self.places:
             slope, intercept = (_first(numbers(place, name)) for name in ("RescaleSlope", "RescaleIntercept"))
             if slope is not None or intercept is not None:
                 return slope or 1.0, intercept or 0.0
@@ -40,7 +40,7 @@ class DisplayTags:
 
     def window(self) -> tuple[float, float, str] | None:
         """Centre, width and function (LINEAR, LINEAR_EXACT or SIGMOID) of the first whole window."""
-        for place in self._places:
+        for place in self.places:
             pairs = zip(numbers(place, "WindowCenter"), numbers(place, "WindowWidth"), strict=False)
             for center, width in pairs:
                 if center is not None and width is not None and width > 0:
@@ -49,12 +49,14 @@ class DisplayTags:
 
     def padding(self) -> tuple[float, float] | None:
         """Lowest and highest stored value that only pad the image to a rectangle."""
+        kind = next((kind for kind in ("Float", "DoubleFloat") if f"{kind}PixelData" in self.dataset), "")
         value, limit = (
-            _first(numbers(self.dataset, name)) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+            _first(numbers(self.dataset, f"{kind}PixelPadding{name}")) for name in ("Value", "RangeLimit")
         )
         if value is None:
             return None
-        bounds = [self._as_stored(bound) for bound in (value, value if limit is None else limit)]
+        limit = value if limit is None else limit
+        bounds = [value, limit] if kind else [self._as_stored(bound) for bound in (value, limit)]
         return min(bounds), max(bounds)
 
     def _as_stored(self, value: float) -> float:
@@ -62,11 +64,9 @@ class DisplayTags:
         bits = int(self.dataset.get("BitsAllocated") or 16)
         if bits > 16:
             return value
-        if self.dataset.get("PixelRepresentation") and value >= 2 ** (bits - 1):
-            return value - 2**bits
-        if not self.dataset.get("PixelRepresentation") and value < 0:
-            return value + 2**bits
-        return value
+        unsigned = int(value) % 2**bits
+        is_negative = self.dataset.get("PixelRepresentation") and unsigned >= 2 ** (bits - 1)
+        return unsigned - 2**bits if is_negative else unsigned
 
 
 def _functional_groups(dataset: Dataset, frame: int) -> Iterable[Dataset]:
@@ -111,6 +111,11 @@ def _first(values: list[float | None]) -> float | None:
     return values[0] if values else None
 
 
+def frames_of(dataset: Dataset) -> int:
+    """How many frames a file declares; 1 where it does not say, or says no number."""
+    return max(1, int(_first(numbers(dataset, "NumberOfFrames")) or 1))
+
+
 def term(dataset: Dataset, name: str) -> str:
     """A term in capitals with one underscore for each gap; empty where there is none: "Linear exact" is LINEAR_EXACT."""
     try:
@@ -127,18 +132,28 @@ def _function(named: str, width: float) -> str:
     return "LINEAR" if width >= 1 else "LINEAR_EXACT"
 
 
-_PALETTE = re.compile(r"^PALETTE_?COLOU?R$")
-_MONOCHROME = re.compile(r"^MONO_?CHROM(?:E|_)*_?([12])$")
+_PALETTE = re.compile(r"^PALETTE(_?COLOU?R)?$")
+_MONOCHROME = re.compile(r"^MONO[A-Z_]*0*([12])$")
+_LUMINANCE = re.compile(r"^(YBR|YCBCR|YCC|YUV)")
+_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
 
 
-def photometric(dataset: Dataset) -> str:
-    """The photometric interpretation in its standard spelling; what is unknown is grey or RGB by its number of samples."""
+def photometric(dataset: Dataset, *, is_jpeg: bool) -> str:
+    """The photometric interpretation in its standard spelling; what is unknown is grey, or colour as its compression has it.
+
+    Args:
+        dataset: of the file.
+        is_jpeg: whether it is compressed by JPEG, whose colours are luminance and two differences unless it is known better.
+    """
     named = term(dataset, "PhotometricInterpretation")
-    if found := _MONOCHROME.match(named):
-        return f"MONOCHROME{found.group(1)}"
     if _PALETTE.match(named):
         return "PALETTE COLOR"
     if int(dataset.get("SamplesPerPixel") or 1) == 1:
-        return "MONOCHROME2"
-    known = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
-    return next((each for each in known if each.replace("_", "") == named.replace("_", "")), "RGB")
+        found = _MONOCHROME.match(named)
+        return f"MONOCHROME{found.group(1)}" if found else "MONOCHROME2"
+    for known in _COLOURS:
+        if known.replace("_", "") == named.replace("_", ""):
+            return known
+    if is_jpeg:
+        return "YBR_FULL_422"
+    return "YBR_FULL" if _LUMINANCE.match(named) else "RGB"

@@ -143,7 +143,7 @@ def score_table(
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for name in models:
         table.add_column(Text(name.replace("_", "_\n", 1)), justify="right", overflow="fold")
     for first, second, _ in compared:
@@ -206,7 +206,9 @@ def _difference_cell(value: dict[str, Any] | None, call: verdict.Call | None) ->
     interval = f"\\[{_short(value['low'], '+')}, {_short(value['high'], '+')}]"
     mark = "*" if call in (verdict.BETTER, verdict.WORSE) else ""
     colour = {"better": "green", "worse": "red"}.get(call or "", "none")
-    return f"[{colour}]{value['value']:+.3f}{mark}\n{interval}[/{colour}]"
+    shown = f"{value['value']:+.3f}"
+    shown = "0.000" if shown in ("+0.000", "-0.000") else shown
+    return f"[{colour}]{shown}{mark}\n{interval}[/{colour}]"
 
 
 def _short(number: float, sign: str = "") -> str:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from mmedpo_ray import cli, tables
+from mmedpo_ray import cli, cli_parser, tables
 from mmedpo_ray.config import Config, dump, known_keys, load
 from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
@@ -1174,7 +1174,7 @@ def test_what_the_remedies_name_exists() -> None:
     """Settings (also their values), commands and options."""
     sections = "|".join(Config.model_fields)
     keys = {key.rsplit(".", depth)[0] for key in known_keys() for depth in range(3)}
-    (verbs,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (verbs,) = (a for a in cli_parser.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     options = {name: set(verb._option_string_actions) for name, verb in verbs.choices.items()}
     seen: set[str] = set()
     for text in _texts_of_the_audit():

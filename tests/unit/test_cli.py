@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmedpo_ray import cli, cluster, pipeline, preflight, road, storage
+from mmedpo_ray import cli, cli_parser, cluster, pipeline, preflight, road, storage
 from mmedpo_ray.config import Config, load
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.manifest import Manifest, write_manifest
@@ -189,7 +189,7 @@ def test_a_station_without_its_input_says_what_to_run(
 
 def test_settings_of_an_existing_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("align: {beta: 0.7}\n")
-    arguments = cli.build_parser().parse_args(["report", f"run.folder={tmp_path}"])
+    arguments = cli_parser.build_parser().parse_args(["report", f"run.folder={tmp_path}"])
     config = cli.settings_of(arguments)
     assert config.align.beta == 0.7
     assert config.run.folder == str(tmp_path)

@@ -204,9 +204,30 @@ PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text"
         ),
         ("swift", {"messages": TALK + YES, "rejected_response": "No"}),
         ("swift", {"messages": TALK + YES, "rejected_messages": TALK + NO}),
+        ("swift", {"messages": TALK + YES, "rejected_response": "No", "rejected_images": []}),
+        ("swift", {"query": "<image>Is there a mass?", "response": "Yes", "rejected_response": "No"}),
+        (
+            "trl",
+            {
+                "prompt": PARTS,
+                "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}],
+                "rejected": NO,
+            },
+        ),
+        ("trl", {"prompt": TALK[0], "chosen": YES[0], "rejected": NO[0]}),
+        ("trl", {"prompt": "Is there a mass?", "chosen": ["Yes"], "rejected": ["No"]}),
+        # As TRL cuts them apart: where they differ, without the space before it.
+        ("trl", {"chosen": "Is there a mass? Yes", "rejected": "Is there a mass? No"}),
+        ("llama_factory", {"prompt": "Is there a mass?", "chosen": "Yes", "rejected": "No"}),
+        (
+            "llama_factory",
+            {"conversations": None, "messages": TALK, "chosen": YES, "rejected": NO[0], "history": None},
+        ),
     ],
 )
-@pytest.mark.parametrize("image", [["a.png"], "a.png", [{"path": "a.png", "bytes": None}]])
+@pytest.mark.parametrize(
+    "image", [["a.png"], "a.png", [{"path": "a.png", "bytes": None}], ["images/a.png"], ["images\\a.png"]]
+)
 def test_layouts_of_peers(tmp_path, format_name, row, image):
     (tmp_path / "images").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "images" / "a.png")
@@ -218,13 +239,52 @@ def test_layouts_of_peers(tmp_path, format_name, row, image):
 
 
 @pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "path": "a.png"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+    ],
+)
+@pytest.mark.parametrize("format_name", ["trl", "swift"])
+def test_an_image_may_be_a_part_of_the_question(tmp_path, format_name, part):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    asked = {"role": "user", "content": [part, {"type": "text", "text": "Is there a mass?"}]}
+    rows = {
+        "trl": {"prompt": [asked], "chosen": YES, "rejected": NO, "images": None},
+        "swift": {"messages": [asked, *YES], "rejected_response": "No"},
+    }
+    (tmp_path / "rows.json").write_text(json.dumps([rows[format_name]]))
+    samples, pairs = read_back(tmp_path, "rows.json", format_name)
+    assert samples[0]["question"] == "Is there a mass?"
+    assert Path(samples[0]["image_uri"]) == tmp_path / "a.png"
+    assert pairs[0]["rejected"] == "No"
+
+
+def test_true_and_false_of_peers_are_answers(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    row = {"prompt": "\ufeffIs there a mass?", "chosen": True, "rejected": False}
+    (tmp_path / "rows.json").write_text(json.dumps([ROW | row]))
+    samples, pairs = read_back(tmp_path, "rows.json", "trl")
+    assert (samples[0]["question"], samples[0]["answer"]) == ("Is there a mass?", "yes")
+    assert pairs[0]["rejected"] == "no"
+
+
+@pytest.mark.parametrize(
     ("format_name", "row", "reason"),
     [
         ("trl", {"prompt": TALK + YES + TALK, "chosen": YES, "rejected": NO}, "several_turns"),
         ("trl", {"chosen": TALK + YES, "rejected": YES}, "malformed_conversation"),
         ("trl", {"prompt": TALK, "rejected": NO}, "malformed_conversation"),
-        ("llama_factory", {"chosen": 1, "rejected": 2}, "malformed_conversation"),
+        ("trl", {"prompt": TALK, "chosen": YES, "rejected": None}, "no_rejected_answer"),
+        ("trl", {"prompt": TALK, "chosen": ["Yes", "No"], "rejected": NO}, "several_answers"),
+        ("llama_factory", {"chosen": 1, "rejected": 2}, "empty_question"),
         ("swift", {"messages": TALK + YES}, "no_rejected_answer"),
+        (
+            "swift",
+            {"messages": TALK + YES, "rejected_messages": [{"role": "user", "content": "Where?"}, *NO]},
+            "malformed_conversation",
+        ),
         (
             "swift",
             {"messages": TALK + YES, "rejected_response": "No", "images": ["a.png", "b.png"]},

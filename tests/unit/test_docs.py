@@ -81,7 +81,7 @@ def test_the_page_on_judges_shows_a_kind_that_judges() -> None:
 
 
 def test_every_verb_is_in_the_table() -> None:
-    from mmedpo_ray.cli import build_parser
+    from mmedpo_ray.cli_parser import build_parser
 
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     [verbs] = [action for action in build_parser()._actions if action.dest == "verb"]

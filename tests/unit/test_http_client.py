@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -22,6 +23,15 @@ class Answering(BaseHTTPRequestHandler):
         body = b'{"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x"}]}'
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = b'{"choices": []}'
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -60,6 +70,17 @@ def test_an_endpoint_on_this_machine_is_asked_directly(servers, monkeypatch):
     assert not proxy.asked
 
 
+def test_a_server_that_starts_is_greeted_directly(servers, monkeypatch):
+    pytest.importorskip("ray")
+    from mmedpo_ray.serving import _greet
+
+    endpoint, proxy = servers
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+    _greet(f"http://127.0.0.1:{endpoint.server_port}/v1", "m", deadline=time.monotonic() + 10)
+    assert endpoint.asked == ["/v1/chat/completions"]
+    assert not proxy.asked
+
+
 def test_an_endpoint_elsewhere_is_asked_through_the_proxy(servers, monkeypatch):
     _, proxy = servers
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
@@ -89,6 +110,7 @@ def test_a_proxy_that_needs_another_package_is_explained(monkeypatch):
         ("http://127.9.9.9", True),
         ("http://[::1]:8000/v1", True),
         ("http://0.0.0.0:8000", True),
+        ("http://[::ffff:127.0.0.1]:8000", True),
         ("http://10.0.0.1", False),
         ("http://localhost.example.org", False),
         ("https://api.example.org/v1", False),

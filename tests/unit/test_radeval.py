@@ -151,3 +151,43 @@ print(json.dumps([ours[:, 0].tolist(), theirs]))
 def test_short_answers_do_not_shift_ratescore(tmp_path: Path) -> None:
     ours, theirs = json.loads(run(RATESCORE, tmp_path).splitlines()[-1])
     assert ours == pytest.approx([theirs[0], 0.0, theirs[1], 0.0])
+
+
+RADGRAPH = """
+import json, sys
+import torch
+from mmedpo_ray.evaluate.metrics import METRICS, Answer, radeval
+
+def annotate(reports):
+    # As the model would: a finding and its side, related where both are there.
+    found = {}
+    for number, text in enumerate(reports):
+        words, entities = text.split(), {}
+        for place, word in enumerate(words):
+            if word in ("effusion", "left", "right"):
+                label = "Observation::definitely present" if word == "effusion" else "Anatomy::definitely present"
+                related = [["modify", str(words.index("effusion"))]] if word != "effusion" and "effusion" in words else []
+                entities[str(place)] = {"tokens": word, "label": label, "start_ix": place, "end_ix": place, "relations": related}
+        found[str(number)] = {"text": text, "entities": entities}
+    return found
+
+def build(module):
+    scorer = module.F1RadGraph.__new__(module.F1RadGraph)
+    torch.nn.Module.__init__(scorer)
+    scorer.reward_level, scorer.radgraph = "all", annotate
+    return scorer
+
+radeval._radgraph = build
+texts = ["Left effusion", "right effusion", "effusion", "", "."]
+found = METRICS["report_radgraph_f1"].of([Answer("left effusion", text) for text in texts])
+print(json.dumps(found.tolist()))
+"""
+
+
+@needs_radeval
+def test_radgraph_f1_is_the_partial_one_of_each_report(tmp_path: Path) -> None:
+    """Entities count with whether they stand in a relation; a left-out annotation model stands in for the archive."""
+    scores, counts = zip(*json.loads(run(RADGRAPH, tmp_path).splitlines()[-1]), strict=True)
+    assert counts == (1.0,) * 5
+    assert scores[0] == 1.0 and scores[3] == scores[4] == 0.0
+    assert scores[1] == pytest.approx(0.5) and 0 < scores[2] < 1

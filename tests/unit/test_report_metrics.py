@@ -314,3 +314,15 @@ def test_a_thought_block_is_no_part_of_the_report(name: str) -> None:
 def test_an_empty_report_is_wrong(name: str, said: str, reference: str) -> None:
     metric = METRICS[name]
     assert metric.value(metric.of([Answer(reference, said)], [reference, "Another one."]).sum(axis=0)) == 0.0
+
+
+def test_findings_of_chinese_reports_do_not_count():
+    """The lexicon is English: none found on both sides would be full marks."""
+    metric = METRICS["report_finding_f1"]
+    answers = [
+        Answer("左肺有结节。", "右肺有结节。"),
+        Answer("There is a left nodule.", "There is a right nodule."),
+    ]
+    found = metric.of(answers, [answer.reference for answer in answers])
+    assert np.isnan(metric.value(found[0]))
+    assert metric.value(found.sum(axis=0)) == 0.0

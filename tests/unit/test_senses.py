@@ -105,6 +105,29 @@ OTHER_SENSES = {
     "IV fluids were given.": "fluids",
     "The patient is hemodynamically stable.": "stable",
     "The woman hurt her leg.": "woman",
+    "PA and lateral chest radiographs.": " and lateral chest radiographs.",
+    "PA and lateral": "lateral",
+    "Frontal and lateral views of the chest show a nodule.": "lateral views",
+    "Chest X-ray, lateral": "X-ray, lateral",
+    "Lateral and AP knee films": "Lateral and ",
+    "Lateral cervical spine radiograph": "Lateral cervical spine radiograph",
+    "AP chest radiograph": "radiograph",
+    "Two-view chest radiographs": "radiographs",
+    "Lateral chest": "Lateral",
+    "He was right about the fracture.": "right about",
+    "They were right.": "right.",
+    "The clinician is right that there is a fracture.": "right that",
+    "She was right to order a CT.": "right to order",
+    "There is a mass, right?": "right?",
+    "Is that right?": "right?",
+    "The patient has rights.": "rights",
+    "All rights reserved.": "rights",
+    "The right treatment was given.": "right treatment",
+    "Superior image quality.": "Superior",
+    "Inferior results were seen.": "Inferior",
+    "Lower diagnostic accuracy": "Lower",
+    "The image quality is inferior.": "inferior",
+    "MRI is superior to CT.": "superior",
 }
 # Text → the facts that its words state after all.
 OWN_SENSES = {
@@ -136,6 +159,19 @@ OWN_SENSES = {
     "MR of the head": ["mri", "brain"],
     "White matter": ["white matter"],
     "The ventricle is black.": ["hypointense"],
+    "The mass is right.": ["mass", "right"],
+    "It is right.": ["right"],
+    "Is the mass on the left or right?": ["mass", "left", "right"],
+    "Left, right?": ["left", "right"],
+    "Shunt is right to left.": ["right", "left"],
+    "Nodule on the right about 2 cm": ["nodule", "right"],
+    "A mass on the right that is large": ["mass", "right", "large"],
+    "That was right lower lobe pneumonia.": ["right", "lower", "pneumonia"],
+    "The nodule is superior to the hilum.": ["nodule", "upper"],
+    "Inferior to the liver": ["lower", "liver"],
+    "Superior segment": ["upper"],
+    "PET scans": ["pet"],
+    "Radiographs": ["x-ray"],
 }
 
 
@@ -212,3 +248,20 @@ def test_a_plane_named_twice_is_changed_twice() -> None:
 def test_what_names_no_finding_is_not_denied(text: str) -> None:
     found = rule_edit(text, "", np.random.default_rng(0))
     assert found is None or not found.text.startswith("No ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A nodule in the lateral chest wall", "A nodule in the medial chest wall"),
+        ("Lateral aspect of the hilum", "Medial aspect of the hilum"),
+        ("Chest radiograph", "Chest CT"),
+        ("Chest radiographs", "Chest CTs"),
+        ("The mass is right.", "The mass is left."),
+        ("Superior segment", "Inferior segment"),
+    ],
+)
+def test_words_in_their_own_sense_are_edited(text: str, expected: str) -> None:
+    edits = {edit.text for seed in range(60) if (edit := rule_edit(text, "", np.random.default_rng(seed)))}
+    assert expected in edits, edits
+    assert not [edit for edit in edits if "pets" in edit.lower()]

@@ -67,7 +67,7 @@ def test_an_address_names_a_frame(tmp_path, suffix):
         images.load_image(path)
     with pytest.raises(ImageError) as error:
         images.load_image(images.with_frame(path, 4))
-    assert error.value.reason == "no_such_frame"
+    assert error.value.reason == "image_no_such_frame"
 
 
 def test_a_single_picture_is_its_first_frame(tmp_path):
@@ -76,6 +76,25 @@ def test_a_single_picture_is_its_first_frame(tmp_path):
     assert (
         np.asarray(images.load_rgb(images.with_frame(path, 1))) == np.asarray(images.load_rgb(path))
     ).all()
+
+
+def test_rows_that_name_frames(tmp_path):
+    pages(tmp_path / "a.tif", 3)
+    rows = [
+        {"id": str(number), "image": f"a.tif#frame={number}", "conversations": [
+            {"from": "human", "value": "Is there a mass?"}, {"from": "gpt", "value": "Yes"}]}
+        for number in (1, 3, 4)
+    ]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = [f"run.folder={tmp_path / 'run'}", f"data.root={tmp_path}", "data.image_folder=."]
+    config = load(None, [*settings, "data.format=llava_json", "data.train_file=rows.json"])
+    reader = FORMATS["llava_json"](config)
+    found = [row for unit in reader.units() for row in reader.samples(unit)]
+    assert [row.get("drop_reason") for row in found] == [None, None, "image_no_such_frame"]
+    greys = [np.asarray(images.load_rgb(row["image_uri"]))[0, 0, 0] for row in found[:2]]
+    assert greys == [10, 30]
+    assert [row["image_id"].rsplit("/", 1)[1] for row in found[:2]] == ["a.tif~f1", "a.tif~f3"]
+    assert found[0]["split"] == found[1]["split"]
 
 
 @pytest.mark.parametrize(
@@ -127,3 +146,40 @@ def test_samples_of_files_with_several_frames(tmp_path, frames, expected):
     assert len({row["split"] for row in kept}) <= 1
     assert len({row["image_id"] for row in kept}) == len(kept)
     assert len({row["image_sha256"] for row in kept}) <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_that_pillow_does_not_know_is_turned_as_others_are(orientation):
+    import io
+
+    import tifffile
+
+    pixels = np.arange(12).reshape(3, 4) * 20
+    pictures = []
+    for kind in ("uint8", "float64"):
+        buffer = io.BytesIO()
+        tifffile.imwrite(
+            buffer,
+            pixels.astype(kind),
+            photometric="minisblack",
+            extratags=[(274, "H", 1, orientation, True)],
+        )
+        pictures.append(
+            np.asarray(images.to_rgb(images.decode(buffer.getvalue(), "x")))[..., 0].astype(float)
+        )
+    eight, deep = pictures
+    assert eight.shape == deep.shape
+    assert np.abs(deep - eight * 255 / 220).max() <= 1
+
+
+def test_a_narrow_range_far_from_0_keeps_its_levels():
+    import io
+
+    import tifffile
+
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer, 2.0**30 + np.arange(12, dtype=np.float64).reshape(3, 4), photometric="minisblack"
+    )
+    shown = np.asarray(images.to_rgb(images.decode(buffer.getvalue(), "x")))[..., 0]
+    assert len(set(shown.ravel().tolist())) == 12

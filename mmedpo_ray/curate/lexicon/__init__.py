@@ -11,7 +11,7 @@ What texts say is kept for the last few thousand texts, since every text is look
 edit of it, a pair by each filter and each judge.
 """
 
-from mmedpo_ray.curate.lexicon.answers import choices, equivalent, implied_polarity
+from mmedpo_ray.curate.lexicon.answers import choices, equivalent, implied_polarity, numbers_and_signs
 from mmedpo_ray.curate.lexicon.conflicts import Conflict, conflicts, severity
 from mmedpo_ray.curate.lexicon.contraries import are_kin, contradictions, names_another, without_wider
 from mmedpo_ray.curate.lexicon.facts import (
@@ -57,6 +57,7 @@ __all__ = [
     "names_another",
     "negated_spans",
     "numbers",
+    "numbers_and_signs",
     "options",
     "polarity",
     "same_characters",

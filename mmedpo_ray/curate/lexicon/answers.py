@@ -8,6 +8,7 @@ from functools import lru_cache
 from mmedpo_ray.curate.lexicon.facts import LUNG_FINDINGS, facts, is_negated, negated_spans, restated
 from mmedpo_ray.curate.lexicon.normal import final_answer, has_han, same_characters
 from mmedpo_ray.curate.lexicon.polarity import Polarity, chinese_polarity, is_open, stated_polarity
+from mmedpo_ray.curate.lexicon.properties import asks_property, property_polarity, quantity_polarity
 from mmedpo_ray.curate.lexicon.synonyms import abbreviates, canonical, sense, synonym
 from mmedpo_ray.curate.lexicon.tokens import tokens
 from mmedpo_ray.curate.lexicon.words import (
@@ -21,7 +22,18 @@ from mmedpo_ray.curate.terms import mentions
 
 _CHOICE = re.compile(r"([\w-]+),? or (?:an? |the )?([\w-]+)", re.IGNORECASE)
 
-_HAS_SIGN = re.compile(r"\d|[<>+~±%°-]")
+_NEGATIVE_QUESTION = re.compile(
+    r"^(\W*(?:is|are|was|were|does|do|did|has|have|had|ca|could))n['’]?t\b", re.IGNORECASE
+)
+# The question repeated, or a condition.
+_ASKS_BACK = re.compile(r"\?\W*\Z|\A\W*if\b", re.IGNORECASE)
+# Few texts have any of these, and to look for them is quick.
+_MAY_COUNT = re.compile(
+    r"[\d<>+~±%°↑↓½¼¾]|(?:\A|[\s(])[-−–]|[-−–](?:\Z|[,;.)])|[^\x00-\x7f]|"
+    r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b",
+    re.IGNORECASE,
+)
+_HAS_SIGN = re.compile(r"\d|[<>+~±%°↑↓-]")
 _ITEMS = re.compile(r",|/|\b(?:or|and|nor)\b", re.IGNORECASE)
 # Words of questions and denials that name nothing.
 _DENYING = frozenset(
@@ -48,7 +60,9 @@ _LOOKS_NORMAL = re.compile(
 UNDECIDED = re.compile(
     r"\b(?:not sure|unsure|unclear|uncertain|unknown|difficult to|hard to|impossible to|not possible|depends on|"
     r"(?:cannot|can ?not|can['’]t|could not) (?:be )?(?:\w+ly )?"
-    r"(?:tell|told|say|said|determined?|identif(?:y|ied)|assess(?:ed)?|seen?|excluded?|ruled? out)|not (?:excluded|ruled out)|"
+    r"(?:tell|told|say|said|determined?|identif(?:y|ied)|assess(?:ed)?|excluded?|ruled? out|"
+    r"see(?= (?:the |this |your |any )?(?:image|picture|scan|file)s?\b| clearly|\W*$))|not (?:excluded|ruled out)|"
+    r"whether|may or may not|to (?:rule out|exclude)|"
     r"(?:not enough|insufficient|no) information|not (?:provided|specified|mentioned|given))\b",
     re.IGNORECASE,
 )
@@ -72,7 +86,9 @@ def equivalent(first: str, second: str) -> bool:
     meaning = sense(first)
     if meaning is not None and meaning == sense(second):
         return True
-    if _numbers(first) != _numbers(second) or _other_letters(first) != _other_letters(second):
+    if numbers_and_signs(first) != numbers_and_signs(second) or _other_letters(first) != _other_letters(
+        second
+    ):
         return False
     if _sizes(first) != _sizes(second):
         return False
@@ -86,8 +102,10 @@ def equivalent(first: str, second: str) -> bool:
     return is_same and _opposites(first) == _opposites(second)
 
 
-def _numbers(text: str) -> list[str]:
+def numbers_and_signs(text: str) -> list[str]:
     """Numbers with their signs, and signs alone, in order; hyphens and slashes between words mean nothing."""
+    if _MAY_COUNT.search(text) is None:
+        return []
     return [token for token in tokens(text) if _HAS_SIGN.search(token)]
 
 
@@ -124,11 +142,22 @@ def implied_polarity(question: str, answer: str) -> Polarity | None:
     if direct is not None:
         return direct
     answer = same_characters(final_answer(answer))
-    if is_open(answer) or UNDECIDED.search(answer):
+    if is_open(answer) or UNDECIDED.search(answer) or _ASKS_BACK.search(answer):
         return None
     if has_han(answer):
-        return chinese_polarity(answer)
+        return chinese_polarity(question, answer)
+    # "Isn't there a mass?" asks whether there is one.
+    question = _NEGATIVE_QUESTION.sub(r"\1", same_characters(question))
     question, answer = canonical(question).rstrip("? "), canonical(answer)
+    quantity = quantity_polarity(question, answer)
+    if quantity is not None:
+        return quantity
+    if asks_property(question):
+        found = property_polarity(question, answer)
+        if found is not None or _is_elsewhere(question, answer):
+            return found
+        repeats = _repeats(question, answer)
+        return None if repeats is None else "yes" if repeats else "no"
     if _is_elsewhere(question, answer):
         return None
     repeats = _repeats(question, answer)

@@ -16,8 +16,9 @@ _KEPT_SENTENCES = 4096
 # A quantity after "no" makes it a statement about that thing ("No pneumothorax."), still a negative answer.
 _CONTRAST = r"rather than|instead of|as opposed to|unlike"
 NEGATION = re.compile(
-    r"\b(no(?! (?:doubt|question|(?:\w+ ){0,2}changes?)\b)|not(?! only\b)|without(?! (?:a |any )?doubt\b)|absent|absence of|"
-    r"negative for|free of|never|neither|nor|cannot|(?:is|are|was|were|do|does|did|has|have|ca)n['’]t|"
+    r"\b(no(?! (?:doubt|question|(?:\w+ ){0,2}changes?)\b)|not(?! only\b)(?! resolved\b)|without(?! (?:a |any )?doubt\b)|absent|absence of|"
+    r"negative for|free of|never|neither|nor|cannot|unlikely|improbable|doubtful|(?<!no )(?<!without )(?<!any )doubt(?! about)|"
+    r"rules? out|argues? against|lacks?|fails? to (?:show|demonstrate|reveal)|nothing to suggest|resolution of|(?:is|are|was|were|do|does|did|has|have|ca)n['’]t|"
     rf"{_CONTRAST})\b",
     re.IGNORECASE,
 )
@@ -25,7 +26,7 @@ _IS_CONTRAST = re.compile(_CONTRAST, re.IGNORECASE)
 _AFTER_NEGATION = re.compile(
     r"\b(?:is|are|was|were)?\s*(?:absent|(?:not|no longer) (?:clearly |definitely )?(?:seen|present|identified|visible|evident|noted|visuali[sz]ed|"
     r"observed|detected|found|demonstrated|appreciated|apparent|shown|displayed|depicted|featured|included|there)|ruled out|"
-    r"excluded|resolved)\b",
+    r"excluded|unlikely|improbable|doubtful|(?<!not )resolved)\b",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[.;:!?\n]+(?:\s+|$)|\b(?:but|however|although|except)\b", re.IGNORECASE)

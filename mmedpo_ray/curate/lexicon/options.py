@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from mmedpo_ray.curate.lexicon import chinese
 from mmedpo_ray.curate.lexicon.answers import implied_polarity
-from mmedpo_ray.curate.lexicon.facts import sentence_spans, stated
+from mmedpo_ray.curate.lexicon.facts import is_negated, sentence_spans, stated
 from mmedpo_ray.curate.lexicon.normal import final_answer, has_han, same_characters
-from mmedpo_ray.curate.lexicon.polarity import polarity
+from mmedpo_ray.curate.lexicon.polarity import stated_polarity
 from mmedpo_ray.curate.lexicon.synonyms import canonical
-from mmedpo_ray.curate.lexicon.tokens import contains, tokens
+from mmedpo_ray.curate.lexicon.tokens import contains, same_text, tokens
 from mmedpo_ray.curate.lexicon.words import content_words
 from mmedpo_ray.curate.terms import mentions
 
@@ -31,13 +31,20 @@ _ZH_BEFORE = re.compile(r".*(?:是|在|为|為|属于|屬於)(?=.)")
 _ZH_PARTICLE = re.compile(r"(?:吗|嗎|呢|的)+$")
 
 _NAMED_ANSWER = re.compile(
-    r"\b(?:answer|option|choice|conclusion)(?: to (?:the|this|your) question)?\s*(?:is|would be|:)\s*(?:option |choice )?(?=\S)",
+    r"\b(?:answer|option|choice|conclusion)(?: to (?:the|this|your) question)?\"?\s*(?:is|would be|:)\s*\"?(?:option |choice )?(?=\S)"
+    r"|\bi (?:choose|pick|select|would choose)\s+(?:option |choice )?(?=\S)"
+    r"|(?:答案|选项|選項)(?:应该|应|應該|應)?(?:是|为|為|选|選|:)?\s*(?=\S)|(?:应|應)?(?:选择|選擇|选|選)(?:项|項)?\s*(?=\S)",
     re.IGNORECASE,
 )
 _LEADING_LABEL = re.compile(
-    r"\W*(?:(?i:option|choice|answer)\s+)?(?P<label>[A-Ha-h1-8])(?P<end>\W*$|\s*[).:,;*\]\n-]|(?=\s))"
+    r"\W*(?:(?i:option|choice|answer)\W+)?(?P<label>[A-Ha-h1-8])(?P<end>\W*$|\s*[).:,;*\]\n-]|(?=\s)|(?=是|为|為|正确|正確))"
 )
 _LETTER = re.compile(r"\b[a-h1-8]\b")
+_NEXT_SENTENCE = re.compile(r"(?<=\w)[.?!]\s+(?=[A-Z\u3400-\u9fff])|[.?!;](?=[\u3400-\u9fff])")
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|actually|correction|i mean|i meant|on second thought)\b[^\w]*", re.IGNORECASE
+)
+_NON = re.compile(r"\bnon-?(?=[a-z]{4})", re.IGNORECASE)
 
 
 class Option(NamedTuple):
@@ -71,10 +78,16 @@ def _labelled(text: str) -> tuple[Option, ...]:
         if len(run) > 1:
             ends = [other.start() for other in run[1:]] + [len(text)]
             return tuple(
-                Option(each.group(1).casefold(), text[each.end() : end].strip(" \t\n,;.()?"))
+                Option(each.group(1).casefold(), _first_line(text[each.end() : end]))
                 for each, end in zip(run, ends, strict=True)
             )
     return ()
+
+
+def _first_line(text: str) -> str:
+    """An option's words without what a prompt says after it: the rest of the lines, another sentence."""
+    line = text.strip().split("\n")[0]
+    return _NEXT_SENTENCE.split(line)[0].strip(" \t,;.()?")
 
 
 def _listed(text: str) -> tuple[Option, ...]:
@@ -88,9 +101,17 @@ def _listed(text: str) -> tuple[Option, ...]:
             names.append(mention.concept.name)
     for names in by_group.values():
         if len(names) > 1:
-            return tuple(Option("", name) for name in names)
+            return tuple(Option("", name) for name in (*names, *_further_items(match, names)))
     before = [item.split()[-1] for item in match["before"].split(", ") if item.strip()]
     return tuple(Option("", name.lower()) for name in (*before, match["left"], match["right"]))
+
+
+def _further_items(match: re.Match[str], names: Sequence[str]) -> list[str]:
+    """What a list with commas names beside concepts of one kind: "mixed" of "solid, cystic or mixed"."""
+    if not match["before"]:
+        return []
+    items = [match["left"].lower(), match["right"].lower()]
+    return [item for item in items if not {each.concept.name for each in mentions(item)} & set(names)]
 
 
 def _chinese(text: str) -> tuple[Option, ...]:
@@ -119,23 +140,40 @@ def chosen(text: str, question: str) -> int | None:
 
 
 def _chosen(text: str, offered: Sequence[Option], question: str) -> int | None:
-    for named in list(_NAMED_ANSWER.finditer(text))[-1:]:
-        found = _chosen(text[named.end() :], offered, question)
-        if found is not None:
-            return found
+    exact = [index for index, option in enumerate(offered) if same_text(text, option.text)]
+    if len(exact) == 1:
+        return exact[0]
+    for marks in (_TAKEN_BACK, _NAMED_ANSWER):
+        for mark in list(marks.finditer(text))[-1:]:
+            found = _chosen(text[mark.end() :], offered, question)
+            if found is not None:
+                return found
     label = _label(text, offered)
     if label is not None:
         return label
-    polarities = [polarity(option.text) for option in offered]
-    if sorted(polarities, key=str) == ["no", "yes"]:
+    polarities = [stated_polarity(option.text) for option in offered]
+    if {"no", "yes"} <= set(polarities) and len(set(polarities)) == len(offered):
         answered = implied_polarity(question, text)
         return polarities.index(answered) if answered else None
-    by_sentence = [_named_in(sentence, offered) for sentence in stated_sentences(text)]
-    decided = [found for found in by_sentence if found]
+    raw = [_NON.sub("non ", text[start:end]) for start, end in sentence_spans(text)]
+    if any(is_negated(option.text) for option in offered) and not has_han(text):
+        # "No mass" is an option of its own, and holds the other one.
+        kept = raw
+    else:
+        kept = stated_sentences(_NON.sub("non ", text))
+    decided = [named for sentence in kept if (named := _named_in(sentence, offered))]
     for options_named in (*decided[:1], *decided[-1:]):
         if len(options_named) == 1:
             return options_named[0]
-    return None
+    return None if decided else _other_than_denied(raw, offered)
+
+
+def _other_than_denied(sentences: Sequence[str], offered: Sequence[Option]) -> int | None:
+    """Of two options the one that is left where the other alone is named, and denied: "not malignant" of benign or malignant."""
+    named = {index for sentence in sentences for index in _named_in(sentence, offered, denied=True)}
+    if len(offered) != 2 or len(named) != 1 or not any(is_negated(s) or "non " in s for s in sentences):
+        return None
+    return 1 - named.pop()
 
 
 def _label(text: str, offered: Sequence[Option]) -> int | None:
@@ -160,11 +198,15 @@ def stated_sentences(text: str) -> list[str]:
     return [kept[start:end] for start, end in sentence_spans(text)]
 
 
-def _named_in(sentence: str, offered: Sequence[Option]) -> list[int]:
+def _named_in(sentence: str, offered: Sequence[Option], *, denied: bool = False) -> list[int]:
     """The options that a sentence names; one whose words are part of a longer one that is named too is not."""
-    spelled = [tokens(option.text) for option in offered]
-    named = [index for index, option in enumerate(offered) if _names(sentence, option.text)]
-    if not named:
+    spelled = [tokens(_NON.sub("non ", option.text)) for option in offered]
+    named = [
+        index
+        for index, option in enumerate(offered)
+        if _names(sentence, option.text, spelled[index], denied=denied)
+    ]
+    if not named and not denied and "non " not in sentence:
         said = content_words(canonical(sentence))
         contents = [content_words(option.text) for option in offered]
         named = [index for index, content in enumerate(contents) if content and content <= said]
@@ -178,7 +220,10 @@ def _named_in(sentence: str, offered: Sequence[Option]) -> list[int]:
     ]
 
 
-def _names(sentence: str, option: str) -> bool:
+def _names(sentence: str, option: str, spelled: list[str], *, denied: bool) -> bool:
     if has_han(option):
-        return chinese.states(sentence, option)
-    return contains(tokens(sentence), tokens(option))
+        return option in sentence if denied else chinese.states(sentence, option)
+    said = tokens(sentence)
+    if not denied and spelled[:1] != ["non"] and contains(said, ["non", *spelled]):
+        return False
+    return contains(said, spelled)

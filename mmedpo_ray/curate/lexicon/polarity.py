@@ -52,6 +52,16 @@ _LEADING = re.compile(
     rf"|(?P<no>(?P<word>{_NO_WORDS})\b(?!-)|(?:{_NO_ALONE}){_END}))",
     re.IGNORECASE,
 )
+# What takes back the word before: "Yes. Wait, no."
+_RETRACTION = re.compile(
+    r"\b(?:wait|actually|correction|i mean|i meant|on second thought|scratch that)\b[^\w]*", re.IGNORECASE
+)
+_BELIEF = re.compile(
+    r"\W*i (?P<no>(?:do not|don['’]?t) )?(?:think|believe|guess|suppose|hope) (?:so|(?P<not>not))\W*",
+    re.IGNORECASE,
+)
+# A line of a form: "Pneumothorax: absent".
+_FIELD = re.compile(rf"[\w\s,/()-]{{1,80}}[:=]\s*(?:(?P<yes>{_YES_ALONE})|{_NO_ALONE})\W*", re.IGNORECASE)
 _LETTER = re.compile(r"\W*(?:(?P<yes>y)|n)\W*", re.IGNORECASE)
 # Without any of these there is nothing to search a long text for.
 _WORD = re.compile(rf"\b(?:{_YES_WORDS}|{_NO_WORDS}|true|false|correct|incorrect)\b", re.IGNORECASE)
@@ -80,7 +90,7 @@ _BOTH = re.compile(
 )
 # The last word that stands on its own: ", no.", ": yes", "answer is no".
 _STANDING = re.compile(
-    r"(?:(?:^|[.,;:!?\n(\[\"'*]|\s-)\s*(?:(?:so|then|therefore|hence|thus|and|but|i say|ultimately|overall)[\s,]+)*"
+    r"(?:(?:^|[.,;:=!?\n(\[\"'*]|\s-)\s*(?:(?:so|then|therefore|hence|thus|and|but|i say|ultimately|overall)[\s,]+)*"
     r"|\b(?:answer|conclusion|verdict|response) (?:is|was|would be|must be|should be)\W+(?:an? )?)"
     rf"(?:(?P<yes>{_YES_WORDS})|(?P<no>{_NO_WORDS})){_END}",
     re.IGNORECASE,
@@ -97,7 +107,7 @@ _ZH_OPEN = re.compile(
     r"是不是|有没有|有沒有|是否|是或否|是或不是|是还是(?:不是|否)|是還是(?:不是|否)|对不对|對不對|能不能"
 )
 _ZH_UNDECIDED = re.compile(
-    r"无法|無法|不确定|不確定|不清楚|不知道|难以|難以|看不清|看不出来|不能(?:确定|判断|判定|確定|判斷)|不好说|不好說|未知|不明确|不明確"
+    r"无法|無法|不确定|不確定|不清楚|不知道|难以|難以|看不清|看不出来|不能(?:确定|判断|判定|確定|判斷|排除)|不除外|不好说|不好說|未知|不明确|不明確"
 )
 _ZH_YES = r"是的|是|对的|对|對的|對|有的|有|存在|正确|正確|可以|能|会|會|没错|沒錯|嗯|当然|當然|肯定|可见|可見|属于|屬於|真|阳性|陽性"
 _ZH_NO = (
@@ -112,7 +122,14 @@ _ZH_STANDING = re.compile(
 )
 _ZH_DENIES = re.compile(
     r"没有|沒有|不是|不存在|不属于|不屬於|不包含|不显示|不顯示|不可见|不可見|未见|未見|未发现|未發現|未显示|未顯示|未检出|并非|並非|"
-    r"并不|並不|并没|並沒|不能|不会|不會|不在|没(?!错)|沒(?!錯)|无(?![名])|無(?![名])"
+    r"并不|並不|并没|並沒|不能|不会|不會|不在|未有|不具|未检测|未檢測|看不到|看不见|见不到|没(?!错)|沒(?!錯)|无(?![名疑])|無(?![名疑])"
+)
+_ZH_UNLIKELY = re.compile(r"不太?可能|不大可能|可能性不大|可能性(?:很|较)?小")
+_ZH_NO_ABNORMALITY = re.compile(r"(?:无|無|未见|未見|没有|沒有|未发现|未發現)(?:明显)?异常")
+_ZH_CLAUSE = re.compile(r"[,.;!?\n]+|但是|但|而是|而|可是|不过|然而")
+_ZH_FUNCTION = re.compile(
+    r"图像|圖像|图片|圖片|影像|图中|圖中|图里|这张|這張|这个|这是|這是|这|這|该|此|是否|是不是|有没有|有沒有|能否|存在|可见|可見|显示|顯示|属于|屬於|"
+    r"请问|请|一个|一张|一種|一种|任何|[的吗嗎呢么有是在中里否?？,.，。!！ ]"
 )
 _ZH_ASSERTS = re.compile(r"有|是|存在|可见|可見|显示|顯示|属于|屬於|包含|能|会|會|位于|位於")
 
@@ -134,6 +151,14 @@ def stated_polarity(answer: str) -> Polarity | None:
         return named
     if has_word and _BOTH.match(text):
         return None
+    for retraction in list(_RETRACTION.finditer(text))[-1:]:
+        corrected = stated_polarity(text[retraction.end() :])
+        if corrected is not None:
+            return corrected
+    if (belief := _BELIEF.fullmatch(text)) is not None:
+        return "no" if belief["no"] or belief["not"] else "yes"
+    if (field := _FIELD.fullmatch(text)) is not None:
+        return "yes" if field["yes"] else "no"
     leading = _LEADING.match(text)
     if leading is not None and _is_own_word(text, leading):
         return "yes" if leading["yes"] else "no"
@@ -171,12 +196,10 @@ def is_open(answer: str) -> bool:
     return bool(_BOTH.match(text) or _EITHER.search(text)) and stated_polarity(answer) is None
 
 
-def chinese_polarity(answer: str) -> Polarity | None:
-    """The yes or no of a Chinese answer, also where it is a statement; None for a text without Chinese characters."""
+def chinese_polarity(question: str, answer: str) -> Polarity | None:
+    """The yes or no of a Chinese answer, also where it is a statement about what was asked; None where it is about something else."""
     text = same_characters(final_answer(answer))
-    if not has_han(text):
-        return None
-    return _chinese_stated(text) or _chinese_statement(text)
+    return _chinese_stated(text) or _chinese_statement(same_characters(question), text)
 
 
 def _is_own_word(text: str, leading: re.Match[str]) -> bool:
@@ -206,9 +229,48 @@ def _chinese_stated(text: str) -> Polarity | None:
     return _last(_ZH_STANDING, text)
 
 
-def _chinese_statement(text: str) -> Polarity | None:
+def _chinese_statement(question: str, text: str) -> Polarity | None:
+    """What the clauses say that are about what was asked; of several the last counts."""
     if _ZH_UNDECIDED.search(text) or _ZH_OPEN.search(text):
         return None
-    if _ZH_DENIES.search(text):
+    clauses = [clause for clause in _ZH_CLAUSE.split(text) if clause.strip()]
+    if not has_han(question):
+        # What was asked in another language cannot be compared.
+        return _polarity_of_clause(clauses[-1], frozenset()) if clauses else None
+    asked = _pieces(question)
+    about = [clause for clause in clauses if any(piece in clause.casefold() for piece in asked)]
+    if (
+        not about
+        and len(clauses) == 1
+        and (not asked or not _ZH_FUNCTION.sub("", _ZH_DENIES.sub("", clauses[0])).strip())
+    ):
+        about = clauses
+    return _polarity_of_clause(about[-1], asked) if about else None
+
+
+def _polarity_of_clause(clause: str, asked: frozenset[str]) -> Polarity | None:
+    if _ZH_UNLIKELY.search(clause):
         return "no"
-    return "yes" if _ZH_ASSERTS.search(text) else None
+    if "正常" in asked and _ZH_NO_ABNORMALITY.search(clause):
+        return "yes"
+    if _ZH_DENIES.search(clause):
+        return "no"
+    for piece in asked:
+        before, found, _ = clause.casefold().partition(piece)
+        if found and before.endswith(tuple("不没沒未无無非")):
+            return "no"
+    for wanted, other in (("正常", "异常"), ("异常", "正常")):
+        if wanted in asked and other in clause and wanted not in clause:
+            return "no"
+    has_piece = any(piece in clause.casefold() for piece in asked)
+    return "yes" if has_piece or _ZH_ASSERTS.search(clause) else None
+
+
+@lru_cache(maxsize=_KEPT)
+def _pieces(question: str) -> frozenset[str]:
+    """What a Chinese question asks for: its Latin words, and pairs of the characters that are no function words."""
+    rest = _ZH_FUNCTION.sub(" ", question)
+    found = {word.casefold() for word in re.findall(r"[A-Za-z][A-Za-z0-9-]*", rest)}
+    for run in re.findall(r"[\u3400-\u9fff]+", rest):
+        found |= {run} if len(run) == 1 else {run[place : place + 2] for place in range(len(run) - 1)}
+    return frozenset(found)

@@ -41,13 +41,14 @@ _JOINED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|\b(?:[A-Za-z]\.){2
 _NUMBER = r"(?:\d+(?:\.\d+)*|\.\d+)(?![^\W\d_])"
 _TOKEN = re.compile(
     # What stands between two digits is part of what they mean: 5-10, 1/2, 1:2, 10^3.
-    r"(?<=\d)(?P<between>\s*[-/:^]\s*)(?=\d)"
+    r"(?<=\d)(?P<between>\s*[-/:^+]\s*)(?=\d)"
     # A number with its sign. A hyphen after a word, and the head of an arrow, are no signs.
     rf"|(?P<sign>(?:(?<![-=])[<>]=?\s*)?[~±]?\s*(?:(?<![\w)\]%°.-])[-+])?)(?P<number>{_NUMBER})"
     rf"|(?P<han>[{_HAN}])"
     rf"|(?P<word>[^\W_{_HAN}]+)"
     # HER2+, (+), (-), ER-.
     r"|(?P<plus>(?<=[^\W_])\++(?![\w+])|(?<=\()\++(?=\))|(?<=\()-+(?=\))|(?<=[A-Z\d])-+(?=$|[,;.)\]/]))"
+    r"|(?P<alone>(?<=[A-Z\d]\s)[+-]+(?=\s*(?:$|[,;.)\]]))|(?<=\s)[<>]=?(?=\s+[^\W\d])|[↑↓])"
     r"|(?P<unit>[%°])"
 )
 _NUMBER_WORDS = {

@@ -54,7 +54,9 @@ def radgraph(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
     )
 
     def score(kept: list[Answer]) -> Sequence[float]:
-        _, (_, partial, _), *_ = scorer(refs=[a.reference for a in kept], hyps=[a.prediction for a in kept])
+        # Entities are compared with their case, so that what begins a sentence would be another finding.
+        expected, said = [a.reference.lower() for a in kept], [a.prediction.lower() for a in kept]
+        _, (_, partial, _), *_ = scorer(refs=expected, hyps=said)
         return partial
 
     return _scored(answers, score)

@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from mmedpo_ray.curate.lexicon import facts
+from mmedpo_ray.curate.lexicon import facts, has_han
 from mmedpo_ray.curate.lexicon.normal import HAN
 from mmedpo_ray.evaluate.metrics.base import Answer, Array, is_empty
 from mmedpo_ray.evaluate.metrics.texts import prediction_text, reference_text
@@ -47,8 +47,11 @@ def rouge_l(answer: Answer) -> float:
 def finding_statistics(answer: Answer) -> Array:
     """Findings asserted with their side and zone: shared, in the answer only, in the reference only, and 1; (4,).
 
-    An empty answer misses at least one: of a normal study it does not even say that it is normal.
+    An empty answer misses at least one: of a normal study it does not even say that it is normal. A Chinese reference does not
+    count, as the lexicon reads findings in English alone.
     """
+    if has_han(answer.reference):
+        return np.zeros(4)
     stated, expected = _findings(answer.prediction), _findings(answer.reference)
     missed = len(expected - stated)
     if is_empty(answer.prediction):
