@@ -5,7 +5,7 @@
 # Seen:    this is about pictures inside the rows, as in the hub's Parquet files. As soon as the function touches row["image"] (its width,
 #          say), or puts it into a list, as preference trainers want `images`, the decoded picture is written again in its own format
 #          with Pillow's default quality of 75. Pictures published at quality 95 lose half of their bytes and change by up to tens of
-#          grey levels; a mere `lambda row: row` changes nothing, so spot checks miss it. PNG is not touched.
+#          grey levels; a mere `lambda row: row` changes nothing, so spot checks miss it. PNG and pictures given as paths are not touched.
 # Matters: lesions are small and faint. What the model is trained on is not what was published, and a clean picture that went
 #          through such a map differs from its noised PNG twin everywhere, not in the lesion alone: a shortcut for the visual pairs.
 # Versions: datasets 5.2.0, pillow 13.0.0, numpy 2.3.5, Python 3.11.

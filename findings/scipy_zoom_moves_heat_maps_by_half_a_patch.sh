@@ -6,7 +6,7 @@
 # Seen:    zoom() joins the centres of the corner patches to the corners of the picture. The centre of a patch's blob moves outwards: by nothing in
 #          the middle, by 7 pixels, half a patch, in the corner. The five others agree to a hundredth of a pixel; zoom() does
 #          with grid_mode=True, mode="nearest".
-# Matters: attention or Grad-CAM maps of a vision tower are laid over radiographs with zoom() in most scripts. Lesions in the lung
+# Matters: attention or Grad-CAM maps of a vision tower are laid over radiographs with zoom() in many scripts. Lesions in the lung
 #          periphery are missed by the noise, and pointing scores fall, the more so the farther from the centre.
 # Versions: scipy 1.17.1, torch 2.13.0, pillow 12.0.0, opencv-python-headless 4.12.0.88, scikit-image 0.26.0, numpy 2.2.6, Python 3.11.
 set -euo pipefail
