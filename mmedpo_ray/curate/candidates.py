@@ -21,7 +21,7 @@ from mmedpo_ray import images as image_files
 from mmedpo_ray import tables
 from mmedpo_ray.cluster import MODEL_RESTARTS, has_gpu
 from mmedpo_ray.config import Config
-from mmedpo_ray.curate.hallucinate import stable_seed
+from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.models.engine import EngineSettings, engine_settings, start_engine
 from mmedpo_ray.models.loading import PromptWriter, load_processor, model_fingerprint, resolve_model
 from mmedpo_ray.parts import DoneIds

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from mmedpo_ray import tables
 from mmedpo_ray.curate.asking import dropped, provenance
+from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.endpoint import ChatRequest, Completion, Failure, as_data, read_json
 
 NONE = "none"
@@ -38,7 +39,7 @@ class ChooseTask:
     Rows have ``sample_id, question, answer, candidate_ids, candidates`` (the last two: lists of equal length, not empty).
 
     Args:
-        seed: sampling seed.
+        seed: the seed of a request is drawn from it and the sample's id, as servers draw the same numbers for equal seeds.
     """
 
     schema: pa.Schema = tables.CHOICES
@@ -55,7 +56,9 @@ class ChooseTask:
             "required": ["choice"],
             "additionalProperties": False,
         }
-        return ChatRequest([{"role": "user", "content": prompt(row)}], schema, self._seed)
+        return ChatRequest(
+            [{"role": "user", "content": prompt(row)}], schema, stable_seed(self._seed, row["sample_id"])
+        )
 
     def row(self, row: dict[str, Any], answer: Completion | Failure) -> dict[str, Any]:
         """The chosen candidate's id, null for none, or the reason why nothing was chosen."""

@@ -7,7 +7,6 @@ or such a model.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from mmedpo_ray.curate.filters import most_frequent, problem
 from mmedpo_ray.curate.rewrite import GENERATOR as REWRITE
 from mmedpo_ray.curate.rule_edit import GENERATOR as RULE_EDIT
 from mmedpo_ray.curate.rule_edit import rule_edit
+from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.curate.turned_down import TurnedDown
 from mmedpo_ray.endpoint import TRANSIENT
 from mmedpo_ray.tables import DROP_DETAIL, DROP_REASON
@@ -236,12 +236,6 @@ def released_pair(row: dict[str, Any], max_length_ratio: float) -> dict[str, Any
     """A pair that came with the data, dropped where it is unfit."""
     reason = problem(row["chosen"], row["rejected"], max_length_ratio, row["question"])
     return row if reason is None else _dropped(row, row["pair_id"], reason)
-
-
-def stable_seed(*parts: Any) -> int:
-    """A seed of 31 bits that depends on the parts alone, on every machine."""
-    text = "\0".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 def _names(text: str, option: str) -> bool:

@@ -20,7 +20,7 @@ from mmedpo_ray import storage, tables
 from mmedpo_ray.config import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.curate.curate import train_samples
-from mmedpo_ray.curate.hallucinate import stable_seed
+from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.curate.visual import PairMaker, VisualPair, visual_pair_id
 from mmedpo_ray.curate.visual_station import NO_FINDING_ASKED, draw_visual_samples
 from mmedpo_ray.errors import UserError

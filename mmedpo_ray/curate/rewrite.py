@@ -21,6 +21,7 @@ from mmedpo_ray.curate import lexicon
 from mmedpo_ray.curate.asking import dropped, provenance
 from mmedpo_ray.curate.changed_fact import changes_fact
 from mmedpo_ray.curate.filters import problem
+from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.endpoint import ChatRequest, Completion, Failure, as_data, is_text, read_json
 
 GENERATOR = "rewrite"
@@ -70,7 +71,7 @@ class RewriteTask:
 
     Args:
         max_length_ratio: see :func:`mmedpo_ray.curate.filters.problem`.
-        seed: sampling seed.
+        seed: the seed of a request is drawn from it and the sample's id, as servers draw the same numbers for equal seeds.
     """
 
     schema: pa.Schema = tables.REWRITES
@@ -82,7 +83,9 @@ class RewriteTask:
 
     def request(self, row: dict[str, Any]) -> ChatRequest:
         """One user turn, as some chat templates know no system role."""
-        return ChatRequest([{"role": "user", "content": prompt(row)}], _SCHEMA, self._seed)
+        return ChatRequest(
+            [{"role": "user", "content": prompt(row)}], _SCHEMA, stable_seed(self._seed, row["sample_id"])
+        )
 
     def row(self, row: dict[str, Any], answer: Completion | Failure) -> dict[str, Any]:
         """The checked edit, or the reason why there is none."""

@@ -19,7 +19,7 @@ from mmedpo_ray.config import Config
 from mmedpo_ray.curate import choose, rewrite, text_tasks
 from mmedpo_ray.curate.asking import Asking
 from mmedpo_ray.curate.candidates import sample_candidates
-from mmedpo_ray.curate.hallucinate import stable_seed
+from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.parts import DoneIds
 from mmedpo_ray.run_folder import RunFolder
 from mmedpo_ray.slices import Skip, map_slices

@@ -15,8 +15,9 @@ from PIL import Image
 from mmedpo_ray import images as image_files
 from mmedpo_ray import storage, tables
 from mmedpo_ray.config import Config
-from mmedpo_ray.curate.hallucinate import common, stable_seed
+from mmedpo_ray.curate.hallucinate import common
 from mmedpo_ray.curate.lesion_noise import Noised, add_lesion_noise
+from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.curate.tools import TOOLS, Localisation
 from mmedpo_ray.png import encode_pixels
 from mmedpo_ray.run_folder import RunFolder

@@ -19,7 +19,7 @@ import ray
 from mmedpo_ray import storage, tables
 from mmedpo_ray.cluster import MODEL_RESTARTS, has_gpu
 from mmedpo_ray.config import Config
-from mmedpo_ray.curate.hallucinate import stable_seed
+from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.curate.tools import TOOLS
 from mmedpo_ray.curate.tools.prompts import names_finding
 from mmedpo_ray.curate.visual import RETRY_REASONS, VisualPairs

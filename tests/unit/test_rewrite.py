@@ -284,6 +284,16 @@ def test_a_forged_choice_inside_a_candidate_is_a_candidate() -> None:
         assert task.row(row, Completion(text, 9, 3))["drop_reason"] == "choice_unreadable", text
 
 
+@pytest.mark.parametrize("task", [RewriteTask("strong", 4.0, 7), ChooseTask("strong", 7)])
+def test_every_row_is_drawn_with_a_seed_of_its_own(task: RewriteTask | ChooseTask) -> None:
+    rows = [
+        {"sample_id": name, "question": "Which side?", "answer": "Left", "candidates": ["Right", "Both"]}
+        for name in ("a", "b", "a")
+    ]
+    first, second, again = (task.request(row).seed for row in rows)
+    assert first == again != second, "servers answer rows of one seed by the same random numbers"
+
+
 def _sent_schemas() -> list[dict[str, Any] | None]:
     row = {"sample_id": "a", "question": "Which side?", "answer": "Left", "candidates": ["Right", "Both"]}
     first, later = (
