@@ -43,12 +43,12 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
 
-from mmedpo_ray.align.batch import Pair, forest_batch, pair_batch
-from mmedpo_ray.align.ddp_engine import DdpEngine
-from mmedpo_ray.align.logps import make_fast, response_logps
+from mmedpo_ray.align.data.batch import Pair, forest_batch, pair_batch
+from mmedpo_ray.align.engines.ddp import DdpEngine
 from mmedpo_ray.align.losses import Normaliser, Objective, preference_objective
+from mmedpo_ray.align.packing.logps import make_fast, response_logps
 from mmedpo_ray.align.policy import Policy, TrainingSpec
-from mmedpo_ray.config import AlignConfig
+from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_processor
 
 BETA = 0.1
@@ -108,7 +108,7 @@ def build_model(folder: Path, size: Size) -> None:
     """Saves a random LLaVA with 576 image tokens."""
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
-    from mmedpo_ray.models.phantom_tokenizer import make_processor, train_tokenizer
+    from mmedpo_ray.phantom.tokenizer import make_processor, train_tokenizer
 
     # Repeated, so that every word becomes one token.
     tokenizer = train_tokenizer([" ".join(WORDS)] * 10, 512)

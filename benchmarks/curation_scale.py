@@ -108,8 +108,9 @@ def _in_own_process(rows: int, least: int, folder: Path) -> dict[str, Any]:
 
 
 def _measure(rows: int, least: int, folder: Path, target: Path) -> int:
-    from mmedpo_ray import cluster, console
-    from mmedpo_ray.config import RayConfig
+    from mmedpo_ray import console
+    from mmedpo_ray.compat import cluster
+    from mmedpo_ray.config.tree import RayConfig
 
     console.configure()
     for size in (_WARM_ROWS, START_ROWS, least, rows):
@@ -158,10 +159,10 @@ def _without_start(rows: int, seconds: dict[str, float], start: dict[str, float]
 
 def _round(folder: Path, name: str, rows: int, watch: Watch) -> dict[str, float]:
     """Seconds of each station, and of all."""
-    from mmedpo_ray.config import load
-    from mmedpo_ray.curate.curate import curate
-    from mmedpo_ray.data.ingest import ingest
-    from mmedpo_ray.judge.score import score
+    from mmedpo_ray.config.load import load
+    from mmedpo_ray.curate.stage import curate
+    from mmedpo_ray.ingest.stage import ingest
+    from mmedpo_ray.judge.stage import score
 
     config = load(
         None,
@@ -181,7 +182,7 @@ def _round(folder: Path, name: str, rows: int, watch: Watch) -> dict[str, float]
 
 
 def _counts(run: Path) -> dict[str, dict[str, Any]]:
-    from mmedpo_ray.stage import read_manifest
+    from mmedpo_ray.tables.stage_runner import read_manifest
 
     found = {}
     for name in ("samples", "pairs", "scored"):
@@ -292,7 +293,7 @@ def write_rows(folder: Path, rows: int) -> None:
         return
     from PIL import Image
 
-    from mmedpo_ray.data.phantom import make_phantom
+    from mmedpo_ray.phantom.world import make_phantom
 
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(_IMAGES):
@@ -325,8 +326,8 @@ def _short(index: int) -> tuple[str, str]:
 
 @lru_cache(maxsize=1)
 def _questions(case: int) -> tuple[Any, ...]:
-    from mmedpo_ray.data.phantom.findings import sample_findings
-    from mmedpo_ray.data.phantom.text import write_questions
+    from mmedpo_ray.phantom.findings import sample_findings
+    from mmedpo_ray.phantom.text import write_questions
 
     rng = np.random.default_rng(case)
     return write_questions(rng, sample_findings(rng, "uniform"))

@@ -30,12 +30,12 @@ import torch
 from align_vs_trl import SHAPES, draw_rows
 from peft import LoraConfig, get_peft_model
 
-from mmedpo_ray.align.ddp_engine import DdpEngine
-from mmedpo_ray.align.forest import Forest, TokenSequence, pack
-from mmedpo_ray.align.logps import make_fast
+from mmedpo_ray.align.engines.ddp import DdpEngine
 from mmedpo_ray.align.losses import Normaliser, Objective, PairBatch, preference_objective
+from mmedpo_ray.align.packing.logps import make_fast
+from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
 from mmedpo_ray.align.policy import Policy, TrainingSpec
-from mmedpo_ray.config import AlignConfig
+from mmedpo_ray.align.settings import AlignConfig
 
 IMAGE_TOKENS = 576
 IMAGE_TOKEN = 32000

@@ -40,8 +40,10 @@ def main() -> int:
     arguments = _arguments()
     import ray
 
-    from mmedpo_ray import cluster
-    from mmedpo_ray.config import EngineConfig, RayConfig, VllmAgentConfig
+    from mmedpo_ray.compat import cluster
+    from mmedpo_ray.config.tree import RayConfig
+    from mmedpo_ray.judge.settings import VllmAgentConfig
+    from mmedpo_ray.models.settings import EngineConfig
 
     with tempfile.TemporaryDirectory(prefix="judges-") as scratch:
         model = arguments.model or _tiny_model(Path(scratch) / "model")
@@ -153,19 +155,19 @@ def _pipeline(
 ) -> tuple[float, float]:
     """The debate of the station ``score``, which is one pass here: rows per second, and the share of the time that its engine
     worked."""
-    from mmedpo_ray import tables
-    from mmedpo_ray.config import load
+    from mmedpo_ray.config.load import load
     from mmedpo_ray.judge import debate
-    from mmedpo_ray.judge.passes import hold_debate
-    from mmedpo_ray.run_folder import RunFolder
-    from mmedpo_ray.stage import Station, read_manifest
+    from mmedpo_ray.judge.debate_rounds import hold_debate
+    from mmedpo_ray.tables import schemas
+    from mmedpo_ray.tables.run_folder import RunFolder
+    from mmedpo_ray.tables.stage_runner import Station, read_manifest
 
     agents = json.dumps([agent.model_dump(mode="json")])
     config = load(None, [f"run.folder={folder}", f"score.agents={agents}", "score.max_rounds=1"])
     pairs = Station("curate", RunFolder(str(folder)).pairs, config)
     pairs.done_ids("pair_id")
-    pairs.write_part(rows, tables.PAIRS, "pair_id")
-    pairs.finish_parts(schema=tables.PAIRS, id_column="pair_id")
+    pairs.write_part(rows, schemas.PAIRS, "pair_id")
+    pairs.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
     clock = folder / "ready"
     plain = debate.HoldPass
     debate.HoldPass = _timed(plain, warm_up, str(clock))  # type: ignore[misc]
@@ -254,7 +256,7 @@ def _case(row: dict[str, Any]) -> Any:
 
 
 def _options(agent: Any) -> dict[str, Any]:
-    from mmedpo_ray import cluster
+    from mmedpo_ray.compat import cluster
     from mmedpo_ray.judge import agents
 
     return agents.map_options(agent, data_cpus=0.25, has_gpu=cluster.has_gpu())

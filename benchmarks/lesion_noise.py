@@ -39,12 +39,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmedpo_ray import images as image_files
-from mmedpo_ray import png, storage
-from mmedpo_ray.config import NoiseConfig
-from mmedpo_ray.curate.lesion_noise import add_lesion_noise, signal_share
-from mmedpo_ray.curate.tools.base import upsample
-from mmedpo_ray.curate.visual import HEAT_MAP_SIDE, heat_map_pixels
+from mmedpo_ray.curate.settings import NoiseConfig
+from mmedpo_ray.curate.visual.lesion_noise import add_lesion_noise, signal_share
+from mmedpo_ray.curate.visual.tools.base import upsample
+from mmedpo_ray.curate.visual.visual_pairs import HEAT_MAP_SIDE, heat_map_pixels
+from mmedpo_ray.io import images as image_files
+from mmedpo_ray.io import png, storage
 
 GRID, PATCH = 14, 16
 DEFAULT, RELEASED = NoiseConfig(), NoiseConfig(mode="released")

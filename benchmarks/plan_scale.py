@@ -25,14 +25,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmedpo_ray import tables
-from mmedpo_ray.align.pair_index import ensure_index
-from mmedpo_ray.align.pair_source import StoredPairs
-from mmedpo_ray.align.plan import Plan
-from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_rows
-from mmedpo_ray.config import AlignConfig
-from mmedpo_ray.manifest import Manifest
+from mmedpo_ray.align.data.pair_index import ensure_index
+from mmedpo_ray.align.data.pair_source import StoredPairs
+from mmedpo_ray.align.data.tokenise import COLUMNS, Preparation, prepare_rows
+from mmedpo_ray.align.plan.plan import Plan
+from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.loading import EMBEDDED_NAME, PromptWriter, load_processor
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.manifest import Manifest
 
 PAIRS_PER_IMAGE = 4
 ROWS_PER_FILE = 12 * 4096
@@ -83,9 +83,9 @@ def write_table(folder: Path, num_pairs: int, image_token: int, image_tokens: in
                 pa.array(columns[field.name], field.type)
                 if field.name in columns
                 else pa.nulls(len(rows), field.type)
-                for field in tables.PREPARED
+                for field in schemas.PREPARED
             ],
-            schema=tables.PREPARED,
+            schema=schemas.PREPARED,
         )
         path = folder / f"part-{number:05d}.parquet"
         pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_GROUP)

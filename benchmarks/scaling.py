@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from mmedpo_ray.align.scaling import (
+from mmedpo_ray.align.plan.step_costs import (
     Forward,
     Geometry,
     bandwidth_to_overlap,
@@ -20,7 +20,7 @@ from mmedpo_ray.align.scaling import (
     forward_flops,
     step_traffic,
 )
-from mmedpo_ray.config import LoraConfig
+from mmedpo_ray.align.settings import LoraConfig
 
 # NVIDIA H100 SXM data sheet: dense bf16.
 PEAK = 989e12

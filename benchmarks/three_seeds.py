@@ -20,12 +20,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmedpo_ray import tables
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.evaluate.metrics import METRICS
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.evaluate.summary import failed_rows, summarise
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import read_table
+from mmedpo_ray.metrics import METRICS
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import read_table
 
 
 def main() -> int:
@@ -57,10 +58,10 @@ def pooled(config: Config, folders: dict[int, Path]) -> dict[str, Any]:
     answers, failed, questions, per_seed = [], [], {}, {}
     for seed, folder in folders.items():
         run = RunFolder(str(folder))
-        answers.append(_of_seed(seed, read_table(run.evaluate, tables.ANSWERS, "answers")))
+        answers.append(_of_seed(seed, read_table(run.evaluate, schemas.ANSWERS, "answers")))
         if (dropped := failed_rows(run.evaluate)) is not None:
             failed.append(_of_seed(seed, dropped))
-        samples = read_table(run.samples, tables.SAMPLES, "samples")
+        samples = read_table(run.samples, schemas.SAMPLES, "samples")
         for sample_id, question in zip(
             samples["sample_id"].to_pylist(), samples["question"].to_pylist(), strict=True
         ):

@@ -24,8 +24,9 @@ import torch
 
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.policy import TrainingSpec
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.tables.run_folder import RunFolder
 
 IMAGES_PER_RANK = 4
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 from pydantic import BaseModel
 
-from mmedpo_ray import tables
-from mmedpo_ray.config import Config, OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
-from mmedpo_ray.evaluate.metrics import METRICS
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
+from mmedpo_ray.metrics import METRICS
+from mmedpo_ray.tables import schemas
 
 REFERENCE = Path(__file__).parent / "reference"
 HEADER = "<!-- Written by docs/make_reference.py; do not edit. -->\n\n"
@@ -22,7 +23,7 @@ def settings() -> str:
     """The settings page."""
     lines = [
         HEADER + "# Settings\n",
-        "One tree, in `mmedpo_ray/config.py`. A YAML file given with `--config` holds what differs from these defaults;",
+        "One tree, in `mmedpo_ray/config/tree.py`. A YAML file given with `--config` holds what differs from these defaults;",
         "`section.key=value` on the command line holds what differs from the file. `mmedpo config show` prints the result,",
         "`mmedpo config validate` checks it without running anything.\n",
     ]
@@ -88,23 +89,23 @@ def table_pages() -> str:
     """The tables page."""
     lines = [
         HEADER + "# Tables\n",
-        "The Parquet tables between the stations, from `mmedpo_ray/tables.py`. Every table folder also has `manifest.json`",
+        "The Parquet tables between the stations, from `mmedpo_ray/tables/schemas.py`. Every table folder also has `manifest.json`",
         "(key, the tables it was made of, settings, versions, rows in and out, dropped by reason, seconds) and, where rows were",
         "left out, `dropped/` with the same columns plus `drop_reason` and `drop_detail`. Rows in = rows out + dropped, always.\n",
     ]
     for name, schema in (
-        ("samples", tables.SAMPLES),
-        ("candidates", tables.CANDIDATES),
-        ("pairs", tables.PAIRS),
-        ("scored", tables.SCORED),
-        ("prepared", tables.PREPARED),
-        ("answers", tables.ANSWERS),
+        ("samples", schemas.SAMPLES),
+        ("candidates", schemas.CANDIDATES),
+        ("pairs", schemas.PAIRS),
+        ("scored", schemas.SCORED),
+        ("prepared", schemas.PREPARED),
+        ("answers", schemas.ANSWERS),
     ):
         lines += [f"## {name}\n", "| field | type | null | meaning |", "| --- | --- | --- | --- |"]
         fields = (
             schema
             if name != "scored"
-            else [field for field in schema if field.name not in tables.PAIRS.names]
+            else [field for field in schema if field.name not in schemas.PAIRS.names]
         )
         if name == "scored":
             lines.insert(-2, "All fields of `pairs`, and:\n")

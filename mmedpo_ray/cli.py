@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 from mmedpo_ray.cli_parser import build_parser
 
 if TYPE_CHECKING:
-    from mmedpo_ray.config import Config
+    from mmedpo_ray.config.tree import Config
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=")
 
 
 def settings_of(arguments: argparse.Namespace) -> Config:
     """The settings a command names; a finished run's own where only its folder is given."""
-    from mmedpo_ray.config import load
+    from mmedpo_ray.config.load import load
 
     path = arguments.config
     if path is None:
@@ -71,23 +71,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _command(arguments: argparse.Namespace) -> Callable[[], int]:
     """Loads and checks what a command needs; returns the command, which returns the exit status."""
     if arguments.verb == "phantom":
-        from mmedpo_ray.models.phantom import build_command
+        from mmedpo_ray.phantom.build_model import build_command
 
         return _always_zero(build_command, arguments.out, seed=arguments.seed)
     if arguments.verb == "show":
-        from mmedpo_ray.show import show
+        from mmedpo_ray.ingest.show import show
 
         return lambda: show(arguments.files, arguments.out, frames=arguments.frames, as_json=arguments.json)
     if arguments.verb == "convert-pairs":
-        from mmedpo_ray.data.convert_pairs import convert_pairs_command
+        from mmedpo_ray.convert.preference_pairs import convert_pairs_command
 
         return lambda: convert_pairs_command(arguments.table, arguments.to, arguments.out)
     if arguments.verb == "convert":
-        from mmedpo_ray.models.convert import convert_command
+        from mmedpo_ray.convert.checkpoint import convert_command
 
         given = {"vision_tower": arguments.vision_tower, "dtype": arguments.dtype}
         return _always_zero(convert_command, arguments.source, arguments.out, **given)
-    from mmedpo_ray.config import resolve_run_folder
+    from mmedpo_ray.config.load import resolve_run_folder
 
     config = settings_of(arguments)
     if arguments.verb == "config":
@@ -109,7 +109,7 @@ def _always_zero(command: Callable[..., object], *given: object, **named: object
 
 def _show_or_check(config: Config, action: str) -> int:
     from mmedpo_ray import console
-    from mmedpo_ray.config import dump
+    from mmedpo_ray.config.load import dump
 
     if action == "show":
         sys.stdout.write(dump(config))
@@ -128,11 +128,11 @@ def _answers_command(arguments: argparse.Namespace, config: Config) -> Callable[
 
 
 def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[[], int]:
-    from mmedpo_ray import preflight
+    from mmedpo_ray.stages import preflight
 
     verb = arguments.verb
     if verb == "audit":
-        from mmedpo_ray.data.audit import audit_command
+        from mmedpo_ray.audit.stage import audit_command
 
         if arguments.table is None:
             preflight.announce(verb, config)
@@ -140,29 +140,30 @@ def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[
         return lambda: audit_command(config, *given)
     # These two start and write nothing before they have read their input.
     if verb == "align" and arguments.dry_run:
-        from mmedpo_ray.align.dry_run import dry_run
+        from mmedpo_ray.align.plan.dry_run import dry_run
 
         preflight.announce(verb, config)
         return _always_zero(dry_run, config)
     if verb == "curate" and arguments.preview is not None:
-        from mmedpo_ray.curate.preview import preview
+        from mmedpo_ray.curate.visual.preview import preview
 
         preflight.announce(verb, config)
         return _always_zero(preview, config, arguments.preview)
     if verb == "serve":
-        from mmedpo_ray.serving import serve
+        from mmedpo_ray.serve.endpoint import serve
 
         preflight.check(verb, config)
         preflight.announce(verb, config)
         return _always_zero(serve, config)
-    from mmedpo_ray import pipeline, road
+    from mmedpo_ray import pipeline
+    from mmedpo_ray.stages import registry
 
     def run() -> int:
         if verb == "run":
             pipeline.run_all(config)
         else:
             pipeline.run_step(verb, config)
-            road.print_outcome(verb, config)
+            registry.print_outcome(verb, config)
         return 0
 
     return run

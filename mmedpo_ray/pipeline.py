@@ -14,12 +14,15 @@ from typing import Any
 
 from rich.markup import escape
 
-from mmedpo_ray import cluster, preflight, storage
-from mmedpo_ray.config import Config, dump, resolve_run_folder
+from mmedpo_ray.compat import cluster
+from mmedpo_ray.config.load import dump, resolve_run_folder
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.recorded import changes_since, read_manifests
-from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.io import storage
+from mmedpo_ray.stages import preflight
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.saved_settings import changes_since, read_manifests
 
 log = logging.getLogger(__name__)
 
@@ -27,32 +30,32 @@ Step = Callable[[Config], Any]
 
 
 def _ingest(config: Config) -> None:
-    from mmedpo_ray.data.ingest import ingest
+    from mmedpo_ray.ingest.stage import ingest
 
     ingest(config)
 
 
 def _curate(config: Config) -> None:
-    from mmedpo_ray.curate.curate import curate
+    from mmedpo_ray.curate.stage import curate
 
     curate(config)
 
 
 def _score(config: Config) -> None:
-    from mmedpo_ray.judge.score import score
+    from mmedpo_ray.judge.stage import score
 
     score(config)
 
 
 def _audit(config: Config) -> None:
     if config.audit.enabled:
-        from mmedpo_ray.data.audit import audit
+        from mmedpo_ray.audit.stage import audit
 
         audit(config)
 
 
 def _align(config: Config) -> None:
-    from mmedpo_ray.align.trainer import align
+    from mmedpo_ray.align.stage import align
 
     align(config, "aligned")
     if config.control.enabled:
@@ -60,7 +63,7 @@ def _align(config: Config) -> None:
 
 
 def _export(config: Config) -> None:
-    from mmedpo_ray.models.export import export
+    from mmedpo_ray.export.stage import export
 
     export(config, "aligned")
     if config.control.enabled:
@@ -68,13 +71,13 @@ def _export(config: Config) -> None:
 
 
 def _evaluate(config: Config) -> None:
-    from mmedpo_ray.evaluate.evaluate import evaluate
+    from mmedpo_ray.evaluate.stage import evaluate
 
     evaluate(config)
 
 
 def _report(config: Config) -> None:
-    from mmedpo_ray.report.report import report
+    from mmedpo_ray.report.stage import report
 
     report(config)
 
@@ -167,7 +170,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
 def _print_end(config: Config, seconds: float) -> None:
     run = RunFolder(config.run.folder)
     summary = json.loads(storage.read_bytes(storage.join(run.evaluate, "summary.json")))
-    from mmedpo_ray.evaluate.evaluate import summary_table
+    from mmedpo_ray.evaluate.stage import summary_table
 
     console.print(summary_table(summary))
     console.print(f"finished in {seconds / 60:.1f} min")

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from ray.serve.deployment import Application
 
-from mmedpo_ray import cluster
-from mmedpo_ray.config import load, resolve_run_folder
-from mmedpo_ray.serving import build_app, served_models
+from mmedpo_ray.compat import cluster
+from mmedpo_ray.config.load import load, resolve_run_folder
+from mmedpo_ray.serve.endpoint import build_app, served_models
 
 
 def build(arguments: dict[str, str]) -> Application:

@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmedpo_ray import storage, tables
-from mmedpo_ray.align import deepspeed_engine, head
-from mmedpo_ray.align.pair_index import ensure_index
+from mmedpo_ray.align.data.pair_index import ensure_index
+from mmedpo_ray.align.data.tokenise import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
+from mmedpo_ray.align.engines import deepspeed
+from mmedpo_ray.align.packing import lm_head
 from mmedpo_ray.align.policy import TrainingSpec
-from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
-from mmedpo_ray.config import AlignConfig, LoraConfig
+from mmedpo_ray.align.settings import AlignConfig, LoraConfig
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import Manifest
+from mmedpo_ray.io import storage
 from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.manifest import Manifest
 
 QUESTIONS = ("Is there a nodule?", "Where is the effusion?", "Describe the chest radiograph.")
 ANSWERS = (
@@ -69,13 +71,13 @@ def write_scored(folder: Path, num_images: int = 6, seed: int = 0, **changes: An
     for row in rows:
         row["weight"] = float(rng.uniform(0.75, 1.25))
         row.update(changes.get(row["pair_id"], {}))
-    write_table(folder / "scored", rows, tables.SCORED, "score")
+    write_table(folder / "scored", rows, schemas.SCORED, "score")
     return rows
 
 
 def write_table(folder: Path, rows: list[dict[str, Any]], schema: Any, station: str) -> None:
     """Writes a finished table with its manifest."""
-    storage.write_parquet(str(folder / "part-00000.parquet"), tables.to_table(rows, schema))
+    storage.write_parquet(str(folder / "part-00000.parquet"), schemas.to_table(rows, schema))
     (folder / "manifest.json").write_text(
         json.dumps({"station": station, "key": "test", "rows_in": len(rows), "rows_out": len(rows)})
     )
@@ -105,13 +107,13 @@ def write_prepared(
         wrong = {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == "text"}
         selected = with_reversed_pairs(selected, wrong)
     prepared = prepare_rows(selected, PromptWriter(load_processor(str(model))), how)
-    assert all(tables.DROP_REASON not in row for row in prepared)
+    assert all(schemas.DROP_REASON not in row for row in prepared)
     rng = np.random.default_rng(seed)
     for row in prepared:
         row["ref_chosen_logp"], row["ref_rejected_logp"] = (-rng.uniform(5, 30, 2)).tolist()
         if chosen is not None:
             row["ref_chosen_logp"] = chosen
-    write_table(folder, sorted(prepared, key=lambda row: row["tree_key"]), tables.PREPARED, "prepare")
+    write_table(folder, sorted(prepared, key=lambda row: row["tree_key"]), schemas.PREPARED, "prepare")
     ensure_index(str(folder), Manifest(station="prepare", key="test"))
 
 
@@ -167,7 +169,7 @@ class Launch:
     spec: TrainingSpec
     crash_after: int | None = None
     is_refused: bool = False
-    most_logits: int = head.MOST_LOGITS
+    most_logits: int = lm_head.MOST_LOGITS
     releases_weights: bool = False
 
 
@@ -206,7 +208,7 @@ def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None
     from mmedpo_ray.align.loop import TrainingLoop
 
     for launch in launches:
-        head.MOST_LOGITS = launch.most_logits
+        lm_head.MOST_LOGITS = launch.most_logits
         if launch.is_refused:
             # A rank that begins after another was refused would end at once, as it should.
             torch.distributed.barrier()
@@ -227,15 +229,15 @@ def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None
 @contextlib.contextmanager
 def _releasing() -> Iterator[None]:
     """Engines made meanwhile keep no weight whole."""
-    before, deepspeed_engine._CPU_PERSISTENCE = deepspeed_engine._CPU_PERSISTENCE, 0
+    before, deepspeed._CPU_PERSISTENCE = deepspeed._CPU_PERSISTENCE, 0
     try:
         yield
     finally:
-        deepspeed_engine._CPU_PERSISTENCE = before
+        deepspeed._CPU_PERSISTENCE = before
 
 
 def _expect_refusal(spec: TrainingSpec) -> None:
-    from mmedpo_ray.align.trainer import _worker
+    from mmedpo_ray.align.stage import _worker
 
     try:
         _worker({"spec": spec})

@@ -54,8 +54,8 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster, shut down at the end."""
     import ray
 
-    from mmedpo_ray import cluster
-    from mmedpo_ray.config import RayConfig
+    from mmedpo_ray.compat import cluster
+    from mmedpo_ray.config.tree import RayConfig
 
     os.environ.pop("RAY_ADDRESS", None)
     cluster.start(RayConfig())

@@ -12,7 +12,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from mmedpo_ray import images
+from mmedpo_ray.io import images
 
 SAMPLES = Path(pydicom.__file__).parent / "data" / "test_files"
 SIDE = 64

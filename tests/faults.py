@@ -15,12 +15,14 @@ from typing import Any
 import psutil
 import pytest
 
-from mmedpo_ray.manifest import MANIFEST
-from mmedpo_ray.stage import read_manifest
+from mmedpo_ray.tables.manifest import MANIFEST
+from mmedpo_ray.tables.stage_runner import read_manifest
 
 _DRIVER = """
 import sys
-from mmedpo_ray import cluster, config, console, pipeline
+from mmedpo_ray.compat import cluster
+from mmedpo_ray.config import load as config
+from mmedpo_ray import console, pipeline
 
 console.configure()
 settings = config.load(None, sys.argv[2:])

@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmedpo_ray.align.batch import Pair
-from mmedpo_ray.align.pair_index import KINDS, PAIR, PairIndex, Totals, hash_images, index_pairs, set_orders
-from mmedpo_ray.align.prepare import Preparation, make_pair, prepare_table
+from mmedpo_ray.align.data.batch import Pair
+from mmedpo_ray.align.data.pair_index import (
+    KINDS,
+    PAIR,
+    PairIndex,
+    Totals,
+    hash_images,
+    index_pairs,
+    set_orders,
+)
+from mmedpo_ray.align.data.tokenise import Preparation, make_pair, prepare_table
 from mmedpo_ray.models.loading import PromptWriter
 
 

@@ -22,7 +22,7 @@ from transformers import (
     MistralConfig,
 )
 
-from mmedpo_ray.models.phantom_tokenizer import make_processor, train_tokenizer
+from mmedpo_ray.phantom.tokenizer import make_processor, train_tokenizer
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 8

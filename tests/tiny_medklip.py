@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from mmedpo_ray.curate.tools.medklip_network import MedklipNetwork
-from mmedpo_ray.curate.tools.prompts import OBSERVATIONS
+from mmedpo_ray.curate.visual.tools.medklip_network import MedklipNetwork
+from mmedpo_ray.radiology.finding_prompts import OBSERVATIONS
 
 
 def build_tiny_medklip(folder: Path) -> Path:

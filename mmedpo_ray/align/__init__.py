@@ -1,0 +1,1 @@
+"""Scored pairs → trained weights: weighted preference optimisation under Ray Train and DeepSpeed."""

@@ -20,12 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmedpo_ray import storage
-from mmedpo_ray.align.attempt import is_told_to_stop
-from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch, read_ahead
-from mmedpo_ray.align.engine import Engine, make_engine
-from mmedpo_ray.align.forest import Forest
-from mmedpo_ray.align.keeper import CheckpointKeeper
+from mmedpo_ray.align.checkpoint.manager import CheckpointKeeper
+from mmedpo_ray.align.checkpoint.run_lock import is_told_to_stop
+from mmedpo_ray.align.data.batch import ImageLoader, forest_batch, pair_batch, read_ahead
+from mmedpo_ray.align.data.pair_source import StoredPairs, hold_out
+from mmedpo_ray.align.engines.base import Engine, make_engine
 from mmedpo_ray.align.losses import (
     SUMS,
     Normaliser,
@@ -35,14 +34,15 @@ from mmedpo_ray.align.losses import (
     sft_objective,
     summarise,
 )
-from mmedpo_ray.align.made_with import check_prepared
 from mmedpo_ray.align.metrics import MetricsWriter
-from mmedpo_ray.align.pair_source import StoredPairs, hold_out
-from mmedpo_ray.align.plan import MicroBatch, Plan, effective_sample_size
+from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.align.plan.plan import MicroBatch, Plan, effective_sample_size
 from mmedpo_ray.align.policy import TrainingSpec, build_policy, learning_rate_factor
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import Manifest
+from mmedpo_ray.io import storage
 from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.tables.manifest import Manifest
+from mmedpo_ray.tables.provenance import check_prepared
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmedpo_ray.align.forest import Forest
-from mmedpo_ray.align.logps import make_fast, response_logps
 from mmedpo_ray.align.losses import Objective
-from mmedpo_ray.align.tree_attention import check_family
-from mmedpo_ray.config import AlignConfig
+from mmedpo_ray.align.packing.logps import make_fast, response_logps
+from mmedpo_ray.align.packing.tree_attention import check_family
+from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PROJECTOR, load_model, resolve_model
 
@@ -43,7 +43,7 @@ class TrainingSpec:
         use_gpu: whether ranks have a GPU each.
         attempt: identity of this launch, so that an error is told from one of an earlier launch.
         prepared_key: of the `prepared` table; ``None``: any.
-        prepared_with: what the table of that key is made with (:mod:`~mmedpo_ray.align.made_with`), for messages.
+        prepared_with: what the table of that key is made with (:mod:`~mmedpo_ray.tables.provenance`), for messages.
         check_reference: compare the table with the untrained policy in the first step.
     """
 
@@ -90,7 +90,7 @@ def objective_of(align: AlignConfig) -> Objective:
 
 
 class Policy(nn.Module):
-    """The model under training; ``forward`` is :func:`~mmedpo_ray.align.logps.response_logps`.
+    """The model under training; ``forward`` is :func:`~mmedpo_ray.align.packing.logps.response_logps`.
 
     DeepSpeed gathers sharded weights in hooks of ``forward``, so everything that touches weights happens inside it.
     """
@@ -104,7 +104,7 @@ class Policy(nn.Module):
         self._kl_forward_share = kl_forward_share
 
     def forward(self, batch: Forest) -> tuple[Any, ...]:
-        """See :class:`~mmedpo_ray.align.logps.LogpOutput`; a plain tuple, because hooks rebuild it."""
+        """See :class:`~mmedpo_ray.align.packing.logps.LogpOutput`; a plain tuple, because hooks rebuild it."""
         return tuple(
             response_logps(
                 self.model,

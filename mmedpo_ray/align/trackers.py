@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmedpo_ray import storage
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.io import storage
 
 # What trackers leave in a run's folder; another run takes it away.
 TRACKER_FILES = ("trackers.json", "tensorboard", "mlflow.db", "mlflow", "wandb")

@@ -1,0 +1,1 @@
+"""Samples → preference pairs, of text and visual."""

@@ -1,0 +1,1 @@
+"""Endpoint and test samples → answers and scores."""

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mmedpo_ray import storage
 from mmedpo_ray.evaluate import scoring
 from mmedpo_ray.evaluate.answers_file import Given, read
-from mmedpo_ray.evaluate.metrics import METRICS
 from mmedpo_ray.evaluate.pairing import pair
 from mmedpo_ray.evaluate.scoring import Options, Row
+from mmedpo_ray.io import storage
+from mmedpo_ray.metrics import METRICS
 
 
 def evaluate_file(uri: str, options: Options) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -100,7 +100,7 @@ def answers_command(uri: str, options: Options, *, json_path: str | None, rows_p
 
     from mmedpo_ray.console import console
     from mmedpo_ray.evaluate.summary import score_table
-    from mmedpo_ray.report import verdict
+    from mmedpo_ray.metrics import verdict
 
     summary, rows = evaluate_file(uri, options)
     if rows_path:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mmedpo_ray import storage
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.io import storage
 
 _ANSWER_TYPES = ("closed", "open", "report")
 _TEXTS = ("question", "reference", "prediction")

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import openai
 
-from mmedpo_ray.config import EvaluateConfig
+from mmedpo_ray.clients.http import async_client
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.http_client import async_client
-from mmedpo_ray.image_error import ImageError
-from mmedpo_ray.images import MAX_PIXELS, plain_bytes
+from mmedpo_ray.evaluate.settings import EvaluateConfig
+from mmedpo_ray.io.image_error import ImageError
+from mmedpo_ray.io.images import MAX_PIXELS, plain_bytes
 
 # Why a request brought no answer that another try may bring; an image or a request that is refused stays so.
 RETRY_REASONS = (
@@ -195,7 +195,7 @@ class Endpoint:
 
 
 def image_data_url(uri: str, max_pixels: int = MAX_PIXELS) -> str:
-    """An image file as a ``data:`` URL; see :func:`mmedpo_ray.images.plain_bytes`.
+    """An image file as a ``data:`` URL; see :func:`mmedpo_ray.io.images.plain_bytes`.
 
     Raises:
         ImageError: the file is missing, damaged or too large.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.answers_file import Given
-from mmedpo_ray.evaluate.metrics import Answer
 from mmedpo_ray.evaluate.scoring import Row
+from mmedpo_ray.metrics import Answer
 
 # Where the file names no model.
 _ONLY_MODEL = "answers"

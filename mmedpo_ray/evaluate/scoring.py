@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.evaluate import statistics
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, Metric, UnavailableError
-from mmedpo_ray.evaluate.metrics.base import is_empty
-from mmedpo_ray.evaluate.metrics.closed import verdict
-from mmedpo_ray.evaluate.metrics.words import unsupported_script
-from mmedpo_ray.report.verdict import judge
+from mmedpo_ray.metrics import METRICS, Answer, Metric, UnavailableError, statistics
+from mmedpo_ray.metrics.answer_words import unsupported_script
+from mmedpo_ray.metrics.base import is_empty
+from mmedpo_ray.metrics.closed_questions import verdict
+from mmedpo_ray.metrics.verdict import judge
 
 Figures = dict[str, dict[str, Any]]
 
@@ -115,7 +114,7 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
     Returns:
         ``{metric: {"value", "low", "high", "n", "p", "p_holm", "verdict"}}``: "p" tests that there is none;
         "p_holm" is corrected for all main metrics compared here, and "verdict" is
-        :func:`~mmedpo_ray.report.verdict.judge`'s; both are null for the others.
+        :func:`~mmedpo_ray.metrics.verdict.judge`'s; both are null for the others.
     """
     found: Figures = {}
     for name in scored.statistics:

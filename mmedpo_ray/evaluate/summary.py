@@ -13,9 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mmedpo_ray.evaluate import scoring
-from mmedpo_ray.evaluate.metrics import METRICS, Answer
 from mmedpo_ray.evaluate.scoring import Options, Row
-from mmedpo_ray.report import verdict
+from mmedpo_ray.metrics import METRICS, Answer, verdict
 
 # What ingest appends to the id of an image that is one frame of its file.
 _FRAME = re.compile(r"~f\d+\Z")
@@ -95,8 +94,8 @@ def summarise(
 
 def failed_rows(folder: str) -> pa.Table | None:
     """The requests of a finished evaluation that brought no answer."""
-    from mmedpo_ray import storage
-    from mmedpo_ray.merge import DROPPED
+    from mmedpo_ray.io import storage
+    from mmedpo_ray.tables.merge import DROPPED
 
     paths = storage.list_files(storage.join(folder, DROPPED), ".parquet")
     found = [storage.read_parquet(path) for path in paths]

@@ -18,17 +18,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmedpo_ray import tables
-from mmedpo_ray.config import AgentConfig
-from mmedpo_ray.endpoint import UsageLog
+from mmedpo_ray.clients.chat import UsageLog
 from mmedpo_ray.judge import agents as judges
 from mmedpo_ray.judge.agents import Agent, Case, ChargedAgent, Judgement, Refusal
+from mmedpo_ray.judge.settings import AgentConfig
+from mmedpo_ray.tables import schemas
 
 # Pairs in the middle of a debate.
 DEBATE = pa.schema(
     [
-        *tables.PAIRS,
-        pa.field("history", tables.HISTORY, nullable=False, metadata={"meaning": "every judgement so far"}),
+        *schemas.PAIRS,
+        pa.field("history", schemas.HISTORY, nullable=False, metadata={"meaning": "every judgement so far"}),
         pa.field(
             "settled", pa.bool_(), nullable=False, metadata={"meaning": "no further judgement is needed"}
         ),
@@ -210,10 +210,10 @@ class HoldPass:
             "settled": pa.array(
                 [settled(history, len(self._speakers), self._max_rounds) for history, _ in held], pa.bool_()
             ),
-            tables.DROP_REASON: pa.array(
+            schemas.DROP_REASON: pa.array(
                 [refusal.reason if refusal else None for _, refusal in held], pa.string()
             ),
-            tables.DROP_DETAIL: pa.array(
+            schemas.DROP_DETAIL: pa.array(
                 [self._detail(history, refusal) if refusal else None for history, refusal in held],
                 pa.string(),
             ),
@@ -242,7 +242,7 @@ def from_rows(rows: Sequence[dict[str, Any]] | None) -> tuple[Judgement, ...]:
 def to_column(histories: Sequence[Sequence[Judgement]]) -> pa.Array:
     """The ``history`` column of some rows."""
     flat = [item for history in histories for item in history]
-    kinds = tables.HISTORY.value_type
+    kinds = schemas.HISTORY.value_type
     values = [pa.array([getattr(item, field.name) for item in flat], field.type) for field in kinds]
     ends = accumulate((len(history) for history in histories), initial=0)
     return pa.ListArray.from_arrays(

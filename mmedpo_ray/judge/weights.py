@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmedpo_ray.config import WeightConfig
+from mmedpo_ray.judge.settings import WeightConfig
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,0 +1,1 @@
+"""Loading a LLaVA, writing its prompts, and what vLLM needs to run it."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EMBEDDED_NAME = "phantom"
 # Between vision tower and language model, as LlavaModel names it.
 PROJECTOR = "multi_modal_projector"
-EMBEDDED_FOLDER = Path(__file__).parent / "phantom_llava"
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "phantom" / "phantom_llava"
 
 # Their features come in a fixed number per image, which the planning of a training run relies on.
 _SUPPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model")

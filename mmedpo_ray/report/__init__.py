@@ -1,1 +1,1 @@
-"""tables and metrics → report.html."""
+"""Tables and metrics → report.html."""

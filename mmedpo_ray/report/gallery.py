@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from matplotlib import colormaps
 from PIL import Image
 
-from mmedpo_ray import images
+from mmedpo_ray.io import images
 
 _LONGEST_SIDE = 320
 _HEAT_OPACITY = 0.6

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mmedpo_ray import stage, tables
+from mmedpo_ray.tables import schemas, stage_runner
 
 RAY = str(Path(sys.executable).parent / "ray")
 REDUCED = [
@@ -120,14 +120,14 @@ def test_the_whole_road_as_a_job(cluster: dict[str, str], repository: Path, tmp_
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
 
-    samples = stage.read_table(str(run / "samples"), tables.SAMPLES, "samples")
-    pairs = stage.read_table(str(run / "pairs"), tables.PAIRS, "pairs")
-    scored = stage.read_table(str(run / "scored"), tables.SCORED, "scored")
+    samples = stage_runner.read_table(str(run / "samples"), schemas.SAMPLES, "samples")
+    pairs = stage_runner.read_table(str(run / "pairs"), schemas.PAIRS, "pairs")
+    scored = stage_runner.read_table(str(run / "scored"), schemas.SCORED, "scored")
     assert set(samples["split"].to_pylist()) == {"train", "test"}
     assert set(pairs["kind"].to_pylist()) == {"text", "visual"}
     assert scored["pair_id"].to_pylist() == pairs["pair_id"].to_pylist()
     for folder in ("samples", "candidates", "pairs", "scored", "prepared", "evaluate"):
-        manifest = stage.read_manifest(str(run / folder))
+        manifest = stage_runner.read_manifest(str(run / folder))
         assert manifest is not None, folder
         assert manifest.rows_in == manifest.rows_out + sum(manifest.dropped.values()), folder
 

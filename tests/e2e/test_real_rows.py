@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mmedpo_ray import stage, tables
+from mmedpo_ray.tables import schemas, stage_runner
 
 MMEDPO = str(Path(sys.executable).parent / "mmedpo")
 
@@ -52,19 +52,19 @@ def test_real_rows_through_every_station(shared_data: Path, repository: Path, tm
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6], "resumed at the last checkpoint, each step once"
 
-    samples = stage.read_manifest(str(run / "samples"))
+    samples = stage_runner.read_manifest(str(run / "samples"))
     assert samples is not None
     assert samples.rows_in == 162
     assert samples.rows_out + sum(samples.dropped.values()) == 162
-    pairs = stage.read_table(str(run / "pairs"), tables.PAIRS, "pairs").to_pylist()
-    scored = stage.read_table(str(run / "scored"), tables.SCORED, "scored").to_pylist()
+    pairs = stage_runner.read_table(str(run / "pairs"), schemas.PAIRS, "pairs").to_pylist()
+    scored = stage_runner.read_table(str(run / "scored"), schemas.SCORED, "scored").to_pylist()
     text = [row for row in scored if row["kind"] == "text"]
     assert text
     assert any(row["kind"] == "visual" for row in scored)
     assert all(row["score"] == row["source_score"] for row in text), "released scores are kept"
     assert all(Path(row["rejected_image_uri"]).is_file() for row in pairs)
     train_images = {row["image_id"] for row in pairs}
-    answers = stage.read_table(str(run / "evaluate"), tables.ANSWERS, "answers").to_pylist()
+    answers = stage_runner.read_table(str(run / "evaluate"), schemas.ANSWERS, "answers").to_pylist()
     assert not train_images & {row["image_id"] for row in answers}, "no image in both splits"
     assert {row["model"] for row in answers} == {"base", "aligned"}
     assert (run / "report.html").stat().st_size > 10_000

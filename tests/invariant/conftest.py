@@ -11,7 +11,7 @@ from align_world import Launch, train, training_spec, with_settings, write_prepa
 from tiny_llava import build_tiny_llava
 
 from mmedpo_ray.align.policy import TrainingSpec
-from mmedpo_ray.config import LoraConfig
+from mmedpo_ray.align.settings import LoraConfig
 
 # Several chunks in every forward: the vocabulary has 512 entries.
 _FEW_LOGITS = 3_000

@@ -16,11 +16,11 @@ from pairs_in_memory import prepare_pairs
 from PIL import Image
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray import tables
-from mmedpo_ray.align.batch import ImageLoader, Pair, forest_batch, pair_batch
-from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.data.batch import ImageLoader, Pair, forest_batch, pair_batch
 from mmedpo_ray.align.losses import Normaliser, Objective, preference_objective
+from mmedpo_ray.align.packing.logps import response_logps
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+from mmedpo_ray.tables import schemas
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     writer = PromptWriter(processor)
     reference = load_model(str(reference_folder), torch.float32)
     pairs, dropped = prepare_pairs(
-        tables.to_table(rows, tables.SCORED), writer, max_length=256, visual_coefficient=1.0
+        schemas.to_table(rows, schemas.SCORED), writer, max_length=256, visual_coefficient=1.0
     )
     assert not dropped
     return {

@@ -9,15 +9,15 @@ import torch
 from align_compare import adapter, assert_same_training, trained
 from align_world import with_settings
 
-from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
-from mmedpo_ray.align.checkpoint import checkpoint_folders, load_last_checkpoint
-from mmedpo_ray.align.logps import LogpOutput
+from mmedpo_ray.align.checkpoint.checkpoint import checkpoint_folders, load_last_checkpoint
+from mmedpo_ray.align.data.batch import ImageLoader, forest_batch, pair_batch
+from mmedpo_ray.align.data.pair_source import StoredPairs
 from mmedpo_ray.align.losses import preference_objective
 from mmedpo_ray.align.metrics import read_metrics
-from mmedpo_ray.align.pair_source import StoredPairs
-from mmedpo_ray.align.plan import Plan
+from mmedpo_ray.align.packing.logps import LogpOutput
+from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.align.policy import build_policy, learning_rate_factor
-from mmedpo_ray.align.trainer import _raise_user_error
+from mmedpo_ray.align.stage import _raise_user_error
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 

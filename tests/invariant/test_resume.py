@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from align_compare import assert_same_training
 
-from mmedpo_ray.align.checkpoint import checkpoint_folders
+from mmedpo_ray.align.checkpoint.checkpoint import checkpoint_folders
 from mmedpo_ray.align.metrics import read_metrics
 
 if TYPE_CHECKING:

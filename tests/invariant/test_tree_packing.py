@@ -18,9 +18,6 @@ from peft import LoraConfig, get_peft_model
 from tiny_llava import build_tiny_llava, put_the_image_last
 from torch import Tensor
 
-from mmedpo_ray.align import head
-from mmedpo_ray.align.forest import TokenSequence, pack
-from mmedpo_ray.align.logps import LogpOutput, make_fast, response_logps
 from mmedpo_ray.align.losses import (
     LOSSES,
     Normaliser,
@@ -30,6 +27,9 @@ from mmedpo_ray.align.losses import (
     kl_divergence,
     preference_objective,
 )
+from mmedpo_ray.align.packing import lm_head
+from mmedpo_ray.align.packing.logps import LogpOutput, make_fast, response_logps
+from mmedpo_ray.align.packing.trees import TokenSequence, pack
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 
 TOLERANCE = 1e-5
@@ -285,7 +285,7 @@ def test_values_and_gradients_do_not_depend_on_chunks(
     model.get_base_model().lm_head.requires_grad_(True)
     found = []
     for rows in (1000, 3):
-        monkeypatch.setattr(head, "MOST_LOGITS", rows * vocabulary + 1)
+        monkeypatch.setattr(lm_head, "MOST_LOGITS", rows * vocabulary + 1)
         out = packed(
             world, sequences, with_reference=forward_share is not None, kl_forward_share=forward_share
         )
@@ -309,10 +309,10 @@ def test_chunks_bound_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the logits of many tokens nothing stays until the backward pass; of few, all."""
     rows, size, vocabulary = 64, 4, 100
     layer = torch.nn.Linear(size, vocabulary, bias=False)
-    head.install(layer)
+    lm_head.install(layer)
 
     def kept(most_logits: int) -> int:
-        monkeypatch.setattr(head, "MOST_LOGITS", most_logits)
+        monkeypatch.setattr(lm_head, "MOST_LOGITS", most_logits)
         numbers: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: numbers.append(tensor.numel()) or tensor, lambda tensor: tensor

@@ -10,12 +10,12 @@ import pytest
 import torch
 from align_compare import assert_same_training, trained
 
-from mmedpo_ray.align.batch import ImageLoader, forest_batch, pair_batch
-from mmedpo_ray.align.checkpoint import Checkpoint, checkpoint_folders, load_best_checkpoint
-from mmedpo_ray.align.logps import LogpOutput
+from mmedpo_ray.align.checkpoint.checkpoint import Checkpoint, checkpoint_folders, load_best_checkpoint
+from mmedpo_ray.align.data.batch import ImageLoader, forest_batch, pair_batch
+from mmedpo_ray.align.data.pair_source import StoredPairs, hold_out
 from mmedpo_ray.align.losses import Normaliser, preference_objective
 from mmedpo_ray.align.metrics import read_metrics
-from mmedpo_ray.align.pair_source import StoredPairs, hold_out
+from mmedpo_ray.align.packing.logps import LogpOutput
 from mmedpo_ray.align.policy import build_policy
 from mmedpo_ray.models.loading import PromptWriter, load_processor
 

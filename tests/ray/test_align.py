@@ -16,13 +16,13 @@ from align_world import align_settings, write_scored
 from PIL import Image
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray import stage, tables
 from mmedpo_ray.align.metrics import read_metrics
-from mmedpo_ray.align.trainer import align
-from mmedpo_ray.config import Config
+from mmedpo_ray.align.stage import align
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
-from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.tables import schemas, stage_runner
+from mmedpo_ray.tables.run_folder import RunFolder
 
 pytestmark = pytest.mark.engine
 
@@ -66,7 +66,7 @@ def test_align_survives_a_killed_worker(
     assert killed, "no worker was killed, so nothing was recovered from"
     assert (manifest.rows_in, manifest.rows_out) == (24, 22)
     assert manifest.dropped == {"weight_zero": 1, "prompt_too_long": 1}
-    prepared = stage.read_table(run.prepared, tables.PREPARED, "prepared")
+    prepared = stage_runner.read_table(run.prepared, schemas.PREPARED, "prepared")
     assert prepared.num_rows == 22 == len(prepared["ref_chosen_logp"].drop_null())
     assert prepared["image_id"].to_pylist() == sorted(prepared["image_id"].to_pylist())
     dropped = pq.read_table(f"{run.prepared}/dropped").select(["pair_id", "drop_reason"]).to_pylist()

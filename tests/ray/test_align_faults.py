@@ -22,11 +22,12 @@ from align_compare import assert_same_training
 from align_world import align_settings, write_scored
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray import storage
-from mmedpo_ray.align.checkpoint import checkpoint_folders
+from mmedpo_ray.align.checkpoint.checkpoint import checkpoint_folders
 from mmedpo_ray.align.metrics import read_metrics
-from mmedpo_ray.config import Config, dump
-from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.config.load import dump
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.io import storage
+from mmedpo_ray.tables.run_folder import RunFolder
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -36,8 +37,10 @@ STEPS = 40
 DRIVER = """
 import sys
 from pathlib import Path
-from mmedpo_ray import cluster, config, console
-from mmedpo_ray.align import trainer
+from mmedpo_ray.compat import cluster
+from mmedpo_ray.config import load as config
+from mmedpo_ray import console
+from mmedpo_ray.align import stage as trainer
 
 barrier = Path(sys.argv[1]).with_name("barrier")
 train = trainer._worker

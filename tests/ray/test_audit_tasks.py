@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from mmedpo_ray.config import load
-from mmedpo_ray.data.audit import audit_command
-from mmedpo_ray.data.audit.extract import extract
-from mmedpo_ray.data.audit.features import Features
-from mmedpo_ray.data.audit.samples import open_samples
-from mmedpo_ray.data.audit.table import open_pairs
+from mmedpo_ray.audit.extract import extract
+from mmedpo_ray.audit.features import Features
+from mmedpo_ray.audit.samples import open_samples
+from mmedpo_ray.audit.stage import audit_command
+from mmedpo_ray.config.load import load
+from mmedpo_ray.datasets.pair_table import open_pairs
 from mmedpo_ray.errors import UserError
 
 WORDS = (

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from object_store import running
 
-from mmedpo_ray import images, stage, storage, tables
-from mmedpo_ray.png import encode_pixels
+from mmedpo_ray.io import images, storage
+from mmedpo_ray.io.png import encode_pixels
+from mmedpo_ray.tables import schemas, stage_runner
 
 pytestmark = pytest.mark.engine
 IMAGES = 4
@@ -25,11 +26,11 @@ QUESTIONS = [
 # Workers learn of the server from the environment, so the run has a cluster of its own.
 STATIONS = """
 import json, sys
-from mmedpo_ray import cluster
-from mmedpo_ray.config import load
-from mmedpo_ray.curate.curate import curate
-from mmedpo_ray.data.ingest import ingest
-from mmedpo_ray.judge.score import score
+from mmedpo_ray.compat import cluster
+from mmedpo_ray.config.load import load
+from mmedpo_ray.curate.stage import curate
+from mmedpo_ray.ingest.stage import ingest
+from mmedpo_ray.judge.stage import score
 configs = [load(None, options) for options in json.loads(sys.argv[1])]
 cluster.start(configs[0].ray)
 for config in configs:
@@ -88,7 +89,7 @@ def run_stations(runs: list[tuple[str, str]]) -> None:
 
 
 def scored(folder: str) -> list[dict[str, Any]]:
-    rows = stage.read_table(storage.join(folder, "scored"), tables.SCORED, "scored").to_pylist()
+    rows = stage_runner.read_table(storage.join(folder, "scored"), schemas.SCORED, "scored").to_pylist()
     return sorted(rows, key=lambda row: row["pair_id"])
 
 
@@ -112,6 +113,6 @@ def test_a_run_on_a_bucket_equals_one_on_paths(bucket: str, tmp_path: Path) -> N
             noised, same = (images.load_image(item["rejected_image_uri"]) for item in (row, expected))
             assert np.array_equal(np.asarray(noised), np.asarray(same))
     for folder in folders:
-        manifest = stage.read_manifest(storage.join(folder, "samples"))
+        manifest = stage_runner.read_manifest(storage.join(folder, "samples"))
         assert manifest is not None
         assert manifest.dropped == {"image_undecodable": 2, "image_missing": 2}

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny_llava_med import NUM_PATCHES, Original, build_tiny_llava_med, original_pixels
 
-from mmedpo_ray.models.convert import convert
+from mmedpo_ray.convert.checkpoint import convert
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 
 QUESTIONS = ["Is there a nodule in the left lung?", "What is shown in the image?"]
@@ -23,9 +23,9 @@ VLLM_SCRIPT = """
 if __name__ == "__main__":
     import base64, io, json, os, sys
     model, questions, folders = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
-    from mmedpo_ray.config import EngineConfig
-    from mmedpo_ray.models import engine_preload
-    from mmedpo_ray.models.engine import engine_settings
+    from mmedpo_ray.models.settings import EngineConfig
+    from mmedpo_ray.compat import vllm_preload as engine_preload
+    from mmedpo_ray.models.vllm_engine import engine_settings
     settings = engine_settings(EngineConfig(kv_cache_gib=0.25), has_gpu=False, model=model)
     os.environ.update(settings.env)
     engine_preload.start()

@@ -18,13 +18,16 @@ import pytest
 from chat_server import INPUT_TOKENS, MODEL, ChatServer, Reply, running
 from tiny_chat import build_tiny_chat
 
-from mmedpo_ray import cli, stage, storage, tables
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.curate import curate
-from mmedpo_ray.data.ingest import ingest
+from mmedpo_ray import cli
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.stage import curate
 from mmedpo_ray.errors import user_message
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Manifest
+from mmedpo_ray.ingest.stage import ingest
+from mmedpo_ray.io import storage
+from mmedpo_ray.tables import schemas, stage_runner
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import Manifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -71,9 +74,9 @@ def write_samples(folder: Path, answers: dict[str, str]) -> None:
     rows.append(rows[0] | {"sample_id": "test row", "split": "test", "answer": "TEST SPLIT"})
     rows.sort(key=lambda row: row["sample_id"])
     samples = RunFolder(str(folder)).samples
-    storage.write_parquet(storage.join(samples, "part-0.parquet"), tables.to_table(rows, tables.SAMPLES))
+    storage.write_parquet(storage.join(samples, "part-0.parquet"), schemas.to_table(rows, schemas.SAMPLES))
     manifest = Manifest(station="ingest", key="made", rows_in=len(rows), rows_out=len(rows))
-    storage.write_bytes(storage.join(samples, stage.MANIFEST), manifest.model_dump_json().encode())
+    storage.write_bytes(storage.join(samples, stage_runner.MANIFEST), manifest.model_dump_json().encode())
 
 
 def rewrite_config(folder: Path, url: str, *overrides: str) -> Config:
@@ -143,17 +146,17 @@ def test_one_fact_is_changed_or_the_row_says_why_not(tmp_path: Path, server: Cha
         "same_answer": 1,
         "endpoint_failed": 1,
     }
-    pairs = rows_of(run.pairs, tables.PAIRS)
+    pairs = rows_of(run.pairs, schemas.PAIRS)
     assert {name: pair["rejected"] for name, pair in pairs.items()} == {
         "good": "There is a large right pleural effusion. The heart size is normal.",
         "short": "Right",
         "injection": INJECTION.replace("left", "right"),
     }
     assert {pair["generator"] for pair in pairs.values()} == {"rewrite"}
-    rewrites = rows_of(run.rewrites, tables.REWRITES)
+    rewrites = rows_of(run.rewrites, schemas.REWRITES)
     assert (rewrites["good"]["original_span"], rewrites["good"]["new_span"]) == ("left", "right")
     assert pairs["good"]["prompt_sha256"] == rewrites["good"]["prompt_sha256"]
-    sent = stage.read_manifest(run.rewrites)
+    sent = stage_runner.read_manifest(run.rewrites)
     assert sent is not None
     assert (sent.rows_in, sent.rows_out) == (7, 3)
     figures = sent.extra["endpoint"]
@@ -225,7 +228,7 @@ def test_what_a_model_may_answer_is_taken_or_dropped_with_its_reason(
     overrides = rewrite_overrides(tmp_path, server.url, "curate.text.endpoint.concurrency=4")
     assert cli.main(["curate", *overrides]) == 0
     run = RunFolder(str(tmp_path))
-    pairs = {name: row["rejected"] for name, row in rows_of(run.pairs, tables.PAIRS).items()}
+    pairs = {name: row["rejected"] for name, row in rows_of(run.pairs, schemas.PAIRS).items()}
     assert pairs == {name: expected[name] for name in good}
     dropped = storage.dataset(storage.join(run.rewrites, "dropped")).to_table().to_pylist()
     assert {row["sample_id"]: row["drop_reason"] for row in dropped} == {
@@ -239,7 +242,7 @@ def test_refused_rows_alone_do_not_stop_the_station(tmp_path: Path, server: Chat
     server.answer = lambda body, before: Reply(status=400, code="context_length_exceeded")
     overrides = rewrite_overrides(tmp_path, server.url, "curate.text.fallback=rule_edit")
     assert cli.main(["curate", *overrides]) == 0
-    sent = stage.read_manifest(RunFolder(str(tmp_path)).rewrites)
+    sent = stage_runner.read_manifest(RunFolder(str(tmp_path)).rewrites)
     assert sent is not None
     assert sent.dropped == {"endpoint_refused": 9}
 
@@ -263,8 +266,8 @@ def test_only_rows_that_failed_in_passing_are_asked_again(tmp_path: Path, server
     second = curate(config)
     assert len(server.requests) == asked + 1
     assert (second.rows_in, second.rows_out, second.dropped) == (4, 3, {"rewrite_unreadable": 1})
-    assert rows_of(run.pairs, tables.PAIRS)["down"]["rejected"] == "Right lower lobe pneumonia."
-    sent = stage.read_manifest(run.rewrites)
+    assert rows_of(run.pairs, schemas.PAIRS)["down"]["rejected"] == "Right lower lobe pneumonia."
+    sent = stage_runner.read_manifest(run.rewrites)
     assert sent is not None
     figures = sent.extra["endpoint"]
     assert (figures["requests"], figures["input_tokens"]) == (asked + 1, 4 * INPUT_TOKENS), "of both runs"
@@ -295,14 +298,14 @@ def test_rows_asked_again_leave_the_visual_pairs_alone(tmp_path: Path, server: C
     assert first.dropped["endpoint_failed"]
     made = {path: path.stat().st_mtime_ns for path in Path(run.noised).glob("*/*.png")}
     assert len(made) == 2 * 4
-    visual = stage.read_manifest(run.visual)
+    visual = stage_runner.read_manifest(run.visual)
     is_up = True
     second = curate(config)
     assert "endpoint_failed" not in second.dropped
     assert second.rows_in == first.rows_in == second.rows_out + sum(second.dropped.values())
     assert second.extra["kinds"]["visual"] == first.extra["kinds"]["visual"] == 4
     assert second.extra["kinds"]["text"] >= first.extra["kinds"].get("text", 0)
-    assert stage.read_manifest(run.visual) == visual
+    assert stage_runner.read_manifest(run.visual) == visual
     assert {path: path.stat().st_mtime_ns for path in Path(run.noised).glob("*/*.png")} == made
 
 
@@ -326,7 +329,7 @@ def test_a_stopped_run_asks_only_for_what_is_missing(tmp_path: Path, server: Cha
     # With one request in flight blocks have 8, 8 and 4 rows in any order; what was answered in the last is lost, and what was
     # on its way to the disk may be.
     assert len(server.requests) - stopped <= 16
-    sent = stage.read_manifest(RunFolder(str(tmp_path)).rewrites)
+    sent = stage_runner.read_manifest(RunFolder(str(tmp_path)).rewrites)
     assert sent is not None
     assert sent.extra["endpoint"]["requests"] == len(server.requests), "also those whose answers were lost"
 
@@ -347,7 +350,7 @@ def test_what_no_row_can_pass_stops_the_run(
     told = user_message(caught.value)
     assert told is not None
     assert message in told
-    assert stage.read_manifest(RunFolder(str(tmp_path)).rewrites) is None
+    assert stage_runner.read_manifest(RunFolder(str(tmp_path)).rewrites) is None
 
 
 # ---------------------------------------------------------------------- vLLM's own server
@@ -405,7 +408,7 @@ def test_answers_of_a_real_server_are_all_accounted_for(tmp_path: Path, vllm_ser
     )
     manifest = curate(config)
     run = RunFolder(str(tmp_path))
-    sent = stage.read_manifest(run.rewrites)
+    sent = stage_runner.read_manifest(run.rewrites)
     assert sent is not None
     assert sent.rows_in == 5 == sent.rows_out + sum(sent.dropped.values())
     assert sent.dropped["endpoint_refused"] == 1, "the prompt that is too long for the model"

@@ -11,12 +11,13 @@ import chat_server
 import pytest
 from chat_server import ChatServer, Reply
 
-from mmedpo_ray import storage, tables
-from mmedpo_ray.config import Config
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import DroppedShareError, UserError
-from mmedpo_ray.evaluate.evaluate import evaluate
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Station
+from mmedpo_ray.evaluate.stage import evaluate
+from mmedpo_ray.io import storage
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import Station
 
 COUNT = 10
 MODELS = ("base", "aligned")
@@ -57,8 +58,8 @@ def make(root: Path, server: ChatServer, *, dropped_share: float = 0.9, referenc
         for number in range(COUNT)
     ]
     station = Station("ingest", RunFolder(config.run.folder).samples, config)
-    station.write_part(rows, tables.SAMPLES, "sample_id")
-    station.finish_parts(schema=tables.SAMPLES, id_column="sample_id")
+    station.write_part(rows, schemas.SAMPLES, "sample_id")
+    station.finish_parts(schema=schemas.SAMPLES, id_column="sample_id")
     return config
 
 

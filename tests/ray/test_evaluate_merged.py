@@ -7,12 +7,12 @@ from test_export import train_randomly
 from test_serve_evaluate import make_config, write_samples
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray import tables
-from mmedpo_ray.evaluate.evaluate import evaluate
-from mmedpo_ray.models.export import export
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.serving import engine_groups, run_models, served_models
-from mmedpo_ray.stage import read_table
+from mmedpo_ray.evaluate.stage import evaluate
+from mmedpo_ray.export.stage import export
+from mmedpo_ray.serve.endpoint import engine_groups, run_models, served_models
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import read_table
 
 
 @pytest.mark.engine
@@ -31,7 +31,7 @@ def test_whole_models_are_evaluated_one_after_the_other(tmp_path, ray_cluster):
     manifest = evaluate(config)
     assert (manifest.rows_in, manifest.rows_out) == (18, 12)
     answers: dict[str, dict[str, str]] = {"base": {}, "aligned": {}}
-    for row in read_table(RunFolder(config.run.folder).evaluate, tables.ANSWERS, "answers").to_pylist():
+    for row in read_table(RunFolder(config.run.folder).evaluate, schemas.ANSWERS, "answers").to_pylist():
         answers[row["model"]][row["sample_id"]] = row["prediction"]
     assert answers["base"].keys() == answers["aligned"].keys()
     assert answers["base"] != answers["aligned"]

@@ -22,15 +22,15 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import build_tiny_llava
 from transformers import LlavaForConditionalGeneration
 
-from mmedpo_ray.align.checkpoint import Checkpoint, CheckpointWriter, State
+from mmedpo_ray.align.checkpoint.checkpoint import Checkpoint, CheckpointWriter, State
+from mmedpo_ray.align.checkpoint.output_weights import write_trained
 from mmedpo_ray.align.policy import build_policy
-from mmedpo_ray.align.trained import write_trained
-from mmedpo_ray.config import Config
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.export import export, hub_name, merge, put_weights, use_hub_names
-from mmedpo_ray.run_folder import Role, RunFolder
-from mmedpo_ray.serving import run_models
-from mmedpo_ray.stage import Station
+from mmedpo_ray.export.stage import export, hub_name, merge, put_weights, use_hub_names
+from mmedpo_ray.serve.endpoint import run_models
+from mmedpo_ray.tables.run_folder import Role, RunFolder
+from mmedpo_ray.tables.stage_runner import Station
 
 QUESTIONS = ["Is there a nodule in the left lung?", "Yes, there is?"]
 
@@ -39,9 +39,9 @@ VLLM_SCRIPT = """
 if __name__ == "__main__":
     import base64, io, json, os, sys
     models = json.loads(sys.argv[1])
-    from mmedpo_ray.config import EngineConfig
-    from mmedpo_ray.models import engine_preload
-    from mmedpo_ray.models.engine import engine_settings
+    from mmedpo_ray.models.settings import EngineConfig
+    from mmedpo_ray.compat import vllm_preload as engine_preload
+    from mmedpo_ray.models.vllm_engine import engine_settings
     settings = engine_settings(EngineConfig(kv_cache_gib=0.25), has_gpu=False, model=models[0])
     os.environ.update(settings.env)
     engine_preload.start()

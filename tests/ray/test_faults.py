@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmedpo_ray.stage import Manifest, read_manifest
+from mmedpo_ray.tables.stage_runner import Manifest, read_manifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 

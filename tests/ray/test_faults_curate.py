@@ -16,11 +16,11 @@ import pytest
 from chat_server import MODEL, ChatServer, Reply, running
 from faults import disturbed, files_of
 
-from mmedpo_ray.config import load
-from mmedpo_ray.curate.curate import curate
-from mmedpo_ray.data.ingest import ingest
+from mmedpo_ray.config.load import load
+from mmedpo_ray.curate.stage import curate
+from mmedpo_ray.ingest.stage import ingest
 from mmedpo_ray.pipeline import STEPS
-from mmedpo_ray.stage import read_manifest
+from mmedpo_ray.tables.stage_runner import read_manifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 

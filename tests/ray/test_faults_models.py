@@ -20,10 +20,10 @@ import pytest
 from tiny_chat import build_tiny_chat
 from tiny_medklip import build_tiny_medklip
 
-from mmedpo_ray.config import load
-from mmedpo_ray.manifest import MANIFEST
+from mmedpo_ray.config.load import load
 from mmedpo_ray.pipeline import STEPS
-from mmedpo_ray.stage import Manifest, read_manifest
+from mmedpo_ray.tables.manifest import MANIFEST
+from mmedpo_ray.tables.stage_runner import Manifest, read_manifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 

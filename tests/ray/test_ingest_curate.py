@@ -18,15 +18,17 @@ from chat_server import MODEL, Reply, running
 from PIL import Image
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray import stage, storage, tables
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.curate import curate, key_settings, train_samples
-from mmedpo_ray.curate.filters import problem
-from mmedpo_ray.curate.visual_station import draw_visual_samples
-from mmedpo_ray.data.ingest import ingest
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.settings import VisualCurationConfig
+from mmedpo_ray.curate.stage import curate, key_settings, train_samples
+from mmedpo_ray.curate.text.filters import problem
+from mmedpo_ray.curate.visual.stage import draw_visual_samples
 from mmedpo_ray.errors import DroppedShareError, UserError
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.settings.curate import VisualCurationConfig
+from mmedpo_ray.ingest.stage import ingest
+from mmedpo_ray.io import storage
+from mmedpo_ray.tables import schemas, stage_runner
+from mmedpo_ray.tables.run_folder import RunFolder
 
 pytestmark = pytest.mark.engine
 IMAGES, TEST_IMAGES = 8, 2
@@ -57,7 +59,7 @@ def ingested(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Pat
 
 
 def pairs_of(folder: Path) -> list[dict]:
-    return stage.read_table(RunFolder(str(folder)).pairs, tables.PAIRS, "pairs").to_pylist()
+    return stage_runner.read_table(RunFolder(str(folder)).pairs, schemas.PAIRS, "pairs").to_pylist()
 
 
 def test_every_question_and_image_gets_its_pair(ingested: Path) -> None:
@@ -92,7 +94,7 @@ def test_a_resumed_station_writes_the_same_table(ingested: Path, tmp_path: Path)
     pictures = {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole}
     shutil.rmtree(RunFolder(str(ingested)).pairs)
     # An attempt that died after some rows.
-    station = stage.Station(
+    station = stage_runner.Station(
         "curate",
         RunFolder(str(ingested)).pairs,
         config,
@@ -100,7 +102,7 @@ def test_a_resumed_station_writes_the_same_table(ingested: Path, tmp_path: Path)
         inputs=[RunFolder(str(ingested)).samples, RunFolder(str(ingested)).visual],
     )
     station.done_ids("pair_id")
-    station.write_part(whole[::3], tables.PAIRS, "pair_id")
+    station.write_part(whole[::3], schemas.PAIRS, "pair_id")
     curate(config)
     assert pairs_of(ingested) == whole
     assert {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole} == pictures
@@ -112,7 +114,7 @@ def test_other_text_pairs_leave_the_noised_images_alone(ingested: Path) -> None:
     whole = pairs_of(ingested)
     run = RunFolder(str(ingested))
     made = {path: path.stat().st_mtime_ns for path in Path(run.noised).glob("*/*.png")}
-    visual = stage.read_manifest(run.visual)
+    visual = stage_runner.read_manifest(run.visual)
     assert visual is not None
     assert visual.rows_in == IMAGES
     manifest = curate(phantom_config(ingested, "curate.text.method=none"))
@@ -122,7 +124,7 @@ def test_other_text_pairs_leave_the_noised_images_alone(ingested: Path) -> None:
     assert pairs_of(ingested) == [pair for pair in whole if pair["kind"] == "text"]
     curate(config)
     assert pairs_of(ingested) == whole
-    assert stage.read_manifest(run.visual) == visual
+    assert stage_runner.read_manifest(run.visual) == visual
     assert {path: path.stat().st_mtime_ns for path in Path(run.noised).glob("*/*.png")} == made
 
 
@@ -150,7 +152,10 @@ def test_images_of_a_killed_attempt_are_not_deleted(ingested: Path) -> None:
     curate(config)
     whole = pairs_of(ingested)
     run = RunFolder(str(ingested))
-    for path in [*storage.list_files(run.visual, ".parquet"), storage.join(run.visual, stage.MANIFEST)]:
+    for path in [
+        *storage.list_files(run.visual, ".parquet"),
+        storage.join(run.visual, stage_runner.MANIFEST),
+    ]:
         storage.remove(path)
     late = next(Path(pair["heat_map_uri"]) for pair in whole if pair["heat_map_uri"]).with_name("late.png")
     late.write_bytes(b"whole")
@@ -187,7 +192,7 @@ def contents(*folders: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def dropped_of(folder: str) -> dict[str, int]:
-    manifest = stage.read_manifest(folder)
+    manifest = stage_runner.read_manifest(folder)
     assert manifest is not None
     return manifest.dropped
 
@@ -238,7 +243,7 @@ def test_withheld_files_are_tried_again(
     assert dropped_of(run.pairs) == totals
     assert {path.name: path.read_bytes() for path in Path(run.noised).glob("*/*.png")} == pictures
     assert all(path.stat().st_mtime_ns == time for path, time in made.items()), "the others stay"
-    finished = stage.read_manifest(run.pairs)
+    finished = stage_runner.read_manifest(run.pairs)
     assert curate(config) == finished
 
 
@@ -320,14 +325,14 @@ def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(RunFolder(str(ingested)).samples, folder / "samples")
     # One image is lost between the stations: its rows are dropped, the others go on.
-    samples = stage.read_table(str(folder / "samples"), tables.SAMPLES, "samples").to_pylist()
+    samples = stage_runner.read_table(str(folder / "samples"), schemas.SAMPLES, "samples").to_pylist()
     lost = next(row["image_id"] for row in samples if row["split"] == "train")
     for row in samples:
         if row["image_id"] == lost:
             row["image_uri"] = str(tmp_path / "lost.png")
     for path in storage.list_files(folder / "samples", ".parquet"):
         storage.remove(path)
-    storage.write_parquet(folder / "samples" / "part-0.parquet", tables.to_table(samples, tables.SAMPLES))
+    storage.write_parquet(folder / "samples" / "part-0.parquet", schemas.to_table(samples, schemas.SAMPLES))
     model = build_tiny_llava(tmp_path / "llava")
     sampling = (
         "curate.text.method=on_policy",
@@ -342,12 +347,12 @@ def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
     manifest = curate(phantom_config(folder, *sampling, *visual))
     questions = sum(row["split"] == "train" for row in samples)
     lost_questions = sum(row["image_id"] == lost for row in samples)
-    sampled = stage.read_manifest(RunFolder(str(folder)).candidates)
+    sampled = stage_runner.read_manifest(RunFolder(str(folder)).candidates)
     assert sampled is not None
     assert sampled.rows_in == 2 * questions
     assert sampled.dropped == {"image_missing": 2 * lost_questions}
-    candidates = stage.read_table(
-        RunFolder(str(folder)).candidates, tables.CANDIDATES, "candidates"
+    candidates = stage_runner.read_table(
+        RunFolder(str(folder)).candidates, schemas.CANDIDATES, "candidates"
     ).to_pylist()
     train = {row["sample_id"]: row for row in samples if row["split"] == "train"}
     assert len({row["seed"] for row in candidates}) == len(candidates)
@@ -375,7 +380,7 @@ def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
 
 
 def check_judge_and_rewrite_behind_an_endpoint(
-    folder: Path, sampling: tuple[str, ...], sampled: stage.Manifest
+    folder: Path, sampling: tuple[str, ...], sampled: stage_runner.Manifest
 ) -> None:
     """The candidates that are there, now judged by a model that knows every third question, which then writes itself."""
     opposites = {"Yes": "No", "No": "Yes", "left": "right", "right": "left", "Left": "Right", "Right": "Left"}
@@ -402,7 +407,7 @@ def check_judge_and_rewrite_behind_an_endpoint(
         behind = ("curate.text.judge=endpoint", "curate.text.fallback=rewrite", "curate.visual.tool=none")
         manifest = curate(phantom_config(folder, *sampling, *endpoint, *behind))
         requests = len(server.requests)
-    assert stage.read_manifest(run.candidates) == sampled, "nothing is sampled anew"
+    assert stage_runner.read_manifest(run.candidates) == sampled, "nothing is sampled anew"
     train = {row["sample_id"]: row for row in train_samples(phantom_config(folder)).to_pylist()}
     chosen = {row["sample_id"]: row for row in storage.dataset(run.choices).to_table().to_pylist()}
     rewrites = {row["sample_id"]: row for row in storage.dataset(run.rewrites).to_table().to_pylist()}
@@ -418,7 +423,7 @@ def check_judge_and_rewrite_behind_an_endpoint(
     pairs = {pair["sample_id"]: pair for pair in pairs_of(folder)}
     assert set(pairs) == picked | set(rewrites)
     assert manifest.dropped == {"rewrite_unreadable": len(unread)}
-    candidates = stage.read_table(run.candidates, tables.CANDIDATES, "candidates").to_pylist()
+    candidates = stage_runner.read_table(run.candidates, schemas.CANDIDATES, "candidates").to_pylist()
     text_of = {row["candidate_id"]: row["candidate"] for row in candidates}
     for name in picked:
         assert pairs[name]["rejected"] == text_of[chosen[name]["candidate_id"]]
@@ -442,7 +447,7 @@ def test_released_rows_of_real_images(shared_data: Path, tmp_path: Path) -> None
     )
     manifest = ingest(config)
     assert (manifest.rows_in, manifest.dropped) == (162, {"leaked_prompt": 3})
-    released = stage.read_table(RunFolder(str(tmp_path)).released, tables.PAIRS, "released")
+    released = stage_runner.read_table(RunFolder(str(tmp_path)).released, schemas.PAIRS, "released")
     assert released.num_rows == 159
     assert pc.min(released["source_score"]).as_py() == 0
     pairs = curate(config)
@@ -474,7 +479,7 @@ def test_curate_without_samples_says_what_to_run(tmp_path: Path) -> None:
 def test_no_train_row_says_why(ingested: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(RunFolder(str(ingested)).samples, folder / "samples")
-    samples = stage.read_table(str(folder / "samples"), tables.SAMPLES, "samples")
+    samples = stage_runner.read_table(str(folder / "samples"), schemas.SAMPLES, "samples")
     test_only = samples.filter(pc.equal(samples["split"], "test"))
     for path in storage.list_files(folder / "samples", ".parquet"):
         storage.remove(path)

@@ -13,11 +13,13 @@ import pytest
 import ray
 from PIL import Image
 
-from mmedpo_ray import stage, storage, tables
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.data.ingest import FORMATS, ingest
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import DroppedShareError, UserError, user_message
-from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.ingest.stage import FORMATS, ingest
+from mmedpo_ray.io import storage
+from mmedpo_ray.tables import schemas, stage_runner
+from mmedpo_ray.tables.run_folder import RunFolder
 
 pytestmark = pytest.mark.engine
 
@@ -32,7 +34,7 @@ def config_of(root: Path, kind: str, *overrides: str) -> Config:
 
 
 def samples_of(root: Path) -> list[dict[str, Any]]:
-    return stage.read_table(RunFolder(f"{root}/run").samples, tables.SAMPLES, "samples").to_pylist()
+    return stage_runner.read_table(RunFolder(f"{root}/run").samples, schemas.SAMPLES, "samples").to_pylist()
 
 
 def slake(root: Path, rows: int) -> None:
@@ -62,14 +64,14 @@ def test_slake_is_counted_and_resumed(tmp_path: Path) -> None:
     reader = FORMATS["slake"](config)
     first, *_ = reader.units()
     written = list(reader.samples(first))[:100]
-    station = stage.Station(
+    station = stage_runner.Station(
         "ingest",
         RunFolder(config.run.folder).samples,
         config,
         settings=[config.data, config.run.seed, reader.fingerprint()],
     )
     station.done_ids("sample_id")
-    station.write_part(written, tables.SAMPLES, "sample_id")
+    station.write_part(written, schemas.SAMPLES, "sample_id")
     manifest = ingest(config)
     assert manifest.rows_in == 701 == manifest.rows_out + sum(manifest.dropped.values())
     # Rows 1 and 3 repeat an id; of the others every fifth is Chinese and every fourth has no image.
@@ -118,7 +120,9 @@ def test_parquet_images_become_files(tmp_path: Path) -> None:
 
 def later_key(root: Path, config: Config) -> str:
     """Of a station that reads the samples."""
-    return stage.Station("later", f"{root}/later", config, inputs=[RunFolder(config.run.folder).samples]).key
+    return stage_runner.Station(
+        "later", f"{root}/later", config, inputs=[RunFolder(config.run.folder).samples]
+    ).key
 
 
 def test_rows_whose_image_was_mended_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,16 @@ from chat_server import MODEL, Reply, running
 from judge_attacks import ATTACKS
 from tiny_chat import build_tiny_chat
 
-from mmedpo_ray import storage, tables
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.endpoint import TRANSIENT
+from mmedpo_ray.clients.chat import TRANSIENT
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import user_message
+from mmedpo_ray.io import storage
 from mmedpo_ray.judge.agents import AGREEMENT, Case, Judgement, prompt
-from mmedpo_ray.judge.score import score
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Station, read_table
+from mmedpo_ray.judge.stage import score
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import Station, read_table
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
@@ -48,7 +50,9 @@ def write_pairs(config: Config, rows: dict[str, tuple[str, str, str]]) -> None:
     station.done_ids("pair_id")
     made = [
         {
-            **{field.name: "none" for field in tables.PAIRS if field.type == "string" and not field.nullable},
+            **{
+                field.name: "none" for field in schemas.PAIRS if field.type == "string" and not field.nullable
+            },
             "pair_id": name,
             "kind": "text",
             "question": question,
@@ -57,8 +61,8 @@ def write_pairs(config: Config, rows: dict[str, tuple[str, str, str]]) -> None:
         }
         for name, (question, chosen, rejected) in rows.items()
     ]
-    station.write_part(made, tables.PAIRS, "pair_id")
-    station.finish_parts(schema=tables.PAIRS, id_column="pair_id")
+    station.write_part(made, schemas.PAIRS, "pair_id")
+    station.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
 
 
 def config_of(folder: Path, agents: list[dict[str, Any]], rounds: int) -> Config:
@@ -71,7 +75,7 @@ def config_of(folder: Path, agents: list[dict[str, Any]], rounds: int) -> Config
 
 
 def scored(config: Config) -> dict[str, dict[str, Any]]:
-    table = read_table(RunFolder(config.run.folder).scored, tables.SCORED, "scored")
+    table = read_table(RunFolder(config.run.folder).scored, schemas.SCORED, "scored")
     return {row["pair_id"]: row for row in table.to_pylist()}
 
 

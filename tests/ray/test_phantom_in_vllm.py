@@ -8,10 +8,10 @@ import io
 import pytest
 from PIL import Image
 
-from mmedpo_ray.data.phantom import generate
-from mmedpo_ray.models.phantom import SHIPPED_FOLDER, load_phantom_llava
-from mmedpo_ray.models.phantom_scores import answer
-from mmedpo_ray.models.phantom_tokenizer import encode_turn
+from mmedpo_ray.phantom.build_model import SHIPPED_FOLDER, load_phantom_llava
+from mmedpo_ray.phantom.model_scores import answer
+from mmedpo_ray.phantom.tokenizer import encode_turn
+from mmedpo_ray.phantom.world import generate
 
 pytestmark = pytest.mark.engine
 

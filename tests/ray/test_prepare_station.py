@@ -9,15 +9,15 @@ from align_world import align_settings, write_scored, write_table
 from pairs_in_memory import prepare_pairs
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray import tables
-from mmedpo_ray.align.dry_run import dry_run
-from mmedpo_ray.align.made_with import MADE_WITH
-from mmedpo_ray.align.pair_source import StoredPairs
-from mmedpo_ray.align.prepare_station import made_with, prepare
-from mmedpo_ray.config import Config
+from mmedpo_ray.align.data.pair_source import StoredPairs
+from mmedpo_ray.align.data.prepare_stage import made_with, prepare
+from mmedpo_ray.align.plan.dry_run import dry_run
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import user_message
 from mmedpo_ray.models.loading import PromptWriter, load_processor
-from mmedpo_ray.run_folder import RunFolder
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.provenance import MADE_WITH
+from mmedpo_ray.tables.run_folder import RunFolder
 
 # More than two slices of the smallest size.
 IMAGES = 160
@@ -46,7 +46,7 @@ def test_a_failed_preparation_resumes_and_equals_one_process(config: Config, ray
     for row in rows:
         if row["pair_id"] == "s159-2:text":
             row["weight"] = 1.0
-    write_table(Path(run.scored), rows, tables.SCORED, "score")
+    write_table(Path(run.scored), rows, schemas.SCORED, "score")
 
     expected = dry_run(config)
     manifest = prepare(config)
@@ -56,7 +56,7 @@ def test_a_failed_preparation_resumes_and_equals_one_process(config: Config, ray
     source = StoredPairs(run.prepared, writer, config.align)
     found = source.load(range(manifest.rows_out))
     pairs, _ = prepare_pairs(
-        tables.to_table(rows, tables.SCORED),
+        schemas.to_table(rows, schemas.SCORED),
         writer,
         max_length=config.align.max_length,
         visual_coefficient=0.5,

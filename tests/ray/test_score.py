@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from tiny_chat import build_tiny_chat
 
-from mmedpo_ray import storage, tables
-from mmedpo_ray.config import Config, load
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError, user_message
+from mmedpo_ray.io import storage
 from mmedpo_ray.judge.agents.prompt import GRID
-from mmedpo_ray.judge.score import score
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Manifest, Station, read_manifest, read_table
+from mmedpo_ray.judge.stage import score
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import Manifest, Station, read_manifest, read_table
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
@@ -63,12 +65,12 @@ def config_of(folder: Path, *overrides: str) -> Config:
 def write_pairs(config: Config, rows: list[dict[str, Any]]) -> None:
     station = Station("curate", RunFolder(config.run.folder).pairs, config, settings=[len(rows)])
     station.done_ids("pair_id")
-    station.write_part(rows, tables.PAIRS, "pair_id")
-    station.finish_parts(schema=tables.PAIRS, id_column="pair_id")
+    station.write_part(rows, schemas.PAIRS, "pair_id")
+    station.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
 
 
 def scored(config: Config) -> dict[str, dict[str, Any]]:
-    table = read_table(RunFolder(config.run.folder).scored, tables.SCORED, "scored")
+    table = read_table(RunFolder(config.run.folder).scored, schemas.SCORED, "scored")
     return {row["pair_id"]: row for row in table.to_pylist()}
 
 

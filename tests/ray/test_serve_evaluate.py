@@ -18,14 +18,15 @@ from PIL import Image
 from test_export import QUESTIONS, image, train_nothing, transformers_tokens
 from tiny_llava import build_tiny_llava, leave_the_beginning_to_the_tokenizer
 
-from mmedpo_ray import storage, tables
-from mmedpo_ray.config import Config
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.evaluate.evaluate import evaluate, summary_table
-from mmedpo_ray.models.export import export
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.serving import run_models, served_models, start_endpoint
-from mmedpo_ray.stage import Station, read_manifest, read_table
+from mmedpo_ray.evaluate.stage import evaluate, summary_table
+from mmedpo_ray.export.stage import export
+from mmedpo_ray.io import storage
+from mmedpo_ray.serve.endpoint import run_models, served_models, start_endpoint
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import Station, read_manifest, read_table
 
 NUM_IMAGES = 4
 
@@ -82,8 +83,8 @@ def write_samples(config: Config, root: Path) -> None:
             )
     (root / "3.png").write_bytes(b"\x89PNG damaged")
     station = Station("ingest", RunFolder(config.run.folder).samples, config)
-    station.write_part(rows, tables.SAMPLES, "sample_id")
-    station.finish_parts(schema=tables.SAMPLES, id_column="sample_id")
+    station.write_part(rows, schemas.SAMPLES, "sample_id")
+    station.finish_parts(schema=schemas.SAMPLES, id_column="sample_id")
 
 
 def with_port(config: Config, port: int) -> Config:
@@ -244,7 +245,7 @@ def test_evaluation_through_the_endpoint(endpoint, config):
     run = RunFolder(config.run.folder)
     # 3 test images × 3 questions × 2 models; the damaged image's are dropped.
     assert (manifest.rows_in, manifest.rows_out, manifest.dropped) == (18, 12, {"image_undecodable": 6})
-    answers = read_table(run.evaluate, tables.ANSWERS, "answers").to_pylist()
+    answers = read_table(run.evaluate, schemas.ANSWERS, "answers").to_pylist()
     assert {row["model"] for row in answers} == {"base", "aligned"}
     summary = json.loads(storage.read_bytes(f"{run.evaluate}/summary.json"))
     assert set(summary["models"]) == {"base", "aligned"}
@@ -281,7 +282,7 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(endpoint, config, t
         endpoint.base_url,
         0.5,
     )  # another key: answers are new
-    from mmedpo_ray.evaluate import evaluate as module
+    from mmedpo_ray.evaluate import stage as module
 
     run = RunFolder(config.run.folder)
     station, _ = module._station(config, run)
@@ -289,10 +290,10 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(endpoint, config, t
     done = samples[0] | {"answer": "kept from before"}
     station.done_ids("answer_id")
     reply = module.Reply(f"base/{done['sample_id']}", "kept", 0.0)
-    station.write_part([module._row("base", done, reply)], tables.ANSWERS, "answer_id")
+    station.write_part([module._row("base", done, reply)], schemas.ANSWERS, "answer_id")
     manifest = evaluate(config)
     assert manifest.rows_in == 18
-    answers = read_table(run.evaluate, tables.ANSWERS, "answers").to_pylist()
+    answers = read_table(run.evaluate, schemas.ANSWERS, "answers").to_pylist()
     kept = [row for row in answers if row["reference"] == "kept from before"]
     assert [row["answer_id"] for row in kept] == [f"base/{done['sample_id']}"]
 

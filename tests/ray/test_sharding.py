@@ -18,7 +18,7 @@ sys.path[:0] = [sys.argv[1]]
 from pathlib import Path
 import torch
 from align_world import training_spec, with_settings
-from mmedpo_ray.align import deepspeed_engine
+from mmedpo_ray.align.engines import deepspeed as deepspeed_engine
 from mmedpo_ray.align.policy import Policy, build_policy
 
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}

@@ -16,10 +16,12 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray import merge, parts, stage, storage, tables
-from mmedpo_ray.config import Config, load
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import DroppedShareError, UserError, user_message
-from mmedpo_ray.slices import map_slices
+from mmedpo_ray.io import storage
+from mmedpo_ray.tables import merge, parts, schemas, stage_runner
+from mmedpo_ray.tables.slices import map_slices
 
 SCHEMA = pa.schema(
     [pa.field("id", pa.string(), nullable=False), pa.field("value", pa.int64(), nullable=False)]
@@ -36,7 +38,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 def table_of(folder: Path) -> pa.Table:
-    return stage.read_table(str(folder / "t"), SCHEMA, "t")
+    return stage_runner.read_table(str(folder / "t"), SCHEMA, "t")
 
 
 def run_squares(
@@ -45,9 +47,9 @@ def run_squares(
     fail_at: int | None = None,
     settings: tuple = (1,),
     limit: str = "run.max_dropped_share=0.9",
-) -> stage.Manifest:
+) -> stage_runner.Manifest:
     """A station that squares numbers and drops the multiples of ten."""
-    station = stage.Station("squares", str(folder / "t"), config_of(folder, limit), settings=settings)
+    station = stage_runner.Station("squares", str(folder / "t"), config_of(folder, limit), settings=settings)
     if manifest := station.finished():
         return manifest
 
@@ -61,7 +63,7 @@ def run_squares(
 
     def build(done: set[str]) -> ray.data.Dataset | None:
         ids = pa.table({"id": [f"{number:04d}" for number in range(count)]})
-        dataset = stage.without(ray.data.from_arrow(ids), "id", done)
+        dataset = stage_runner.without(ray.data.from_arrow(ids), "id", done)
         return dataset.map(square, num_cpus=0.25)
 
     return station.write_rows(build, schema=SCHEMA, id_column="id", total=count)
@@ -93,11 +95,11 @@ def test_an_interrupted_station_resumes_to_the_same_bytes(tmp_path: Path) -> Non
     with pytest.raises(Exception, match="killed"):
         run_squares(broken, fail_at=83)
     # What a crash leaves: some parts, no manifest. (The failing map may hand over all or no block, so write one too.)
-    station = stage.Station("squares", str(broken / "t"), config_of(broken), settings=(1,))
+    station = stage_runner.Station("squares", str(broken / "t"), config_of(broken), settings=(1,))
     station.done_ids("id")
     rows = [{"id": f"{number:04d}", "value": number**2} for number in range(1, 8)]
     station.write_part(rows, SCHEMA, "id")
-    assert stage.read_manifest(str(broken / "t")) is None
+    assert stage_runner.read_manifest(str(broken / "t")) is None
     assert set(station.done_ids("id")) >= {"0001", "0007"}
     manifest = run_squares(broken)
     assert manifest.rows_in == 100
@@ -107,7 +109,7 @@ def test_an_interrupted_station_resumes_to_the_same_bytes(tmp_path: Path) -> Non
 
 
 def test_parts_of_other_settings_are_not_reused(tmp_path: Path) -> None:
-    other = stage.Station("squares", str(tmp_path / "t"), config_of(tmp_path), settings=("other",))
+    other = stage_runner.Station("squares", str(tmp_path / "t"), config_of(tmp_path), settings=("other",))
     other.done_ids("id")
     other.write_part([{"id": "0001", "value": -1}], SCHEMA, "id")
     run_squares(tmp_path)
@@ -117,19 +119,19 @@ def test_parts_of_other_settings_are_not_reused(tmp_path: Path) -> None:
 def test_too_many_drops_fail_and_leave_no_table(tmp_path: Path) -> None:
     with pytest.raises(DroppedShareError, match=r"10 of 100 rows.*round 10.*max_dropped_share=0.05"):
         run_squares(tmp_path, limit="run.max_dropped_share=0.05")
-    assert stage.read_manifest(str(tmp_path / "t")) is None
+    assert stage_runner.read_manifest(str(tmp_path / "t")) is None
     assert run_squares(tmp_path).rows_out == 90, "raising the limit finishes from the rows already there"
 
 
 def test_repeated_ids_and_empty_tables_are_errors(tmp_path: Path) -> None:
-    station = stage.Station("s", str(tmp_path / "t"), config_of(tmp_path))
+    station = stage_runner.Station("s", str(tmp_path / "t"), config_of(tmp_path))
     station.done_ids("id")
     station.write_part(
         [{"id": "a", "value": 1}, {"id": "b", "value": 2}, {"id": "a", "value": 3}], SCHEMA, "id"
     )
     with pytest.raises(UserError, match="id 'a' occurs 2 times"):
         station.finish_parts(schema=SCHEMA, id_column="id")
-    empty = stage.Station("e", str(tmp_path / "e"), config_of(tmp_path))
+    empty = stage_runner.Station("e", str(tmp_path / "e"), config_of(tmp_path))
     empty.done_ids("id")
     with pytest.raises(UserError, match="no row is left"):
         empty.finish_parts(schema=SCHEMA, id_column="id")
@@ -139,12 +141,14 @@ def test_repeated_ids_and_empty_tables_are_errors(tmp_path: Path) -> None:
 def test_inputs_must_be_finished_and_enter_the_key(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     with pytest.raises(UserError, match="missing or unfinished"):
-        stage.Station("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")])
+        stage_runner.Station("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")])
     run_squares(tmp_path)
-    before = stage.Station("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")]).key
+    before = stage_runner.Station("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")]).key
     shutil.rmtree(tmp_path / "t")
     run_squares(tmp_path, settings=(3,))
-    assert stage.Station("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")]).key != before
+    assert (
+        stage_runner.Station("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")]).key != before
+    )
 
 
 def test_a_foreign_file_in_a_table_is_an_error(tmp_path: Path) -> None:
@@ -164,11 +168,11 @@ def test_every_row_is_accounted_for(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, bool]]
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
-    station = stage.Station("s", str(folder / "t"), config_of(folder, "run.max_dropped_share=1.0"))
+    station = stage_runner.Station("s", str(folder / "t"), config_of(folder, "run.max_dropped_share=1.0"))
     station.done_ids("id")
     for start in range(0, len(rows), 4):
         part = [
-            {"id": name, "value": 1, tables.DROP_REASON: "no" if drop else None}
+            {"id": name, "value": 1, schemas.DROP_REASON: "no" if drop else None}
             for name, drop in rows[start : start + 4]
         ]
         station.write_part(part, SCHEMA, "id")
@@ -218,9 +222,9 @@ def test_slices_hold_every_row_once_in_blocks_of_their_size(
 # ---------------------------------------------------------------------- rows tried again
 
 
-def run_asked(folder: Path, fails: set[str], seen: list[str] | None = None) -> stage.Manifest:
+def run_asked(folder: Path, fails: set[str], seen: list[str] | None = None) -> stage_runner.Manifest:
     """A station that asks something which fails for some ids, and drops one for good."""
-    station = stage.Station("asked", str(folder / "t"), config_of(folder), settings=["ask"])
+    station = stage_runner.Station("asked", str(folder / "t"), config_of(folder), settings=["ask"])
     if manifest := station.finished():
         return manifest
 
@@ -235,13 +239,15 @@ def run_asked(folder: Path, fails: set[str], seen: list[str] | None = None) -> s
         names = [f"{number:04d}" for number in range(20)]
         if seen is not None:
             seen.extend(name for name in names if name not in done)
-        return stage.without(ray.data.from_arrow(pa.table({"id": names})), "id", done).map(ask, num_cpus=0.25)
+        return stage_runner.without(ray.data.from_arrow(pa.table({"id": names})), "id", done).map(
+            ask, num_cpus=0.25
+        )
 
     return station.write_rows(build, schema=SCHEMA, id_column="id", retry_reasons=("no_answer",))
 
 
 def next_key(folder: Path) -> str:
-    return stage.Station("next", str(folder / "n"), config_of(folder), inputs=[str(folder / "t")]).key
+    return stage_runner.Station("next", str(folder / "n"), config_of(folder), inputs=[str(folder / "t")]).key
 
 
 def test_rows_that_failed_are_tried_again_and_only_a_change_reaches_later_stations(tmp_path: Path) -> None:
@@ -276,14 +282,14 @@ def test_rows_that_failed_are_tried_again_and_only_a_change_reaches_later_statio
 
 def test_a_second_attempt_that_dies_keeps_the_finished_table(tmp_path: Path) -> None:
     first = run_asked(tmp_path, {"0003"})
-    station = stage.Station("asked", str(tmp_path / "t"), config_of(tmp_path), settings=["ask"])
+    station = stage_runner.Station("asked", str(tmp_path / "t"), config_of(tmp_path), settings=["ask"])
 
     def build(done: set[str]) -> None:
         raise RuntimeError("endpoint is down")
 
     with pytest.raises(RuntimeError, match="down"):
         station.write_rows(build, schema=SCHEMA, id_column="id", retry_reasons=("no_answer",))
-    assert stage.read_manifest(str(tmp_path / "t")) == first
+    assert stage_runner.read_manifest(str(tmp_path / "t")) == first
     assert table_of(tmp_path).num_rows == first.rows_out
     assert run_asked(tmp_path, set()).rows_out == 19
 
@@ -301,14 +307,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def shuffled_table(
-    folder: Path, order: list[int], part_rows: int, extra: stage.Extra | None = None
-) -> stage.Manifest:
+    folder: Path, order: list[int], part_rows: int, extra: stage_runner.Extra | None = None
+) -> stage_runner.Manifest:
     """A table of 300 rows, every seventh dropped, whose rows come in the given order."""
-    station = stage.Station("s", str(folder / "t"), config_of(folder, "ray.rows_per_part=1000"))
+    station = stage_runner.Station("s", str(folder / "t"), config_of(folder, "ray.rows_per_part=1000"))
     station.done_ids("id")
     for start in range(0, len(order), part_rows):
         rows = [
-            {"id": f"{number}", "value": number, tables.DROP_REASON: None if number % 7 else "seventh"}
+            {"id": f"{number}", "value": number, schemas.DROP_REASON: None if number % 7 else "seventh"}
             for number in order[start : start + part_rows]
         ]
         station.write_part(rows, SCHEMA, "id")
@@ -363,7 +369,9 @@ class Sum:
 
 
 @pytest.mark.parametrize("extra", [Sum(), lambda table: {"total": sum(table["value"].to_pylist())}])
-def test_figures_come_from_the_kept_rows(tmp_path: Path, small_ranges: None, extra: stage.Extra) -> None:
+def test_figures_come_from_the_kept_rows(
+    tmp_path: Path, small_ranges: None, extra: stage_runner.Extra
+) -> None:
     expected = {"total": sum(number for number in range(300) if number % 7)}
     assert shuffled_table(tmp_path, list(range(300)), 40, extra).extra == expected
 
@@ -375,7 +383,7 @@ def test_an_id_in_two_parts_of_a_large_table_is_found(
     with pytest.raises(UserError, match=r"id '199' occurs 3 times \(2 ids repeat\)"):
         shuffled_table(tmp_path, [*range(300), 199, 250, 199], 40)
     assert not (tmp_path / "t" / ".merged").exists()
-    assert stage.read_manifest(str(tmp_path / "t")) is None
+    assert stage_runner.read_manifest(str(tmp_path / "t")) is None
 
 
 @pytest.mark.parametrize("moves", range(6))
@@ -397,9 +405,9 @@ def test_a_crash_while_files_take_their_places_is_mended(
         patch.setattr(storage, "move", move_some)
         with pytest.raises(KeyboardInterrupt):
             shuffled_table(tmp_path / "broken", list(range(300)), 60)
-    assert stage.read_manifest(str(tmp_path / "broken" / "t")) is None
+    assert stage_runner.read_manifest(str(tmp_path / "broken" / "t")) is None
     (tmp_path / "broken" / "t" / "manifest.json.0123.tmp").write_bytes(b"half")
-    station = stage.Station("s", str(tmp_path / "broken" / "t"), config_of(tmp_path))
+    station = stage_runner.Station("s", str(tmp_path / "broken" / "t"), config_of(tmp_path))
     found = station.finished()
     assert found is not None and found.content == whole.content
     assert files_of(tmp_path / "broken" / "t") == files_of(tmp_path / "whole" / "t")
@@ -411,7 +419,7 @@ def test_done_ids_are_a_set(
     tmp_path_factory: pytest.TempPathFactory, names: set[str], others: set[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("done")
-    station = stage.Station("s", str(folder / "t"), config_of(folder))
+    station = stage_runner.Station("s", str(folder / "t"), config_of(folder))
     station.done_ids("id")
     for name in sorted(names):
         station.write_part([{"id": name, "value": 1}], SCHEMA, "id")
@@ -444,13 +452,13 @@ def test_an_actor_that_always_dies_ends_the_station_with_what_to_do_and_its_rows
 
     already: list[str] = []
 
-    def run(value: int) -> stage.Manifest:
-        station = stage.Station("judge", str(tmp_path / "t"), config_of(tmp_path), settings=["dies"])
+    def run(value: int) -> stage_runner.Manifest:
+        station = stage_runner.Station("judge", str(tmp_path / "t"), config_of(tmp_path), settings=["dies"])
 
         def build(done: set[str]) -> ray.data.Dataset | None:
             already[:] = done
             blocks = [pa.table({"id": [f"{number}"], "value": [number]}) for number in range(4)]
-            return stage.without(ray.data.from_blocks(blocks), "id", done).map_batches(
+            return stage_runner.without(ray.data.from_blocks(blocks), "id", done).map_batches(
                 DiesAt,
                 fn_constructor_args=(value,),
                 batch_format="pyarrow",

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmedpo_ray.curate.lexicon.tokens import same_text, tokens
-from mmedpo_ray.evaluate.metrics.base import Answer
-from mmedpo_ray.evaluate.metrics.open import exact_match, token_f1
-from mmedpo_ray.evaluate.metrics.words import spaced, unsupported_script
+from mmedpo_ray.metrics.answer_words import spaced, unsupported_script
+from mmedpo_ray.metrics.base import Answer
+from mmedpo_ray.metrics.open_questions import exact_match, token_f1
+from mmedpo_ray.radiology.lexicon.tokens import same_text, tokens
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmedpo_ray import cli
-from mmedpo_ray.evaluate.metrics import METRICS
+from mmedpo_ray.metrics import METRICS
 
 Rows = Sequence[dict[str, Any]]
 SECRET = "Mister Patientname"
@@ -330,13 +330,13 @@ def test_outputs_belong_to_a_file_of_answers(capsys: pytest.CaptureFixture[str])
 
 
 def test_frames_of_one_file_are_one_cluster():
-    from mmedpo_ray import tables
     from mmedpo_ray.evaluate.summary import rows_of
+    from mmedpo_ray.tables import schemas
 
     rows = [
         {"answer_id": f"m/{name}", "model": "m", "sample_id": name, "image_id": name, "task": "vqa", "answer_type": "open",
          "reference": "left", "prediction": "left", "seconds": 0.1}
         for name in ("d/a~f1", "d/a~f2", "d/b")
     ]  # fmt: skip
-    found = rows_of(tables.to_table(rows, tables.ANSWERS), {})
+    found = rows_of(schemas.to_table(rows, schemas.ANSWERS), {})
     assert [row.cluster for row in found] == ["d/a", "d/a", "d/b"]

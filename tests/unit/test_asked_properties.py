@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from mmedpo_ray.curate.filters import problem
-from mmedpo_ray.curate.lexicon import implied_polarity
-from mmedpo_ray.curate.lexicon.tokens import same_text
-from mmedpo_ray.evaluate.metrics.base import Answer
-from mmedpo_ray.evaluate.metrics.closed import verdict
+from mmedpo_ray.curate.text.filters import problem
+from mmedpo_ray.metrics.base import Answer
+from mmedpo_ray.metrics.closed_questions import verdict
+from mmedpo_ray.radiology.lexicon import implied_polarity
+from mmedpo_ray.radiology.lexicon.tokens import same_text
 
 AIR = "Is there a pneumothorax?"
 

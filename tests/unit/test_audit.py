@@ -25,20 +25,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from mmedpo_ray import cli, cli_parser, tables
-from mmedpo_ray.config import Config, dump, known_keys, load
-from mmedpo_ray.curate import lexicon
-from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
-from mmedpo_ray.data.audit import audit, audit_command
-from mmedpo_ray.data.audit.examine import NAMES, examine
-from mmedpo_ray.data.audit.extract import extract
-from mmedpo_ray.data.audit.features import features_of
-from mmedpo_ray.data.audit.fix import removals, write_fixed
-from mmedpo_ray.data.audit.hashing import normalised
-from mmedpo_ray.data.audit.statistics import explained, separation
-from mmedpo_ray.data.audit.table import open_pairs
+from mmedpo_ray import cli, cli_parser
+from mmedpo_ray.audit.extract import extract
+from mmedpo_ray.audit.features import features_of
+from mmedpo_ray.audit.fix import removals, write_fixed
+from mmedpo_ray.audit.hashing import normalised
+from mmedpo_ray.audit.run_checks import NAMES, examine
+from mmedpo_ray.audit.stage import audit, audit_command
+from mmedpo_ray.audit.statistics import explained, separation
+from mmedpo_ray.config.load import dump, known_keys, load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.datasets.pair_table import open_pairs
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import read_manifest
+from mmedpo_ray.radiology import lexicon
+from mmedpo_ray.radiology.lexicon.meta_text import COMMENTARY, LEAKED_PROMPT
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.manifest import read_manifest
 
 _QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -90,7 +92,7 @@ def write(folder: Path, rows: list[dict[str, Any]], files: int = 1) -> str:
     """A scored table, over several files."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, part in enumerate(np.array_split(np.arange(len(rows)), files)):
-        table = tables.to_table([rows[i] for i in part], tables.SCORED)
+        table = schemas.to_table([rows[i] for i in part], schemas.SCORED)
         pq.write_table(table, folder / f"part-{index}.parquet", row_group_size=7)
     return str(folder)
 
@@ -114,7 +116,7 @@ def samples(folder: Path, rows: list[dict[str, Any]]) -> str:
         for r in rows
     ]
     folder.mkdir(parents=True)
-    pq.write_table(tables.to_table(complete, tables.SAMPLES), folder / "part-0.parquet")
+    pq.write_table(schemas.to_table(complete, schemas.SAMPLES), folder / "part-0.parquet")
     return str(folder)
 
 
@@ -839,7 +841,7 @@ def test_random_tables_are_audited_and_fixed(
     fixed = write_fixed(pairs, features, None, str(folder / "fixed"))
     assert fixed.rows_in == len(rows) == fixed.rows_out + sum(fixed.removed.values())
     cleaned = pads.dataset(fixed.folder, format="parquet", exclude_invalid_files=True).to_table()
-    assert cleaned.schema.names == tables.SCORED.names
+    assert cleaned.schema.names == schemas.SCORED.names
     assert cleaned["pair_id"].to_pylist() == [f"p{i}" for i in np.flatnonzero(stay)]
     assert all(text == text.strip() for side in ("chosen", "rejected") for text in cleaned[side].to_pylist())
     again = open_pairs(fixed.folder)
@@ -878,8 +880,8 @@ def test_fix_logs_every_change_and_leaves_the_rest_alone(tmp_path: Path) -> None
     assert manifest["versions"]["mmedpo-ray"]
     expected = [row for row in rows if row["pair_id"] not in ("p2", "p7", "copy")]
     expected[1]["chosen"] = "padded"
-    written = tables.check(pq.read_table(tmp_path / "fixed" / "part-00000.parquet"), tables.SCORED, "fixed")
-    assert written.equals(tables.to_table(expected, tables.SCORED))
+    written = schemas.check(pq.read_table(tmp_path / "fixed" / "part-00000.parquet"), schemas.SCORED, "fixed")
+    assert written.equals(schemas.to_table(expected, schemas.SCORED))
     assert (tmp_path / "audit.json").is_file()
 
 
@@ -982,7 +984,7 @@ def test_fix_copies_columns_of_nested_types(tmp_path: Path) -> None:
         "struct": (pa.struct([("a", pa.int64())]), lambda i: {"a": i} if i % 3 else None),
         "map": (pa.map_(pa.string(), pa.int64()), lambda i: [("c", i)]),
     }
-    table = tables.to_table(rows, tables.SCORED)
+    table = schemas.to_table(rows, schemas.SCORED)
     for name, (kind, value) in extra.items():
         table = table.append_column(name, pa.array([value(i) for i in range(20)], kind))
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=7)
@@ -1024,8 +1026,8 @@ def test_a_fix_that_was_killed_is_repeated_by_the_same_command(tmp_path: Path) -
     table = write(tmp_path / "scored", [pair(i) for i in range(20)])
     killed = """
 import os, signal, sys
-from mmedpo_ray.config import load
-from mmedpo_ray.data.audit import fix, station
+from mmedpo_ray.config.load import load
+from mmedpo_ray.audit import fix, stage as station
 fix._write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 station.audit_command(load(None, [f"run.folder={sys.argv[1]}"]), sys.argv[2], None, None, sys.argv[3])
 """
@@ -1157,7 +1159,7 @@ def test_unusable_tables_are_named(tmp_path: Path, make: Any, message: str) -> N
 def _texts_of_the_audit() -> list[str]:
     """Every text in the audit's code but the docstrings; what is filled in stands as X."""
     texts = []
-    for path in Path(examine.__code__.co_filename).parent.glob("*.py"):
+    for path in Path(examine.__code__.co_filename).parent.rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}

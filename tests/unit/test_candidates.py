@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray import tables
-from mmedpo_ray.config import load
-from mmedpo_ray.curate import candidates
-from mmedpo_ray.curate.candidates import COLUMNS, CandidateSampler, plan
-from mmedpo_ray.models.engine import engine_settings
+from mmedpo_ray.config.load import load
+from mmedpo_ray.curate.text import candidates
+from mmedpo_ray.curate.text.candidates import COLUMNS, CandidateSampler, plan
 from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.vllm_engine import engine_settings
+from mmedpo_ray.tables import schemas
 
 
 class Engine:
@@ -52,7 +52,7 @@ def test_prompts_are_those_of_training_and_few_are_kept(
         {"sample_id": str(i), "image_id": "a", "image_uri": f"{tmp_path}/a.png", "question": question}
         for i, question in enumerate(questions)
     ]
-    planned = plan(tables.to_table(samples, tables.SAMPLES).select(COLUMNS), 2)
+    planned = plan(schemas.to_table(samples, schemas.SAMPLES).select(COLUMNS), 2)
     rows = [row for start in range(0, 22, 5) for row in sampler(planned.slice(start, 5)).to_pylist()]
     assert sampler._prompt.cache_info().currsize == 3
     writer = PromptWriter(load_processor(f"{tmp_path}/model"))
@@ -61,6 +61,6 @@ def test_prompts_are_those_of_training_and_few_are_kept(
     assert [request["prompt_token_ids"] for request in sampler._engine.requests] == [
         writer.narrow(writer.prompt(question) or []) for question in asked
     ]
-    assert {row["sample_id"] for row in rows if row[tables.DROP_REASON]} == {"2"}
-    kept = {row["sample_id"]: row["prompt_sha256"] for row in rows if not row[tables.DROP_REASON]}
+    assert {row["sample_id"] for row in rows if row[schemas.DROP_REASON]} == {"2"}
+    kept = {row["sample_id"]: row["prompt_sha256"] for row in rows if not row[schemas.DROP_REASON]}
     assert len(set(kept.values())) == 10

@@ -16,9 +16,8 @@ import pytest
 import torch
 from align_world import single_rank, training_spec
 
-from mmedpo_ray.align import checkpoint
-from mmedpo_ray.align.attempt import claim
-from mmedpo_ray.align.checkpoint import (
+from mmedpo_ray.align.checkpoint import checkpoint
+from mmedpo_ray.align.checkpoint.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     State,
@@ -28,7 +27,8 @@ from mmedpo_ray.align.checkpoint import (
     remove_checkpoints,
     set_aside_passed_over,
 )
-from mmedpo_ray.align.keeper import CheckpointKeeper
+from mmedpo_ray.align.checkpoint.manager import CheckpointKeeper
+from mmedpo_ray.align.checkpoint.run_lock import claim
 from mmedpo_ray.align.metrics import MetricsWriter, read_metrics
 from mmedpo_ray.align.policy import learning_rate_factor
 from mmedpo_ray.errors import UserError

@@ -16,12 +16,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmedpo_ray import cli, cli_parser, cluster, pipeline, preflight, road, storage
-from mmedpo_ray.config import Config, load
+from mmedpo_ray import cli, cli_parser, pipeline
+from mmedpo_ray.compat import cluster
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import Manifest, write_manifest
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Station
+from mmedpo_ray.io import storage
+from mmedpo_ray.stages import preflight, registry
+from mmedpo_ray.tables.manifest import Manifest, write_manifest
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import Station
 
 VERBS = ["run", "ingest", "curate", "score", "audit", "align", "export", "serve", "evaluate", "report"]
 
@@ -214,7 +218,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Config | None]:
     monkeypatch.setattr(pipeline, "STEPS", {name: step_of(name) for name in pipeline.STEPS})
     monkeypatch.setattr(pipeline, "_print_end", lambda *_: None)
     monkeypatch.setattr(pipeline.cluster, "start", lambda _: None)
-    monkeypatch.setattr(road, "WRITER", {})
+    monkeypatch.setattr(registry, "WRITER", {})
     return reached
 
 
@@ -369,7 +373,7 @@ def test_a_model_that_cannot_be_had_is_found_before_ray_starts(
     verb: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "start", lambda _: pytest.fail("Ray was started"))
-    monkeypatch.setattr(road, "WRITER", {})
+    monkeypatch.setattr(registry, "WRITER", {})
     assert cli.main([verb, f"run.folder={tmp_path / 'run'}", f"model.path={name}"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and len(message.splitlines()) == 1

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_ray.config import EvaluateConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.client import Endpoint, Question, image_data_url
-from mmedpo_ray.images import ImageError
+from mmedpo_ray.evaluate.settings import EvaluateConfig
+from mmedpo_ray.io.images import ImageError
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -160,7 +160,7 @@ def test_plain_files_travel_as_they_are(image):
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "P"])
 def test_unusual_files_become_what_training_sees(tmp_path, mode):
-    from mmedpo_ray.images import load_rgb
+    from mmedpo_ray.io.images import load_rgb
 
     path = tmp_path / "image.png"
     if mode == "I;16":
@@ -175,7 +175,7 @@ def test_unusual_files_become_what_training_sees(tmp_path, mode):
 
 
 def test_rotated_photographs_are_read_as_in_training(tmp_path):
-    from mmedpo_ray.images import load_rgb
+    from mmedpo_ray.io.images import load_rgb
 
     path = tmp_path / "image.jpg"
     image = Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16))

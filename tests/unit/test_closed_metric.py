@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmedpo_ray.evaluate.metrics.base import Answer
-from mmedpo_ray.evaluate.metrics.closed import closed_correct, verdict
-from mmedpo_ray.evaluate.metrics.official import closed_correct_official, recall_official
-from mmedpo_ray.evaluate.metrics.open import exact_match
+from mmedpo_ray.metrics.base import Answer
+from mmedpo_ray.metrics.closed_questions import closed_correct, verdict
+from mmedpo_ray.metrics.official import closed_correct_official, recall_official
+from mmedpo_ray.metrics.open_questions import exact_match
 
 LETTERS = "Which one? A) MRI B) CT"
 LINES = "Which modality?\nA. MRI\nB. CT\nC. X-ray"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmedpo_ray import cluster
-from mmedpo_ray.config import RayConfig
+from mmedpo_ray.compat import cluster
+from mmedpo_ray.config.tree import RayConfig
 
 NODES = [
     {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0, "memory": 1e9}},

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmedpo_ray.config import Config, _apply_override, dump, known_keys, load, resolve_run_folder
+from mmedpo_ray.config.load import _apply_override, dump, known_keys, load, resolve_run_folder
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

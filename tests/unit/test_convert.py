@@ -32,11 +32,11 @@ from tiny_llava_med import (
 )
 from transformers import CLIPVisionConfig, LlamaTokenizer, LlavaConfig, MistralConfig
 
+from mmedpo_ray.convert.checkpoint import convert, convert_command
+from mmedpo_ray.convert.llava_med_processor import make_processor
+from mmedpo_ray.convert.weight_names import converted_name, is_recomputed, original_name, saved_name
+from mmedpo_ray.convert.weights import list_tensors
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.convert import convert, convert_command
-from mmedpo_ray.models.convert_names import converted_name, is_recomputed, original_name, saved_name
-from mmedpo_ray.models.convert_processor import make_processor
-from mmedpo_ray.models.convert_weights import list_tensors
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, resolve_model
 
 QUESTION = "Is there a nodule in the left lung?"
@@ -783,7 +783,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(original: Original, tmp
     fails(folder, tmp_path, "cannot read the tokenizer")
     (folder / "tokenizer.model").unlink()
     fails(folder, tmp_path, "has no tokenizer")
-    tokenizer = Path(__file__).parents[2] / "mmedpo_ray/models/phantom_llava/tokenizer.json"
+    tokenizer = Path(__file__).parents[2] / "mmedpo_ray/phantom/phantom_llava/tokenizer.json"
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     fails(folder, tmp_path, "tokenizer")
 

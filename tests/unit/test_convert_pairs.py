@@ -13,12 +13,13 @@ import pytest
 from align_world import write_scored
 from PIL import Image
 
-from mmedpo_ray import images, tables
 from mmedpo_ray.cli import main
-from mmedpo_ray.config import load
-from mmedpo_ray.data.convert_pairs import convert_pairs
-from mmedpo_ray.data.ingest import FORMATS
+from mmedpo_ray.config.load import load
+from mmedpo_ray.convert.preference_pairs import convert_pairs
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.ingest.stage import FORMATS
+from mmedpo_ray.io import images
+from mmedpo_ray.tables import schemas
 
 TARGETS = {"trl": "trl", "llama-factory": "llama_factory", "swift": "swift"}
 
@@ -32,7 +33,7 @@ def scored(tmp_path: Path) -> list[dict[str, Any]]:
     for row in rows:
         if row["image_uri"] == rows[0]["image_uri"] and row["kind"] == "text":
             row |= {"image_uri": str(deep), "rejected_image_uri": str(deep)}
-    pq.write_table(tables.to_table(rows, tables.SCORED), tmp_path / "scored.parquet")
+    pq.write_table(schemas.to_table(rows, schemas.SCORED), tmp_path / "scored.parquet")
     return rows
 
 
@@ -126,7 +127,7 @@ def test_every_row_for_swift_has_the_same_members(tmp_path, scored):
     """It deletes rows without a member that others have."""
     convert_pairs(str(tmp_path / "scored.parquet"), "swift", tmp_path / "both.jsonl")
     text = [row for row in scored if row["kind"] == "text"]
-    pq.write_table(tables.to_table(text, tables.SCORED), tmp_path / "text.parquet")
+    pq.write_table(schemas.to_table(text, schemas.SCORED), tmp_path / "text.parquet")
     convert_pairs(str(tmp_path / "text.parquet"), "swift", tmp_path / "text.jsonl")
     for name, member in (("both", "rejected_images"), ("text", "rejected_response")):
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
@@ -163,7 +164,7 @@ def test_what_cannot_be_written_is_counted_and_refused(tmp_path, scored):
         convert_pairs(str(tmp_path), "trl", tmp_path / "out.txt")
     for row in scored:
         row["image_uri"] = str(tmp_path / "gone.png")
-    pq.write_table(tables.to_table(scored, tables.SCORED), table)
+    pq.write_table(schemas.to_table(scored, schemas.SCORED), table)
     with pytest.raises(UserError):
         convert_pairs(table, "trl", tmp_path / "out.jsonl")
     assert not list(tmp_path.glob("*out.jsonl*"))
@@ -307,7 +308,7 @@ def test_the_audit_reads_and_cleans_files_of_peers(tmp_path, scored, target, fil
     text = [row for row in scored if row["kind"] == "text"]
     text[0]["chosen"] = f" {text[0]['chosen']}"
     text[1]["rejected"] = text[1]["chosen"]
-    pq.write_table(tables.to_table(scored, tables.SCORED), tmp_path / "scored.parquet")
+    pq.write_table(schemas.to_table(scored, schemas.SCORED), tmp_path / "scored.parquet")
     counts = convert_pairs(str(tmp_path / "scored.parquet"), target, tmp_path / file)
     out = tmp_path / "audit.json"
     command = [

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray import tables
-from mmedpo_ray.config import RulesAgentConfig, ScoreConfig, VllmAgentConfig
 from mmedpo_ray.judge import debate
 from mmedpo_ray.judge.agents import Case, Judgement, Refusal, build
+from mmedpo_ray.judge.settings import RulesAgentConfig, ScoreConfig, VllmAgentConfig
+from mmedpo_ray.tables import schemas
 
 
 class Script:
@@ -185,7 +185,7 @@ def test_a_history_goes_through_its_column_unchanged(
         for turn, score in enumerate(scores)
     )
     column = debate.to_column([history])
-    assert column.type == tables.HISTORY
+    assert column.type == schemas.HISTORY
     assert debate.from_rows(column.to_pylist()[0]) == history
     assert debate.settled(history, num_agents, max_rounds) == (
         debate.agree(history, num_agents) or len(history) >= num_agents * max_rounds
@@ -236,17 +236,17 @@ def test_many_passes_equal_one() -> None:
     whole = [history for history, _ in debate.hold(cases, range(15), speakers, 5)]
     # At least one of these must be a real debate, or the comparison says nothing.
     assert max(len(history) for history in whole) > 3
-    blank = {field.name: None for field in tables.PAIRS}
+    blank = {field.name: None for field in schemas.PAIRS}
     table = pa.table(
         {
             **{
-                name: pa.array([value] * len(rows), tables.PAIRS.field(name).type)
+                name: pa.array([value] * len(rows), schemas.PAIRS.field(name).type)
                 for name, value in blank.items()
             },
             "question": [row[0] for row in rows],
             "chosen": [row[1] for row in rows],
             "rejected": [row[2] for row in rows],
-            "history": pa.array([[]] * len(rows), tables.HISTORY),
+            "history": pa.array([[]] * len(rows), schemas.HISTORY),
             "settled": pa.array([False] * len(rows)),
         }
     )

@@ -17,8 +17,8 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from mmedpo_ray import images
 from mmedpo_ray.evaluate.client import image_data_url
+from mmedpo_ray.io import images
 
 SAMPLES = Path(pydicom.__file__).parent / "data" / "test_files"
 PATIENT = "Doe^Jane^Secret"

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import uid
 
-from mmedpo_ray import images
-from mmedpo_ray.image_error import MADE_BY, ImageError
+from mmedpo_ray.io import images
+from mmedpo_ray.io.image_error import MADE_BY, ImageError
 
 DEPTHS = (2, 4, 6, 7, 8, 10, 12, 14, 16)
 _ENCODERS = {
@@ -156,9 +156,7 @@ def test_few_bits_do_not_end_the_process() -> None:
     data = compressed(
         dataset_of(pixels, 4), [imagecodecs.ljpeg_encode(pixels, bitspersample=4)], uid.JPEGLosslessSV1
     )
-    code = (
-        "import sys; from mmedpo_ray import images; print(images.decode(sys.stdin.buffer.read(), 'x').info)"
-    )
+    code = "import sys; from mmedpo_ray.io import images; print(images.decode(sys.stdin.buffer.read(), 'x').info)"
     done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert MADE_BY.encode() in done.stdout

@@ -30,8 +30,8 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from mmedpo_ray import images
-from mmedpo_ray.image_error import ImageError
+from mmedpo_ray.io import images
+from mmedpo_ray.io.image_error import ImageError
 
 # ---------------------------------------------------------------------- few bits, floats
 

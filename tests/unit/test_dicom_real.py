@@ -11,8 +11,8 @@ import pytest
 from dicom_files import SAMPLES
 from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-from mmedpo_ray import images
-from mmedpo_ray.image_error import MADE_BY, ImageError
+from mmedpo_ray.io import images
+from mmedpo_ray.io.image_error import MADE_BY, ImageError
 
 # What no decoder reads: a codestream cut short by a delimiter inside it, fewer pixels than declared, no size of the image.
 DAMAGED = {

@@ -31,7 +31,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
 
-from mmedpo_ray import images
+from mmedpo_ray.io import images
 
 # ---------------------------------------------------------------------- tables
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.uid import RLELossless
 
-from mmedpo_ray import images
+from mmedpo_ray.io import images
 
 WINDOW = {"WindowCenter": 2000, "WindowWidth": 3000}
 

@@ -61,8 +61,8 @@ def test_the_tutorial_shows_samples_that_are_in_use_only(
 
 
 def test_the_page_on_judges_shows_a_kind_that_judges() -> None:
-    from mmedpo_ray.config import RulesAgentConfig
     from mmedpo_ray.judge.agents import Case, Judgement
+    from mmedpo_ray.judge.settings import RulesAgentConfig
 
     page = (ROOT / "docs/how-to/own-judge.md").read_text(encoding="utf-8")
     section = page.split("## Write your own kind")[1]

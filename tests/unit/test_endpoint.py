@@ -12,7 +12,7 @@ from chat_server import INPUT_TOKENS, MODEL, OUTPUT_TOKENS, ChatServer, Reply, r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.endpoint import (
+from mmedpo_ray.clients.chat import (
     REFUSED,
     TRANSIENT,
     ChatRequest,
@@ -24,8 +24,8 @@ from mmedpo_ray.endpoint import (
     as_data,
     read_key,
 )
+from mmedpo_ray.clients.settings import EndpointConfig
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.settings.endpoint import EndpointConfig
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from mmedpo_ray.config import EngineConfig
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.engine import engine_settings, read_model_config
+from mmedpo_ray.models.settings import EngineConfig
+from mmedpo_ray.models.vllm_engine import engine_settings, read_model_config
 
 
 def model_folder(tmp_path, **config):
@@ -87,8 +87,8 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
 def test_settings_need_neither_vllm_nor_torch():
     code = (
         "import sys\n"
-        "from mmedpo_ray.config import EngineConfig\n"
-        "from mmedpo_ray.models.engine import engine_settings\n"
+        "from mmedpo_ray.models.settings import EngineConfig\n"
+        "from mmedpo_ray.models.vllm_engine import engine_settings\n"
         "engine_settings(EngineConfig(), has_gpu=False)\n"
         "assert not {'vllm', 'torch'} & set(sys.modules), 'imported'\n"
     )

@@ -16,21 +16,23 @@ from peft import LoraConfig, get_peft_model
 from tiny_llava import build_tiny_llava
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
-from mmedpo_ray import cluster, tables
-from mmedpo_ray.align import expected as expected_module
-from mmedpo_ray.align import prepare_station
-from mmedpo_ray.align.dry_run import dry_run
-from mmedpo_ray.align.expected import announce_ahead, estimate_memory, kept_numbers, logit_bytes
-from mmedpo_ray.align.forest import Forest, TokenSequence, pack
-from mmedpo_ray.align.logps import make_fast, response_logps
-from mmedpo_ray.align.plan import ForwardSize
-from mmedpo_ray.align.prepare import COLUMNS
-from mmedpo_ray.align.scaling import Geometry
-from mmedpo_ray.config import AlignConfig, Config
+from mmedpo_ray.align.data import prepare_stage
+from mmedpo_ray.align.data.tokenise import COLUMNS
+from mmedpo_ray.align.packing.logps import make_fast, response_logps
+from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
+from mmedpo_ray.align.plan import estimates as expected_module
+from mmedpo_ray.align.plan.dry_run import dry_run
+from mmedpo_ray.align.plan.estimates import announce_ahead, estimate_memory, kept_numbers, logit_bytes
+from mmedpo_ray.align.plan.plan import ForwardSize
+from mmedpo_ray.align.plan.step_costs import Geometry
+from mmedpo_ray.align.settings import AlignConfig
+from mmedpo_ray.compat import cluster
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import Manifest, write_manifest
-from mmedpo_ray.stage import Station
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.manifest import Manifest, write_manifest
+from mmedpo_ray.tables.stage_runner import Station
 
 IMAGE_TOKEN, IMAGE_TOKENS, VOCABULARY = 99, 16, 100
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -203,7 +205,7 @@ def test_the_plan_is_printed_before_a_model_is_loaded(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(_StoppedError):
-        prepare_station.prepare(config)
+        prepare_stage.prepare(config)
     line = " ".join(capsys.readouterr().err.split())
     figures = dry_run(config)
     assert "align: 2 steps of 12 pairs on 3 images" in line
@@ -312,7 +314,7 @@ def test_of_a_table_of_many_row_groups_few_are_read(
         part = rows[number * 4000 // files : (number + 1) * 4000 // files]
         path = tmp_path / f"part-{number:05d}.parquet"
         pq.write_table(
-            tables.to_table(part, pa.schema([tables.SCORED.field(name) for name in COLUMNS])),
+            schemas.to_table(part, pa.schema([schemas.SCORED.field(name) for name in COLUMNS])),
             path,
             row_group_size=32,
         )
@@ -348,7 +350,7 @@ def test_a_gpu_that_is_not_there_is_said_at_once(config: Config) -> None:
     """The actors that compute the reference would wait for it for ever."""
     config.align = config.align.model_copy(update={"use_gpu": True})
     with pytest.raises(UserError, match=r"align\.use_gpu is true but the cluster has no GPU"):
-        prepare_station.prepare(config)
+        prepare_stage.prepare(config)
     config.align = config.align.model_copy(update={"use_gpu": None, "num_workers": 3})
     with pytest.raises(UserError, match="at least 3 ranks of 1 CPU each"):
-        prepare_station.prepare(config)
+        prepare_stage.prepare(config)

@@ -18,9 +18,9 @@ from transformers import (
 )
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
-from mmedpo_ray.align import fast_layers
-from mmedpo_ray.align.forest import Forest, TokenSequence, pack
-from mmedpo_ray.align.logps import make_fast, response_logps
+from mmedpo_ray.align.packing import fast_layers
+from mmedpo_ray.align.packing.logps import make_fast, response_logps
+from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
 
 IMAGE_TOKEN, IMAGE_TOKENS, VOCABULARY = 99, 4, 100
 

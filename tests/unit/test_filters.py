@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.curate.filters import contains_truth, language, most_frequent, problem
-from mmedpo_ray.curate.hallucinate import is_wrong
+from mmedpo_ray.curate.text.filters import contains_truth, language, most_frequent, problem
+from mmedpo_ray.curate.text.text_pairs import is_wrong
 
 
 @pytest.mark.parametrize(

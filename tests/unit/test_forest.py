@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.align.forest import Forest, TokenSequence, lay_out_rows, num_slots, pack
+from mmedpo_ray.align.packing.trees import Forest, TokenSequence, lay_out_rows, num_slots, pack
 
 PAD = 0
 

@@ -17,15 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmedpo_ray import tables
-from mmedpo_ray.config import load
-from mmedpo_ray.data import hf_parquet
-from mmedpo_ray.data.ingest import FORMATS
-from mmedpo_ray.data.reader import Reader, Unit
+from mmedpo_ray.config.load import load
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.images import load_image
+from mmedpo_ray.ingest.formats import hf_parquet
+from mmedpo_ray.ingest.reader import Reader, Unit
+from mmedpo_ray.ingest.stage import FORMATS
+from mmedpo_ray.io.images import load_image
+from mmedpo_ray.tables import schemas
 
-SCHEMA = tables.with_drop_columns(tables.SAMPLES)
+SCHEMA = schemas.with_drop_columns(schemas.SAMPLES)
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -48,9 +48,9 @@ def read(root: Path | str, *overrides: str, run: Path | str | None = None) -> li
     rows = [row for unit in reader.units() for row in reader.samples(unit)]
     assert len({row["sample_id"] for row in rows}) == len(rows)
     assert sum(unit.rows for unit in reader.units()) == len(rows)
-    for row in tables.to_table(rows, SCHEMA).to_pylist():
+    for row in schemas.to_table(rows, SCHEMA).to_pylist():
         if row["drop_reason"] is None:
-            assert all(row[field.name] is not None for field in tables.SAMPLES if not field.nullable)
+            assert all(row[field.name] is not None for field in schemas.SAMPLES if not field.nullable)
         else:
             assert ".parquet, row " in row["drop_detail"]
     return rows

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from mmedpo_ray.config import EvaluateConfig
+from mmedpo_ray.clients.http import async_client, is_loopback
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.client import Endpoint
-from mmedpo_ray.http_client import async_client, is_loopback
+from mmedpo_ray.evaluate.settings import EvaluateConfig
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -72,7 +72,7 @@ def test_an_endpoint_on_this_machine_is_asked_directly(servers, monkeypatch):
 
 def test_a_server_that_starts_is_greeted_directly(servers, monkeypatch):
     pytest.importorskip("ray")
-    from mmedpo_ray.serving import _greet
+    from mmedpo_ray.serve.endpoint import _greet
 
     endpoint, proxy = servers
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")

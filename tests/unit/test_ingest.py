@@ -20,17 +20,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmedpo_ray import images, storage, tables
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.data import phantom
-from mmedpo_ray.data.ingest import FORMATS
-from mmedpo_ray.data.preference_reader import SortedSamples
-from mmedpo_ray.data.reader import Reader, draw_split, given_name
-from mmedpo_ray.data.texts import infer_answer_type
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.datasets.texts import infer_answer_type
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.images import load_image, load_rgb
+from mmedpo_ray.ingest.preference_reader import SortedSamples
+from mmedpo_ray.ingest.reader import Reader, draw_split, given_name
+from mmedpo_ray.ingest.stage import FORMATS
+from mmedpo_ray.io import images, storage
+from mmedpo_ray.io.images import load_image, load_rgb
+from mmedpo_ray.phantom import world
+from mmedpo_ray.tables import schemas
 
-SCHEMA = tables.with_drop_columns(tables.SAMPLES)
+SCHEMA = schemas.with_drop_columns(schemas.SAMPLES)
 
 
 @pytest.fixture
@@ -75,14 +77,14 @@ def samples_of(reader: Reader) -> list[dict[str, Any]]:
 
 def read(root: Path, source: Any, kind: str = "llava_json", *overrides: str) -> list[dict[str, Any]]:
     reader = FORMATS[kind](config_of(root, source, kind, *overrides))
-    table = tables.to_table(samples_of(reader), SCHEMA)
+    table = schemas.to_table(samples_of(reader), SCHEMA)
     ids = table["sample_id"].to_pylist()
     assert len(ids) == len(set(ids)), "ids must be unique, of kept and dropped rows alike"
     kept = [item for item in table.to_pylist() if item["drop_reason"] is None]
     for item in table.to_pylist():
         assert item["drop_reason"] is None or item["drop_detail"].startswith("rows.json, row ")
     for item in kept:
-        assert all(item[field.name] is not None for field in tables.SAMPLES if not field.nullable)
+        assert all(item[field.name] is not None for field in schemas.SAMPLES if not field.nullable)
     return table.to_pylist()
 
 
@@ -511,9 +513,9 @@ def test_no_row_breaks_a_reader(root: Path, source: list, kind: str) -> None:
     if kind == "mmedpo_json":
         by_id = {item["sample_id"]: item for item in rows if item["drop_reason"] is None}
         pairs = [pair for unit in reader.units() for pair in reader.pairs(unit, by_id)]
-        assert len(tables.to_table(pairs, tables.with_drop_columns(tables.PAIRS))) == len(source)
+        assert len(schemas.to_table(pairs, schemas.with_drop_columns(schemas.PAIRS))) == len(source)
         assert len({pair["pair_id"] for pair in pairs}) == len(source)
-        in_a_table = SortedSamples(tables.to_table(by_id.values(), SCHEMA).sort_by("sample_id"))
+        in_a_table = SortedSamples(schemas.to_table(by_id.values(), SCHEMA).sort_by("sample_id"))
         assert [pair for unit in reader.units() for pair in reader.pairs(unit, in_a_table)] == pairs, (
             "a table is looked up as a dictionary is"
         )
@@ -525,7 +527,7 @@ def test_phantoms_are_those_of_the_generator(tmp_path: Path) -> None:
     )
     reader = FORMATS["phantom"](config)
     samples = samples_of(reader)
-    expected = [*phantom.generate("align", 3, 4, "uniform"), *phantom.generate("test", 2, 4, "uniform")]
+    expected = [*world.generate("align", 3, 4, "uniform"), *world.generate("test", 2, 4, "uniform")]
     assert [s["answer"] for s in samples] == [q.answer for case in expected for q in case.questions]
     first_bytes = {s["image_uri"]: Path(s["image_uri"]).read_bytes() for s in samples}
     for uri, case in zip(first_bytes, expected, strict=True):

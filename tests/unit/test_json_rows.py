@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.data import json_rows
+from mmedpo_ray.datasets import json_rows
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.seen_ids import SeenIds
+from mmedpo_ray.tables.seen_ids import SeenIds
 
 _JSON = st.recursive(
     st.none()

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from judge_attacks import ATTACKS, SPECIAL
 from tiny_chat import save_tokenizer
 
-from mmedpo_ray.config import OpenAIAgentConfig, ScoreConfig, VllmAgentConfig
-from mmedpo_ray.endpoint import as_data
+from mmedpo_ray.clients.chat import as_data
 from mmedpo_ray.judge import agents, debate
 from mmedpo_ray.judge.agents import Case, Judgement, Refusal, build, prompt
+from mmedpo_ray.judge.settings import OpenAIAgentConfig, ScoreConfig, VllmAgentConfig
 
 TEXTS = st.one_of(st.sampled_from(sorted(ATTACKS.values())), st.text(max_size=200))
 

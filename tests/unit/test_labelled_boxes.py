@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmedpo_ray import images, storage
-from mmedpo_ray.config import Config
-from mmedpo_ray.curate.tools.dataset_mask import DatasetMask
-from mmedpo_ray.curate.tools.labelled_boxes import asked_region, named_labels, parse
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.visual.tools.dataset_mask import DatasetMask
+from mmedpo_ray.io import images, storage
+from mmedpo_ray.radiology.labelled_boxes import asked_region, named_labels, parse
 
 CHEST = ["Left Lung", "Right Lung", "Heart", "Cardiomegaly", "Effusion"]
 ABDOMEN = ["Liver", "Spleen", "Left Kidney", "Right Kidney", "Liver Cancer", "Small Bowel"]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from mmedpo_ray.config import NoiseConfig
-from mmedpo_ray.curate.lesion_noise import (
+from mmedpo_ray.curate.settings import NoiseConfig
+from mmedpo_ray.curate.visual.lesion_noise import (
     Noised,
     add_lesion_noise,
     lesion_places,
@@ -22,8 +22,8 @@ from mmedpo_ray.curate.lesion_noise import (
     released_places,
     signal_share,
 )
-from mmedpo_ray.images import decode, to_rgb
-from mmedpo_ray.png import encode_pixels
+from mmedpo_ray.io.images import decode, to_rgb
+from mmedpo_ray.io.png import encode_pixels
 
 KEPT_MODES = ["L", "RGB", "RGBA", "LA", "I;16"]
 MODES = [*KEPT_MODES, "1", "P", "I", "F", "CMYK"]

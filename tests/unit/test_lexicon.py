@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.curate import lexicon
-from mmedpo_ray.curate.lexicon import Fact
-from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
-from mmedpo_ray.curate.terms import CONCEPTS, mentions
-from mmedpo_ray.data.phantom import KINDS, Finding, generate, report_findings
-from mmedpo_ray.data.phantom.text import NAMES
+from mmedpo_ray.phantom.text import NAMES
+from mmedpo_ray.phantom.world import KINDS, Finding, generate, report_findings
+from mmedpo_ray.radiology import lexicon
+from mmedpo_ray.radiology.lexicon import Fact
+from mmedpo_ray.radiology.lexicon.meta_text import COMMENTARY, LEAKED_PROMPT
+from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS, mentions
 
 REPORT = (
     "The heart size is normal. There is a large left pleural effusion. There is a nodule in the right middle zone. "

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mmedpo_ray import lineage
-from mmedpo_ray.config import Config, load
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import read_manifest
-from mmedpo_ray.stage import Station
+from mmedpo_ray.tables import lineage
+from mmedpo_ray.tables.manifest import read_manifest
+from mmedpo_ray.tables.stage_runner import Station
 
 # Folder → what it is made of, in the order of the road.
 ROAD = {

@@ -19,10 +19,9 @@ from tiny_llava import build_tiny_llava
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedConfig
 
-from mmedpo_ray import tables
-from mmedpo_ray.align.batch import ImageLoader, forest_batch, read_ahead
-from mmedpo_ray.align.forest import TokenSequence, pack
-from mmedpo_ray.align.logps import response_logps
+from mmedpo_ray.align.data.batch import ImageLoader, forest_batch, read_ahead
+from mmedpo_ray.align.packing.logps import response_logps
+from mmedpo_ray.align.packing.trees import TokenSequence, pack
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models import loading
 from mmedpo_ray.models.loading import (
@@ -33,6 +32,7 @@ from mmedpo_ray.models.loading import (
     resolve_model,
     template_with_bos,
 )
+from mmedpo_ray.tables import schemas
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_logps_equal_the_model_s_own_on_every_row(
     """Padded together with per-response images = each response alone through transformers' forward."""
     rows = write_scored(tmp_path, num_images=2)
     pairs, _ = prepare_pairs(
-        tables.to_table(rows, tables.SCORED), writer, max_length=256, visual_coefficient=1.0
+        schemas.to_table(rows, schemas.SCORED), writer, max_length=256, visual_coefficient=1.0
     )
     model = load_model(str(model_folder), torch.float32)
     batch = forest_batch(pairs, ImageLoader(writer), writer.pad_token_id, both_sides=True)
@@ -278,9 +278,9 @@ def test_rows_that_cannot_be_trained_on_are_dropped_with_the_reason(
             "s001-0:text": {"chosen": "No. <image>"},
         },
     )
-    scored = tables.to_table(rows, tables.SCORED)
+    scored = schemas.to_table(rows, schemas.SCORED)
     pairs, dropped = prepare_pairs(scored, writer, max_length=64, visual_coefficient=0.5)
-    assert {row["pair_id"]: row[tables.DROP_REASON] for row in dropped} == {
+    assert {row["pair_id"]: row[schemas.DROP_REASON] for row in dropped} == {
         "s000-0:text": "weight_zero",
         "s000-1:text": "equal_sides",
         "s000-2:text": "prompt_too_long",
@@ -300,7 +300,7 @@ def test_rows_that_cannot_be_trained_on_are_dropped_with_the_reason(
 def test_a_long_answer_is_cut_and_its_prompt_is_not(writer: PromptWriter, tmp_path: Path) -> None:
     rows = write_scored(tmp_path, num_images=1, **{"s000-2:text": {"chosen": "The heart is normal. " * 30}})
     pairs, _ = prepare_pairs(
-        tables.to_table(rows, tables.SCORED), writer, max_length=128, visual_coefficient=1.0
+        schemas.to_table(rows, schemas.SCORED), writer, max_length=128, visual_coefficient=1.0
     )
     cut = next(pair for pair in pairs if pair.pair_id == "s000-2:text")
     assert len(cut.prompt) + len(cut.chosen) == 128
@@ -380,7 +380,7 @@ def test_ids_that_do_not_meet_as_many_features_are_refused(
 def test_an_impossible_weight_stops_the_run(writer: PromptWriter, tmp_path: Path, weight: float) -> None:
     rows = write_scored(tmp_path, num_images=1, **{"s000-0:text": {"weight": weight}})
     with pytest.raises(UserError, match="s000-0:text"):
-        prepare_pairs(tables.to_table(rows, tables.SCORED), writer, max_length=128, visual_coefficient=1.0)
+        prepare_pairs(schemas.to_table(rows, schemas.SCORED), writer, max_length=128, visual_coefficient=1.0)
 
 
 def test_an_image_that_is_gone_stops_the_run_by_name(writer: PromptWriter, tmp_path: Path) -> None:

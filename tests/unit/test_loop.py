@@ -14,14 +14,14 @@ import torch
 from align_world import single_rank, training_spec, write_prepared, write_scored, write_table
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray import tables
-from mmedpo_ray.align.checkpoint import checkpoint_folders
+from mmedpo_ray.align.checkpoint.checkpoint import checkpoint_folders
+from mmedpo_ray.align.data.pair_index import ensure_index
 from mmedpo_ray.align.loop import TrainingLoop
-from mmedpo_ray.align.pair_index import ensure_index
 from mmedpo_ray.align.policy import TrainingSpec
-from mmedpo_ray.config import LoraConfig
+from mmedpo_ray.align.settings import LoraConfig
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import Manifest
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.manifest import Manifest
 
 COLUMNS = ("ref_chosen_logp", "ref_rejected_logp")
 
@@ -73,7 +73,7 @@ def with_reference(
     assert len(found) == len(rows)
     for row in rows:
         row.update(zip(COLUMNS, found[row["pair_id"]], strict=True))
-    write_table(folder / "prepared", rows, tables.PREPARED, "prepare")
+    write_table(folder / "prepared", rows, schemas.PREPARED, "prepare")
     ensure_index(str(folder / "prepared"), Manifest(station="prepare", key="test"))
     return folder
 

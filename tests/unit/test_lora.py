@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from mmedpo_ray.align import lora
+from mmedpo_ray.align.packing import fused_lora
 
 
 class Block(nn.Module):
@@ -23,7 +23,9 @@ class Block(nn.Module):
         self.plain = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return lora.project(x, [self.first, self.second]) + lora.project(x, [self.first, self.plain])
+        return fused_lora.project(x, [self.first, self.second]) + fused_lora.project(
+            x, [self.first, self.plain]
+        )
 
 
 def make(**options: Any) -> Any:
@@ -55,7 +57,7 @@ def results(model: Any) -> tuple[list[Tensor], list[Tensor]]:
 def test_values_and_gradients_are_peft_s(sharded: bool) -> None:
     plain = make()
     fused = copy.deepcopy(plain)
-    lora.install(fused, sharded=sharded)
+    fused_lora.install(fused, sharded=sharded)
     for ours, theirs in zip(results(fused), results(plain), strict=True):
         for left, right in zip(ours, theirs, strict=True):
             assert torch.allclose(left, right, atol=1e-10)
@@ -66,12 +68,12 @@ def test_values_and_gradients_are_peft_s(sharded: bool) -> None:
 
 def test_an_input_without_gradient_gets_none() -> None:
     model = make()
-    lora.install(model)
+    fused_lora.install(model)
     sum(output.sum() for output in model(torch.ones(1, 6, dtype=torch.float64))).backward()
     assert model.base_model.model.first.lora_B["default"].weight.grad.abs().sum() > 0
 
 
 def test_layers_with_dropout_are_left_as_they_are() -> None:
     model = make(lora_dropout=0.5)
-    lora.install(model)
+    fused_lora.install(model)
     assert "forward" not in vars(model.base_model.model.first)

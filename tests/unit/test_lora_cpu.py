@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmedpo_ray.models import lora_cpu
+from mmedpo_ray.compat import vllm_lora_cpu
 
 ADAPTERS, INPUT, RANK, OUTPUT = 2, 6, 4, 10
 
@@ -13,7 +13,7 @@ ADAPTERS, INPUT, RANK, OUTPUT = 2, 6, 4, 10
 @pytest.fixture(params=["few tokens", "many tokens"])
 def world(request, monkeypatch):
     if request.param == "many tokens":
-        monkeypatch.setattr(lora_cpu, "_FEW_ROWS", 0)
+        monkeypatch.setattr(vllm_lora_cpu, "_FEW_ROWS", 0)
     generator = torch.Generator().manual_seed(0)
     indices = torch.tensor([0, -1, 1, 1, -1, 0, 0])
     return {
@@ -36,18 +36,18 @@ def expected_delta(world, scaling: float) -> torch.Tensor:
 
 def test_each_token_gets_its_own_adapter_and_none_without_one(world):
     hidden = torch.zeros(7, RANK)
-    lora_cpu.bgmv_shrink(world["x"], world["a"], hidden, world["indices"], 2.0)
+    vllm_lora_cpu.bgmv_shrink(world["x"], world["a"], hidden, world["indices"], 2.0)
     output = torch.ones(7, OUTPUT)
-    lora_cpu.bgmv_expand(hidden, world["b"], output, world["indices"], True)
+    vllm_lora_cpu.bgmv_expand(hidden, world["b"], output, world["indices"], True)
     torch.testing.assert_close(output, 1 + expected_delta(world, 2.0))
     assert torch.equal(output[1], torch.ones(OUTPUT))
 
 
 def test_a_slice_leaves_the_rest_alone(world):
     hidden = torch.zeros(7, RANK)
-    lora_cpu.bgmv_shrink(world["x"], world["a"], hidden, world["indices"], 1.0)
+    vllm_lora_cpu.bgmv_shrink(world["x"], world["a"], hidden, world["indices"], 1.0)
     output = torch.ones(7, 3 + OUTPUT + 2)
-    lora_cpu.bgmv_expand_slice(hidden, world["b"], output, world["indices"], 3, OUTPUT, False)
+    vllm_lora_cpu.bgmv_expand_slice(hidden, world["b"], output, world["indices"], 3, OUTPUT, False)
     torch.testing.assert_close(output[:, 3 : 3 + OUTPUT], expected_delta(world, 1.0))
     assert torch.equal(output[:, :3], torch.ones(7, 3))
     assert torch.equal(output[:, -2:], torch.ones(7, 2))
@@ -58,12 +58,12 @@ def test_sequences_equal_their_tokens(world):
     of_token = torch.repeat_interleave(of_sequence, lengths)
     by_sequence, by_token = torch.zeros(7, RANK), torch.zeros(7, RANK)
     starts = torch.tensor([0, 2, 3])
-    lora_cpu.sgmv_shrink(world["x"], world["a"], by_sequence, starts, lengths, of_sequence, 3, 4, 7, 0.5)
-    lora_cpu.bgmv_shrink(world["x"], world["a"], by_token, of_token, 0.5)
+    vllm_lora_cpu.sgmv_shrink(world["x"], world["a"], by_sequence, starts, lengths, of_sequence, 3, 4, 7, 0.5)
+    vllm_lora_cpu.bgmv_shrink(world["x"], world["a"], by_token, of_token, 0.5)
     torch.testing.assert_close(by_sequence, by_token)
     first, second = torch.zeros(7, OUTPUT), torch.zeros(7, OUTPUT)
-    lora_cpu.sgmv_expand(by_sequence, world["b"], first, starts, lengths, of_sequence, 3, 4, 7, True)
-    lora_cpu.sgmv_expand_slice(
+    vllm_lora_cpu.sgmv_expand(by_sequence, world["b"], first, starts, lengths, of_sequence, 3, 4, 7, True)
+    vllm_lora_cpu.sgmv_expand_slice(
         by_sequence, world["b"], second, starts, lengths, of_sequence, 3, 4, 7, 0, OUTPUT, True
     )
     torch.testing.assert_close(first, second)
@@ -82,4 +82,4 @@ def test_every_operation_has_the_parameters_vllm_passes():
     tree = ast.parse((folder / "lora/ops/torch_ops/lora_ops.py").read_text())
     theirs = {node.name: len(node.args.args) for node in tree.body if isinstance(node, ast.FunctionDef)}
     for name, count in theirs.items():
-        assert len(inspect.signature(getattr(lora_cpu, name)).parameters) == count, name
+        assert len(inspect.signature(getattr(vllm_lora_cpu, name)).parameters) == count, name

@@ -8,12 +8,12 @@ import pytest
 from align_world import align_settings, write_scored
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray.align import prepare_station
-from mmedpo_ray.align.made_with import MADE_WITH, changes, check_prepared
-from mmedpo_ray.align.prepare_station import made_with
-from mmedpo_ray.config import Config
+from mmedpo_ray.align.data import prepare_stage
+from mmedpo_ray.align.data.prepare_stage import made_with
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import Manifest, write_manifest
+from mmedpo_ray.tables.manifest import Manifest, write_manifest
+from mmedpo_ray.tables.provenance import MADE_WITH, changes, check_prepared
 
 
 @pytest.fixture
@@ -68,11 +68,11 @@ def test_the_station_says_why_it_works_again(
     def stop(*_: object) -> None:
         raise StoppedError
 
-    monkeypatch.setattr(prepare_station, "check_cluster", lambda *_, **__: None)
-    monkeypatch.setattr(prepare_station, "announce_ahead", stop)
+    monkeypatch.setattr(prepare_stage, "check_cluster", lambda *_, **__: None)
+    monkeypatch.setattr(prepare_stage, "announce_ahead", stop)
     write_table(config, "old", **{MADE_WITH: made_with(config)})
     config.align = config.align.model_copy(update={"max_length": 512})
     with pytest.raises(StoppedError):
-        prepare_station.prepare(config)
+        prepare_stage.prepare(config)
     line = " ".join(capsys.readouterr().err.split())
     assert line.startswith("prepare: making") and line.endswith("anew. Changed: align.max_length 1024 → 512")

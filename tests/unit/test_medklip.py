@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from tiny_medklip import build_bert, build_tiny_medklip, made_up_state, normal
 from transformers import BertModel, ResNetConfig, ResNetModel
 
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.tools import TOOLS, VisualTool
-from mmedpo_ray.curate.tools.medklip_network import MedklipNetwork, load_network
-from mmedpo_ray.curate.tools.prompts import OBSERVATIONS
-from mmedpo_ray.curate.visual import PairMaker
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.visual.tools import TOOLS, VisualTool
+from mmedpo_ray.curate.visual.tools.medklip_network import MedklipNetwork, load_network
+from mmedpo_ray.curate.visual.visual_pairs import PairMaker
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.radiology.finding_prompts import OBSERVATIONS
 
 GOLDEN = Path(__file__).parent.parent / "data" / "medklip_golden.safetensors"
 
@@ -171,7 +172,7 @@ def sample(question: str, answer: str = "Yes") -> dict[str, Any]:
 
 def test_the_tool_answers_for_the_observation_asked_about(tool: VisualTool, folder: Path) -> None:
     """The heat map is the mean attention of that observation, the confidence its probability; from the file to the result."""
-    from mmedpo_ray.curate.tools.medklip import embed_texts, read_texts
+    from mmedpo_ray.curate.visual.tools.medklip import embed_texts, read_texts
 
     rng = np.random.default_rng(3)
     image = Image.fromarray(rng.integers(0, 255, (224, 224, 3), dtype=np.uint8))
@@ -239,7 +240,7 @@ def test_a_pair_is_the_same_whatever_shares_its_batch(folder: Path, tmp_path: Pa
 
 def test_the_text_is_read_as_the_official_scripts_do(folder: Path) -> None:
     """Lower case, [CLS] in front, no [SEP] behind, the first 64 tokens: equal to BERT on ids written by hand."""
-    from mmedpo_ray.curate.tools.medklip import embed_texts
+    from mmedpo_ray.curate.visual.tools.medklip import embed_texts
 
     found = embed_texts(["It Means", "very " * 200, "it"], str(folder / "bert"))
     bert = BertModel.from_pretrained(folder / "bert").eval()

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mmedpo_ray import images, storage
-from mmedpo_ray.config import DataConfig
-from mmedpo_ray.data.mended import differs
+from mmedpo_ray.ingest.retry_images import differs
+from mmedpo_ray.ingest.settings import DataConfig
+from mmedpo_ray.io import images, storage
 
 
 def failed(path: Path, reason: str) -> pa.Table:

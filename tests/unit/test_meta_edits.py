@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from mmedpo_ray.curate import lexicon
-from mmedpo_ray.curate.lexicon.meta import COMMENTARY, LEAKED_PROMPT
+from mmedpo_ray.radiology import lexicon
+from mmedpo_ray.radiology.lexicon.meta_text import COMMENTARY, LEAKED_PROMPT
 
 NOTES = [
     "In the original, the nodule is on the left.",

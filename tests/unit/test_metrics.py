@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, Metric, UnavailableError
-from mmedpo_ray.evaluate.metrics.open import token_f1
-from mmedpo_ray.evaluate.metrics.report import bleu_statistics, bleu_value
+from mmedpo_ray.metrics import METRICS, Answer, Metric, UnavailableError
+from mmedpo_ray.metrics.open_questions import token_f1
+from mmedpo_ray.metrics.report import bleu_statistics, bleu_value
 
 REPORTS = [
     (

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 from object_store import running
 
-from mmedpo_ray import storage
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.io import storage
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -95,7 +95,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read(folder: str) -> None:
     size = 12 * 2**20
     storage.write_bytes(name, b"a" * size)
     program = (
-        "import sys; from mmedpo_ray import storage\n"
+        "import sys; from mmedpo_ray.io import storage\n"
         "print('ready', flush=True)\n"
         f"while True: storage.write_bytes(sys.argv[1], bytes([98]) * {size})\n"
     )

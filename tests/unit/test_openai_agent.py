@@ -11,12 +11,13 @@ import pyarrow as pa
 import pytest
 from chat_server import INPUT_TOKENS, MODEL, OUTPUT_TOKENS, ChatServer, Reply, running
 
-from mmedpo_ray import tables
-from mmedpo_ray.config import EndpointConfig, OpenAIAgentConfig, RulesAgentConfig
-from mmedpo_ray.endpoint import REFUSED, TRANSIENT, Usage, UsageLog
+from mmedpo_ray.clients.chat import REFUSED, TRANSIENT, Usage, UsageLog
+from mmedpo_ray.clients.settings import EndpointConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.judge import agents, debate
 from mmedpo_ray.judge.agents import Case, Judgement, Refusal, prompt
+from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig
+from mmedpo_ray.tables import schemas
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def debates(*answers: str) -> pa.Table:
     """Open debates about these answers."""
     rows = [
         {
-            **{field.name: "" for field in tables.PAIRS if field.type == pa.string()},
+            **{field.name: "" for field in schemas.PAIRS if field.type == pa.string()},
             "pair_id": f"{number}",
             "question": "Which side?",
             "chosen": "left",
@@ -153,7 +154,7 @@ def debates(*answers: str) -> pa.Table:
         }
         for number, answer in enumerate(answers)
     ]
-    return tables.to_table(rows, debate.DEBATE)
+    return schemas.to_table(rows, debate.DEBATE)
 
 
 def test_in_a_debate_it_sees_the_score_before_and_is_charged_for_what_it_sent(

@@ -14,16 +14,17 @@ from align_world import align_settings, write_scored
 from pairs_in_memory import PairsInMemory, prepare_pairs
 from tiny_llava import build_tiny_llava, put_the_image_last
 
-from mmedpo_ray import storage, tables
-from mmedpo_ray.align.batch import Pair
-from mmedpo_ray.align.forest import TokenSequence, pack
-from mmedpo_ray.align.pair_index import ensure_index, load_index
-from mmedpo_ray.align.pair_source import StoredPairs, TablePairs
-from mmedpo_ray.align.plan import Plan
-from mmedpo_ray.align.prepare import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
+from mmedpo_ray.align.data.batch import Pair
+from mmedpo_ray.align.data.pair_index import ensure_index, load_index
+from mmedpo_ray.align.data.pair_source import StoredPairs, TablePairs
+from mmedpo_ray.align.data.tokenise import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
+from mmedpo_ray.align.packing.trees import TokenSequence, pack
+from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import Manifest
+from mmedpo_ray.io import storage
 from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.manifest import Manifest
 
 MANIFEST = Manifest(station="prepare", key="test", content="first")
 
@@ -52,7 +53,7 @@ def prepared(scored: list[dict], writer: PromptWriter) -> list[dict]:
 
 def write(folder: Path, rows: list[dict], rows_per_file: int, rows_per_group: int) -> None:
     for number, start in enumerate(range(0, len(rows), rows_per_file)):
-        table = tables.to_table(rows[start : start + rows_per_file], tables.PREPARED)
+        table = schemas.to_table(rows[start : start + rows_per_file], schemas.PREPARED)
         storage.write_parquet(folder / f"part-{number:05d}.parquet", table, row_group_size=rows_per_group)
 
 
@@ -63,7 +64,7 @@ def test_files_and_row_groups_may_cut_trees(
     write(tmp_path, prepared(scored, writer), rows_per_file, rows_per_group)
     ensure_index(str(tmp_path), MANIFEST)
     pairs, dropped = prepare_pairs(
-        tables.to_table(scored, tables.SCORED),
+        schemas.to_table(scored, schemas.SCORED),
         writer,
         max_length=ALIGN.max_length,
         visual_coefficient=0.5,
@@ -82,7 +83,7 @@ def test_files_and_row_groups_may_cut_trees(
     ]
     stored = Plan.of(StoredPairs(str(tmp_path), writer, ALIGN), ALIGN, seed=3)
     memory = Plan.of(PairsInMemory(pairs), ALIGN, seed=3)
-    table = tables.to_table(prepared(scored, writer), tables.PREPARED)
+    table = schemas.to_table(prepared(scored, writer), schemas.PREPARED)
     unwritten = Plan.of(TablePairs(table, writer, ALIGN), ALIGN, seed=3)
     for step in range(stored.total_steps):
         for rank in range(2):

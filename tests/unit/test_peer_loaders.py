@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from align_world import write_scored
 
-from mmedpo_ray import tables
-from mmedpo_ray.data.convert_pairs import convert_pairs
+from mmedpo_ray.convert.preference_pairs import convert_pairs
+from mmedpo_ray.tables import schemas
 
 
 @pytest.fixture
 def scored(tmp_path: Path) -> list[dict[str, Any]]:
     rows = write_scored(tmp_path / "world", num_images=2)
-    pq.write_table(tables.to_table(rows, tables.SCORED), tmp_path / "scored.parquet")
+    pq.write_table(schemas.to_table(rows, schemas.SCORED), tmp_path / "scored.parquet")
     return rows
 
 
@@ -51,7 +51,7 @@ def test_ms_swift_reads_every_pair_with_both_images(tmp_path, scored, kinds, mon
     swift = pytest.importorskip("swift.dataset", exc_type=ImportError)
     inputs = pytest.importorskip("swift.template.template_inputs", exc_type=ImportError)
     wanted = [row for row in scored if row["kind"] in kinds]
-    pq.write_table(tables.to_table(wanted, tables.SCORED), tmp_path / "some.parquet")
+    pq.write_table(schemas.to_table(wanted, schemas.SCORED), tmp_path / "some.parquet")
     convert_pairs(str(tmp_path / "some.parquet"), "swift", tmp_path / "mine.jsonl")
     rows, _ = swift.load_dataset([str(tmp_path / "mine.jsonl")], num_proc=1, shuffle=False)
     assert len(rows) == len(wanted)

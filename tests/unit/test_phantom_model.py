@@ -13,18 +13,18 @@ from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from mmedpo_ray.data.phantom import generate
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models import phantom_training
-from mmedpo_ray.models.phantom import (
+from mmedpo_ray.phantom import training
+from mmedpo_ray.phantom.build_model import (
     SHIPPED_FOLDER,
     PhantomBuildConfig,
     build_command,
     build_phantom_llava,
     load_phantom_llava,
 )
-from mmedpo_ray.models.phantom_scores import answer, score_answers, score_model
-from mmedpo_ray.models.phantom_tokenizer import chat, encode_turn, train_tokenizer
+from mmedpo_ray.phantom.model_scores import answer, score_answers, score_model
+from mmedpo_ray.phantom.tokenizer import chat, encode_turn, train_tokenizer
+from mmedpo_ray.phantom.world import generate
 
 TINY = PhantomBuildConfig(
     image_size=32,
@@ -124,31 +124,27 @@ def test_the_build_is_reproducible(rebuilt, tmp_path):
 def test_training_lowers_the_loss(shipped):
     _, processor = shipped
     phantoms = list(generate("train", 8))
-    trees = [phantom_training._tree(processor, phantom) for phantom in phantoms]
+    trees = [training._tree(processor, phantom) for phantom in phantoms]
     torch.manual_seed(0)
     model = type(shipped[0])(shipped[0].config)
     model.model.vision_tower.load_state_dict(shipped[0].model.vision_tower.state_dict())
-    features = phantom_training._patch_features(
-        model, phantom_training.pixel_values(processor, phantoms)
-    ).detach()
+    features = training._patch_features(model, training.pixel_values(processor, phantoms)).detach()
     with torch.no_grad():
-        before = phantom_training._tree_loss(model, features, trees).item()
+        before = training._tree_loss(model, features, trees).item()
     config = PhantomBuildConfig(train_steps=10)
-    phantom_training.train_language(model, processor, phantoms, config, silent)
+    training.train_language(model, processor, phantoms, config, silent)
     with torch.no_grad():
-        after = phantom_training._tree_loss(model, features, trees).item()
+        after = training._tree_loss(model, features, trees).item()
     assert after < 0.7 * before
 
 
 def test_the_tree_loss_equals_the_loss_of_separate_rows(shipped):
     model, processor = shipped
     phantoms = list(generate("train", 2))
-    pixels = phantom_training.pixel_values(processor, phantoms)
-    trees = [phantom_training._tree(processor, phantom) for phantom in phantoms]
+    pixels = training.pixel_values(processor, phantoms)
+    trees = [training._tree(processor, phantom) for phantom in phantoms]
     with torch.no_grad():
-        tree_loss = phantom_training._tree_loss(
-            model, phantom_training._patch_features(model, pixels), trees
-        ).item()
+        tree_loss = training._tree_loss(model, training._patch_features(model, pixels), trees).item()
         losses = []
         for phantom, image in zip(phantoms, pixels, strict=True):
             for question in phantom.questions:

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from mmedpo_ray.data.phantom import (
+from mmedpo_ray.phantom.findings import sample_findings
+from mmedpo_ray.phantom.render import render
+from mmedpo_ray.phantom.world import (
     KINDS,
     SIDES,
     SPLITS,
@@ -19,11 +21,9 @@ from mmedpo_ray.data.phantom import (
     Finding,
     generate,
     make_phantom,
-    render,
     report_findings,
     write_report,
 )
-from mmedpo_ray.data.phantom.findings import sample_findings
 
 
 @given(seed=st.integers(0, 2**40), prior=st.sampled_from(["biased", "uniform"]))

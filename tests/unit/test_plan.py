@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs_in_memory import PairsInMemory
 
-from mmedpo_ray.align import balance as balance_module
-from mmedpo_ray.align import plan as plan_module
-from mmedpo_ray.align.balance import Limits, balance
-from mmedpo_ray.align.batch import Pair, pair_batch
-from mmedpo_ray.align.forest import Forest, TokenSequence, num_slots, pack
+from mmedpo_ray.align.data.batch import Pair, pair_batch
+from mmedpo_ray.align.data.pair_source import hold_out
+from mmedpo_ray.align.data.token_counts import TokenCounts
 from mmedpo_ray.align.losses import Objective, Side, preference_objective
-from mmedpo_ray.align.pair_source import hold_out
-from mmedpo_ray.align.plan import Plan, effective_sample_size
-from mmedpo_ray.align.token_counts import TokenCounts
+from mmedpo_ray.align.packing.trees import Forest, TokenSequence, num_slots, pack
+from mmedpo_ray.align.plan import balance as balance_module
+from mmedpo_ray.align.plan import plan as plan_module
+from mmedpo_ray.align.plan.balance import Limits, balance
+from mmedpo_ray.align.plan.plan import Plan, effective_sample_size
 from mmedpo_ray.errors import UserError
 
 

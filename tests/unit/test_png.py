@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from mmedpo_ray import images, png
-from mmedpo_ray.image_error import MADE_BY
+from mmedpo_ray.io import images, png
+from mmedpo_ray.io.image_error import MADE_BY
 
 BANDS: dict[str, tuple[int, ...]] = {"L": (), "I;16": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmedpo_ray.curate.lexicon import final_answer, implied_polarity, polarity, stated_polarity
+from mmedpo_ray.radiology.lexicon import final_answer, implied_polarity, polarity, stated_polarity
 
 QUESTION = "Is there an effusion?"
 

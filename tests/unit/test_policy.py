@@ -13,11 +13,11 @@ from align_world import align_settings, training_spec
 from tiny_llava import build_tiny_llava
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PhiConfig
 
-from mmedpo_ray import cluster
-from mmedpo_ray.align.forest import TokenSequence, pack
+from mmedpo_ray.align.packing.trees import TokenSequence, pack
+from mmedpo_ray.align.plan.resources import check_cluster
 from mmedpo_ray.align.policy import build_policy, check_model
-from mmedpo_ray.align.resources import check_cluster
-from mmedpo_ray.config import LoraConfig
+from mmedpo_ray.align.settings import LoraConfig
+from mmedpo_ray.compat import cluster
 from mmedpo_ray.errors import UserError
 
 

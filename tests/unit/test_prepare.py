@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from pairs_in_memory import prepare_pairs
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray import tables
-from mmedpo_ray.align import prepare_station
-from mmedpo_ray.align.forest import Forest
-from mmedpo_ray.align.logps import response_logps
-from mmedpo_ray.align.prepare import Preparation, span_weights
-from mmedpo_ray.align.prepare_station import ReferenceScorer, _Reader
-from mmedpo_ray.config import AlignConfig
+from mmedpo_ray.align.data import prepare_stage
+from mmedpo_ray.align.data.prepare_stage import ReferenceScorer, _Reader
+from mmedpo_ray.align.data.tokenise import Preparation, span_weights
+from mmedpo_ray.align.packing.logps import response_logps
+from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_processor
-from mmedpo_ray.parts import DoneIds
-from mmedpo_ray.slices import plan_slices
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.slices import plan_slices
 
 tokens = st.lists(st.integers(0, 5), min_size=1, max_size=12)
 
@@ -49,7 +49,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> PromptWriter:
 def test_a_reversed_pair_prefers_the_wrong_answer_on_the_noised_image(
     tmp_path: Path, writer: PromptWriter
 ) -> None:
-    scored = tables.to_table(write_scored(tmp_path, num_images=2), tables.SCORED)
+    scored = schemas.to_table(write_scored(tmp_path, num_images=2), schemas.SCORED)
     plain, _ = prepare_pairs(scored, writer, max_length=256, visual_coefficient=1.0)
     pairs, dropped = prepare_pairs(
         scored, writer, max_length=256, visual_coefficient=1.0, reversed_visual_coefficient=0.5
@@ -67,7 +67,7 @@ def test_a_reversed_pair_prefers_the_wrong_answer_on_the_noised_image(
 
 
 def test_span_weights_leave_visual_pairs_whole(tmp_path: Path, writer: PromptWriter) -> None:
-    scored = tables.to_table(write_scored(tmp_path, num_images=1), tables.SCORED)
+    scored = schemas.to_table(write_scored(tmp_path, num_images=1), schemas.SCORED)
     pairs, _ = prepare_pairs(scored, writer, max_length=256, visual_coefficient=1.0, common_token_weight=0.0)
     for pair in pairs:
         if pair.is_visual:
@@ -83,11 +83,11 @@ def test_answers_that_are_equal_after_the_cut_teach_nothing(tmp_path: Path, writ
         "s000-1:text": {"chosen": f"{common} small.", "rejected": f"{common} large."},
         "s000-1:visual": {"chosen": f"{common} small.", "rejected": f"{common} small."},
     }
-    scored = tables.to_table(write_scored(tmp_path, num_images=1, **changes), tables.SCORED)
+    scored = schemas.to_table(write_scored(tmp_path, num_images=1, **changes), schemas.SCORED)
     pairs, dropped = prepare_pairs(
         scored, writer, max_length=128, visual_coefficient=1.0, reversed_visual_coefficient=1.0
     )
-    assert {row["pair_id"]: row[tables.DROP_REASON] for row in dropped} == {
+    assert {row["pair_id"]: row[schemas.DROP_REASON] for row in dropped} == {
         "s000-1:text": "equal_sides",
         "s000-1:visual:reversed": "equal_sides",
     }
@@ -96,7 +96,7 @@ def test_answers_that_are_equal_after_the_cut_teach_nothing(tmp_path: Path, writ
 
 def test_a_mean_over_all_pairs_keeps_those_without_weight(tmp_path: Path, writer: PromptWriter) -> None:
     changes: dict = {"s000-1:text": {"weight": 0.0}}
-    scored = tables.to_table(write_scored(tmp_path, num_images=1, **changes), tables.SCORED)
+    scored = schemas.to_table(write_scored(tmp_path, num_images=1, **changes), schemas.SCORED)
     for with_weightless in (False, True):
         pairs, dropped = prepare_pairs(
             scored, writer, max_length=256, visual_coefficient=1.0, with_weightless=with_weightless
@@ -124,7 +124,7 @@ def test_the_reference_keeps_to_the_limits_of_a_forward_pass(
         sizes.append(batch.input_ids.numel())
         return response_logps(model, batch)
 
-    monkeypatch.setattr(prepare_station, "response_logps", note)
+    monkeypatch.setattr(prepare_stage, "response_logps", note)
     found = []
     for limits in ({"pairs_per_forward": 99}, {"pairs_per_forward": 99, "tokens_per_forward": 100}):
         align = align_settings(reduction="mean", **limits)

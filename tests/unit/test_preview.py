@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from mmedpo_ray import storage, tables
 from mmedpo_ray.cli import main
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.preview import _wrapped, preview
-from mmedpo_ray.curate.visual import VisualPairs
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.visual.preview import _wrapped, preview
+from mmedpo_ray.curate.visual.visual_pairs import VisualPairs
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.io import storage
+from mmedpo_ray.tables import schemas
 
 SIDE = 256  # of a picture on the sheet, so that nothing is scaled
 
@@ -40,7 +42,7 @@ def samples(folder: Path, count: int = 4, **changes: Any) -> list[dict[str, Any]
             "mask_uri": str(mask),
         }
         rows.append(row | changes)
-    storage.write_parquet(folder / "samples" / "part-0.parquet", tables.to_table(rows, tables.SAMPLES))
+    storage.write_parquet(folder / "samples" / "part-0.parquet", schemas.to_table(rows, schemas.SAMPLES))
     return rows
 
 
@@ -55,7 +57,7 @@ def test_the_sheet_shows_the_pairs_that_curate_makes(tmp_path: Path) -> None:
     assert path == tmp_path / "preview.png"
     assert {p.name for p in tmp_path.iterdir()} - before == {"preview.png"}
     sheet = np.asarray(Image.open(path))
-    pairs = VisualPairs(config(tmp_path))(tables.to_table(rows, tables.SAMPLES)).to_pylist()
+    pairs = VisualPairs(config(tmp_path))(schemas.to_table(rows, schemas.SAMPLES)).to_pylist()
     assert len(pairs) == 4
     for pair in pairs:
         for column, key in ((0, "image_uri"), (3, "rejected_image_uri")):
@@ -93,7 +95,7 @@ def test_a_long_caption_is_wrapped_and_not_cut(words: int) -> None:
 def test_fewer_pairs_than_asked_for_and_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows = samples(tmp_path)
     rows[2]["mask_uri"] = None
-    storage.write_parquet(tmp_path / "samples" / "part-0.parquet", tables.to_table(rows, tables.SAMPLES))
+    storage.write_parquet(tmp_path / "samples" / "part-0.parquet", schemas.to_table(rows, schemas.SAMPLES))
     argv = ["curate", "--preview", "9", f"run.folder={tmp_path}", "curate.visual.tool=dataset_mask"]
     assert main(argv) == 0
     said = capfd.readouterr().err.replace("\n", " ")

@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmedpo_ray.config import load
-from mmedpo_ray.curate.terms import CONCEPTS
-from mmedpo_ray.curate.tools.prompts import (
+from mmedpo_ray.config.load import load
+from mmedpo_ray.curate.settings import VisualCurationConfig
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.radiology.finding_prompts import (
     OBSERVATIONS,
     finding_asked,
     names_finding,
     observation_for,
     prompt_for,
 )
-from mmedpo_ray.errors import UserError
-from mmedpo_ray.settings.curate import VisualCurationConfig
+from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS
 
 ASKED = VisualCurationConfig()
 GENERIC = VisualCurationConfig(prompt="generic")

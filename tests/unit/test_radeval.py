@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, UnavailableError
-from mmedpo_ray.evaluate.metrics.radeval import chexbert_value
+from mmedpo_ray.metrics import METRICS, Answer, UnavailableError
+from mmedpo_ray.metrics.radeval import chexbert_value
 
 NAMES = ("report_radgraph_f1", "report_chexbert_f1", "report_ratescore")
 WITH_RADEVAL = importlib.util.find_spec("radeval") is not None
@@ -54,7 +54,7 @@ def test_chexbert_f1_is_micro_averaged() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_weights_are_named_in_one_line(name: str, tmp_path: Path) -> None:
     code = f"""
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, UnavailableError
+from mmedpo_ray.metrics import METRICS, Answer, UnavailableError
 try:
     METRICS[{name!r}].of([Answer("No effusion.", "No effusion.")])
 except UnavailableError as error:
@@ -69,7 +69,7 @@ import json, sys
 import numpy as np, torch
 from pathlib import Path
 from transformers import BertConfig, BertModel, BertTokenizerFast
-from mmedpo_ray.evaluate.metrics import METRICS, Answer
+from mmedpo_ray.metrics import METRICS, Answer
 
 def snapshot(cache, repository):
     folder = Path(cache) / ("models--" + repository.replace("/", "--"))
@@ -120,7 +120,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
 import torch
 from transformers import BertConfig, BertForTokenClassification, BertModel, BertTokenizerFast
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, radeval
+from mmedpo_ray.metrics import METRICS, Answer, radeval
 
 words = "[PAD] [UNK] [CLS] [SEP] [MASK] small left right pleural effusion no nodule in upper zone the heart is enlarged . clear lungs".split()
 root = Path(os.environ["HF_HOME"])
@@ -156,7 +156,7 @@ def test_short_answers_do_not_shift_ratescore(tmp_path: Path) -> None:
 RADGRAPH = """
 import json, sys
 import torch
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, radeval
+from mmedpo_ray.metrics import METRICS, Answer, radeval
 
 def annotate(reports):
     # As the model would: a finding and its side, related where both are there.

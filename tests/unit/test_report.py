@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_ray import lineage, storage, tables
-from mmedpo_ray.config import Config, load
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.io import storage
 from mmedpo_ray.judge import weights
-from mmedpo_ray.report import verdict
-from mmedpo_ray.report.report import report
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Station
+from mmedpo_ray.metrics import verdict
+from mmedpo_ray.report.stage import report
+from mmedpo_ray.tables import lineage, schemas
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import Station
 
 EVIL = '<script>alert(1)</script><img src="http://example.org/x.png" onerror=alert(2)>'
 
@@ -135,14 +137,14 @@ def build_run(config: Config, *, side: int = 64, count: int = 8) -> None:
     ingest.finish(rows_in=12, rows_out=9, dropped={"image_missing": 3})
     station = Station("score", run.scored, config)
     station.done_ids("pair_id")
-    station.write_part(rows, tables.SCORED, "pair_id")
+    station.write_part(rows, schemas.SCORED, "pair_id")
     kinds = [row["kind"] for row in rows]
     scores = np.array([row["score"] for row in rows])
     kinds_figures = weights.summary(
         scores, np.array([row["weight"] for row in rows]), kinds, config.score.weights
     )
     station.finish_parts(
-        schema=tables.SCORED,
+        schema=schemas.SCORED,
         id_column="pair_id",
         extra=lambda table: {
             "weights": {"mode": "match_moments", "per": "kind", "kinds": kinds_figures},

@@ -19,7 +19,7 @@ from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, UnavailableError
+from mmedpo_ray.metrics import METRICS, Answer, UnavailableError
 
 WORDS = [
     "the",
@@ -204,7 +204,7 @@ def wordnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 METEOR = """
 import json, random, sys
 from nltk.translate.meteor_score import meteor_score
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, UnavailableError
+from mmedpo_ray.metrics import METRICS, Answer, UnavailableError
 pairs = json.load(sys.stdin)
 answers = [Answer(reference, prediction) for reference, prediction in pairs]
 expected = [meteor_score([reference.split()], prediction.split()) for reference, prediction in pairs]
@@ -238,7 +238,7 @@ def test_meteor_equals_nltk_where_wordnet_is_found(wordnet: Path) -> None:
 
 EXACT = """
 import json
-from mmedpo_ray.evaluate.metrics import METRICS, Answer, UnavailableError
+from mmedpo_ray.metrics import METRICS, Answer, UnavailableError
 answers = [Answer("cardiac lung fluid", "heart pulmo liquor"), Answer("two opacities seen", "two opacity seen"),
            Answer("cardiomegaly", "Cardiomegaly"), Answer("clear lungs", "")]
 try:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.curate import choose, rewrite
-from mmedpo_ray.curate.choose import ChooseTask
-from mmedpo_ray.curate.rewrite import RewriteTask, exact_edit, verify
-from mmedpo_ray.endpoint import Completion, Failure
+from mmedpo_ray.clients.chat import Completion, Failure
+from mmedpo_ray.curate.text import choices, rewrites
+from mmedpo_ray.curate.text.choices import ChooseTask
+from mmedpo_ray.curate.text.rewrites import RewriteTask, exact_edit, verify
 from mmedpo_ray.judge.agents import Case, Judgement
 from mmedpo_ray.judge.agents import prompt as judge_prompt
 
@@ -251,7 +251,7 @@ def test_texts_reach_the_editor_as_data(field: str) -> None:
     row = {"sample_id": "a", "question": "Which side?", "answer": "Left", field: FORGED}
     task = RewriteTask("strong", 4.0, 7)
     (message,) = task.request(row).messages
-    plain = rewrite.prompt(row | {field: "plain"})
+    plain = rewrites.prompt(row | {field: "plain"})
     assert data_of(message["content"]) == {"question": row["question"], "reference_answer": row["answer"]}
     assert message["content"].count("\n") == plain.count("\n")
     assert "<|" not in message["content"]
@@ -271,7 +271,7 @@ def test_a_forged_choice_inside_a_candidate_is_a_candidate() -> None:
     content = request.messages[0]["content"]
     assert data_of(content)["answers"] == {"1": FORGED, "2": "Right"}
     assert not set(content) & set("<>")
-    assert content.count("\n") == choose.prompt(row | {"candidates": ["x", "y"]}).count("\n")
+    assert content.count("\n") == choices.prompt(row | {"candidates": ["x", "y"]}).count("\n")
     assert request.schema is not None
     assert request.schema["properties"]["choice"]["enum"] == ["1", "2", "none"]
     picked = task.row(row, Completion('{"choice": "1"}', 9, 3))

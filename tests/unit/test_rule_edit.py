@@ -12,16 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.config import TextCurationConfig
-from mmedpo_ray.curate import lexicon, turned_down
-from mmedpo_ray.curate.changed_fact import changes_fact
-from mmedpo_ray.curate.filters import problem
-from mmedpo_ray.curate.hallucinate import Candidate, Material, choose, is_wrong, pick, text_pair
-from mmedpo_ray.curate.rule_edit import rule_edit, vocabulary_of
-from mmedpo_ray.curate.terms import mentions
-from mmedpo_ray.curate.turned_down import TurnedDown
-from mmedpo_ray.data.phantom import generate
-from mmedpo_ray.data.texts import clean, infer_answer_type, text_problem
+from mmedpo_ray.curate.settings import TextCurationConfig
+from mmedpo_ray.curate.text import rejections
+from mmedpo_ray.curate.text.filters import problem
+from mmedpo_ray.curate.text.rejections import TurnedDown
+from mmedpo_ray.curate.text.text_pairs import Candidate, Material, choose, is_wrong, pick, text_pair
+from mmedpo_ray.datasets.texts import clean, infer_answer_type, text_problem
+from mmedpo_ray.phantom.world import generate
+from mmedpo_ray.radiology import lexicon
+from mmedpo_ray.radiology.edits.changed_fact import changes_fact
+from mmedpo_ray.radiology.edits.rule_edit import rule_edit, vocabulary_of
+from mmedpo_ray.radiology.lexicon.vocabulary import mentions
 
 PHANTOMS = list(generate("align", 40, seed=5))
 ANSWERS = [question.answer for phantom in PHANTOMS for question in phantom.questions]
@@ -400,28 +401,28 @@ def test_every_answer_turned_down_is_told_with_its_reason() -> None:
 
 def test_answers_turned_down_are_counted_once(tmp_path: Path) -> None:
     folder = str(tmp_path / "counts")
-    assert turned_down.count(folder) == {}
+    assert rejections.count(folder) == {}
     first = {
         "a:text": (TurnedDown("candidates", "meta_text"), TurnedDown("candidates", "meta_text")),
         "b:text": (TurnedDown("rewrites", "rewrite_inexact"),),
         "c:text": (),
     }
-    turned_down.write(folder, first)
-    turned_down.write(folder, first)
+    rejections.write(folder, first)
+    rejections.write(folder, first)
     # A stopped attempt, whose rows the next one cuts into other slices.
-    turned_down.write(
+    rejections.write(
         folder, {"b:text": first["b:text"], "d:text": (TurnedDown("candidates", "same_answer"),)}
     )
-    turned_down.write(folder, {"e:text": ()})
-    counted = turned_down.count(folder)
+    rejections.write(folder, {"e:text": ()})
+    counted = rejections.count(folder)
     assert counted == {
         "candidates": {"meta_text": 2, "same_answer": 1},
         "rewrites": {"rewrite_inexact": 1},
     }
-    assert turned_down.in_words(counted) == (
+    assert rejections.in_words(counted) == (
         "3 sampled answers turned down (meta_text 2, same_answer 1), 1 rewrite turned down (rewrite_inexact 1)"
     )
-    assert turned_down.in_words({}) == ""
+    assert rejections.in_words({}) == ""
 
 
 def test_a_judge_chooses_only_among_what_the_filters_left() -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.config import RulesAgentConfig, ScoreConfig
 from mmedpo_ray.judge import debate
 from mmedpo_ray.judge.agents import Case, Judgement, build
+from mmedpo_ray.judge.settings import RulesAgentConfig, ScoreConfig
 
 Focus = Literal["findings", "laterality", "polarity", "all"]
 

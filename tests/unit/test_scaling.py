@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmedpo_ray.align.scaling import (
+from mmedpo_ray.align.plan.step_costs import (
     Forward,
     Geometry,
     bandwidth_to_overlap,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmedpo_ray.curate import lexicon
-from mmedpo_ray.curate.rule_edit import rule_edit
-from mmedpo_ray.curate.terms import mentions
+from mmedpo_ray.radiology import lexicon
+from mmedpo_ray.radiology.edits.rule_edit import rule_edit
+from mmedpo_ray.radiology.lexicon.vocabulary import mentions
 
 # Text → words that every edit of it keeps.
 OTHER_SENSES = {

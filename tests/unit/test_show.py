@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_ray import images
 from mmedpo_ray.cli import main
-from mmedpo_ray.config import load
-from mmedpo_ray.data.ingest import FORMATS
+from mmedpo_ray.config.load import load
 from mmedpo_ray.evaluate.client import image_data_url
-from mmedpo_ray.image_error import ImageError
+from mmedpo_ray.ingest.stage import FORMATS
+from mmedpo_ray.io import images
+from mmedpo_ray.io.image_error import ImageError
 
 
 def pages(path: Path, count: int, side: int = 8) -> Path:

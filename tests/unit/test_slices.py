@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmedpo_ray.slices import _bounds
+from mmedpo_ray.tables.slices import _bounds
 
 
 @given(groups=st.lists(st.integers(1, 3000), max_size=30), about=st.integers(1, 2048))

@@ -8,9 +8,9 @@ import scipy.stats as scipy_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.evaluate.metrics.base import mean_value
-from mmedpo_ray.evaluate.metrics.report import finding_f1_value
-from mmedpo_ray.evaluate.statistics import bootstrap, cluster_sums, difference, holm, paired_p_value
+from mmedpo_ray.metrics.base import mean_value
+from mmedpo_ray.metrics.report import finding_f1_value
+from mmedpo_ray.metrics.statistics import bootstrap, cluster_sums, difference, holm, paired_p_value
 
 OPTIONS = {"resamples": 400, "confidence": 0.95, "seed": 3}
 
@@ -88,7 +88,7 @@ def test_the_interval_is_ordered_and_within_range(clusters, seed):
 
 
 def test_large_sets_are_drawn_in_blocks_with_the_same_result(monkeypatch):
-    from mmedpo_ray.evaluate import statistics
+    from mmedpo_ray.metrics import statistics
 
     sums = sums_of(np.random.default_rng(7).integers(0, 2, (30, 2)))
     whole = bootstrap(mean_value, [sums], n=60, **OPTIONS)
@@ -126,7 +126,7 @@ def test_drawn_swaps_come_near_all_of_them(monkeypatch: pytest.MonkeyPatch) -> N
     exact = paired_p_value(mean_value, first, second, seed=0)
     drawn = paired_p_value(mean_value, first, second, seed=0, permutations=4000)
     assert 0.01 < exact < 0.5 and drawn == pytest.approx(exact, abs=0.025)
-    from mmedpo_ray.evaluate import statistics
+    from mmedpo_ray.metrics import statistics
 
     monkeypatch.setattr(statistics, "_BLOCK", 12 * 7)
     assert paired_p_value(mean_value, first, second, seed=0, permutations=4000) == pytest.approx(

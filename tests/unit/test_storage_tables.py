@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mmedpo_ray import storage, tables
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.manifest import image_example
+from mmedpo_ray.io import storage
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.manifest import image_example
 
 
 def test_write_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,12 +131,12 @@ def test_missing_table_says_what_to_run(tmp_path: Path) -> None:
 
 def test_every_field_has_a_meaning() -> None:
     for schema in (
-        tables.SAMPLES,
-        tables.CANDIDATES,
-        tables.PAIRS,
-        tables.SCORED,
-        tables.PREPARED,
-        tables.ANSWERS,
+        schemas.SAMPLES,
+        schemas.CANDIDATES,
+        schemas.PAIRS,
+        schemas.SCORED,
+        schemas.PREPARED,
+        schemas.ANSWERS,
     ):
         for field in schema:
             if field.name != "history":
@@ -143,17 +144,17 @@ def test_every_field_has_a_meaning() -> None:
 
 
 def test_check_names_column_and_row() -> None:
-    row = dict.fromkeys(tables.SAMPLES.names, "x")
-    good = tables.to_table([row, row], tables.SAMPLES)
-    assert tables.check(good, tables.SAMPLES, "samples").schema == tables.SAMPLES
+    row = dict.fromkeys(schemas.SAMPLES.names, "x")
+    good = schemas.to_table([row, row], schemas.SAMPLES)
+    assert schemas.check(good, schemas.SAMPLES, "samples").schema == schemas.SAMPLES
     with pytest.raises(UserError, match="lacks column 'answer'"):
-        tables.check(good.drop_columns(["answer"]), tables.SAMPLES, "samples")
-    holed = tables.to_table([row, {**row, "answer": None}], tables.with_drop_columns(tables.SAMPLES))
+        schemas.check(good.drop_columns(["answer"]), schemas.SAMPLES, "samples")
+    holed = schemas.to_table([row, {**row, "answer": None}], schemas.with_drop_columns(schemas.SAMPLES))
     with pytest.raises(UserError, match="row 1: answer is null"):
-        tables.check(holed, tables.SAMPLES, "samples")
+        schemas.check(holed, schemas.SAMPLES, "samples")
     with pytest.raises(UserError, match="does not fit"):
-        tables.to_table([{**row, "answer": 3}], tables.SAMPLES)
-    assert tables.to_table([], tables.SAMPLES).num_rows == 0
+        schemas.to_table([{**row, "answer": 3}], schemas.SAMPLES)
+    assert schemas.to_table([], schemas.SAMPLES).num_rows == 0
     assert isinstance(good, pa.Table)
 
 

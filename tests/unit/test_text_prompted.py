@@ -39,9 +39,10 @@ from transformers.models.sam3.configuration_sam3 import Sam3Config, Sam3ViTConfi
 from transformers.models.sam3.modeling_sam3 import Sam3Model
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.tools import TOOLS, Localisation, VisualTool
-from mmedpo_ray.curate.tools.text_prompted import Seen, heat_map
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.visual.tools import TOOLS, Localisation, VisualTool
+from mmedpo_ray.curate.visual.tools.text_prompted import Seen, heat_map
 from mmedpo_ray.errors import UserError
 
 TEXT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from mmedpo_ray.cli import main
-from mmedpo_ray.config import load
-from mmedpo_ray.data.ingest import FORMATS
-from mmedpo_ray.data.texts import clean, infer_answer_type
-from mmedpo_ray.data.unusable import UnusableError
+from mmedpo_ray.config.load import load
+from mmedpo_ray.datasets.texts import clean, infer_answer_type
+from mmedpo_ray.datasets.unusable import UnusableError
+from mmedpo_ray.ingest.stage import FORMATS
 
 
 @pytest.mark.parametrize(

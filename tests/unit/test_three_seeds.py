@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mmedpo_ray import storage, tables
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.run_folder import RunFolder
-from mmedpo_ray.stage import Station
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.io import storage
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import Station
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODELS = ("base", "aligned", "sft_control")
@@ -39,11 +41,14 @@ def finished_run(folder: Path) -> Config:
             answers.append(
                 about
                 | {"answer_id": f"{model}/s{number}", "model": model, "reference": "Yes", "seconds": 0.1}
-                | {"prediction": None if failed else said, tables.DROP_REASON: "http_400" if failed else None}
+                | {
+                    "prediction": None if failed else said,
+                    schemas.DROP_REASON: "http_400" if failed else None,
+                }
             )
     for name, path, schema, rows, key in (
-        ("ingest", run.samples, tables.SAMPLES, samples, "sample_id"),
-        ("evaluate", run.evaluate, tables.ANSWERS, answers, "answer_id"),
+        ("ingest", run.samples, schemas.SAMPLES, samples, "sample_id"),
+        ("evaluate", run.evaluate, schemas.ANSWERS, answers, "answer_id"),
     ):
         station = Station(name, path, config)
         station.done_ids(key)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from mmedpo_ray import images
+from mmedpo_ray.io import images
 
 SHARES = np.tile(np.linspace(0, 1, 64), (32, 1))
 GREYS = np.linspace(0, 255, 64)

@@ -15,15 +15,16 @@ from PIL import Image
 from scipy import ndimage
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate.tools import TOOLS, VisualTool
-from mmedpo_ray.curate.tools.base import upsample
-from mmedpo_ray.curate.tools.dataset_mask import DatasetMask
-from mmedpo_ray.curate.tools.pretrained import path_fingerprint
-from mmedpo_ray.curate.tools.self_attention import SelfAttention, concentration, crop_box, patch_grid
-from mmedpo_ray.data.phantom import generate
-from mmedpo_ray.images import load_image
-from mmedpo_ray.settings.curate import VisualCurationConfig
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.settings import VisualCurationConfig
+from mmedpo_ray.curate.visual.tools import TOOLS, VisualTool
+from mmedpo_ray.curate.visual.tools.base import upsample
+from mmedpo_ray.curate.visual.tools.dataset_mask import DatasetMask
+from mmedpo_ray.curate.visual.tools.pretrained import path_fingerprint
+from mmedpo_ray.curate.visual.tools.self_attention import SelfAttention, concentration, crop_box, patch_grid
+from mmedpo_ray.io.images import load_image
+from mmedpo_ray.phantom.world import generate
 
 
 def sample(mask_uri: Path | None = None, question: str = "Is there a nodule?") -> dict[str, Any]:
@@ -47,11 +48,11 @@ def test_asking_for_a_tool_imports_no_model_library() -> None:
     """Neither the registry nor any tool's class; only making one with a model does."""
     code = (
         "import sys\n"
-        "from mmedpo_ray.config import Config\n"
-        "from mmedpo_ray.curate.tools import TOOLS\n"
-        "assert 'mmedpo_ray.curate.tools.dataset_mask' not in sys.modules\n"
+        "from mmedpo_ray.config.tree import Config\n"
+        "from mmedpo_ray.curate.visual.tools import TOOLS\n"
+        "assert 'mmedpo_ray.curate.visual.tools.dataset_mask' not in sys.modules\n"
         "TOOLS['dataset_mask'](Config())\n"
-        "assert 'mmedpo_ray.curate.tools.medklip' not in sys.modules\n"
+        "assert 'mmedpo_ray.curate.visual.tools.medklip' not in sys.modules\n"
         "[TOOLS[name] for name in TOOLS]\n"
         "heavy = {'torch', 'transformers', 'ray', 'vllm'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -182,7 +182,7 @@ def wandb_history(file: Path) -> list[tuple[int, float]]:
 @pytest.mark.skipif(not importlib.util.find_spec("mlflow"), reason="MLflow is an extra")
 def test_deepspeed_does_not_bring_mlflow_into_every_rank() -> None:
     script = (
-        "import sys; from mmedpo_ray.align import deepspeed_engine as engine; engine._import_deepspeed(use_gpu=False); "
+        "import sys; from mmedpo_ray.align.engines import deepspeed as engine; engine._import_deepspeed(use_gpu=False); "
         "assert 'mlflow' not in sys.modules; import mlflow; assert mlflow.set_tracking_uri"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from mmedpo_ray.align import earlier
-from mmedpo_ray.align.checkpoint import CheckpointWriter, State, checkpoint_folders
-from mmedpo_ray.align.earlier import has_earlier, read_identity
-from mmedpo_ray.align.made_with import by_name
+from mmedpo_ray.align.checkpoint import previous_runs
+from mmedpo_ray.align.checkpoint.checkpoint import CheckpointWriter, State, checkpoint_folders
+from mmedpo_ray.align.checkpoint.previous_runs import has_earlier, read_identity
 from mmedpo_ray.align.metrics import METRICS_FILE
-from mmedpo_ray.align.trainer import _prepare_folder, _take_up
+from mmedpo_ray.align.stage import _prepare_folder, _take_up
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.tables.provenance import by_name
 
 BETAS = {"one": 0.1, "two": 0.2, "three": 0.3}
 
 
 def begin(folder: Path, key: str) -> None:
-    """What :func:`~mmedpo_ray.align.trainer.align` does before the ranks start."""
+    """What :func:`~mmedpo_ray.align.stage.align` does before the ranks start."""
     if has_earlier(folder, key):
         _take_up(folder, key)
     _prepare_folder(folder, key, {"align.beta": BETAS[key], "run.seed": 0})
@@ -121,7 +121,7 @@ def test_a_crash_while_files_move_loses_none(
     finish(tmp_path, "one")
     before = files(tmp_path)
     left = moves
-    real = earlier.storage.move
+    real = previous_runs.storage.move
 
     def crash(source: str, target: str) -> None:
         nonlocal left
@@ -133,7 +133,7 @@ def test_a_crash_while_files_move_loses_none(
     for key in ("two", back):
         left = moves
         with monkeypatch.context() as patched:
-            patched.setattr(earlier.storage, "move", crash)
+            patched.setattr(previous_runs.storage, "move", crash)
             with contextlib.suppress(KeyboardInterrupt):
                 begin(tmp_path, key)
     begin(tmp_path, "one")

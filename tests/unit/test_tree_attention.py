@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mmedpo_ray.align import tree_attention
-from mmedpo_ray.align.forest import Forest, TokenSequence, pack
-from mmedpo_ray.align.logps import make_fast, response_logps
-from mmedpo_ray.align.tree_attention import LayerTree, attention_bias
+from mmedpo_ray.align.packing import tree_attention
+from mmedpo_ray.align.packing.logps import make_fast, response_logps
+from mmedpo_ray.align.packing.tree_attention import LayerTree, attention_bias
+from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
 from mmedpo_ray.errors import UserError
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmedpo_ray.evaluate.summary import summary_table
-from mmedpo_ray.report import verdict
+from mmedpo_ray.metrics import verdict
 
 
 def item(value: float, spread: float = 0.03, p: float | None = None) -> dict[str, float]:

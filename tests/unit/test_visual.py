@@ -15,14 +15,16 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mmedpo_ray import images, storage, tables
-from mmedpo_ray.config import Config, load
-from mmedpo_ray.curate import visual
-from mmedpo_ray.curate.tools import TOOLS
-from mmedpo_ray.curate.tools.base import Localisation, VisualTool
-from mmedpo_ray.curate.visual import VisualPairs, heat_map_pixels
-from mmedpo_ray.curate.visual_station import _key_settings, make_visual_pairs
-from mmedpo_ray.stage import Station, read_manifest
+from mmedpo_ray.config.load import load
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.visual import visual_pairs
+from mmedpo_ray.curate.visual.stage import _key_settings, make_visual_pairs
+from mmedpo_ray.curate.visual.tools import TOOLS
+from mmedpo_ray.curate.visual.tools.base import Localisation, VisualTool
+from mmedpo_ray.curate.visual.visual_pairs import VisualPairs, heat_map_pixels
+from mmedpo_ray.io import images, storage
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.stage_runner import Station, read_manifest
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -54,7 +56,7 @@ def sample(folder: Path, name: str, question: int = 0, *, lesion: bool = True) -
 
 
 def made(settings_: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return VisualPairs(settings_)(tables.to_table(rows, tables.SAMPLES)).to_pylist()
+    return VisualPairs(settings_)(schemas.to_table(rows, schemas.SAMPLES)).to_pylist()
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -127,7 +129,7 @@ def test_what_gives_no_pair_is_dropped_with_its_reason(tmp_path: Path) -> None:
     Image.new("1", (5, 5)).save(small["mask_uri"])
     rows = [good, missing, unmarked, maskless, torn, small]
     pairs = made(config(tmp_path / "run"), rows)
-    assert {pair["sample_id"]: pair[tables.DROP_REASON] for pair in pairs} == {
+    assert {pair["sample_id"]: pair[schemas.DROP_REASON] for pair in pairs} == {
         "a/0": None,
         "b/0": "image_missing",
         "c/0": "tool_found_nothing",
@@ -136,7 +138,7 @@ def test_what_gives_no_pair_is_dropped_with_its_reason(tmp_path: Path) -> None:
         "f/0": "mask_size",
     }
     assert len(files(tmp_path / "run")) == 2
-    details = " ".join(pair[tables.DROP_DETAIL] or "" for pair in pairs)
+    details = " ".join(pair[schemas.DROP_DETAIL] or "" for pair in pairs)
     assert "nodule" not in details
     assert "what is it" not in details
 
@@ -165,7 +167,9 @@ class Middle(VisualTool):
 
 def use_tool(monkeypatch: pytest.MonkeyPatch, tool: type[VisualTool]) -> None:
     """Has `self_attention` be this tool."""
-    monkeypatch.setattr(visual, "TOOLS", {"dataset_mask": TOOLS["dataset_mask"], "self_attention": tool})
+    monkeypatch.setattr(
+        visual_pairs, "TOOLS", {"dataset_mask": TOOLS["dataset_mask"], "self_attention": tool}
+    )
 
 
 @pytest.mark.parametrize("tool", ["dataset_mask", "self_attention"])
@@ -181,16 +185,16 @@ def test_files_that_a_store_does_not_give_out_drop_their_rows(
     with monkeypatch.context() as failing:
         refuse(failing, "b.png", "c_mask.png", error=error)
         pairs = made(settings_, rows)
-    assert {pair["sample_id"]: pair[tables.DROP_REASON] for pair in pairs if pair[tables.DROP_REASON]} == {
+    assert {pair["sample_id"]: pair[schemas.DROP_REASON] for pair in pairs if pair[schemas.DROP_REASON]} == {
         "b/0": "image_unreadable",
         "b/1": "image_unreadable",
         "c/0": "mask_unreadable",
         "c/1": "mask_unreadable",
     }
-    details = {pair["sample_id"]: pair[tables.DROP_DETAIL] for pair in pairs}
+    details = {pair["sample_id"]: pair[schemas.DROP_DETAIL] for pair in pairs}
     assert details["b/0"] == f"{tmp_path}/b.png: {type(error).__name__}"
     assert details["c/0"] == f"{tmp_path}/c_mask.png: {type(error).__name__}"
-    kept = [pair for pair in pairs if pair[tables.DROP_REASON] is None]
+    kept = [pair for pair in pairs if pair[schemas.DROP_REASON] is None]
     again = made(settings_, rows[2:6])
     assert sorted(kept + again, key=itemgetter("pair_id")) == sorted(
         made(settings_, rows), key=itemgetter("pair_id")
@@ -226,7 +230,7 @@ def test_a_pair_whose_images_are_equal_is_dropped(tmp_path: Path) -> None:
     row = sample(tmp_path, "flat")
     Image.new("RGB", (30, 40), (90, 90, 90)).save(row["image_uri"])
     (pair,) = made(config(tmp_path / "run", "curate.visual.noise.mode=blur"), [row])
-    assert pair[tables.DROP_REASON] == "noise_changed_nothing"
+    assert pair[schemas.DROP_REASON] == "noise_changed_nothing"
     assert not (tmp_path / "run" / "noised").exists()
 
 
@@ -258,7 +262,7 @@ def test_a_large_heat_map_can_be_stored_smaller() -> None:
 
 
 def test_an_empty_batch_is_an_empty_table(tmp_path: Path) -> None:
-    result = VisualPairs(config(tmp_path))(tables.SAMPLES.empty_table())
+    result = VisualPairs(config(tmp_path))(schemas.SAMPLES.empty_table())
     assert isinstance(result, pa.Table)
     assert result.num_rows == 0
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mmedpo_ray.align import watch
+from mmedpo_ray.align import progress
 from mmedpo_ray.align.metrics import MetricsTail, MetricsWriter
-from mmedpo_ray.align.watch import RecentSteps, duration, figures_line
+from mmedpo_ray.align.progress import RecentSteps, duration, figures_line
 
 
 def write(folder: Path, *steps: int, text: str = "") -> None:
@@ -46,7 +46,7 @@ def test_the_tail_begins_anew_where_the_workers_went_back(tmp_path: Path) -> Non
 
 def test_speed_is_that_of_the_last_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     recent = RecentSteps(MetricsTail(tmp_path))
     assert not recent.look() and recent.step == 0
     write(tmp_path, *range(1, 101))

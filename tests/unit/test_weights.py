@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mmedpo_ray.config import WeightConfig
 from mmedpo_ray.judge import weights
+from mmedpo_ray.judge.settings import WeightConfig
 
 SCORES = hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0, 1, width=32))
 

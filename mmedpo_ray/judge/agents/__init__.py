@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from mmedpo_ray.config import AgentConfig
-from mmedpo_ray.endpoint import Usage
+from mmedpo_ray.clients.chat import Usage
+from mmedpo_ray.judge.settings import AgentConfig
 
 # An agent whose own view has no fixed grid agrees with a score this close to it, and then repeats that score.
 AGREEMENT = 0.1

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmedpo_ray.config import OpenAIAgentConfig
-from mmedpo_ray.endpoint import ChatRequest, Completion, EndpointClient, Failure, Usage, read_key
+from mmedpo_ray.clients.chat import ChatRequest, Completion, EndpointClient, Failure, Usage, read_key
 from mmedpo_ray.judge.agents import Case, Judgement, Refusal, prompt
+from mmedpo_ray.judge.settings import OpenAIAgentConfig
 
 CHEAP = False
 

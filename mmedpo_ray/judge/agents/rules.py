@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from mmedpo_ray.config import RulesAgentConfig
-from mmedpo_ray.curate import lexicon
 from mmedpo_ray.judge.agents import AGREEMENT, Case, Judgement, Refusal
+from mmedpo_ray.judge.settings import RulesAgentConfig
+from mmedpo_ray.radiology import lexicon
 
 CHEAP = True
 

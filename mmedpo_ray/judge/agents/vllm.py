@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmedpo_ray.cluster import MODEL_RESTARTS
-from mmedpo_ray.config import VllmAgentConfig
+from mmedpo_ray.compat.cluster import MODEL_RESTARTS
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.judge.agents import Case, Judgement, Refusal, prompt
-from mmedpo_ray.models.engine import EngineSettings, engine_settings
+from mmedpo_ray.judge.settings import VllmAgentConfig
+from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
 
 CHEAP = False
 

@@ -1,0 +1,1 @@
+"""What a training run writes: checkpoints, the trained weights, and which launch may write."""

@@ -1,0 +1,118 @@
+"""What of a training run is on disk: where it resumes, its checkpoints, and what it ends with. One keeper on every rank."""
+
+from __future__ import annotations
+
+import logging
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mmedpo_ray.align.checkpoint.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    State,
+    load_best_checkpoint,
+    load_last_checkpoint,
+    set_aside_passed_over,
+)
+from mmedpo_ray.align.checkpoint.output_weights import write_trained
+from mmedpo_ray.align.checkpoint.run_lock import check_claim
+from mmedpo_ray.align.engines.base import Engine
+from mmedpo_ray.align.policy import TrainingSpec
+from mmedpo_ray.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointKeeper:
+    """Gathers checkpoints on all ranks and writes them on rank 0. Every method is called by all ranks together.
+
+    Args:
+        spec: the run. The default process group must be initialised.
+    """
+
+    def __init__(self, spec: TrainingSpec) -> None:
+        self._spec = spec
+        self._rank = dist.get_rank()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._written: Future[Path] | None = None
+        self._saved_step = -1
+        self._lowest = math.inf
+
+    def resume(self) -> Checkpoint | None:
+        """The checkpoint to go on from; damaged ones lose their names and are kept.
+
+        Raises:
+            UserError: the ranks see different ones.
+            OSError: names a file of a checkpoint that is there and cannot be read; nothing was changed.
+        """
+        folder, key = self._spec.folder, self._spec.key
+        found, best = load_last_checkpoint(folder, key), load_best_checkpoint(folder, key)
+        here = tuple(checkpoint.step if checkpoint else 0 for checkpoint in (found, best))
+        seen: list[tuple[int, ...]] = [()] * dist.get_world_size()
+        dist.all_gather_object(seen, here)
+        if len(set(seen)) > 1:
+            raise UserError(
+                f"align: the ranks see different checkpoints in {folder} (steps {[steps[0] for steps in seen]}). All nodes "
+                "must share this folder (NFS, Lustre, FSx); set run.folder to one they share."
+            )
+        if self._rank == 0:
+            set_aside_passed_over(folder, key)
+        if best is not None and best.validation_loss is not None:
+            self._lowest = best.validation_loss
+        if found is not None:
+            self._saved_step = found.step
+        return found
+
+    def is_best(self, validation_loss: float | None) -> bool:
+        """Whether a step's validation loss is the lowest so far; remembers it. ``None``: not measured, or not finite."""
+        if validation_loss is None or validation_loss >= self._lowest:
+            return False
+        self._lowest = validation_loss
+        return True
+
+    def save(self, engine: Engine, step: int, validation_loss: float | None) -> None:
+        """Gathers the state one parameter at a time; the last two shards are written while training goes on."""
+        if step == self._saved_step:
+            return
+        self.wait()
+        writer = None
+        if self._rank == 0:
+            state = State(step, self._spec.key, validation_loss, self._spec.attempt)
+            writer = CheckpointWriter(self._spec.folder, state, self._spec.align.keep_checkpoints, self._pool)
+        for name, tensors in engine.state():
+            if writer is not None:
+                writer.add(name, tensors)
+        if writer is not None:
+            self._written = writer.finish()
+        self._saved_step = step
+
+    def wait(self) -> None:
+        """Returns when the checkpoint under way is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+        dist.barrier()
+
+    def finish(self, engine: Engine, step: int, validation_loss: float | None) -> None:
+        """Keeps the end as a checkpoint and writes what was trained, as ``align.keep`` says of the last or the best one."""
+        self.save(engine, step, validation_loss)
+        self.wait()
+        if self._rank == 0:
+            folder, key = self._spec.folder, self._spec.key
+            chosen = load_last_checkpoint(folder, key)
+            if self._spec.align.keep == "best":
+                best = load_best_checkpoint(folder, key)
+                if best is None:
+                    log.warning("align: no validation loss was finite; the last weights are kept")
+                chosen = best or chosen
+            assert chosen is not None
+            check_claim(folder, self._spec.attempt)
+            write_trained(engine.policy.model, chosen, folder, self._spec.dtype)
+        dist.barrier()

@@ -1,0 +1,142 @@
+"""Tokenised pairs and the packed batches made of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mmedpo_ray.align.losses import PairBatch
+from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.io.images import ImageError, load_rgb
+from mmedpo_ray.models.loading import PromptWriter
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair, ready for the model.
+
+    Attributes:
+        pair_id: row of `scored`.
+        image_id: its tree.
+        is_visual: the rejected side is an image.
+        image_uri, rejected_image_uri: images of the two sides.
+        prompt, chosen, rejected: token ids; prompt + response is at most ``align.max_length`` long.
+        weight: effective weight in the loss, not negative; of 0: the pair is counted and not computed.
+        ref_chosen, ref_rejected: reference log-probabilities, nats; 0 where the objective needs none.
+        counts_nll: the chosen answer enters the terms about likelihood, divergence and anchor.
+        chosen_weights, rejected_weights: of the response tokens, 0 to 1; ``None``: all 1.
+    """
+
+    pair_id: str
+    image_id: str
+    is_visual: bool
+    image_uri: str
+    rejected_image_uri: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    weight: float
+    ref_chosen: float = 0.0
+    ref_rejected: float = 0.0
+    counts_nll: bool = True
+    chosen_weights: list[float] | None = None
+    rejected_weights: list[float] | None = None
+
+
+class ImageLoader:
+    """Reads and processes images, keeping the last ones in memory.
+
+    Args:
+        writer: of the model; its processor shapes the pixels.
+        cached_images: how many are kept; all pairs of an image follow one another, and small images fit whole.
+        threads: that read and process images side by side. A radiograph of 2,048 x 2,048 pixels takes a core nearly a tenth of
+            a second, which one thread could not hide behind a step on a GPU.
+    """
+
+    def __init__(self, writer: PromptWriter, cached_images: int = 64, threads: int = 1) -> None:
+        self._writer = writer
+        self._cached_images = cached_images
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images") if threads > 1 else None
+
+    def __call__(self, uris: Sequence[str]) -> Tensor:
+        """Pixels of the images, (I, 3, H, W).
+
+        Raises:
+            UserError: an image cannot be read any more.
+        """
+        missing = [uri for uri in dict.fromkeys(uris) if uri not in self._cache]
+        if missing:
+            try:
+                pixels = list((self._pool.map if self._pool else map)(self._read, missing))
+            except ImageError as error:
+                raise UserError(
+                    f"an image of a pair cannot be read any more ({error}). Restore the file, or run ingest and curate "
+                    "again so that its rows are left out."
+                ) from error
+            self._cache.update(zip(missing, pixels, strict=True))
+        for uri in uris:
+            self._cache.move_to_end(uri)
+        stacked = torch.stack([self._cache[uri] for uri in uris])
+        while len(self._cache) > self._cached_images:
+            self._cache.popitem(last=False)
+        return stacked
+
+    def _read(self, uri: str) -> Tensor:
+        return self._writer.pixels([load_rgb(uri)])[0]
+
+
+def read_ahead(read: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """What ``read`` makes of each item, in order; the next is read in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        ahead: Future[Made] | None = None
+        for item in items:
+            before, ahead = ahead, pool.submit(read, item)
+            if before is not None:
+                yield before.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
+def forest_batch(
+    pairs: Sequence[Pair], images: ImageLoader, pad_token_id: int, *, both_sides: bool
+) -> Forest:
+    """Packs the responses of N pairs: N chosen, then (``both_sides``) N rejected."""
+    sides = [(pair.prompt, pair.chosen, pair.image_uri, pair.chosen_weights) for pair in pairs]
+    if both_sides:
+        sides += [
+            (pair.prompt, pair.rejected, pair.rejected_image_uri, pair.rejected_weights) for pair in pairs
+        ]
+    uris = list(dict.fromkeys(uri for _, _, uri, _ in sides))
+    number = {uri: index for index, uri in enumerate(uris)}
+    sequences = [
+        TokenSequence(prompt, response, number[uri], weights) for prompt, response, uri, weights in sides
+    ]
+    return pack(sequences, images(uris), pad_token_id)
+
+
+def pair_batch(
+    pairs: Sequence[Pair], *, is_filler: bool = False, device: torch.device | None = None
+) -> PairBatch:
+    """The objective's view of the pairs; a filler counts nowhere."""
+
+    def tensor(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return PairBatch(
+        weight=tensor([0.0 if is_filler else pair.weight for pair in pairs]),
+        ref_chosen=tensor([pair.ref_chosen for pair in pairs]),
+        ref_rejected=tensor([pair.ref_rejected for pair in pairs]),
+        is_visual=tensor([pair.is_visual for pair in pairs], torch.bool),
+        counts_nll=tensor([pair.counts_nll and not is_filler for pair in pairs], torch.bool),
+    )

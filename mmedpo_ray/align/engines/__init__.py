@@ -1,0 +1,1 @@
+"""Optimizer steps: plain data parallelism, and DeepSpeed ZeRO."""

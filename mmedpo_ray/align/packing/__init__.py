@@ -1,0 +1,1 @@
+"""Tree packing: what sequences share is computed once. Plain torch."""

@@ -1,0 +1,198 @@
+"""Log-probabilities of responses under a LLaVA. Plain torch; runs anywhere.
+
+:func:`response_logps` is the one place where a policy or a reference is evaluated: one sum a response, computed on the
+packed trees of :mod:`mmedpo_ray.align.packing.trees`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from mmedpo_ray.align.losses import Side
+from mmedpo_ray.align.packing import fast_layers, fused_lora, lm_head, tree_attention
+from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.models.loading import image_mismatch
+
+
+class LogpOutput(NamedTuple):
+    """Sums over the response tokens of N sequences.
+
+    Attributes:
+        logps: (N,) float32, Σ c_t · log π(token t | everything before), nats, with the span weights c_t of the forest.
+        tokens: (N,) float32, Σ c_t.
+        likelihood: (N,) float32, the same as ``logps`` with all c_t = 1.
+        num_tokens: (N,) int64, tokens summed.
+        ref_logps: (N,) ``logps`` of the model without its adapter; ``None`` unless asked for.
+        kl: (N,) Σ of the divergence from the model without its adapter, nats; ``None`` unless asked for.
+    """
+
+    logps: Tensor
+    tokens: Tensor
+    likelihood: Tensor
+    num_tokens: Tensor
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
+
+    def sides(self, count: int) -> tuple[Side, Side]:
+        """The first ``count`` sequences (chosen) and the others (rejected), as the objective takes them."""
+        return self._side(slice(count)), self._side(slice(count, None))
+
+    def _side(self, part: slice) -> Side:
+        kl = None if self.kl is None else self.kl[part]
+        return Side(self.logps[part], self.tokens[part], self.likelihood[part], self.num_tokens[part], kl)
+
+
+def response_logps(
+    model: Any, batch: Forest, *, with_reference: bool = False, kl_forward_share: float | None = None
+) -> LogpOutput:
+    """Evaluates every response of a batch.
+
+    Each distinct image passes the vision tower once, each shared token the language model once, and only the hidden
+    states that predict a response token meet ``lm_head``: (E, V) logits for E response tokens instead of (R, T, V), in chunks
+    where these are many (:mod:`~mmedpo_ray.align.packing.lm_head`).
+
+    Args:
+        model: a ``LlavaForConditionalGeneration`` or a peft model of one; its tower is frozen.
+        batch: the sequences, on the model's device.
+        with_reference: also evaluate the model with its adapter off, in a second forward without gradients.
+        kl_forward_share: share λ of the forward divergence; ``None``: no divergence. Needs ``with_reference``.
+    """
+    llava = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embeddings = _embeddings(llava, batch)
+    attention = _attention(llava, batch)
+    reference = None
+    if with_reference:
+        with torch.no_grad(), model.disable_adapter():
+            # A trained projector sees the image otherwise than the reference does.
+            original = _embeddings(llava, batch) if _trains_projector(llava) else embeddings
+            reference = _edge_states(llava, batch, original, attention)
+    if torch.is_grad_enabled() and getattr(llava.model.language_model, "gradient_checkpointing", False):
+        # Reentrant checkpointing only recomputes a block whose input wants a gradient.
+        embeddings.requires_grad_(True)
+    states = _edge_states(llava, batch, embeddings, attention)
+    to_values = (
+        llava.lm_head if lm_head.is_installed(llava.lm_head) else partial(lm_head.token_values, llava.lm_head)
+    )
+    edges, *further = to_values(states, batch.edge_token, reference, kl_forward_share)
+    weights = batch.term_weight
+    return LogpOutput(
+        logps=_sum(edges, batch, weights),
+        tokens=_sum(torch.ones_like(edges), batch, weights).detach(),
+        likelihood=_sum(edges, batch),
+        num_tokens=batch.num_tokens,
+        ref_logps=_sum(further[0], batch, weights) if further else None,
+        kl=_sum(further[1], batch) if len(further) > 1 else None,
+    )
+
+
+def _embeddings(llava: Any, batch: Forest) -> Tensor:
+    """(R, T, D) token embeddings, image features in the places of image tokens.
+
+    An image's tokens stand side by side and all of them, so the k-th image token of the batch is number k mod P of its image.
+    Without a trained projector or embedding no graph is recorded: the tower has no weights that want a gradient.
+
+    Raises:
+        UserError: the ids of an image are not as many as its features.
+    """
+    features = image_features(llava, batch.pixel_values)
+    embeddings = llava.get_input_embeddings()(batch.input_ids)
+    is_image = batch.input_ids == llava.config.image_token_id
+    count = features.shape[1]
+    _check_image_ids(llava, is_image, count)
+    within = (is_image.flatten().cumsum(0).view_as(is_image) - 1) % count
+    shown = nn.functional.embedding(batch.token_image * count + within, features.flatten(0, 1))
+    return torch.where(is_image.unsqueeze(-1), shown.to(embeddings.dtype), embeddings)
+
+
+# Models whose prompts were seen to fit: the number of ids is the processor's, and to look at every batch would stall a GPU.
+_FITTING: WeakSet[Any] = WeakSet()
+
+
+def _check_image_ids(llava: Any, is_image: Tensor, count: int) -> None:
+    """Every run of image ids in the rows of (R, T) must be ``count`` long; looks at a model's first batch with images.
+
+    Raises:
+        UserError: one is not.
+    """
+    if llava in _FITTING:
+        return
+    flags = nn.functional.pad(is_image.cpu(), (1, 1)).int().diff(dim=1)
+    lengths = flags.flatten().eq(-1).nonzero() - flags.flatten().eq(1).nonzero()
+    if not len(lengths):
+        return
+    if (wrong := lengths[lengths != count]).numel():
+        raise image_mismatch(int(wrong[0]), count)
+    _FITTING.add(llava)
+
+
+def _attention(llava: Any, batch: Forest) -> dict[str, Any]:
+    """What the language model's forward must know of the trees, as its layers take it."""
+    language_model = llava.model.language_model
+    known: dict[str, Any] = {"attention_mask": None}
+    if tree_attention.is_installed(language_model):
+        known["tree"] = tree_attention.for_layers(batch.layout, language_model)
+    elif language_model.config._attn_implementation == "flex_attention":
+        known["attention_mask"] = batch.block_mask()
+    else:
+        known["attention_mask"] = batch.dense_mask()
+    if fast_layers.is_installed(language_model):
+        known |= fast_layers.for_last_layer(batch.outputs, batch.output_mask(), language_model)
+    return known
+
+
+def _edge_states(llava: Any, batch: Forest, embeddings: Tensor, attention: dict[str, Any]) -> Tensor:
+    """(E, D) hidden states of the positions that predict a response token."""
+    hidden = llava.model.language_model(
+        inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False, **attention
+    ).last_hidden_state
+    if "outputs" in attention:
+        return hidden.flatten(0, 1)[batch.edge_output]
+    return hidden[batch.edge_row, batch.edge_parent]
+
+
+def _sum(edges: Tensor, batch: Forest, weights: Tensor | None = None) -> Tensor:
+    """(E,) values of tokens → (N,) sums over responses."""
+    terms = edges[batch.term_edge]
+    if weights is not None:
+        terms = terms * weights
+    zeros = torch.zeros(batch.num_tokens.shape[0], dtype=torch.float32, device=edges.device)
+    return zeros.index_add(0, batch.term_sequence, terms)
+
+
+def _trains_projector(llava: Any) -> bool:
+    return any(value.requires_grad for value in llava.model.multi_modal_projector.parameters())
+
+
+def image_features(llava: Any, pixel_values: Tensor) -> Tensor:
+    """Projected features of images in one pass of the frozen tower: (I, 3, H, W) → (I, P, D)."""
+    dtype = llava.get_input_embeddings().weight.dtype
+    output = llava.get_image_features(pixel_values=pixel_values.to(dtype), return_dict=True)
+    return torch.stack(list(output.pooler_output))
+
+
+def make_fast(model: Any, *, attention: str = "tree", sharded: bool = False) -> None:
+    """Sets a LLaVA up for :func:`response_logps`; afterwards its ``forward`` works on packed trees alone.
+
+    Args:
+        model: a ``LlavaForConditionalGeneration`` or a peft model of one.
+        attention: ``tree`` (:mod:`~mmedpo_ray.align.packing.tree_attention`), ``sdpa`` (a dense mask) or ``flex`` (FlexAttention).
+        sharded: weights will be sharded over ranks (ZeRO-3).
+
+    Raises:
+        UserError: the language model is of a family that this attention would not compute rightly.
+    """
+    llava = model.get_base_model() if hasattr(model, "get_base_model") else model
+    language_model = llava.model.language_model
+    tree_attention.check_family(language_model.config, along_tree=attention == "tree")
+    if attention == "tree":
+        tree_attention.install(language_model)
+    else:
+        language_model.set_attn_implementation("flex_attention" if attention == "flex" else "sdpa")
+    fast_layers.install(language_model, along_tree=attention == "tree")
+    fused_lora.install(model, sharded=sharded)
+    lm_head.install(llava.lm_head)

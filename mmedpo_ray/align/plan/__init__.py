@@ -1,0 +1,1 @@
+"""Which rank computes which pairs in which step, and what a step costs."""

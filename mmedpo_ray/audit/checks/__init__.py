@@ -1,0 +1,1 @@
+"""The checks of the audit: each reads `Features` and returns findings."""

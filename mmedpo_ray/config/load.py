@@ -1,0 +1,245 @@
+"""Loading the settings: a YAML file, dotted overrides, and errors that name the key and the line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mmedpo_ray.config.messages import in_words, line_of
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
+
+
+def load(
+    path: str | Path | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Config:
+    """Builds the settings from a YAML file and dotted overrides such as ``align.beta=0.2``.
+
+    Args:
+        path: the file; None: the defaults.
+        overrides: what differs from the file. Where the setting holds a text the value is taken as it is, but for ``null`` and
+            the empty one, which stand for null where the setting may be null; else it is YAML.
+        values: values by dotted key, taken as they are; they beat the overrides.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown (the nearest known one is named) or a value
+            does not fit.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    for key, value in (values or {}).items():
+        _set(tree, key, value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        given = [*(override.partition("=")[0] for override in overrides), *(values or {})]
+        raise UserError(_explain(error, path, given)) from None
+
+
+def dump(config: Config) -> str:
+    """The settings as YAML, every default filled in."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def resolve_run_folder(config: Config) -> Config:
+    """Makes ``run.folder`` absolute.
+
+    Inside a submitted Ray job the working directory is a copy that Ray deletes, so a relative folder
+    counts from ``MMEDPO_HOME`` (default: ``~/mmedpo_ray``) there.
+    """
+    folder = config.run.folder
+    if "://" in folder or Path(folder).expanduser().is_absolute():
+        return config
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    base = os.environ.get("MMEDPO_HOME") or (str(Path.home() / "mmedpo_ray") if in_job else str(Path.cwd()))
+    resolved = config.model_copy(deep=True)
+    resolved.run.folder = str(Path(base).expanduser() / folder)
+    return resolved
+
+
+_TYPE = re.compile(r"int|float|str|bool|(?:tuple|list|dict)\[.*\]")
+
+
+class _OncePerKey(yaml.SafeLoader):
+    """YAML as the standard has it: a key that occurs twice is an error. PyYAML itself drops the first in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, getattr(key, "value", None)
+            if isinstance(name, str) and name in lines:
+                raise yaml.YAMLError(
+                    f"the key {name!r} occurs twice in one section, in line {lines[name]} and in line {line}. The first would "
+                    "be ignored: make one of the two."
+                )
+            lines[name if isinstance(name, str) else id(key)] = line
+        return node
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _OncePerKey)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"no configuration file {path}. Give an existing YAML with --config; configs/ has examples."
+        )
+    try:
+        tree = _load_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: a date that there is not, or bytes that are no UTF-8.
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections (data:, align:, …), not a {type(tree).__name__}.")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(
+            f"cannot read {override!r}: write overrides as section.key=value, such as align.beta=0.2."
+        )
+    _set(tree, key, _value(key, text))
+
+
+def _value(key: str, text: str) -> Any:
+    """What a text on the command line means as the value of a setting.
+
+    Raises:
+        UserError: the setting holds no text, and this is no YAML.
+    """
+    declared = _declared(key)
+    if _is_text(declared):
+        is_null = not text or (text == "null" and type(None) in declared)
+        return None if is_null else text
+    try:
+        value = _load_yaml(text) if text else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"cannot read the value of {f'{key}={text}'!r}: {error}") from error
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-6 as text; numbers are meant.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _declared(key: str) -> list[Any]:
+    """The types that the setting of this dotted key may have, a union's apart; empty where there is no such setting."""
+    kinds: list[Any] = [Config]
+    for name in key.split("."):
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+        kinds = [kind for field in fields for kind in _alternatives(field.annotation)]
+    return kinds
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _alternatives(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return [kind for argument in arguments for kind in _alternatives(argument)]
+    return [annotation]
+
+
+def _is_text(kinds: list[Any]) -> bool:
+    """Whether values of these types, null aside, are texts: strings, paths, or one of some words."""
+
+    def is_text(kind: Any) -> bool:
+        if typing.get_origin(kind) is typing.Literal:
+            return all(isinstance(word, str) for word in typing.get_args(kind))
+        return isinstance(kind, type) and issubclass(kind, str | Path)
+
+    values = [kind for kind in kinds if kind is not type(None)]
+    return bool(values) and all(map(is_text, values))
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    node = tree
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"cannot set {key}: {parent} is a value, not a section.")
+        node = child
+    node[last] = value
+
+
+def _explain(error: ValidationError, path: str | Path | None, given: list[str]) -> str:
+    """The errors, a line a key, with the line of the file unless the key was given on the command line."""
+    wrong: dict[str, list[str]] = {}
+    places: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        location = _keys_of(item["loc"])
+        key = ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            name, words = f"unknown key {key}{_nearest(key)}", ""
+        elif not key:
+            name, words = item["msg"].removeprefix("Value error, "), ""
+        else:
+            name, words = key, in_words(item)
+        # Of a setting that may be of several types each has its own error.
+        wrong.setdefault(name, []).append(words)
+        line = None if any(f"{key}.".startswith(f"{one}.") for one in given) else line_of(path, location)
+        places[name] = f" (line {line})" if line else ""
+    lines = [
+        f"{name}{': ' if any(words) else ''}{', or '.join(words)}{places[name]}"
+        for name, words in wrong.items()
+    ]
+    return f"configuration ({path or 'command line'}):\n  " + "\n  ".join(lines)
+
+
+def _keys_of(location: Sequence[str | int]) -> list[str | int]:
+    """The part of an error's location that is keys of a file: unions add the tag or the type that was tried."""
+    keys = [part for part in location if part not in ("rules", "vllm", "openai")]
+    types = [index for index, part in enumerate(keys) if _TYPE.fullmatch(str(part))]
+    return keys[: types[0]] if types else keys
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, leaves only."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _nearest(key: str) -> str:
+    known = known_keys()
+    if judge := re.match(r"score\.agents\.\d+\.", key):
+        kinds = (RulesAgentConfig, VllmAgentConfig, OpenAIAgentConfig)
+        known += sorted({name for kind in kinds for name in known_keys(kind, judge.group())})
+    sections = {
+        known_key.rsplit(".", depth)[0] for known_key in known for depth in (1, 2) if "." in known_key
+    }
+    matches = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.6)
+    if not matches:
+        last = key.rsplit(".", 1)[-1]
+        by_leaf = {known_key.rsplit(".", 1)[-1]: known_key for known_key in reversed(known)}
+        matches = [by_leaf[leaf] for leaf in difflib.get_close_matches(last, by_leaf, n=1, cutoff=0.75)]
+    return f"; did you mean {matches[0]}?" if matches else "; `mmedpo config show` lists the known ones"

@@ -1,0 +1,1 @@
+"""Conversions: an original LLaVA-Med checkpoint → transformers, preference pairs → other trainers' formats."""

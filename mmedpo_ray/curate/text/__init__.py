@@ -1,0 +1,1 @@
+"""Text pairs: a reference answer and a plausible wrong one."""

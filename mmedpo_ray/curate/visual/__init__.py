@@ -1,0 +1,1 @@
+"""Visual pairs: an image and the same image with noise in the lesion region."""

@@ -1,1 +1,0 @@
-"""Raw data sets → `samples`: one file a format, and the phantom world."""

@@ -1,0 +1,269 @@
+"""endpoint + samples → answers and scores.
+
+Every test question goes to every model through the endpoint, as a user's would. The answers (`answers`
+schema) are kept in ``evaluate/``, requests that failed in ``evaluate/dropped/``, the scores with their
+intervals in ``evaluate/summary.json``. A request that
+failed is scored as an empty answer: it stays in the denominator. The next call tries those again that may
+    pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.console import console, progress_bar
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.evaluate.client import RETRY_REASONS, Endpoint, Question, Reply
+from mmedpo_ray.evaluate.scoring import check_script
+from mmedpo_ray.evaluate.summary import failed_rows, summarise, summary_table
+from mmedpo_ray.io import storage
+from mmedpo_ray.metrics import at_hand
+from mmedpo_ray.models.loading import model_fingerprint
+from mmedpo_ray.serve.endpoint import engine_groups, run_models, start_endpoint
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.tables.stage_runner import Manifest, Station, digest, read_manifest, read_table
+
+__all__ = ["SUMMARY", "evaluate", "summarise", "summary_table"]
+
+log = logging.getLogger(__name__)
+
+SUMMARY = "summary.json"
+# An interrupted evaluation loses at most this many seconds of answers.
+_SAVE_EVERY_S = 10.0
+
+
+def evaluate(config: Config) -> Manifest:
+    """Asks every model of the run the test questions and scores the answers.
+
+    Uses ``evaluate.endpoint`` if given, else starts an endpoint for the run's models and stops it afterwards.
+
+    Raises:
+        UserError: there is no test question, or one in a script that cannot be scored, the endpoint lacks a
+            model, or too many requests failed.
+    """
+    run = RunFolder(config.run.folder)
+    station, names = _station(config, run)
+    manifest = station.finished()
+    if manifest is None:
+        _ask(config, station, names, _test_samples(config, run))
+        manifest = station.finish_parts(
+            schema=schemas.ANSWERS, id_column="answer_id", retry_reasons=RETRY_REASONS
+        )
+    key = digest(
+        manifest.key, manifest.content, config.evaluate.bootstrap, config.evaluate.confidence, at_hand()
+    )
+    if _read_summary(run).get("key") != key:
+        _write_summary(config, run, names, key)
+    return manifest
+
+
+def _ask(config: Config, station: Station, names: Sequence[str], samples: list[dict[str, Any]]) -> None:
+    """Asks every model what it has not answered yet."""
+    done = station.done_ids("answer_id", RETRY_REASONS)
+    todo = [
+        (name, sample) for name in names for sample in samples if f"{name}/{sample['sample_id']}" not in done
+    ]
+    asked = len(done)
+    for group in _groups(config, names):
+        questions = [(name, sample) for name, sample in todo if name in group]
+        if questions:
+            with _endpoint(config, group) as base_url:
+                asyncio.run(_collect(config, station, base_url, questions, done=asked))
+            asked += len(questions)
+
+
+def _station(config: Config, run: RunFolder) -> tuple[Station, list[str]]:
+    """The station, which depends on what answers could depend on, and the names of the models to ask."""
+    settings = config.evaluate.model_dump(include={"max_tokens", "temperature", "max_samples"})
+    inputs = [run.samples]
+    if config.evaluate.endpoint:
+        offered = Endpoint(config.evaluate.endpoint, config.evaluate).model_names()
+        names = _names_at(config, offered)
+        settings["endpoint"] = config.evaluate.endpoint
+    else:
+        names = list(run_models(config))
+        settings["model_files"] = model_fingerprint(config.model.path)
+        if config.evaluate.aligned_name not in names:
+            raise UserError(
+                f"there is no aligned model in {run.model('aligned')} to evaluate. Run `mmedpo export` first, or set "
+                "evaluate.endpoint to one that serves it."
+            )
+    for role, name in (("aligned", config.evaluate.aligned_name), ("control", config.control.name)):
+        folder = str(run.model(role))  # type: ignore[arg-type]
+        if name in names and read_manifest(folder) is not None:
+            inputs.append(folder)
+    station = Station(
+        "evaluate",
+        run.evaluate,
+        config,
+        settings=[settings, config.model.path, names, config.model.engine.dtype, config.run.seed],
+        inputs=inputs,
+    )
+    return station, names
+
+
+def _names_at(config: Config, offered: Sequence[str]) -> list[str]:
+    wanted = [config.model.name, config.evaluate.aligned_name]
+    missing = [name for name in wanted if name not in offered]
+    if missing:
+        raise UserError(
+            f"the endpoint {config.evaluate.endpoint} has no model {missing[0]!r}; it has {', '.join(offered) or 'none'}. "
+            "Set model.name and evaluate.aligned_name to served names, or serve the run with `mmedpo serve`."
+        )
+    return wanted + ([config.control.name] if config.control.name in offered else [])
+
+
+def _test_samples(config: Config, run: RunFolder) -> list[dict[str, Any]]:
+    """Test questions, those about one image in a row, limited to ``evaluate.max_samples`` by whole images."""
+    table = read_table(run.samples, schemas.SAMPLES, "samples")
+    table = table.filter(pc.equal(table["split"], "test")).sort_by(
+        [("image_id", "ascending"), ("sample_id", "ascending")]
+    )
+    if table.num_rows == 0:
+        raise UserError(
+            f"{run.samples} has no test question. Set data.test_file, or data.test_share above 0, and run ingest again."
+        )
+    rows = _limited(config, table.to_pylist())
+    for row in rows:
+        check_script(f"sample {row['sample_id']}", row["question"], row["answer"])
+    return rows
+
+
+def _limited(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    limit = config.evaluate.max_samples
+    if limit is None or limit >= len(rows):
+        return rows
+    images = sorted({row["image_id"] for row in rows})
+    order = {
+        image: rank for rank, image in enumerate(np.random.default_rng(config.run.seed).permutation(images))
+    }
+    return sorted(rows, key=lambda row: (order[row["image_id"]], row["sample_id"]))[:limit]
+
+
+def _groups(config: Config, names: Sequence[str]) -> list[list[str]]:
+    """Names to ask together. Whole models have an engine each; one after the other they need the room of one."""
+    if config.evaluate.endpoint:
+        return [list(names)]
+    models = {name: path for name, path in run_models(config).items() if name in names}
+    return [list(group) for group in engine_groups(models)]
+
+
+@contextlib.contextmanager
+def _endpoint(config: Config, names: Sequence[str]) -> Iterator[str]:
+    if config.evaluate.endpoint:
+        yield config.evaluate.endpoint
+        return
+    # An endpoint of our own: any free port, not reachable from elsewhere, beside whatever else is served.
+    own = config.model_copy(deep=True)
+    own.serve.port, own.serve.host = 0, "127.0.0.1"
+    models = {name: path for name, path in run_models(config).items() if name in names}
+    with start_endpoint(own, models, app_name="mmedpo-evaluate", route_prefix="/evaluate") as endpoint:
+        console.print(f"[dim]evaluate: {', '.join(names)} answer after {endpoint.seconds:.0f} s[/dim]")
+        yield endpoint.base_url
+
+
+async def _collect(
+    config: Config, station: Station, base_url: str, todo: list[tuple[str, dict[str, Any]]], done: int
+) -> None:
+    """Asks, and writes the answers in parts as they come."""
+    by_id = {f"{name}/{sample['sample_id']}": (name, sample) for name, sample in todo}
+    questions = [
+        Question(answer_id, name, sample["image_uri"], sample["question"])
+        for answer_id, (name, sample) in by_id.items()
+    ]
+    client = Endpoint(base_url, config.evaluate, config.data.max_pixels)
+    rows: list[dict[str, Any]] = []
+    saved = started = time.monotonic()
+    with progress_bar() as bar:
+        task = bar.add_task("evaluate", total=done + len(questions), completed=done, note="")
+        async for reply in client.ask(questions):
+            rows.append(_row(*by_id[reply.answer_id], reply))
+            bar.advance(task)
+            if len(rows) >= config.ray.rows_per_part or time.monotonic() - saved > _SAVE_EVERY_S:
+                station.write_part(rows, schemas.ANSWERS, "answer_id")
+                rows, saved = [], time.monotonic()
+    if rows:
+        station.write_part(rows, schemas.ANSWERS, "answer_id")
+    seconds = time.monotonic() - started
+    log.info(
+        "%d answers in %.0f s (%.1f a second)", len(questions), seconds, len(questions) / max(seconds, 1e-9)
+    )
+
+
+def _row(name: str, sample: dict[str, Any], reply: Reply) -> dict[str, Any]:
+    return {
+        "answer_id": reply.answer_id,
+        "model": name,
+        "sample_id": sample["sample_id"],
+        "image_id": sample["image_id"],
+        "task": sample["task"],
+        "answer_type": sample["answer_type"],
+        "reference": sample["answer"],
+        "prediction": reply.text,
+        "seconds": reply.seconds,
+        schemas.DROP_REASON: reply.reason,
+        schemas.DROP_DETAIL: reply.detail,
+    }
+
+
+# ---------------------------------------------------------------------- scores
+
+
+def _write_summary(config: Config, run: RunFolder, names: Sequence[str], key: str) -> None:
+    samples = read_table(run.samples, schemas.SAMPLES, "samples")
+    questions = dict(zip(samples["sample_id"].to_pylist(), samples["question"].to_pylist(), strict=True))
+    summary = summarise(
+        read_table(run.evaluate, schemas.ANSWERS, "answers"),
+        questions,
+        base=config.model.name,
+        aligned=config.evaluate.aligned_name,
+        control=config.control.name,
+        resamples=config.evaluate.bootstrap,
+        confidence=config.evaluate.confidence,
+        seed=config.run.seed,
+        failed=failed_rows(run.evaluate),
+    )
+    summary["names"] = {
+        role: name
+        for role, name in (
+            ("base", config.model.name),
+            ("aligned", config.evaluate.aligned_name),
+            ("control", config.control.name),
+        )
+        if name in names
+    }
+    summary |= {
+        "bootstrap": config.evaluate.bootstrap,
+        "confidence": config.evaluate.confidence,
+        "command": _command(),
+        "key": key,
+    }
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    storage.write_bytes(storage.join(run.evaluate, SUMMARY), text.encode())
+
+
+def _read_summary(run: RunFolder) -> dict[str, Any]:
+    try:
+        return json.loads(storage.read_bytes(storage.join(run.evaluate, SUMMARY)))
+    except FileNotFoundError:
+        return {}
+
+
+def _command() -> str:
+    """The command line of this process, without the folder of the program."""
+    program = Path(sys.argv[0]).name
+    return shlex.join([program, *sys.argv[1:]] if not program.endswith(".py") else ["python", *sys.argv])

@@ -1,0 +1,1 @@
+"""Trained weights → models to hand on."""

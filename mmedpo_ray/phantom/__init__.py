@@ -1,0 +1,1 @@
+"""The embedded world: synthetic chest radiographs with ground truth, and a tiny LLaVA that knows them."""

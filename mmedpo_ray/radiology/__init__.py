@@ -1,0 +1,1 @@
+"""What radiological text says, and edits that change one fact of it."""

@@ -1,0 +1,1 @@
+"""Rule edits: a reference answer with one fact changed."""

@@ -1,0 +1,276 @@
+"""The yes or no of an answer by its own words; one reader for ingest, curation, audit and scoring.
+
+    polarity("No nodule is seen.")             -> "no"
+    stated_polarity("No nodule is seen.")      -> None: a statement, whose meaning depends on the question
+    stated_polarity("There is no doubt: yes")  -> "yes"
+    stated_polarity("I cannot say yes or no")  -> None
+
+The leading word decides, else the last one that stands on its own. English and Chinese.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Literal
+
+from mmedpo_ray.radiology.lexicon.normalisation import final_answer, has_han, same_characters
+
+Polarity = Literal["yes", "no"]
+
+_KEPT = 4096
+
+# A word stands on its own before punctuation or at the end.
+_END = r"(?=\s*(?:[.,;:!?)\]}\"'*\n]|-|$))"
+_SEEN = (
+    r"(?:seen|present|visible|identified|noted|detected|found|evident|observed|demonstrated|appreciated|apparent|"
+    r"visuali[sz]ed|shown|noticed|there)"
+)
+_IN_THE_IMAGE = (
+    r"(?: (?:in|on) (?:the|this|that) (?:\w+ )?(?:image|scan|study|film|radiograph|x-ray|picture))?"
+)
+# What may come before the word that decides.
+_LEAD = (
+    r"\W*(?:(?:(?:the |my |your )?(?:(?:final|correct|short) )?answer(?: to (?:the|this|your) question)?(?: is| would be|(?=\W))"
+    r"|well|oh|ok(?:ay)?|so|then|therefore|hence|thus|i (?:think|believe|guess|suppose|would say)(?: that)?|in my opinion"
+    r"|based on (?:the|this) image|(?:most|very|quite) likely|probably|likely|definitely|certainly|clearly|absolutely|surely"
+    r"|of course|(?:it|this|that|they|there|the statement) (?:is|are|was|were|seems|appears)(?: that| to be)?)\b\W*){0,3}"
+)
+_YES_WORDS = r"(?:yes|yeah|yea|yep|yup|yah|aye|affirmative)"
+_NO_WORDS = r"(?:no|nope|nah|nay)"
+_YES_ALONE = (
+    rf"(?:true|correct|positive|{_SEEN}{_IN_THE_IMAGE}|certainly|definitely|absolutely|surely|sure|indeed|of course|exactly|"
+    r"agreed|probably|(?:most |very )?likely)"
+)
+_NO_ALONE = (
+    r"(?:false|incorrect|untrue|wrong|absent|negative|none|nil|nothing|never|neither|unlikely|"
+    r"not(?: (?:at all|really|true|correct|right|so|likely|any))?|"
+    rf"(?:not|none|nothing|never)(?: (?:\w+ly|been|is|are|was|were))*(?: {_SEEN}){_IN_THE_IMAGE})"
+)
+_LEADING = re.compile(
+    rf"{_LEAD}(?:(?P<yes>{_YES_WORDS}\b|(?:{_YES_ALONE}){_END})"
+    rf"|(?P<no>(?P<word>{_NO_WORDS})\b(?!-)|(?:{_NO_ALONE}){_END}))",
+    re.IGNORECASE,
+)
+# What takes back the word before: "Yes. Wait, no."
+_RETRACTION = re.compile(
+    r"\b(?:wait|actually|correction|i mean|i meant|on second thought|scratch that)\b[^\w]*", re.IGNORECASE
+)
+_BELIEF = re.compile(
+    r"\W*i (?P<no>(?:do not|don['’]?t) )?(?:think|believe|guess|suppose|hope) (?:so|(?P<not>not))\W*",
+    re.IGNORECASE,
+)
+# A line of a form: "Pneumothorax: absent".
+_FIELD = re.compile(rf"[\w\s,/()-]{{1,80}}[:=]\s*(?:(?P<yes>{_YES_ALONE})|{_NO_ALONE})\W*", re.IGNORECASE)
+_LETTER = re.compile(r"\W*(?:(?P<yes>y)|n)\W*", re.IGNORECASE)
+# Without any of these there is nothing to search a long text for.
+_WORD = re.compile(rf"\b(?:{_YES_WORDS}|{_NO_WORDS}|true|false|correct|incorrect)\b", re.IGNORECASE)
+# "It does.", "There isn't any."
+_ELLIPSIS = re.compile(
+    r"\W*(?:it|there|this|that|they|he|she) (?:is|are|was|were|does|do|did|has|have|can)"
+    r"(?P<no>(?: not|n['’]?t)(?: any)?| none)?\W*",
+    re.IGNORECASE,
+)
+# "No nodule", unlike "No, …" and "No it is …", is a statement.
+_THING = re.compile(
+    r"(?: one)?\s+(?!(?:it|this|that|there|these|those|they|the|not|because|since|he|she|we|i|you|as|but|and|or)\b)\w",
+    re.IGNORECASE,
+)
+_IDIOM = re.compile(r"\W+(?:doubt|question|wonder|problem|matter|reason)\b", re.IGNORECASE)
+_PAIR = r"\W*\b(?:and/or|and|or|nor|versus|vs)?\b\W*"
+_EITHER = re.compile(
+    rf"\b(?:{_YES_WORDS}\b(?:\W*\b(?:and/or|and|or|nor|vs|versus)\b\W*|\s*/\s*){_NO_WORDS}"
+    rf"|{_NO_WORDS}\b(?:\W*\b(?:and/or|and|or|nor|vs|versus)\b\W*|\s*/\s*){_YES_WORDS}"
+    r"|(?:true (?:or|and) false|false (?:or|and) true|present or absent|absent or present|positive or negative"
+    r"|negative or positive))\b",
+    re.IGNORECASE,
+)
+_BOTH = re.compile(
+    rf"\W*(?:{_YES_WORDS}{_PAIR}{_NO_WORDS}|{_NO_WORDS}{_PAIR}{_YES_WORDS})\W*\Z", re.IGNORECASE
+)
+# The last word that stands on its own: ", no.", ": yes", "answer is no".
+_STANDING = re.compile(
+    r"(?:(?:^|[.,;:=!?\n(\[\"'*]|\s-)\s*(?:(?:so|then|therefore|hence|thus|and|but|i say|ultimately|overall)[\s,]+)*"
+    r"|\b(?:answer|conclusion|verdict|response) (?:is|was|would be|must be|should be)\W+(?:an? )?)"
+    rf"(?:(?P<yes>{_YES_WORDS})|(?P<no>{_NO_WORDS})){_END}",
+    re.IGNORECASE,
+)
+_NAMED_ANSWER = re.compile(
+    rf"\b(?:final|correct|my|the) answer(?: to (?:the|this|your) question)?(?: is|\s*:)\W*(?:an? )?"
+    rf"(?:(?P<yes>{_YES_WORDS}|true|correct)|(?P<no>{_NO_WORDS}|false|incorrect)){_END}",
+    re.IGNORECASE,
+)
+
+# ---------------------------------------------------------------------- Chinese
+
+_ZH_OPEN = re.compile(
+    r"是不是|有没有|有沒有|是否|是或否|是或不是|是还是(?:不是|否)|是還是(?:不是|否)|对不对|對不對|能不能"
+)
+_ZH_UNDECIDED = re.compile(
+    r"无法|無法|不确定|不確定|不清楚|不知道|难以|難以|看不清|看不出来|不能(?:确定|判断|判定|確定|判斷|排除)|不除外|不好说|不好說|未知|不明确|不明確"
+)
+_ZH_YES = r"是的|是|对的|对|對的|對|有的|有|存在|正确|正確|可以|能|会|會|没错|沒錯|嗯|当然|當然|肯定|可见|可見|属于|屬於|真|阳性|陽性"
+_ZH_NO = (
+    r"不是的|不是|不对|不對|不存在|不正确|不正確|不能|不可以|不会|不會|不可见|不可見|不属于|不屬於|没有的?|沒有的?|没|沒|无|無|否|"
+    r"未见|未見|未发现|未發現|未显示|未顯示|错误|錯誤|错|錯|并非|並非|并没有|並沒有|并不是|並不是|不|假|阴性|陰性"
+)
+_ZH_ALONE = re.compile(
+    rf"\W*(?:答案(?:应该|應該)?(?:是|为|為)?\W*)?(?:(?P<yes>{_ZH_YES})|(?P<no>{_ZH_NO}))(?=\W|$)"
+)
+_ZH_STANDING = re.compile(
+    rf"(?:^|[\s.,;:!?]|答案(?:是|为|為))(?:(?P<yes>{_ZH_YES})|(?P<no>{_ZH_NO}))(?=\W|$)"
+)
+_ZH_DENIES = re.compile(
+    r"没有|沒有|不是|不存在|不属于|不屬於|不包含|不显示|不顯示|不可见|不可見|未见|未見|未发现|未發現|未显示|未顯示|未检出|并非|並非|"
+    r"并不|並不|并没|並沒|不能|不会|不會|不在|未有|不具|未检测|未檢測|看不到|看不见|见不到|没(?!错)|沒(?!錯)|无(?![名疑])|無(?![名疑])"
+)
+_ZH_UNLIKELY = re.compile(r"不太?可能|不大可能|可能性不大|可能性(?:很|较)?小")
+_ZH_NO_ABNORMALITY = re.compile(r"(?:无|無|未见|未見|没有|沒有|未发现|未發現)(?:明显)?异常")
+_ZH_CLAUSE = re.compile(r"[,.;!?\n]+|但是|但|而是|而|可是|不过|然而")
+_ZH_FUNCTION = re.compile(
+    r"图像|圖像|图片|圖片|影像|图中|圖中|图里|这张|這張|这个|这是|這是|这|這|该|此|是否|是不是|有没有|有沒有|能否|存在|可见|可見|显示|顯示|属于|屬於|"
+    r"请问|请|一个|一张|一種|一种|任何|[的吗嗎呢么有是在中里否?？,.，。!！ ]"
+)
+_ZH_ASSERTS = re.compile(r"有|是|存在|可见|可見|显示|顯示|属于|屬於|包含|能|会|會|位于|位於")
+
+
+@lru_cache(maxsize=_KEPT)
+def stated_polarity(answer: str) -> Polarity | None:
+    """The yes or no that an answer commits itself to as a word of its own.
+
+    Thought blocks do not count. The answer that is named as such decides ("The final answer is no"), else the leading word
+    ("No. There is none."), else the last one that stands on its own ("There is no doubt: yes"). "Yes or no", "yes and no" and
+    the like commit to nothing, nor does a statement ("No nodule is seen"), which :func:`implied_polarity` reads beside its
+    question.
+    """
+    text = same_characters(final_answer(answer))
+    if has_han(text):
+        return _chinese_stated(text)
+    has_word = _WORD.search(text) is not None
+    if has_word and (named := _last(_NAMED_ANSWER, text)) is not None:
+        return named
+    if has_word and _BOTH.match(text):
+        return None
+    for retraction in list(_RETRACTION.finditer(text))[-1:]:
+        corrected = stated_polarity(text[retraction.end() :])
+        if corrected is not None:
+            return corrected
+    if (belief := _BELIEF.fullmatch(text)) is not None:
+        return "no" if belief["no"] or belief["not"] else "yes"
+    if (field := _FIELD.fullmatch(text)) is not None:
+        return "yes" if field["yes"] else "no"
+    leading = _LEADING.match(text)
+    if leading is not None and _is_own_word(text, leading):
+        return "yes" if leading["yes"] else "no"
+    if (letter := _LETTER.fullmatch(text)) is not None:
+        return "yes" if letter["yes"] else "no"
+    if (ellipsis := _ELLIPSIS.fullmatch(text)) is not None:
+        return "no" if ellipsis["no"] else "yes"
+    return _last(_STANDING, _EITHER.sub(" ", text)) if has_word else None
+
+
+def polarity(answer: str) -> Polarity | None:
+    """The yes or no that an answer states or begins with: "No nodule" is a no here, "Normal" is neither."""
+    found = stated_polarity(answer)
+    if found is not None:
+        return found
+    text = same_characters(final_answer(answer))
+    if has_han(text):
+        return "no" if _ZH_DENIES.match(text.lstrip()) else None
+    leading = _LEADING.match(text)
+    is_statement = (
+        leading is not None
+        and leading["word"] is not None
+        and not _EITHER.match(text, leading.start("no"))
+        and not _IDIOM.match(text, leading.end())
+        and not _BOTH.match(text)
+    )
+    return "no" if is_statement else None
+
+
+def is_open(answer: str) -> bool:
+    """Whether an answer names yes and no and commits itself to neither."""
+    text = same_characters(final_answer(answer))
+    if has_han(text):
+        return bool(_ZH_UNDECIDED.search(text) or _ZH_OPEN.search(text))
+    return bool(_BOTH.match(text) or _EITHER.search(text)) and stated_polarity(answer) is None
+
+
+def chinese_polarity(question: str, answer: str) -> Polarity | None:
+    """The yes or no of a Chinese answer, also where it is a statement about what was asked; None where it is about something else."""
+    text = same_characters(final_answer(answer))
+    return _chinese_stated(text) or _chinese_statement(same_characters(question), text)
+
+
+def _is_own_word(text: str, leading: re.Match[str]) -> bool:
+    """Whether the leading yes or no is an answer, not half of "yes or no", nor the "no" of "no nodule"."""
+    start = leading.start("yes") if leading["yes"] else leading.start("no")
+    if _EITHER.match(text, start):
+        return False
+    return leading["word"] is None or _THING.match(text, leading.end()) is None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> Polarity | None:
+    found = None
+    for match in pattern.finditer(text):
+        found = match
+    if found is None:
+        return None
+    return "yes" if found["yes"] else "no"
+
+
+def _chinese_stated(text: str) -> Polarity | None:
+    if _ZH_UNDECIDED.search(text):
+        return None
+    text = _ZH_OPEN.sub(" ", text)
+    alone = _ZH_ALONE.match(text)
+    if alone is not None:
+        return "yes" if alone["yes"] else "no"
+    return _last(_ZH_STANDING, text)
+
+
+def _chinese_statement(question: str, text: str) -> Polarity | None:
+    """What the clauses say that are about what was asked; of several the last counts."""
+    if _ZH_UNDECIDED.search(text) or _ZH_OPEN.search(text):
+        return None
+    clauses = [clause for clause in _ZH_CLAUSE.split(text) if clause.strip()]
+    if not has_han(question):
+        # What was asked in another language cannot be compared.
+        return _polarity_of_clause(clauses[-1], frozenset()) if clauses else None
+    asked = _pieces(question)
+    about = [clause for clause in clauses if any(piece in clause.casefold() for piece in asked)]
+    if (
+        not about
+        and len(clauses) == 1
+        and (not asked or not _ZH_FUNCTION.sub("", _ZH_DENIES.sub("", clauses[0])).strip())
+    ):
+        about = clauses
+    return _polarity_of_clause(about[-1], asked) if about else None
+
+
+def _polarity_of_clause(clause: str, asked: frozenset[str]) -> Polarity | None:
+    if _ZH_UNLIKELY.search(clause):
+        return "no"
+    if "正常" in asked and _ZH_NO_ABNORMALITY.search(clause):
+        return "yes"
+    if _ZH_DENIES.search(clause):
+        return "no"
+    for piece in asked:
+        before, found, _ = clause.casefold().partition(piece)
+        if found and before.endswith(tuple("不没沒未无無非")):
+            return "no"
+    for wanted, other in (("正常", "异常"), ("异常", "正常")):
+        if wanted in asked and other in clause and wanted not in clause:
+            return "no"
+    has_piece = any(piece in clause.casefold() for piece in asked)
+    return "yes" if has_piece or _ZH_ASSERTS.search(clause) else None
+
+
+@lru_cache(maxsize=_KEPT)
+def _pieces(question: str) -> frozenset[str]:
+    """What a Chinese question asks for: its Latin words, and pairs of the characters that are no function words."""
+    rest = _ZH_FUNCTION.sub(" ", question)
+    found = {word.casefold() for word in re.findall(r"[A-Za-z][A-Za-z0-9-]*", rest)}
+    for run in re.findall(r"[\u3400-\u9fff]+", rest):
+        found |= {run} if len(run) == 1 else {run[place : place + 2] for place in range(len(run) - 1)}
+    return frozenset(found)

@@ -1,0 +1,153 @@
+"""Questions about a property of a finding: "Is the lesion malignant?" is not answered by naming the lesion.
+
+property_polarity("Is the lesion malignant?", "The lesion is benign.")  -> "no"
+property_polarity("Is the effusion large?", "There is an effusion.")    -> None
+asks_property("Is there an effusion?")                                  -> False
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from mmedpo_ray.radiology.lexicon.facts import is_negated, stated
+from mmedpo_ray.radiology.lexicon.polarity import Polarity
+from mmedpo_ray.radiology.lexicon.quantities import are_apart, asks_count, count, disjoint, lengths
+from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS
+from mmedpo_ray.radiology.lexicon.words import INTRODUCING, terms
+
+_DEFINITE = re.compile(
+    r"^\W*(?:is|are|was|were|has|have|had|does|do|did)\s+(?:the|this|that|these|those|his|her)\b",
+    re.IGNORECASE,
+)
+_FINDINGS = frozenset({"lesion", "finding", "abnormality", "tumor", "tumour", "growth", "structure"})
+_AUXILIARIES = frozenset({"does", "do", "did", "had", "been", "being", "any", "more", "than"})
+_OPPOSITES = tuple(
+    frozenset(pair.split())
+    for pair in (
+        "malignant benign",
+        "increased decreased",
+        "increase decrease",
+        "larger smaller",
+        "bigger smaller",
+        "worse better",
+        "worsened improved",
+        "homogeneous heterogeneous",
+        "homogenous heterogeneous",
+        "spiculated smooth",
+        "irregular smooth",
+        "ruptured intact",
+        "viral bacterial",
+        "acute old",
+        "acute chronic",
+        "new old",
+        "solid cystic",
+        "symmetric asymmetric",
+        "complete partial",
+        "central peripheral",
+        "open closed",
+        "single multiple",
+        "unilateral bilateral",
+        "grown decreased",
+        "grown smaller",
+        "grown shrunk",
+        "regular irregular",
+        "focal diffuse",
+        "hyperdense hypodense",
+        "hyperintense hypointense",
+        "primary metastatic",
+        "stable unstable",
+        "large small",
+        "large moderate",
+        "moderate small",
+        "normal abnormal",
+        "normal enlarged",
+    )
+)
+_CHANGES = re.compile(
+    r"\b(?:chang\w*|gr[eo]wn?|increas\w*|decreas\w*|progress\w*|worse\w*|improv\w*|larger|bigger|smaller|shrunk)\b",
+    re.IGNORECASE,
+)
+_UNCHANGED = re.compile(
+    r"\b(?:no|without) (?:\w+ ){0,3}changes?\b|\bunchanged\b|\bstable\b|\bnot changed\b", re.IGNORECASE
+)
+# A question that counts: two, multiple, more than one.
+_COUNTS = re.compile(
+    r"\b(?:two|three|four|five|six|seven|eight|nine|ten|multiple|several|many|single|solitary|more than|at least|fewer than|only one)\b|[<>]=?\s?(?:\d|one|two|three|four|five)",
+    re.IGNORECASE,
+)
+_FEWEST_LETTERS = 5
+
+
+@lru_cache(maxsize=4096)
+def asks_property(question: str) -> bool:
+    """Whether a question presupposes a finding and asks something of it; also whether it asks for a change."""
+    return bool(_properties(question)) or bool(re.search(r"\bchanges?\b", question, re.IGNORECASE))
+
+
+def quantity_polarity(question: str, answer: str) -> Polarity | None:
+    """The answer of a size or a count to a question that names one: "larger than 3 cm", "two nodules"; else None."""
+    asked, said = lengths(question), lengths(answer)
+    if asked and said:
+        return "no" if are_apart(asked, said) else "yes"
+    if _COUNTS.search(question) and not asks_count(question) and not asked:
+        wanted, given = count(question), count(answer)
+        if wanted is not None and given is not None and disjoint(wanted, given):
+            return "no"
+    return None
+
+
+def property_polarity(question: str, answer: str) -> Polarity | None:
+    """Whether an answer says the property of a finding that a question asks for, or one that excludes it; else None.
+
+    Args:
+        question: one that :func:`asks_property`.
+        answer: without a yes or no of its own.
+    """
+    if _CHANGES.search(question) and _UNCHANGED.search(answer):
+        return "no"
+    properties = _properties(question)
+    said = [term.name for term in terms(answer)]
+    affirmed = [term.name for term in terms(stated(answer))]
+    if not properties:
+        return None
+    if set(properties) <= set(affirmed):
+        return "yes"
+    for wanted in properties:
+        if any({wanted, other} in _OPPOSITES for other in affirmed if wanted not in affirmed):
+            return "no"
+        if wanted == "bilateral" and len({"left", "right"} & set(affirmed)) == 1:
+            return "no"
+        if f"non{wanted}" in said or f"non-{wanted}" in said or f"un{wanted}" in said:
+            return "no"
+    return _by_stem(properties, said, answer)
+
+
+def _by_stem(properties: Sequence[str], said: Sequence[str], answer: str) -> Polarity | None:
+    """ "Does not enhance" denies enhancing: the same word in another form."""
+    if len(properties) != 1 or len(properties[0]) < _FEWEST_LETTERS:
+        return None
+    stem = properties[0][: max(_FEWEST_LETTERS, len(properties[0]) - 3)]
+    if not any(word.startswith(stem) for word in said):
+        return None
+    return "no" if is_negated(answer) else "yes"
+
+
+@lru_cache(maxsize=4096)
+def _properties(question: str) -> tuple[str, ...]:
+    """What is asked of the finding that a question begins with; nothing where it asks for the finding itself."""
+    if not _DEFINITE.match(question):
+        return ()
+    asked = [
+        term.name
+        for term in terms(question)
+        if term.name not in INTRODUCING and term.name not in _AUXILIARIES
+    ]
+    if not asked or not _is_finding(asked[0]):
+        return ()
+    return tuple(asked[1:])
+
+
+def _is_finding(name: str) -> bool:
+    return name in _FINDINGS or (name in CONCEPTS and CONCEPTS[name].axis == "finding")

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible endpoint: Ray Serve in front of vLLM."""

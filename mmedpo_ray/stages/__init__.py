@@ -1,0 +1,1 @@
+"""The stages of the pipeline and what is checked before one starts."""

@@ -1,0 +1,1 @@
+"""Parquet tables between stages: schemas, the stage runner, parts, commits, manifests, lineage."""

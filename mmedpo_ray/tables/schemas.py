@@ -1,0 +1,259 @@
+"""The tables between stations: pyarrow schemas with the meaning and unit of each field.
+
+Every station reads one table and writes the next; whoever knows these schemas knows the system.
+Images are files addressed by URI, tables carry no image bytes. ``null`` means "does not apply".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from mmedpo_ray.errors import UserError
+
+
+def _field(name: str, kind: pa.DataType, meaning: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"meaning": meaning})
+
+
+SAMPLES = pa.schema(
+    [
+        _field("sample_id", pa.string(), "unique id of the question about the image"),
+        _field("image_id", pa.string(), "unique name of the image or study; all its questions share it"),
+        _field("dataset", pa.string(), "name of the data set"),
+        _field(
+            "split",
+            pa.string(),
+            "train (pairs are made of these), test (evaluation only) or validate (kept, used by neither)",
+        ),
+        _field("task", pa.string(), "vqa or report"),
+        _field("answer_type", pa.string(), "closed (yes/no or a choice), open, or report"),
+        _field("image_uri", pa.string(), "image file: absolute path, s3:// or gs://"),
+        _field("image_sha256", pa.string(), "SHA-256 of the image file's bytes, hex"),
+        _field("question", pa.string(), "question or instruction, without image placeholder"),
+        _field("answer", pa.string(), "reference answer"),
+        _field(
+            "mask_uri", pa.string(), "lesion mask (image of the same size, non-zero = lesion)", nullable=True
+        ),
+    ]
+)
+
+CANDIDATES = pa.schema(
+    [
+        _field("candidate_id", pa.string(), "<sample_id>#<k>, k-th answer sampled from the target model"),
+        _field("sample_id", pa.string(), "row of `samples`"),
+        _field("candidate", pa.string(), "generated answer, stripped"),
+        _field("generator", pa.string(), "model that answered"),
+        _field("prompt_sha256", pa.string(), "SHA-256 of the rendered prompt text, hex"),
+        _field("seed", pa.int64(), "sampling seed of this candidate"),
+        _field("temperature", pa.float64(), "sampling temperature of this candidate"),
+        _field("num_tokens", pa.int32(), "generated tokens"),
+    ]
+)
+
+CHOICES = pa.schema(
+    [
+        _field("sample_id", pa.string(), "row of `samples`"),
+        _field(
+            "candidate_id",
+            pa.string(),
+            "the plausible candidate most in conflict with the reference; null: none is wrong",
+            nullable=True,
+        ),
+        _field("model", pa.string(), "judge that chose"),
+        _field("prompt_sha256", pa.string(), "SHA-256 of the prompt, hex"),
+        _field("input_tokens", pa.int64(), "tokens of the prompt, as the endpoint counts"),
+        _field("output_tokens", pa.int64(), "tokens of the answer, as the endpoint counts"),
+    ]
+)
+
+REWRITES = pa.schema(
+    [
+        _field("sample_id", pa.string(), "row of `samples`"),
+        _field("rewritten", pa.string(), "the reference answer with one clinical fact changed"),
+        _field("changed", pa.string(), "what was changed: finding, negation, side, severity or location"),
+        _field("original_span", pa.string(), "the words of the reference that were replaced"),
+        _field("new_span", pa.string(), "the words that replaced them"),
+        _field("model", pa.string(), "model that wrote it"),
+        _field("prompt_sha256", pa.string(), "SHA-256 of the prompt, hex"),
+        _field("input_tokens", pa.int64(), "tokens of the prompts, retries included, as the endpoint counts"),
+        _field("output_tokens", pa.int64(), "tokens of the answers, retries included"),
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        _field("pair_id", pa.string(), "<sample_id>:<kind>"),
+        _field("sample_id", pa.string(), "row of `samples`"),
+        _field("image_id", pa.string(), "all pairs of one image form one tree"),
+        _field("dataset", pa.string(), "name of the data set"),
+        _field("task", pa.string(), "vqa or report"),
+        _field("answer_type", pa.string(), "closed, open or report"),
+        _field("kind", pa.string(), "text (dispreferred answer) or visual (dispreferred image)"),
+        _field("image_uri", pa.string(), "image of the chosen response"),
+        _field(
+            "rejected_image_uri", pa.string(), "image of the rejected response; = image_uri for text pairs"
+        ),
+        _field("question", pa.string(), "question or instruction"),
+        _field("chosen", pa.string(), "preferred answer"),
+        _field("rejected", pa.string(), "dispreferred answer; = chosen for visual pairs"),
+        _field(
+            "generator",
+            pa.string(),
+            "what wrote the rejected side: model, rewrite, rule_edit, released, or the visual tool",
+        ),
+        _field("prompt_sha256", pa.string(), "SHA-256 of the generator's prompt, hex", nullable=True),
+        _field("seed", pa.int64(), "seed of the sampling or of the noise", nullable=True),
+        _field("source_score", pa.float64(), "relevance score that came with the data, 0..1", nullable=True),
+        _field("tool", pa.string(), "visual tool", nullable=True),
+        _field(
+            "tool_confidence",
+            pa.float64(),
+            "the tool's confidence that it found the lesion, 0..1",
+            nullable=True,
+        ),
+        _field(
+            "heat_map_uri",
+            pa.string(),
+            "heat map as 8-bit PNG, 255 = 1.0; a model's may be smaller than the image",
+            nullable=True,
+        ),
+        _field(
+            "noise",
+            pa.string(),
+            "noise parameters as JSON (mode, strength, mask share, changed share, lesion covered), and what the tool chose",
+            nullable=True,
+        ),
+    ]
+)
+
+HISTORY = pa.list_(
+    pa.struct(
+        [
+            pa.field("agent", pa.string()),
+            pa.field("round", pa.int32()),
+            pa.field("score", pa.float64()),
+            pa.field("rationale", pa.string()),
+        ]
+    )
+)
+
+SCORED = pa.schema(
+    [
+        *PAIRS,
+        _field("score", pa.float64(), "clinical relevance, 0..1"),
+        _field("weight", pa.float64(), "normalised weight in the loss, mean about 1"),
+        _field("consensus", pa.bool_(), "the agents agreed (true where no debate was needed)"),
+        _field("rounds", pa.int32(), "debate rounds held; 0 = no debate"),
+        _field("history", HISTORY, "every judgement in order"),
+    ]
+)
+
+_TOKENS = pa.list_(pa.int32())
+_TOKEN_WEIGHTS = pa.list_(pa.float32())
+
+PREPARED = pa.schema(
+    [
+        _field(
+            "tree_key",
+            pa.string(),
+            "image_id, U+001F, pair_id; the table's order keeps an image's pairs together",
+        ),
+        _field("pair_id", pa.string(), "row of `scored`; reversed pairs are <visual pair_id>:reversed"),
+        _field("image_id", pa.string(), "all pairs of one image form one tree"),
+        _field("kind", pa.string(), "text, visual or reversed"),
+        _field("image_uri", pa.string(), "image of the chosen response"),
+        _field("rejected_image_uri", pa.string(), "image of the rejected response"),
+        _field("prompt", _TOKENS, "token ids up to the answer; the image stands as a single image token"),
+        _field("image_position", pa.int32(), "tokens of prompt before the image"),
+        _field("chosen", _TOKENS, "token ids of the preferred answer with its end, cut at align.max_length"),
+        _field("rejected", _TOKENS, "token ids of the dispreferred answer with its end, cut likewise"),
+        _field(
+            "chosen_weights", _TOKEN_WEIGHTS, "weights of the chosen tokens, 0..1; null: all 1", nullable=True
+        ),
+        _field("rejected_weights", _TOKEN_WEIGHTS, "the same of the rejected tokens", nullable=True),
+        _field("prompt_tokens", pa.int32(), "tokens of the prompt, all image tokens counted"),
+        _field("chosen_tokens", pa.int32(), "tokens of chosen"),
+        _field("rejected_tokens", pa.int32(), "tokens of rejected"),
+        _field("answer_hash", pa.int64(), "of image, question and chosen answer: an answer is learnt once"),
+        _field("weight", pa.float64(), "of `scored`, without the coefficient of its kind"),
+        _field(
+            "ref_chosen_logp",
+            pa.float64(),
+            "sum of token log-probabilities of chosen under the reference, nats; null: the objective needs none",
+            nullable=True,
+        ),
+        _field("ref_rejected_logp", pa.float64(), "the same of rejected", nullable=True),
+    ]
+)
+
+ANSWERS = pa.schema(
+    [
+        _field("answer_id", pa.string(), "<model>/<sample_id>"),
+        _field("model", pa.string(), "served model name"),
+        _field("sample_id", pa.string(), "row of `samples`"),
+        _field("image_id", pa.string(), "cluster of the bootstrap"),
+        _field("task", pa.string(), "vqa or report"),
+        _field("answer_type", pa.string(), "closed, open or report"),
+        _field("reference", pa.string(), "reference answer"),
+        _field(
+            "prediction",
+            pa.string(),
+            "the endpoint's answer; a request that brought none is in `dropped/` and scored as an empty answer",
+        ),
+        _field("seconds", pa.float64(), "latency of the request"),
+    ]
+)
+
+# Rows that a station leaves out travel with these two extra columns and end in `dropped/`.
+DROP_REASON = "drop_reason"
+DROP_DETAIL = "drop_detail"
+DROP_FIELDS = [
+    _field(DROP_REASON, pa.string(), "short machine-readable reason; null = the row is kept", nullable=True),
+    _field(DROP_DETAIL, pa.string(), "where and what, without patient text", nullable=True),
+]
+
+
+def with_drop_columns(schema: pa.Schema) -> pa.Schema:
+    """The schema of a station's raw output: every field nullable, plus reason and detail."""
+    return pa.schema([field.with_nullable(True) for field in schema] + DROP_FIELDS)
+
+
+def to_table(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Builds a table from dictionaries; absent keys become null.
+
+    Raises:
+        UserError: a value does not fit its field.
+    """
+    rows = list(rows)
+    try:
+        return pa.table(
+            {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in schema},
+            schema,
+        )
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(
+            f"a row does not fit its table: {error}. See mmedpo_ray/tables/schemas.py for the fields."
+        ) from error
+
+
+def check(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
+    """Returns ``table`` with exactly the columns of ``schema`` in order.
+
+    Raises:
+        UserError: a column is missing, of another type, or null where a value is required.
+    """
+    missing = [field.name for field in schema if field.name not in table.column_names]
+    if missing:
+        raise UserError(f"table {name} lacks column {missing[0]!r} (it has {', '.join(table.column_names)}).")
+    table = table.select(schema.names)
+    for field in schema:
+        if not field.nullable and table[field.name].null_count:
+            row = table[field.name].is_null().to_pylist().index(True)
+            raise UserError(f"table {name}, row {row}: {field.name} is null but required.")
+    try:
+        return table.cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise UserError(f"table {name} does not fit its schema: {error}.") from error
