@@ -256,7 +256,7 @@ class Ours:
         self.engine = DdpEngine(Policy(self.policy), spec)
 
     def reference_pass(self) -> None:
-        """What the station `prepare` does once."""
+        """What the stage `prepare` does once."""
         known = []
         for forest, pairs in self.batches:
             count = len(pairs.weight)

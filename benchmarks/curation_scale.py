@@ -10,8 +10,8 @@ Each table size runs in a process and a local Ray cluster of its own, whose fold
 was measured is written to ``--json`` after each. What is measured:
 
 - *Start-up*: on the same cluster, after a first round of 16,384 rows has started the workers and imported everything, the
-  three stations run over 256 rows, one block each: the median of three such rounds, station by station.
-- *Rows per second*: rows over the time from the call of a station until its manifest is written (planning, tasks, merge into
+  three stages run over 256 rows, one block each: the median of three such rounds, stage by stage.
+- *Rows per second*: rows over the time from the call of a stage until its manifest is written (planning, tasks, merge into
   the sorted table, figures); once as it is, and once without start-up: (rows − 256) / (seconds − seconds of the 256 rows).
 - *Ratio*: a machine that others share changes its speed within minutes, so each size is compared on its own cluster: three
   rounds of the smallest size go before it and three after, and the ratio is its rows per second to the median of their six.
@@ -150,7 +150,7 @@ def _measure(rows: int, least: int, folder: Path, target: Path) -> int:
 
 
 def _without_start(rows: int, seconds: dict[str, float], start: dict[str, float]) -> dict[str, float]:
-    """Rows per second by station."""
+    """Rows per second by stage."""
     return {
         name: round((rows - START_ROWS) / max(1e-9, value - start[name]), 1)
         for name, value in seconds.items()
@@ -158,7 +158,7 @@ def _without_start(rows: int, seconds: dict[str, float], start: dict[str, float]
 
 
 def _round(folder: Path, name: str, rows: int, watch: Watch) -> dict[str, float]:
-    """Seconds of each station, and of all."""
+    """Seconds of each stage, and of all."""
     from mmedpo_ray.config.load import load
     from mmedpo_ray.curate.stage import curate
     from mmedpo_ray.ingest.stage import ingest
@@ -173,11 +173,11 @@ def _round(folder: Path, name: str, rows: int, watch: Watch) -> dict[str, float]
         ],
     )  # fmt: skip
     seconds: dict[str, float] = {}
-    for station in (ingest, curate, score):
-        with watch.during(station.__name__):
+    for stage in (ingest, curate, score):
+        with watch.during(stage.__name__):
             began = time.monotonic()
-            station(config)
-            seconds[station.__name__] = round(time.monotonic() - began, 3)
+            stage(config)
+            seconds[stage.__name__] = round(time.monotonic() - began, 3)
     return {**seconds, "all": round(sum(seconds.values()), 3)}
 
 
@@ -196,14 +196,14 @@ class Watch:
     """Samples the memory of this process and of the Ray workers below it.
 
     Attributes:
-        station: the station that is running.
-        cpu_seconds: of driver and workers, by station.
-        series: a row every half second: seconds, station, and in MiB the driver's resident and unshared memory, the same of the
+        stage: the stage that is running.
+        cpu_seconds: of driver and workers, by stage.
+        series: a row every half second: seconds, stage, and in MiB the driver's resident and unshared memory, the same of the
             largest worker, the sum of the workers' unshared memory, and their number.
     """
 
     def __init__(self) -> None:
-        self.station = ""
+        self.stage = ""
         self.cpu_seconds: dict[str, float] = {}
         self.series: list[dict[str, Any]] = []
         self._driver = psutil.Process()
@@ -211,14 +211,14 @@ class Watch:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     @contextmanager
-    def during(self, station: str) -> Iterator[None]:
+    def during(self, stage: str) -> Iterator[None]:
         """Names what runs, and adds up what it computes."""
-        self.station = station
+        self.stage = stage
         before = self._cpu_seconds()
         yield
         after = self._cpu_seconds()
-        self.cpu_seconds[station] = sum(now - before.get(process, 0.0) for process, now in after.items())
-        self.station = ""
+        self.cpu_seconds[stage] = sum(now - before.get(process, 0.0) for process, now in after.items())
+        self.stage = ""
 
     def begin(self) -> None:
         """Starts sampling."""
@@ -230,14 +230,12 @@ class Watch:
         self._thread.join()
 
     def peaks(self) -> dict[str, dict[str, float]]:
-        """The largest value of every column, by station."""
-        stations = dict.fromkeys(row["station"] for row in self.series if row["station"])
+        """The largest value of every column, by stage."""
+        stages = dict.fromkeys(row["stage"] for row in self.series if row["stage"])
         columns = ("driver", "driver_unshared", "worker", "worker_unshared", "workers_unshared")
         return {
-            station: {
-                name: max(row[name] for row in self.series if row["station"] == station) for name in columns
-            }
-            for station in stations
+            stage: {name: max(row[name] for row in self.series if row["stage"] == stage) for name in columns}
+            for stage in stages
         }
 
     def _sample(self) -> None:
@@ -251,7 +249,7 @@ class Watch:
             self.series.append(
                 {
                     "seconds": round(time.monotonic() - began, 1),
-                    "station": self.station,
+                    "stage": self.stage,
                     "driver": round(driver.rss / _MIB, 1),
                     "driver_unshared": round((driver.rss - driver.shared) / _MIB, 1),
                     "worker": round(max([info.rss for info in workers] or [0]) / _MIB, 1),
@@ -263,7 +261,7 @@ class Watch:
             if time.monotonic() - told > _TELL_EVERY_S:
                 told, now = time.monotonic(), self.series[-1]
                 print(
-                    f"  {now['seconds']:.0f} s, {now['station']}: driver {now['driver_unshared']:.0f} MiB, "
+                    f"  {now['seconds']:.0f} s, {now['stage']}: driver {now['driver_unshared']:.0f} MiB, "
                     f"largest of {now['workers']} workers {now['worker_unshared']:.0f} MiB",
                     flush=True,
                 )
@@ -352,15 +350,15 @@ def _report(index: int) -> tuple[str, str]:
 
 def _table(result: dict[str, Any]) -> str:
     lines = [
-        "| rows | station | seconds | rows/s | rows/s without start-up | ratio | start-up s | CPU ms/row | "
+        "| rows | stage | seconds | rows/s | rows/s without start-up | ratio | start-up s | CPU ms/row | "
         "driver MiB (unshared) | largest worker MiB (unshared) |",
         "|" + " ---: |" * 10,
     ]
     for size in result["sizes"]:
         for name, seconds in size["seconds"].items():
-            of_station = [peaks for station, peaks in size["memory_mib"].items() if name in ("all", station)]
+            of_stage = [peaks for stage, peaks in size["memory_mib"].items() if name in ("all", stage)]
             driver, own, worker, unshared = (
-                max((peaks[column] for peaks in of_station), default=0.0)
+                max((peaks[column] for peaks in of_stage), default=0.0)
                 for column in ("driver", "driver_unshared", "worker", "worker_unshared")
             )
             lines.append(

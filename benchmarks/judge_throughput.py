@@ -9,7 +9,7 @@ pipeline itself costs.
 
 - *Bare*: ``vllm.LLM.generate``, all prompts in one call. Prompts are tokenised and sampling parameters made before the clock
   starts.
-- *Pipeline*: the debate of the station ``score`` with this one agent, so one pass: rows from the table through Ray Data, prompts
+- *Pipeline*: the debate of the stage ``score`` with this one agent, so one pass: rows from the table through Ray Data, prompts
   written and tokenised, answers read, histories, parts on disk, the sorted final table and its manifest. The clock stops when the
   manifest is written.
 
@@ -153,18 +153,18 @@ class _Bare:
 def _pipeline(
     agent: Any, rows: list[dict[str, Any]], warm_up: list[dict[str, Any]], folder: Path
 ) -> tuple[float, float]:
-    """The debate of the station ``score``, which is one pass here: rows per second, and the share of the time that its engine
+    """The debate of the stage ``score``, which is one pass here: rows per second, and the share of the time that its engine
     worked."""
     from mmedpo_ray.config.load import load
     from mmedpo_ray.judge import debate
     from mmedpo_ray.judge.debate_rounds import hold_debate
     from mmedpo_ray.tables import schemas
     from mmedpo_ray.tables.run_folder import RunFolder
-    from mmedpo_ray.tables.stage_runner import Station, read_manifest
+    from mmedpo_ray.tables.stage_runner import StageRunner, read_manifest
 
     agents = json.dumps([agent.model_dump(mode="json")])
     config = load(None, [f"run.folder={folder}", f"score.agents={agents}", "score.max_rounds=1"])
-    pairs = Station("curate", RunFolder(str(folder)).pairs, config)
+    pairs = StageRunner("curate", RunFolder(str(folder)).pairs, config)
     pairs.done_ids("pair_id")
     pairs.write_part(rows, schemas.PAIRS, "pair_id")
     pairs.finish_parts(schema=schemas.PAIRS, id_column="pair_id")

@@ -3,7 +3,7 @@
     python benchmarks/plan_scale.py [--pairs 10000 100000 1000000] [--json FILE]
 
 Writes synthetic `prepared` tables (four pairs an image: three text pairs and a visual one; 40 prompt tokens beside the
-image, answers of 2 to 40 tokens) in files of 50,000 rows as the prepare station does, indexes them, and starts a rank: a fresh process
+image, answers of 2 to 40 tokens) in files of 50,000 rows as the prepare stage does, indexes them, and starts a rank: a fresh process
 that opens the table, plans and loads its part of steps of one image a rank among 64, then of eight images a rank among 512. Times are
 of the processor, so that other work on the machine does not count.
 """
@@ -137,7 +137,7 @@ def measure(num_pairs: int) -> dict[str, float]:
         write_table(folder, num_pairs, writer.image_token_id, writer.num_image_tokens)
         table = sum(path.stat().st_size for path in folder.iterdir())
         started = time.process_time()
-        ensure_index(name, Manifest(station="prepare", key="benchmark"))
+        ensure_index(name, Manifest(stage="prepare", key="benchmark"))
         seconds = time.process_time() - started
         index = sum(path.stat().st_size for path in (folder / "index").iterdir())
         context = multiprocessing.get_context("spawn")

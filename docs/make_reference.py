@@ -89,7 +89,7 @@ def table_pages() -> str:
     """The tables page."""
     lines = [
         HEADER + "# Tables\n",
-        "The Parquet tables between the stations, from `mmedpo_ray/tables/schemas.py`. Every table folder also has `manifest.json`",
+        "The Parquet tables between the stages, from `mmedpo_ray/tables/schemas.py`. Every table folder also has `manifest.json`",
         "(key, the tables it was made of, settings, versions, rows in and out, dropped by reason, seconds) and, where rows were",
         "left out, `dropped/` with the same columns plus `drop_reason` and `drop_detail`. Rows in = rows out + dropped, always.\n",
     ]

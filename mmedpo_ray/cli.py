@@ -1,4 +1,4 @@
-"""``mmedpo <verb>``: every station of the road, the whole road, and the settings."""
+"""``mmedpo <verb>``: every stage of the road, the whole road, and the settings."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _command(arguments: argparse.Namespace) -> Callable[[], int]:
         return lambda: _show_or_check(config, arguments.action)
     if arguments.verb == "evaluate" and arguments.answers is not None:
         return _answers_command(arguments, config)
-    return _station_command(arguments, resolve_run_folder(config))
+    return _stage_command(arguments, resolve_run_folder(config))
 
 
 def _always_zero(command: Callable[..., object], *given: object, **named: object) -> Callable[[], int]:
@@ -127,7 +127,7 @@ def _answers_command(arguments: argparse.Namespace, config: Config) -> Callable[
     return _always_zero(answers_command, arguments.answers, options, **outputs)
 
 
-def _station_command(arguments: argparse.Namespace, config: Config) -> Callable[[], int]:
+def _stage_command(arguments: argparse.Namespace, config: Config) -> Callable[[], int]:
     from mmedpo_ray.stages import preflight
 
     verb = arguments.verb

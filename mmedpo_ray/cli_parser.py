@@ -21,7 +21,7 @@ A run lives in one folder (run.folder). Repeating a command skips what is finish
 interrupted. Once the folder exists, `run.folder=DIR` alone is enough: its config.yaml is used.
 """
 
-_STATIONS = {
+_STAGES = {
     "run": "the whole road: ingest, curate, score, audit, align, export, evaluate, report",
     "ingest": "raw data set → samples: one row a question, images checked, unusable rows dropped with a reason",
     "curate": "samples → preference pairs: hallucinated answers and images with noise in the lesion",
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mmedpo {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, summary in _STATIONS.items():
+    for name, summary in _STAGES.items():
         reads, writes = _READS_WRITES[name]
         verb = verbs.add_parser(
             name,

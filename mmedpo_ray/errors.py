@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class DroppedShareError(UserError):
-    """More rows of a station were dropped than its configuration allows."""
+    """More rows of a stage were dropped than its configuration allows."""
 
 
 # How the remote traceback, which Ray hands over as text only, ends when a task raised one of the above.

@@ -82,7 +82,7 @@ def _report(config: Config) -> None:
     report(config)
 
 
-# Station → what it does, in the order of the road. Imports are inside, so that `mmedpo --help` loads no library.
+# Stage → what it does, in the order of the road. Imports are inside, so that `mmedpo --help` loads no library.
 STEPS: dict[str, Step] = {
     "ingest": _ingest,
     "curate": _curate,
@@ -96,13 +96,13 @@ STEPS: dict[str, Step] = {
 
 
 def run_step(name: str, config: Config) -> None:
-    """Runs one station of the road on a cluster joined or started for it."""
+    """Runs one stage of the road on a cluster joined or started for it."""
     with _prepared(name, config) as resolved:
         STEPS[name](resolved)
 
 
 def run_all(config: Config) -> None:
-    """Runs every station; finished ones are skipped, an interrupted one resumes.
+    """Runs every stage; finished ones are skipped, an interrupted one resumes.
 
     At the end the summary table, the path of the report and the next step are printed.
     """

@@ -75,11 +75,11 @@ def write_scored(folder: Path, num_images: int = 6, seed: int = 0, **changes: An
     return rows
 
 
-def write_table(folder: Path, rows: list[dict[str, Any]], schema: Any, station: str) -> None:
+def write_table(folder: Path, rows: list[dict[str, Any]], schema: Any, stage: str) -> None:
     """Writes a finished table with its manifest."""
     storage.write_parquet(str(folder / "part-00000.parquet"), schemas.to_table(rows, schema))
     (folder / "manifest.json").write_text(
-        json.dumps({"station": station, "key": "test", "rows_in": len(rows), "rows_out": len(rows)})
+        json.dumps({"stage": stage, "key": "test", "rows_in": len(rows), "rows_out": len(rows)})
     )
 
 
@@ -114,7 +114,7 @@ def write_prepared(
         if chosen is not None:
             row["ref_chosen_logp"] = chosen
     write_table(folder, sorted(prepared, key=lambda row: row["tree_key"]), schemas.PREPARED, "prepare")
-    ensure_index(str(folder), Manifest(station="prepare", key="test"))
+    ensure_index(str(folder), Manifest(stage="prepare", key="test"))
 
 
 def align_settings(**changes: Any) -> AlignConfig:

@@ -27,8 +27,8 @@ from mmedpo_ray import console, pipeline
 console.configure()
 settings = config.load(None, sys.argv[2:])
 cluster.start(settings.ray)
-for station in sys.argv[1].split(","):
-    pipeline.STEPS[station](settings)
+for stage in sys.argv[1].split(","):
+    pipeline.STEPS[stage](settings)
 """
 
 
@@ -50,11 +50,11 @@ def cluster(head_cpus: int, *node_cpus: int) -> Iterator[Any]:
         nodes.shutdown()
 
 
-def start(stations: Sequence[str], overrides: Sequence[str], log: Path) -> subprocess.Popen:
-    """A driver that runs stations, or what is left of them; without `ray.address` in a cluster that ends with it."""
+def start(stages: Sequence[str], overrides: Sequence[str], log: Path) -> subprocess.Popen:
+    """A driver that runs stages, or what is left of them; without `ray.address` in a cluster that ends with it."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return subprocess.Popen(
-        [sys.executable, "-c", _DRIVER, ",".join(stations), *overrides],
+        [sys.executable, "-c", _DRIVER, ",".join(stages), *overrides],
         stdout=log.open("a"),
         stderr=subprocess.STDOUT,
         env=environment,
@@ -134,19 +134,19 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def disturbed(
-    station: str, overrides: Sequence[str], log: Path, task: str, progress: Callable[[], int], most: int
+    stage: str, overrides: Sequence[str], log: Path, task: str, progress: Callable[[], int], most: int
 ) -> None:
     """Kills a worker that holds the task, and later the driver while another does, before all is done.
 
     Args:
-        station: to run.
+        stage: to run.
         overrides: its settings.
         log: of the driver.
         task: in the title of a process that is at work.
-        progress: what is done, 0 before and after the station's work.
+        progress: what is done, 0 before and after the stage's work.
         most: what it comes to.
     """
-    driver = start([station], overrides, log)
+    driver = start([stage], overrides, log)
     try:
         victim = wait_for(lambda: progress() and workers(driver.pid, task), driver, log, f"{task} at work")[0]
         kill(victim)

@@ -77,7 +77,7 @@ def prepare_pairs(
     common_token_weight: float = 1.0,
     with_weightless: bool = False,
 ) -> tuple[list[Pair], list[dict[str, Any]]]:
-    """Makes the pairs of a small table in this process: what the prepare station does, without its table.
+    """Makes the pairs of a small table in this process: what the prepare stage does, without its table.
 
     Args:
         scored: the `scored` table.

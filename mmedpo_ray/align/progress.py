@@ -31,7 +31,7 @@ def watch(name: str, folder: Path) -> Iterator[None]:
     """Shows the steps while the workers write them.
 
     Args:
-        name: of the station.
+        name: of the stage.
         folder: of the run.
     """
     stop = threading.Event()

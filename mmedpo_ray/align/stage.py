@@ -1,11 +1,11 @@
-"""The align station: scored pairs → trained weights, under Ray Train and DeepSpeed.
+"""The align stage: scored pairs → trained weights, under Ray Train and DeepSpeed.
 
     align(config, "aligned")    # weighted DPO
     align(config, "control")    # as many updates of supervised fine-tuning on the same images
 
 The driver starts the workers, shows progress and writes the manifest; the training itself is
 :class:`~mmedpo_ray.align.loop.TrainingLoop`. A worker that dies is replaced and goes on from the last checkpoint, and so does
-a station whose driver died.
+a stage whose driver died.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from mmedpo_ray.io import storage
 from mmedpo_ray.models.loading import resolve_model
 from mmedpo_ray.tables.provenance import MADE_WITH, Parts, by_name, changes
 from mmedpo_ray.tables.run_folder import Role, RunFolder
-from mmedpo_ray.tables.stage_runner import Manifest, Station
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner
 
 log = logging.getLogger(__name__)
 
@@ -110,22 +110,22 @@ def align(config: Config, role: Role = "aligned") -> Manifest:
     prepared = prepare(config)
     settings = _role_settings(config, role)
     identity = [settings.model_dump(exclude=_OPERATIONAL), preparation_settings(config), config.run.seed]
-    station = Station(_station_name(role), str(folder), config, settings=identity, inputs=[run.prepared])
-    if has_earlier(folder, station.key):
-        _take_up(folder, station.key)
-    if (done := station.finished()) is not None:
+    stage = StageRunner(_stage_name(role), str(folder), config, settings=identity, inputs=[run.prepared])
+    if has_earlier(folder, stage.key):
+        _take_up(folder, stage.key)
+    if (done := stage.finished()) is not None:
         # A driver may have died between the manifest and this.
         remove_checkpoints(folder)
         return done
-    spec = _training_spec(config, settings, folder, station.key, prepared)
+    spec = _training_spec(config, settings, folder, stage.key, prepared)
     check_model(config.model.path, settings)
     check_cluster(settings, use_gpu=spec.use_gpu)
-    announce(station.name, settings, config)
+    announce(stage.name, settings, config)
     claim(folder, spec.attempt)
-    _prepare_folder(folder, station.key, _made_with(settings, config))
-    with watch(station.name, folder):
+    _prepare_folder(folder, stage.key, _made_with(settings, config))
+    with watch(stage.name, folder):
         _fit(spec)
-    return _finish(station, folder)
+    return _finish(stage, folder)
 
 
 def _role_settings(config: Config, role: Role) -> AlignConfig:
@@ -135,7 +135,7 @@ def _role_settings(config: Config, role: Role) -> AlignConfig:
     return config.align.model_copy(update={"objective": "sft", "learning_rate": rate})
 
 
-def _station_name(role: Role) -> str:
+def _stage_name(role: Role) -> str:
     return "align" if role == "aligned" else "align control"
 
 
@@ -340,7 +340,7 @@ def _worker_environment(spec: TrainingSpec) -> dict[str, str]:
     }
 
 
-def _finish(station: Station, folder: Path) -> Manifest:
+def _finish(stage: StageRunner, folder: Path) -> Manifest:
     plan = _read_json(folder / PLAN_FILE)
     metrics = read_metrics(folder)
     trained = find_trained(folder)
@@ -352,7 +352,7 @@ def _finish(station: Station, folder: Path) -> Manifest:
     validated = [row for row in metrics if row.get("validation_loss") is not None]
     best = min(validated, key=lambda row: row["validation_loss"], default=None)
     figures = {key: value for key, value in plan.items() if key not in ("rows_in", "dropped")}
-    manifest = station.finish(
+    manifest = stage.finish(
         rows_in=plan["rows_in"],
         rows_out=plan["pairs"] + plan["validation_pairs"],
         dropped=plan["dropped"],

@@ -31,7 +31,7 @@ from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables.manifest import Manifest, read_manifest, versions, write_manifest
 
-STATION = "audit --fix"
+STAGE = "audit --fix"
 CHANGES = "changes.jsonl"
 _UNFINISHED = ".unfinished"
 _MALFORMED = "malformed_row"
@@ -99,7 +99,7 @@ def check_folder(folder: str, pairs: PairTable) -> None:
         names = {info.base_name for info in filesystem.get_file_info(_children(path))}
     except (NotADirectoryError, OSError) as error:
         raise UserError(f"--fix {folder}: not a folder ({type(error).__name__}). Give a new one.") from error
-    if names and _UNFINISHED not in names and _station(folder) != STATION:
+    if names and _UNFINISHED not in names and _stage(folder) != STAGE:
         raise UserError(
             f"--fix {folder}: the folder is not empty. Give a new one, so that nothing is overwritten."
         )
@@ -109,12 +109,12 @@ def _children(path: str) -> Any:
     return pa.fs.FileSelector(path, allow_not_found=True)
 
 
-def _station(folder: str) -> str | None:
+def _stage(folder: str) -> str | None:
     try:
         found = json.loads(storage.read_bytes(storage.join(folder, "manifest.json")))
     except (OSError, json.JSONDecodeError):
         return None
-    return found.get("station") if isinstance(found, dict) else None
+    return found.get("stage") if isinstance(found, dict) else None
 
 
 def write_fixed(
@@ -360,7 +360,7 @@ def _trimmed_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _write_manifest(fixed: Fixed, pairs: PairTable, samples: Samples | None, started: float) -> None:
-    """The manifest of a table, so that stations can read it; its key is new, because its rows are."""
+    """The manifest of a table, so that stages can read it; its key is new, because its rows are."""
     from mmedpo_ray.tables.stage_runner import digest
 
     inputs: dict[str, str] = {}
@@ -369,8 +369,8 @@ def _write_manifest(fixed: Fixed, pairs: PairTable, samples: Samples | None, sta
         source = read_manifest(pairs.path)
         inputs = source.inputs if source is not None else {}
     manifest = Manifest(
-        station=STATION,
-        key=digest(STATION, list(RULES), pairs.fingerprint, samples.fingerprint if samples else None),
+        stage=STAGE,
+        key=digest(STAGE, list(RULES), pairs.fingerprint, samples.fingerprint if samples else None),
         rows_in=fixed.rows_in,
         rows_out=fixed.rows_out,
         dropped=fixed.removed,

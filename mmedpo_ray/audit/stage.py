@@ -28,7 +28,7 @@ from mmedpo_ray.tables.run_folder import RunFolder
 # From so many rows on the command starts a cluster of its own, which takes seconds.
 _CLUSTER_ROWS = 2_000_000
 _SCORED = posixpath.basename(RunFolder("").scored)
-# Table of a run → the station that reads it.
+# Table of a run → the stage that reads it.
 _NEXT = {"pairs": "score", _SCORED: "align"}
 _COLOURS = {"high": "bold red", "medium": "yellow", "low": "cyan", "info": "dim"}
 

@@ -490,7 +490,7 @@ class UsageLog:
     """Counters in a folder, one small file a batch: what a crash interrupted was paid for all the same.
 
     Args:
-        folder: of the station's attempt; made by the first entry.
+        folder: of the stage's attempt; made by the first entry.
     """
 
     def __init__(self, folder: str) -> None:

@@ -47,7 +47,7 @@ _MOST_SECONDS_FOR_CPUS = 1.0
 def start(settings: RayConfig) -> None:
     """Joins the configured cluster, or starts a local one; does nothing where Ray is already initialised.
 
-    A local cluster gets at least four logical CPUs: an engine holds one while the stations around it want theirs, and on a
+    A local cluster gets at least four logical CPUs: an engine holds one while the stages around it want theirs, and on a
     small machine they would otherwise block one another for ever. Not many more, since Ray starts a worker process for each.
 
     Raises:

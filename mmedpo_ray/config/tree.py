@@ -38,7 +38,7 @@ class RunConfig(Section):
     seed: int = Field(
         0, ge=0, description="seeds sampling, noise, LoRA initialisation and the training order"
     )
-    max_dropped_share: Share = Field(0.9, description="a station that drops a larger share of its rows fails")
+    max_dropped_share: Share = Field(0.9, description="a stage that drops a larger share of its rows fails")
 
 
 class RayConfig(Section):

@@ -1,4 +1,4 @@
-"""The station `curate`: `samples` → `pairs`, of text (a dispreferred answer) and visual (a dispreferred image).
+"""The stage `curate`: `samples` → `pairs`, of text (a dispreferred answer) and visual (a dispreferred image).
 
 Each train sample is planned for one text pair, each train image for some visual pairs; every planned pair ends in the
 table or in `dropped/`.
@@ -26,7 +26,7 @@ from mmedpo_ray.tables import joins, schemas
 from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.seen_ids import SeenIds
-from mmedpo_ray.tables.stage_runner import Manifest, Station, read_manifest
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
 
 _TURNED_DOWN = ".turned_down"
 
@@ -50,10 +50,10 @@ def curate(config: Config) -> Manifest:
             # Why a row was dropped decides about its pair as well, and is no part of the table's own state.
             settings.append(asked.dropped)
     inputs += make_visual_pairs(config, partial(train_samples, config))
-    station = Station("curate", run.pairs, config, settings=settings, inputs=inputs)
-    if (manifest := station.finished()) is not None:
+    stage = StageRunner("curate", run.pairs, config, settings=settings, inputs=inputs)
+    if (manifest := stage.finished()) is not None:
         return manifest
-    counts = storage.join(run.pairs, _TURNED_DOWN, station.key)
+    counts = storage.join(run.pairs, _TURNED_DOWN, stage.key)
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
         made = (text_pairs(config, done, counts), finished_visual_pairs(config, done))
@@ -62,7 +62,7 @@ def curate(config: Config) -> Manifest:
             return None
         return parts[0] if len(parts) == 1 else parts[0].union(*parts[1:])
 
-    manifest = station.write_rows(
+    manifest = stage.write_rows(
         build,
         schema=schemas.PAIRS,
         id_column="pair_id",
@@ -102,7 +102,7 @@ def train_samples(config: Config, columns: Sequence[str] = tuple(schemas.SAMPLES
 
 
 def _check_samples(folder: str) -> None:
-    # `Station` says what to run where the table is missing.
+    # `Stage` says what to run where the table is missing.
     if read_manifest(folder) is not None and joins.num_rows(folder, split="train") == 0:
         raise _no_train_row(folder)
 

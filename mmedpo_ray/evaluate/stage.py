@@ -35,7 +35,7 @@ from mmedpo_ray.models.loading import model_fingerprint
 from mmedpo_ray.serve.endpoint import engine_groups, run_models, start_endpoint
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.stage_runner import Manifest, Station, digest, read_manifest, read_table
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, digest, read_manifest, read_table
 
 __all__ = ["SUMMARY", "evaluate", "summarise", "summary_table"]
 
@@ -56,11 +56,11 @@ def evaluate(config: Config) -> Manifest:
             model, or too many requests failed.
     """
     run = RunFolder(config.run.folder)
-    station, names = _station(config, run)
-    manifest = station.finished()
+    stage, names = _stage(config, run)
+    manifest = stage.finished()
     if manifest is None:
-        _ask(config, station, names, _test_samples(config, run))
-        manifest = station.finish_parts(
+        _ask(config, stage, names, _test_samples(config, run))
+        manifest = stage.finish_parts(
             schema=schemas.ANSWERS, id_column="answer_id", retry_reasons=RETRY_REASONS
         )
     key = digest(
@@ -71,9 +71,9 @@ def evaluate(config: Config) -> Manifest:
     return manifest
 
 
-def _ask(config: Config, station: Station, names: Sequence[str], samples: list[dict[str, Any]]) -> None:
+def _ask(config: Config, stage: StageRunner, names: Sequence[str], samples: list[dict[str, Any]]) -> None:
     """Asks every model what it has not answered yet."""
-    done = station.done_ids("answer_id", RETRY_REASONS)
+    done = stage.done_ids("answer_id", RETRY_REASONS)
     todo = [
         (name, sample) for name in names for sample in samples if f"{name}/{sample['sample_id']}" not in done
     ]
@@ -82,12 +82,12 @@ def _ask(config: Config, station: Station, names: Sequence[str], samples: list[d
         questions = [(name, sample) for name, sample in todo if name in group]
         if questions:
             with _endpoint(config, group) as base_url:
-                asyncio.run(_collect(config, station, base_url, questions, done=asked))
+                asyncio.run(_collect(config, stage, base_url, questions, done=asked))
             asked += len(questions)
 
 
-def _station(config: Config, run: RunFolder) -> tuple[Station, list[str]]:
-    """The station, which depends on what answers could depend on, and the names of the models to ask."""
+def _stage(config: Config, run: RunFolder) -> tuple[StageRunner, list[str]]:
+    """The stage, which depends on what answers could depend on, and the names of the models to ask."""
     settings = config.evaluate.model_dump(include={"max_tokens", "temperature", "max_samples"})
     inputs = [run.samples]
     if config.evaluate.endpoint:
@@ -106,14 +106,14 @@ def _station(config: Config, run: RunFolder) -> tuple[Station, list[str]]:
         folder = str(run.model(role))  # type: ignore[arg-type]
         if name in names and read_manifest(folder) is not None:
             inputs.append(folder)
-    station = Station(
+    stage = StageRunner(
         "evaluate",
         run.evaluate,
         config,
         settings=[settings, config.model.path, names, config.model.engine.dtype, config.run.seed],
         inputs=inputs,
     )
-    return station, names
+    return stage, names
 
 
 def _names_at(config: Config, offered: Sequence[str]) -> list[str]:
@@ -177,7 +177,7 @@ def _endpoint(config: Config, names: Sequence[str]) -> Iterator[str]:
 
 
 async def _collect(
-    config: Config, station: Station, base_url: str, todo: list[tuple[str, dict[str, Any]]], done: int
+    config: Config, stage: StageRunner, base_url: str, todo: list[tuple[str, dict[str, Any]]], done: int
 ) -> None:
     """Asks, and writes the answers in parts as they come."""
     by_id = {f"{name}/{sample['sample_id']}": (name, sample) for name, sample in todo}
@@ -194,10 +194,10 @@ async def _collect(
             rows.append(_row(*by_id[reply.answer_id], reply))
             bar.advance(task)
             if len(rows) >= config.ray.rows_per_part or time.monotonic() - saved > _SAVE_EVERY_S:
-                station.write_part(rows, schemas.ANSWERS, "answer_id")
+                stage.write_part(rows, schemas.ANSWERS, "answer_id")
                 rows, saved = [], time.monotonic()
     if rows:
-        station.write_part(rows, schemas.ANSWERS, "answer_id")
+        stage.write_part(rows, schemas.ANSWERS, "answer_id")
     seconds = time.monotonic() - started
     log.info(
         "%d answers in %.0f s (%.1f a second)", len(questions), seconds, len(questions) / max(seconds, 1e-9)

@@ -29,7 +29,7 @@ from mmedpo_ray.models.loading import (
 from mmedpo_ray.models.shards import ShardReader
 from mmedpo_ray.models.vllm_engine import read_model_config
 from mmedpo_ray.tables.run_folder import ADAPTER, WEIGHTS, Role, RunFolder
-from mmedpo_ray.tables.stage_runner import MANIFEST, Manifest, Station
+from mmedpo_ray.tables.stage_runner import MANIFEST, Manifest, StageRunner
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +59,14 @@ def export(config: Config, role: Role = "aligned") -> Manifest:
     """
     run = RunFolder(config.run.folder)
     target = run.model(role)
-    station = Station(
+    stage = StageRunner(
         "export" if role == "aligned" else f"export {role}",
         str(target),
         config,
         settings=[config.model.path, model_fingerprint(config.model.path)],
         inputs=[str(run.align(role))],
     )
-    finished = station.finished()
+    finished = stage.finished()
     if finished is not None and (target / "merged" / "config.json").is_file():
         return finished
     source = run.align(role) / WEIGHTS
@@ -87,7 +87,7 @@ def export(config: Config, role: Role = "aligned") -> Manifest:
             figures["merge_rounding"] = round(merge(config.model.path, source, folder), 4)
     _warn_of_rounding(figures.get("merge_rounding", 0.0), target)
     size = sum(file.stat().st_size for file in (target / "merged").iterdir())
-    return station.finish(extra={"merged_mib": round(size / 2**20, 1), **figures})
+    return stage.finish(extra={"merged_mib": round(size / 2**20, 1), **figures})
 
 
 def merge(base: str, adapter: Path, folder: Path) -> float:
@@ -289,7 +289,7 @@ def _naming_damage(path: Path) -> Iterator[None]:
 
 
 def _manifest_beside(path: Path) -> Path:
-    """That of the station which wrote ``adapter/<file>`` or ``weights/``."""
+    """That of the stage which wrote ``adapter/<file>`` or ``weights/``."""
     return (path.parent if path.is_dir() else path.parent.parent) / MANIFEST
 
 

@@ -47,7 +47,7 @@ def any_mended(config: Config) -> bool:
 def differs(images: pa.Table, data: DataConfig) -> bool:
     """Whether any of these images (columns ``image_uri`` and ``drop_reason``) fares otherwise than its reason says.
 
-    Storage that fails says nothing of an image: else an outage would make another table, and the stations after it run again.
+    Storage that fails says nothing of an image: else an outage would make another table, and the stages after it run again.
     """
     checker = ImageChecker(data)
     return any(

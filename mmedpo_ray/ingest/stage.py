@@ -1,4 +1,4 @@
-"""The station `ingest`: raw data → `samples` (and `released`, where the data brings pairs).
+"""The stage `ingest`: raw data → `samples` (and `released`, where the data brings pairs).
 
 A new format is a file with a :class:`~mmedpo_ray.ingest.reader.Reader` and a line in ``FORMATS``.
 """
@@ -39,7 +39,7 @@ from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.parts import Work
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.seen_ids import SeenIds
-from mmedpo_ray.tables.stage_runner import Manifest, Station
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner
 
 FORMATS: dict[str, type[Reader]] = {
     "phantom": PhantomReader,
@@ -74,15 +74,15 @@ def ingest(config: Config) -> Manifest:
 def _ingest_samples(config: Config, reader: Reader) -> Manifest:
     run = RunFolder(config.run.folder)
     settings = [config.data, config.run.seed, reader.fingerprint()]
-    station = Station("ingest", run.samples, config, settings=settings)
-    if (manifest := station.finished(mended=lambda: any_mended(config))) is not None:
+    stage = StageRunner("ingest", run.samples, config, settings=settings)
+    if (manifest := stage.finished(mended=lambda: any_mended(config))) is not None:
         return manifest
     schema = schemas.with_drop_columns(schemas.SAMPLES)
 
     def convert(unit: Unit, done: Any) -> Iterator[dict[str, Any]]:
         return (row for row in reader.samples(unit, done) if row["sample_id"] not in done)
 
-    return station.write_rows(
+    return stage.write_rows(
         lambda done: _map_units(reader, convert, schema, ray.put(done), config),
         schema=schemas.SAMPLES,
         id_column="sample_id",
@@ -95,8 +95,8 @@ def _ingest_samples(config: Config, reader: Reader) -> Manifest:
 def _ingest_released(config: Config, reader: PreferenceReader) -> Manifest:
     """Writes the pairs that came with the data; their samples say which rows are usable, and their split."""
     run = RunFolder(config.run.folder)
-    station = Station("released", run.released, config, settings=[config.data], inputs=[run.samples])
-    if (manifest := station.finished()) is not None:
+    stage = StageRunner("released", run.released, config, settings=[config.data], inputs=[run.samples])
+    if (manifest := stage.finished()) is not None:
         return manifest
     # Read by a task and fetched by the others from shared memory: the driver never holds it.
     samples = ray.remote(_read_samples).options(num_cpus=config.ray.data_cpus).remote(run.samples)
@@ -105,7 +105,7 @@ def _ingest_released(config: Config, reader: PreferenceReader) -> Manifest:
     def convert(unit: Unit, done: Any) -> Iterator[dict[str, Any]]:
         return reader.pairs(unit, SortedSamples(ray.get(samples)), done)
 
-    return station.write_rows(
+    return stage.write_rows(
         lambda done: _map_units(reader, convert, schema, ray.put(done), config),
         schema=schemas.PAIRS,
         id_column="pair_id",

@@ -196,7 +196,7 @@ def read_batches(folder: str | Path, columns: Sequence[str] | None = None) -> It
 def _parquet_files(folder: str | Path) -> list[str]:
     files = list_files(folder, ".parquet")
     if not files:
-        raise UserError(f"no Parquet file in {folder}. Run the station that writes this table first.")
+        raise UserError(f"no Parquet file in {folder}. Run the stage that writes this table first.")
     return files
 
 

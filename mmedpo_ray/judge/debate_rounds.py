@@ -23,7 +23,7 @@ from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
-from mmedpo_ray.tables.stage_runner import Station, digest
+from mmedpo_ray.tables.stage_runner import StageRunner, digest
 
 DEBATE_FOLDER = ".debate"
 # What an endpoint could not judge at one time it may at another: the next run asks again, about these pairs only.
@@ -67,7 +67,7 @@ def hold_debate(
     for which in debate.plan(settings.agents, settings.max_rounds):
         source = folders[-1] if folders else run.pairs
         folder = storage.join(run.scored, DEBATE_FOLDER, which.name)
-        station = Station(
+        stage = StageRunner(
             f"debate {which.index + 1}",
             folder,
             config,
@@ -75,7 +75,7 @@ def hold_debate(
             inputs=[source],
         )
         # A pass is over when all pairs have had their turn: those that failed come back as a debate of their own.
-        manifest = station.finished(accept_failed=True) or station.write_rows(
+        manifest = stage.finished(accept_failed=True) or stage.write_rows(
             partial(
                 _build_pass,
                 which=which,

@@ -1,4 +1,4 @@
-"""Station ``score``: pairs → scored pairs.
+"""Stage ``score``: pairs → scored pairs.
 
 Three steps, each with tables of its own, so that a crash costs little and a new weighting costs no judging:
 
@@ -39,7 +39,7 @@ from mmedpo_ray.tables.merge import DROPPED
 from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
-from mmedpo_ray.tables.stage_runner import Manifest, Station, digest, read_manifest
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, digest, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +62,12 @@ def score(config: Config) -> Manifest:
     run = RunFolder(config.run.folder)
     settings = config.score
     judging = [[judges.key(agent) for agent in settings.agents], settings.max_rounds]
-    if manifest := _station(config, judging).finished():
+    if manifest := _stage(config, judging).finished():
         return manifest
     total = _rows(run.pairs)
     scores = _scores(config, judging, total)
     # Judgements that came on another try move the weights of all pairs: this is another table then.
-    station = _station(config, judging)
+    stage = _stage(config, judging)
     moments = _moments(scores, settings.weights)
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
@@ -78,7 +78,7 @@ def score(config: Config) -> Manifest:
 
         return map_slices(_with_dropped(scores), _RAW_SCORES, weigh, num_cpus=config.ray.data_cpus)
 
-    return station.write_rows(
+    return stage.write_rows(
         build,
         schema=schemas.SCORED,
         id_column="pair_id",
@@ -88,11 +88,11 @@ def score(config: Config) -> Manifest:
     )
 
 
-def _station(config: Config, judging: Sequence[Any]) -> Station:
+def _stage(config: Config, judging: Sequence[Any]) -> StageRunner:
     run, settings = RunFolder(config.run.folder), config.score
     scores = read_manifest(_scores_folder(run))
     revision = [scores.revision] if scores is not None and scores.revision else []
-    return Station(
+    return StageRunner(
         "score",
         run.scored,
         config,
@@ -113,15 +113,15 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
     run = RunFolder(config.run.folder)
     settings = config.score
     folder = _scores_folder(run)
-    station = Station(
+    stage = StageRunner(
         "scores", folder, config, settings=[judging, settings.keep_source_scores], inputs=[run.pairs]
     )
     debates = storage.join(run.scored, DEBATE_FOLDER)
-    if station.finished():
+    if stage.finished():
         storage.remove(debates)
         return folder
-    again = _to_debate_again(station)
-    _carry_usage(config, judging, station)
+    again = _to_debate_again(stage)
+    _carry_usage(config, judging, stage)
     debatable = storage.dataset(run.pairs).count_rows(filter=needs_debate(settings.keep_source_scores))
     open_pairs = len(again.pairs) if again else debatable
     passes = hold_debate(config, judging, open_pairs=open_pairs, again=again)
@@ -150,7 +150,7 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
         logs = usage_logs(config, judging)
         return {"usage": {name: log.total().figures(endpoint) for name, (log, endpoint) in logs.items()}}
 
-    station.write_rows(
+    stage.write_rows(
         build,
         schema=_SCORES,
         id_column="pair_id",
@@ -165,12 +165,12 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
     return folder
 
 
-def _to_debate_again(station: Station) -> Again | None:
+def _to_debate_again(stage: StageRunner) -> Again | None:
     """The pairs that an earlier run of the same judges had to leave; None: there was none."""
-    before = read_manifest(station.folder)
-    if before is None or before.key != station.key:
+    before = read_manifest(stage.folder)
+    if before is None or before.key != stage.key:
         return None
-    dropped = storage.dataset(storage.join(station.folder, DROPPED))
+    dropped = storage.dataset(storage.join(stage.folder, DROPPED))
     failed = dropped.to_table(
         columns=["pair_id"], filter=pc.field(schemas.DROP_REASON).isin(list(RETRY_REASONS))
     )
@@ -178,10 +178,10 @@ def _to_debate_again(station: Station) -> Again | None:
     return Again(digest(before.content, before.finished_at), DoneIds(codes=[codes]))
 
 
-def _carry_usage(config: Config, judging: Sequence[Any], station: Station) -> None:
+def _carry_usage(config: Config, judging: Sequence[Any], stage: StageRunner) -> None:
     """What an earlier run of the same judges was charged for stays in the counters."""
-    before = read_manifest(station.folder)
-    if before is None or before.key != station.key:
+    before = read_manifest(stage.folder)
+    if before is None or before.key != stage.key:
         return
     for name, (log, _) in usage_logs(config, judging).items():
         if not storage.list_files(log.folder):

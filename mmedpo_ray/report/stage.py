@@ -1,4 +1,4 @@
-"""Station ``report``: what a run did and found, as one HTML file that needs nothing else.
+"""Stage ``report``: what a run did and found, as one HTML file that needs nothing else.
 
 Everything is read from the tables, manifests and figures of the run; what is missing is named in a plain sentence instead. Data goes
 through Jinja's escaping; the page allows no script and loads nothing.
@@ -24,7 +24,7 @@ from mmedpo_ray.report import gallery, plots
 from mmedpo_ray.tables import lineage, schemas
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.saved_settings import manifests_to_report, settings_of_tables
-from mmedpo_ray.tables.stage_runner import Manifest, Station, digest
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, digest
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ def report(config: Config) -> Manifest:
     run = RunFolder(config.run.folder)
     manifests = manifests_to_report(run)
     config = settings_of_tables(config, manifests)
-    stale = {name: lineage.find_stale(run.root, run.stations[name]) for name in manifests}
+    stale = {name: lineage.find_stale(run.root, run.stages[name]) for name in manifests}
     summary = {} if stale.get("evaluate") else _read_json(storage.join(run.evaluate, "summary.json")) or {}
     audit = _read_json(run.audit)
     audited = (audit or {}).get("inputs", {})
     audit_is_stale = bool(audited) and audited != lineage.identities(run.root, [run.samples, run.scored])
-    station = Station(
+    stage = StageRunner(
         "report",
         storage.join(run.root, ".report"),
         config,
@@ -65,12 +65,12 @@ def report(config: Config) -> Manifest:
             digest(_load(_TEMPLATE), _load(_STYLE)),
         ],
     )
-    if (manifest := station.finished()) and storage.exists(run.report):
+    if (manifest := stage.finished()) and storage.exists(run.report):
         return manifest
     content = _gather(config, run, manifests, summary) | {"stale": stale, "audit_is_stale": audit_is_stale}
     page = render(content | {"audit": None if audit_is_stale else audit})
     storage.write_bytes(run.report, page.encode("utf-8"))
-    return station.finish(extra={"bytes": len(page.encode("utf-8"))})
+    return stage.finish(extra={"bytes": len(page.encode("utf-8"))})
 
 
 def render(content: dict[str, Any]) -> str:
@@ -110,8 +110,8 @@ def _gather(
         "folder": run.root,
         "finished_at": latest.finished_at,
         **_findings(config, summary),
-        "stations": [(name, manifest, _adds_up(manifest)) for name, manifest in manifests.items()],
-        "absent": [name for name in run.stations if name not in manifests and name in _ROAD],
+        "stages": [(name, manifest, _adds_up(manifest)) for name, manifest in manifests.items()],
+        "absent": [name for name in run.stages if name not in manifests and name in _ROAD],
         "weights": weighted.get("weights"),
         "debate": weighted.get("debate"),
         "weights_plot": plots.weights_histogram(weighted["weights"]["kinds"])

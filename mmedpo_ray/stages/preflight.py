@@ -45,7 +45,7 @@ def check(verb: str, config: Config) -> None:
     """Looks for what a verb reads and for the models that it will load; reads a few small files, starts and writes nothing.
 
     Raises:
-        UserError: a station that it builds on has not run, the data set is not there, or a model cannot be had.
+        UserError: a stage that it builds on has not run, the data set is not there, or a model cannot be had.
     """
     run = RunFolder(config.run.folder)
     if Path(run.root).is_file():
@@ -56,7 +56,7 @@ def check(verb: str, config: Config) -> None:
         folder = registry.folder_of(writer, run)
         if read_manifest(folder) is None:
             raise UserError(
-                f"{verb} needs {folder}, which is missing or unfinished. Run the station that writes it first: "
+                f"{verb} needs {folder}, which is missing or unfinished. Run the stage that writes it first: "
                 f"`{registry.command(writer, config)}` (`mmedpo run` runs all in order), or correct run.folder."
             )
     if verb == "report":

@@ -2,7 +2,7 @@
 
 A manifest names the tables that its own was made of, directly or not, by their identities
 (:attr:`~mmedpo_ray.tables.manifest.Manifest.identity`). A table is stale when one of these has been made anew since with another
-outcome. A station refuses stale inputs, and the report marks them. A table whose folder is gone, as where room was needed,
+outcome. A stage refuses stale inputs, and the report marks them. A table whose folder is gone, as where room was needed,
 makes nothing stale: those before it are named as well.
 """
 
@@ -86,11 +86,11 @@ def find_stale(root: str, folder: str) -> Stale | None:
     return None
 
 
-def check(station: str, root: str, folders: Sequence[str]) -> dict[str, str]:
+def check(stage: str, root: str, folders: Sequence[str]) -> dict[str, str]:
     """The tables that something made of these is made of, as its manifest keeps them.
 
     Args:
-        station: its name, for messages.
+        stage: its name, for messages.
         root: folder of the run.
         folders: of the tables that it reads.
 
@@ -102,20 +102,20 @@ def check(station: str, root: str, folders: Sequence[str]) -> dict[str, str]:
         manifest = read_manifest(folder)
         if manifest is None:
             raise UserError(
-                f"{station} needs {folder}, which is missing or unfinished. Run the station that writes it first "
+                f"{stage} needs {folder}, which is missing or unfinished. Run the stage that writes it first "
                 "(`mmedpo run` runs all in order)."
             )
-        refuse_stale(station, root, folder)
+        refuse_stale(stage, root, folder)
         found |= manifest.inputs
         found[name_of(root, folder)] = manifest.identity
     return found
 
 
-def refuse_stale(station: str, root: str, folder: str) -> None:
+def refuse_stale(stage: str, root: str, folder: str) -> None:
     """Raises a ``UserError`` that names what to run first where a table, if it is there, is stale."""
     if (stale := find_stale(root, folder)) is not None:
         raise UserError(
-            f"{station}: {stale}. Run `mmedpo {stale.verb}` first (`mmedpo run` runs all in order)."
+            f"{stage}: {stale}. Run `mmedpo {stale.verb}` first (`mmedpo run` runs all in order)."
         )
 
 

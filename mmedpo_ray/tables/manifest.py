@@ -1,4 +1,4 @@
-"""The manifest of a station: what it was made of and what came of it."""
+"""The manifest of a stage: what it was made of and what came of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 from typing import Any
 
 import pyarrow.compute as pc
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 
 from mmedpo_ray import __version__
 from mmedpo_ray.io import storage
@@ -19,11 +19,12 @@ _LIBRARIES = ("ray", "torch", "transformers", "peft", "deepspeed", "vllm", "vllm
 
 
 class Manifest(BaseModel):
-    """What a finished station did (``manifest.json``)."""
+    """What a finished stage did (``manifest.json``)."""
 
-    station: str
+    # Older manifests call it "station".
+    stage: str = Field(validation_alias=AliasChoices("stage", "station"))
     key: str = Field(
-        description="hash of the settings and of the inputs' keys; a station with the same key is skipped"
+        description="hash of the settings and of the inputs' keys; a stage with the same key is skipped"
     )
     rows_in: int = Field(0, description="units of work; = rows_out + sum of dropped")
     rows_out: int = 0
@@ -31,13 +32,13 @@ class Manifest(BaseModel):
     seconds: float = 0.0
     finished_at: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
-    extra: dict[str, Any] = Field(default_factory=dict, description="figures of this station")
+    extra: dict[str, Any] = Field(default_factory=dict, description="figures of this stage")
     retry_reasons: list[str] = Field(
         default_factory=list, description="rows dropped for one of these are tried again on the next run"
     )
     content: str = Field("", description="hash of the table")
     revision: str = Field(
-        "", description="set when rows tried again changed the table; stations after it then run again"
+        "", description="set when rows tried again changed the table; stages after it then run again"
     )
     inputs: dict[str, str] = Field(
         default_factory=dict,
@@ -65,11 +66,11 @@ class Manifest(BaseModel):
         counts = f"{self.rows_in:,} in, {self.rows_out:,} out" + (
             f", {total:,} dropped ({reasons})" if total else ""
         )
-        return f"{self.station:<12} {counts if self.rows_in else 'done'}  {self.seconds:.0f} s"
+        return f"{self.stage:<12} {counts if self.rows_in else 'done'}  {self.seconds:.0f} s"
 
 
 def read_manifest(folder: str) -> Manifest | None:
-    """The manifest of a finished station, or ``None``."""
+    """The manifest of a finished stage, or ``None``."""
     try:
         return Manifest.model_validate_json(storage.read_bytes(storage.join(folder, MANIFEST)))
     except FileNotFoundError:
@@ -77,7 +78,7 @@ def read_manifest(folder: str) -> Manifest | None:
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
-    """Marks a station as finished."""
+    """Marks a stage as finished."""
     storage.write_bytes(storage.join(folder, MANIFEST), manifest.model_dump_json(indent=2).encode())
 
 

@@ -26,7 +26,7 @@ from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.parts import Part
 
 ROWS_PER_RANGE = 4_096
-# Smaller tables are merged where the station runs: a task would cost more than the work.
+# Smaller tables are merged where the stage runs: a task would cost more than the work.
 DRIVER_ROWS = 8_192
 DROPPED = "dropped"
 
@@ -46,7 +46,7 @@ class Merge:
         target: folder of the new files; those of dropped rows go to ``dropped/`` in it.
         schema: of the final table.
         id_column: unique id of a row, kept or dropped.
-        name: the station's, for messages.
+        name: the stage's, for messages.
     """
 
     target: str

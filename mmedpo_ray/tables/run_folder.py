@@ -1,4 +1,4 @@
-"""Where each station of a run keeps its files."""
+"""Where each stage of a run keeps its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The layout of a run; every station finds its inputs and outputs here.
+    """The layout of a run; every stage finds its inputs and outputs here.
 
     The control run (supervised fine-tuning with as many updates) mirrors the aligned one under ``control/``.
     """
@@ -93,8 +93,8 @@ class RunFolder:
         return join(self.root, "report.html")
 
     @property
-    def stations(self) -> dict[str, str]:
-        """Station → folder of its manifest, in the order of the road. Asking creates no folder."""
+    def stages(self) -> dict[str, str]:
+        """Stage → folder of its manifest, in the order of the road. Asking creates no folder."""
         control = join(self.root, "control")
         return {
             "ingest": self.samples,

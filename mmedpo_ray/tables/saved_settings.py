@@ -13,7 +13,7 @@ from mmedpo_ray.tables.manifest import Manifest, read_manifest
 from mmedpo_ray.tables.provenance import by_name, changes
 from mmedpo_ray.tables.run_folder import RunFolder
 
-# Station → the sections that are about it.
+# Stage → the sections that are about it.
 _SECTIONS = {
     "ingest": ("data",),
     "curate": ("curate",),
@@ -25,8 +25,8 @@ _SECTIONS = {
 
 
 def read_manifests(run: RunFolder) -> dict[str, Manifest]:
-    """The manifests of the stations that have finished, in the order of the road."""
-    found = {name: read_manifest(folder) for name, folder in run.stations.items()}
+    """The manifests of the stages that have finished, in the order of the road."""
+    found = {name: read_manifest(folder) for name, folder in run.stages.items()}
     return {name: manifest for name, manifest in found.items() if manifest is not None}
 
 
@@ -50,7 +50,7 @@ def settings_of_tables(config: Config, manifests: Mapping[str, Manifest]) -> Con
 
     Args:
         config: what holds for all else.
-        manifests: of the stations that have finished.
+        manifests: of the stages that have finished.
     """
     recorded = config.model_copy(deep=True)
     for name, sections in _SECTIONS.items():

@@ -1,6 +1,6 @@
-"""The tables between stations: pyarrow schemas with the meaning and unit of each field.
+"""The tables between stages: pyarrow schemas with the meaning and unit of each field.
 
-Every station reads one table and writes the next; whoever knows these schemas knows the system.
+Every stage reads one table and writes the next; whoever knows these schemas knows the system.
 Images are files addressed by URI, tables carry no image bytes. ``null`` means "does not apply".
 """
 
@@ -207,7 +207,7 @@ ANSWERS = pa.schema(
     ]
 )
 
-# Rows that a station leaves out travel with these two extra columns and end in `dropped/`.
+# Rows that a stage leaves out travel with these two extra columns and end in `dropped/`.
 DROP_REASON = "drop_reason"
 DROP_DETAIL = "drop_detail"
 DROP_FIELDS = [
@@ -217,7 +217,7 @@ DROP_FIELDS = [
 
 
 def with_drop_columns(schema: pa.Schema) -> pa.Schema:
-    """The schema of a station's raw output: every field nullable, plus reason and detail."""
+    """The schema of a stage's raw output: every field nullable, plus reason and detail."""
     return pa.schema([field.with_nullable(True) for field in schema] + DROP_FIELDS)
 
 

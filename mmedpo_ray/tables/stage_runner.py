@@ -1,7 +1,7 @@
-"""What every station shares: skipping finished work, resuming, dropped rows, the manifest.
+"""What every stage shares: skipping finished work, resuming, dropped rows, the manifest.
 
-A station that writes a table hands its rows, kept and dropped, to :meth:`Station.write_rows`. Ray Data tasks write
-them in parts as they come (``.parts/``); a station that died finds these parts and works only on the rows not yet
+A stage that writes a table hands its rows, kept and dropped, to :meth:`StageRunner.write_rows`. Ray Data tasks write
+them in parts as they come (``.parts/``); a stage that died finds these parts and works only on the rows not yet
 there. When all rows are there the parts are merged by id (:mod:`mmedpo_ray.tables.merge`) beside the table (``.merged/``), checked,
 and moved into its place, so its content does not depend on crashes or on the number of workers. The manifest is written
 last: a table without one is unfinished.
@@ -48,7 +48,7 @@ __all__ = [
     "DoneIds",
     "Extra",
     "Manifest",
-    "Station",
+    "StageRunner",
     "Tally",
     "digest",
     "read_manifest",
@@ -85,15 +85,15 @@ class Tally(Protocol):
 Extra = Callable[[pa.Table], dict[str, Any]] | Tally
 
 
-class Station:
+class StageRunner:
     """One step of the road, writing one folder.
 
     Args:
-        name: the station's name in messages and manifests.
+        name: the stage's name in messages and manifests.
         folder: folder it writes (its table, ``dropped/`` and ``manifest.json``).
         config: all settings.
         settings: the settings its result depends on; changing any of them makes it run again.
-        inputs: folders of the stations it reads; they must be finished and belong to what they were made of
+        inputs: folders of the stages it reads; they must be finished and belong to what they were made of
             (:mod:`mmedpo_ray.tables.lineage`), and their identities enter this one's key.
 
     Raises:
@@ -125,7 +125,7 @@ class Station:
     def finished(
         self, *, accept_failed: bool = False, mended: Callable[[], bool] | None = None
     ) -> Manifest | None:
-        """The manifest if this station already ran with the same settings and inputs, else ``None``.
+        """The manifest if this stage already ran with the same settings and inputs, else ``None``.
 
         Args:
             accept_failed: whether it counts as finished while rows are dropped for a reason that it is to try again.
@@ -144,7 +144,7 @@ class Station:
         console.print(f"[dim]{manifest.line()} (already done)[/dim]", soft_wrap=True)
         return manifest
 
-    # ------------------------------------------------------------------ table stations
+    # ------------------------------------------------------------------ table stages
 
     def done_ids(self, id_column: str, retry_reasons: Sequence[str] = ()) -> DoneIds:
         """Ids that need no work any more, since an earlier attempt of the same key has written their rows.
@@ -194,7 +194,7 @@ class Station:
         limit_dropped: bool = True,
         intended_reasons: Sequence[str] = (),
     ) -> Manifest:
-        """Runs a Ray Data pipeline and turns its rows into this station's table.
+        """Runs a Ray Data pipeline and turns its rows into this stage's table.
 
         Every block that the pipeline yields is written at once, in parts of ``ray.rows_per_part`` rows at most, so the
         size of its blocks is what a crash can cost.
@@ -210,9 +210,9 @@ class Station:
                 holds a batch at a time.
             extra_columns: the columns that a function looks at; without it the table is read whole on the driver.
             allow_empty: whether a table without rows is a result rather than an error.
-            retry_reasons: drop reasons that may pass. As long as rows are dropped for one of them the station runs again
+            retry_reasons: drop reasons that may pass. As long as rows are dropped for one of them the stage runs again
                 when called again, for these rows only, also where that was too many of them for a table; if that
-                changes its table, the stations after it run again too.
+                changes its table, the stages after it run again too.
             limit_dropped: whether ``run.max_dropped_share`` holds for this table.
             intended_reasons: drop reasons that the user's settings ask for; ``run.max_dropped_share`` is about the others.
 
@@ -260,7 +260,7 @@ class Station:
         )
 
     def write_part(self, rows: Iterable[dict[str, Any]], schema: pa.Schema, id_column: str) -> None:
-        """Writes rows from the driver as one part (for stations that are no Ray Data pipeline)."""
+        """Writes rows from the driver as one part (for stages that are no Ray Data pipeline)."""
         table = schemas.to_table(rows, schemas.with_drop_columns(schema))
         if table.num_rows:
             self._add([self._writer(schema, id_column).write(table)])
@@ -349,13 +349,13 @@ class Station:
             why = f" (dropped: {counts_in_words(merged.dropped)}; see {storage.join(self.folder, PARTS)}{self._image_example()})"
             raise UserError(
                 f"{self.name}: no row is left of {total:,}{why if dropped else ''}. Check the input and the settings of "
-                "this station."
+                "this stage."
             )
 
     def _image_example(self) -> str:
         return image_example(storage.join(commit.staged(self.folder), DROPPED))
 
-    # ------------------------------------------------------------------ every station
+    # ------------------------------------------------------------------ every stage
 
     def finish(
         self,
@@ -365,7 +365,7 @@ class Station:
         dropped: dict[str, int] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> Manifest:
-        """Writes the manifest, which marks the station as finished, and prints its line."""
+        """Writes the manifest, which marks the stage as finished, and prints its line."""
         manifest = self._manifest(
             rows_in=rows_in, rows_out=rows_out, dropped=dropped or {}, extra=extra or {}
         )
@@ -375,7 +375,7 @@ class Station:
 
     def _manifest(self, **figures: Any) -> Manifest:
         return Manifest(
-            station=self.name,
+            stage=self.name,
             key=self.key,
             inputs=self.inputs,
             settings=self.config.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""Real VQA-RAD rows and images through every station; killed on the way, resumed, and skipped when repeated."""
+"""Real VQA-RAD rows and images through every stage; killed on the way, resumed, and skipped when repeated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MMEDPO = str(Path(sys.executable).parent / "mmedpo")
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-def test_real_rows_through_every_station(shared_data: Path, repository: Path, tmp_path: Path) -> None:
+def test_real_rows_through_every_stage(shared_data: Path, repository: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [
         MMEDPO, "run", "--config", "configs/vqa_rad_sample.yaml", f"data.root={shared_data / 'vqa_rad_sample'}",
@@ -48,7 +48,7 @@ def test_real_rows_through_every_station(shared_data: Path, repository: Path, tm
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-6000:]
-    assert output.count("already done") >= 3, "finished stations must be skipped"
+    assert output.count("already done") >= 3, "finished stages must be skipped"
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6], "resumed at the last checkpoint, each step once"
 

@@ -1,4 +1,4 @@
-"""The align station on a real Ray cluster: Ray Data for the reference, Ray Train and ZeRO-3 on two workers."""
+"""The align stage on a real Ray cluster: Ray Data for the reference, Ray Train and ZeRO-3 on two workers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_align_survives_a_killed_worker(
     assert rows[-1]["loss"] < rows[0]["loss"]
     _check_adapter(config, run.align() / "adapter")
     _check_trackers(run.align())
-    assert align(config, "aligned").finished_at == manifest.finished_at, "a finished station is skipped"
+    assert align(config, "aligned").finished_at == manifest.finished_at, "a finished stage is skipped"
 
 
 def _check_trackers(folder: Path) -> None:

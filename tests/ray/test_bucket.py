@@ -1,4 +1,4 @@
-"""Raw data in a bucket: the stations read annotations, images and masks from a real S3 server, and can keep a run there."""
+"""Raw data in a bucket: the stages read annotations, images and masks from a real S3 server, and can keep a run there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUESTIONS = [
     ("What is wrong?", "Pneumonia", "OPEN"),
 ]
 # Workers learn of the server from the environment, so the run has a cluster of its own.
-STATIONS = """
+STAGES = """
 import json, sys
 from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.load import load
@@ -34,8 +34,8 @@ from mmedpo_ray.judge.stage import score
 configs = [load(None, options) for options in json.loads(sys.argv[1])]
 cluster.start(configs[0].ray)
 for config in configs:
-    for station in (ingest, curate, score):
-        station(config)
+    for stage in (ingest, curate, score):
+        stage(config)
 """
 
 
@@ -72,8 +72,8 @@ def write_slake(root: str) -> None:
     storage.write_bytes(storage.join(root, "train.json"), json.dumps(rows).encode())
 
 
-def run_stations(runs: list[tuple[str, str]]) -> None:
-    """Runs the stations for each (run folder, data root), all in one cluster."""
+def run_stages(runs: list[tuple[str, str]]) -> None:
+    """Runs the stages for each (run folder, data root), all in one cluster."""
     shared = (
         "data.format=slake",
         "data.test_share=0",
@@ -83,7 +83,7 @@ def run_stations(runs: list[tuple[str, str]]) -> None:
     )
     options = [[f"run.folder={folder}", f"data.root={root}", *shared] for folder, root in runs]
     done = subprocess.run(
-        [sys.executable, "-c", STATIONS, json.dumps(options)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", STAGES, json.dumps(options)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -99,7 +99,7 @@ def test_a_run_on_a_bucket_equals_one_on_paths(bucket: str, tmp_path: Path) -> N
     write_slake(local)
     # The data in the bucket with the run on a path, as `mmedpo run` wants it; both in the bucket; both on paths.
     folders = [str(tmp_path / "mixed"), storage.join(bucket, "run"), str(tmp_path / "paths")]
-    run_stations(list(zip(folders, (remote, remote, local), strict=True)))
+    run_stages(list(zip(folders, (remote, remote, local), strict=True)))
     mixed, inside, outside = map(scored, folders)
     assert {row["kind"] for row in outside} == {"text", "visual"}
     assert sum(row["kind"] == "visual" for row in outside) == IMAGES

@@ -75,7 +75,7 @@ def write_samples(folder: Path, answers: dict[str, str]) -> None:
     rows.sort(key=lambda row: row["sample_id"])
     samples = RunFolder(str(folder)).samples
     storage.write_parquet(storage.join(samples, "part-0.parquet"), schemas.to_table(rows, schemas.SAMPLES))
-    manifest = Manifest(station="ingest", key="made", rows_in=len(rows), rows_out=len(rows))
+    manifest = Manifest(stage="ingest", key="made", rows_in=len(rows), rows_out=len(rows))
     storage.write_bytes(storage.join(samples, stage_runner.MANIFEST), manifest.model_dump_json().encode())
 
 
@@ -236,7 +236,7 @@ def test_what_a_model_may_answer_is_taken_or_dropped_with_its_reason(
     }
 
 
-def test_refused_rows_alone_do_not_stop_the_station(tmp_path: Path, server: ChatServer) -> None:
+def test_refused_rows_alone_do_not_stop_the_stage(tmp_path: Path, server: ChatServer) -> None:
     """What is left of a run that was stopped may be nothing but such rows."""
     write_samples(tmp_path, {f"s{number}": f"Left {number}" for number in range(9)})
     server.answer = lambda body, before: Reply(status=400, code="context_length_exceeded")

@@ -17,7 +17,7 @@ from mmedpo_ray.evaluate.stage import evaluate
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.stage_runner import Station
+from mmedpo_ray.tables.stage_runner import StageRunner
 
 COUNT = 10
 MODELS = ("base", "aligned")
@@ -57,9 +57,9 @@ def make(root: Path, server: ChatServer, *, dropped_share: float = 0.9, referenc
         }
         for number in range(COUNT)
     ]
-    station = Station("ingest", RunFolder(config.run.folder).samples, config)
-    station.write_part(rows, schemas.SAMPLES, "sample_id")
-    station.finish_parts(schema=schemas.SAMPLES, id_column="sample_id")
+    stage = StageRunner("ingest", RunFolder(config.run.folder).samples, config)
+    stage.write_part(rows, schemas.SAMPLES, "sample_id")
+    stage.finish_parts(schema=schemas.SAMPLES, id_column="sample_id")
     return config
 
 

@@ -30,7 +30,7 @@ from mmedpo_ray.errors import UserError
 from mmedpo_ray.export.stage import export, hub_name, merge, put_weights, use_hub_names
 from mmedpo_ray.serve.endpoint import run_models
 from mmedpo_ray.tables.run_folder import Role, RunFolder
-from mmedpo_ray.tables.stage_runner import Station
+from mmedpo_ray.tables.stage_runner import StageRunner
 
 QUESTIONS = ["Is there a nodule in the left lung?", "Yes, there is?"]
 
@@ -64,7 +64,7 @@ if __name__ == "__main__":
 
 
 def train_nothing(config: Config, base: Path, role: str = "aligned", rank: int = 4) -> None:
-    """What the align station leaves behind, with random instead of trained LoRA weights."""
+    """What the align stage leaves behind, with random instead of trained LoRA weights."""
     from peft import LoraConfig, get_peft_model
 
     model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
@@ -77,11 +77,11 @@ def train_nothing(config: Config, base: Path, role: str = "aligned", rank: int =
     )
     folder = RunFolder(config.run.folder).align(role)
     get_peft_model(model, lora).save_pretrained(str(folder / "adapter"))
-    Station("align", str(folder), config).finish()
+    StageRunner("align", str(folder), config).finish()
 
 
 def train_randomly(config: Config, base: Path, role: Role = "aligned", **settings: Any) -> Any:
-    """What the align station leaves behind after random updates of all that it trains; returns the model it stands for."""
+    """What the align stage leaves behind after random updates of all that it trains; returns the model it stands for."""
     folder = RunFolder(config.run.folder).align(role)
     spec = training_spec(folder, base, folder, **settings)
     policy = build_policy(spec)
@@ -95,7 +95,7 @@ def train_randomly(config: Config, base: Path, role: Role = "aligned", **setting
             writer.add(name, {"parameter": value})
         checkpoint = writer.finish().result()
     write_trained(policy.model, Checkpoint(checkpoint), folder, torch.float32)
-    Station("align", str(folder), config).finish()
+    StageRunner("align", str(folder), config).finish()
     return as_transformers_computes(policy.model.eval())
 
 
@@ -283,7 +283,7 @@ def test_what_can_be_wrong_with_an_adapter(tmp_path):
     config = make_config(tmp_path, base)
     with pytest.raises(UserError, match="align"):
         export(config)
-    Station("align", str(RunFolder(config.run.folder).align()), config).finish()
+    StageRunner("align", str(RunFolder(config.run.folder).align()), config).finish()
     with pytest.raises(UserError, match="no adapter"):
         export(config)
     train_nothing(config, build_tiny_llava(tmp_path / "deeper", 0, layers=3))
@@ -310,7 +310,7 @@ def test_a_damaged_adapter_is_named(tmp_path, exported, name, content):
     base, _ = exported
     config = make_config(tmp_path, base)
     shutil.copytree(base.parent / "run/align/adapter", RunFolder(config.run.folder).align() / "adapter")
-    Station("align", str(RunFolder(config.run.folder).align()), config).finish()
+    StageRunner("align", str(RunFolder(config.run.folder).align()), config).finish()
     file = RunFolder(config.run.folder).align() / "adapter" / name
     file.write_bytes(file.read_bytes()[:-1] if content is None else content)
     with pytest.raises(UserError, match=rf"{re.escape(str(file))} is damaged.*manifest\.json.*mmedpo align"):

@@ -1,4 +1,4 @@
-"""kill -9 of a worker, of a node and of the driver in the middle of every station: the tables are those of a quiet run.
+"""kill -9 of a worker, of a node and of the driver in the middle of every stage: the tables are those of a quiet run.
 
 The cluster outlives the drivers, so a task of a killed driver may still write while the next one resumes.
 """
@@ -77,7 +77,7 @@ def quiet(nodes: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def start(nodes: Any, data: Path, run: Path) -> subprocess.Popen:
-    """A driver that runs the three stations, or what is left of them."""
+    """A driver that runs the three stages, or what is left of them."""
     overrides = [
         f"run.folder={run}", "data.format=hf_parquet", f"data.root={data}", "data.name=faults", "data.test_share=0",
         "data.columns.sample_id=id", "data.columns.image_id=image", "curate.text.method=rule_edit",
@@ -130,72 +130,70 @@ def assert_same(run: Path, quiet: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------- faults
 
 
-def parts_of(run: Path, station: str) -> list[Path]:
-    """Parts that the station has written and not yet merged."""
-    return [] if finished(run, station) else list((run / FOLDERS[station]).rglob(".parts/*.parquet"))
+def parts_of(run: Path, stage: str) -> list[Path]:
+    """Parts that the stage has written and not yet merged."""
+    return [] if finished(run, stage) else list((run / FOLDERS[stage]).rglob(".parts/*.parquet"))
 
 
-def finished(run: Path, station: str) -> bool:
-    return (run / FOLDERS[station] / "manifest.json").exists()
+def finished(run: Path, stage: str) -> bool:
+    return (run / FOLDERS[stage] / "manifest.json").exists()
 
 
-def busy_workers(node: Any, run: Path, station: str) -> list[psutil.Process]:
-    """Processes of a node that run a task of the station."""
-    folder = run / FOLDERS[station]
-    if finished(run, station) or not any(folder.rglob(".parts/key.json")):
+def busy_workers(node: Any, run: Path, stage: str) -> list[psutil.Process]:
+    """Processes of a node that run a task of the stage."""
+    folder = run / FOLDERS[stage]
+    if finished(run, stage) or not any(folder.rglob(".parts/key.json")):
         return []
     return faults.workers(faults.raylet(node), "ray::MapBatches")
 
 
-def test_workers_killed_in_every_station(
-    nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path
-) -> None:
+def test_workers_killed_in_every_stage(nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     driver = start(nodes, data, run)
-    for station in FOLDERS:
+    for stage in FOLDERS:
         victims = faults.wait_for(
-            lambda station=station: [
-                process for node in nodes.list_all_nodes() for process in busy_workers(node, run, station)
+            lambda stage=stage: [
+                process for node in nodes.list_all_nodes() for process in busy_workers(node, run, stage)
             ],
             driver,
             log_path(run),
-            f"task of {station}",
+            f"task of {stage}",
         )
         victims[0].kill()
-        assert not finished(run, station), f"{station} was killed too late"
+        assert not finished(run, stage), f"{stage} was killed too late"
     assert driver.wait() == 0, log_of(run)
     assert_same(run, quiet)
 
 
-def test_a_node_lost_in_every_station(nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path) -> None:
+def test_a_node_lost_in_every_stage(nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     driver = start(nodes, data, run)
-    for station in FOLDERS:
+    for stage in FOLDERS:
         (node,) = nodes.worker_nodes
         faults.wait_for(
-            lambda node=node, station=station: busy_workers(node, run, station),
+            lambda node=node, stage=stage: busy_workers(node, run, stage),
             driver,
             log_path(run),
-            f"task of {station}",
+            f"task of {stage}",
         )
         nodes.remove_node(node, allow_graceful=False)
-        assert not finished(run, station), f"{station} was hit too late"
+        assert not finished(run, stage), f"{stage} was hit too late"
         nodes.add_node(num_cpus=1, wait=False)
     assert driver.wait() == 0, log_of(run)
     assert_same(run, quiet)
 
 
-def test_the_driver_killed_in_every_station(
+def test_the_driver_killed_in_every_stage(
     nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    for station in FOLDERS:
+    for stage in FOLDERS:
         driver = start(nodes, data, run)
-        part = f"part of {station}"
-        faults.wait_for(lambda station=station: parts_of(run, station), driver, log_path(run), part)
+        part = f"part of {stage}"
+        faults.wait_for(lambda stage=stage: parts_of(run, stage), driver, log_path(run), part)
         faults.kill_driver(driver)
-        assert not finished(run, station), f"{station} was killed too late"
+        assert not finished(run, stage), f"{stage} was killed too late"
     driver = start(nodes, data, run)
     assert driver.wait() == 0, log_of(run)
-    assert log_of(run).count("rows are already there") >= 3, "every station resumed from its parts"
+    assert log_of(run).count("rows are already there") >= 3, "every stage resumed from its parts"
     assert_same(run, quiet)

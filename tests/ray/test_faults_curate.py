@@ -91,20 +91,20 @@ def judge(body: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Asking:
-    """A station that asks an endpoint about row after row.
+    """A stage that asks an endpoint about row after row.
 
     Attributes:
         answer: what the model behind the endpoint says.
-        station: which asks.
+        stage: which asks.
         task: in the title of the process that asks.
         settings: of the run; ``{endpoint}`` stands for the endpoint's.
-        folders: that the station writes.
+        folders: that the stage writes.
         parts: pattern of the files that come one by one.
         usage: where a manifest counts the tokens: a folder, and keys of what it tells.
     """
 
     answer: Callable[[dict[str, Any]], dict[str, Any]]
-    station: str
+    stage: str
     task: str
     settings: tuple[str, ...]
     folders: tuple[str, ...]
@@ -159,8 +159,8 @@ def test_killed_while_an_endpoint_is_asked(name: str, tmp_path: Path, server: Ch
     ]  # fmt: skip
     server.answer = lambda body, before: Reply(json.dumps(asking.answer(body)), delay=0.05)
     config = load(None, overrides)
-    for station in ("ingest", "curate", "score")[: 2 + (asking.station == "score")]:
-        STEPS[station](config)
+    for stage in ("ingest", "curate", "score")[: 2 + (asking.stage == "score")]:
+        STEPS[stage](config)
     quiet, planned = files_of(run, *asking.folders), len(server.requests)
     for folder in asking.folders:
         shutil.rmtree(run / folder)
@@ -172,9 +172,9 @@ def test_killed_while_an_endpoint_is_asked(name: str, tmp_path: Path, server: Ch
         return 0
 
     server.requests.clear()
-    disturbed(asking.station, overrides, log, asking.task, written, planned)
+    disturbed(asking.stage, overrides, log, asking.task, written, planned)
     asked = len(server.requests)
-    STEPS[asking.station](config)
+    STEPS[asking.stage](config)
     assert files_of(run, *asking.folders) == quiet
     assert len(server.requests) - asked < planned, "what was written is not asked for again"
     folder, *keys = asking.usage

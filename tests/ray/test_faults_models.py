@@ -30,14 +30,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 @dataclass
 class Scene:
-    """A station in the midst of which something is killed, after a run of it that nothing disturbed.
+    """A stage in the midst of which something is killed, after a run of it that nothing disturbed.
 
     Attributes:
         run: folder of the run.
         overrides: its settings.
-        station: to run again.
+        stage: to run again.
         task: in the title of a process that is at work.
-        folders: of the run that the station writes.
+        folders: of the run that the stage writes.
         done: pattern of the files that come one by one as the work goes on: parts of a table, or images.
         most: rows or images that there will be.
         quiet: what the run left.
@@ -45,7 +45,7 @@ class Scene:
 
     run: Path
     overrides: list[str]
-    station: str
+    stage: str
     task: str
     folders: tuple[str, ...]
     done: str
@@ -56,7 +56,7 @@ class Scene:
         self.quiet = faults.files_of(self.run, *self.folders)
 
     def forget(self) -> None:
-        """Takes back what the station has written."""
+        """Takes back what the stage has written."""
         for name in self.folders:
             shutil.rmtree(self.run / name)
 
@@ -77,11 +77,11 @@ class Scene:
             assert content == self.quiet[name], f"{name} differs"
 
 
-def run_stations(run: Path, stations: tuple[str, ...], *overrides: str) -> list[str]:
-    """Runs stations on a small made-up data set; returns the settings."""
+def run_stages(run: Path, stages: tuple[str, ...], *overrides: str) -> list[str]:
+    """Runs stages on a small made-up data set; returns the settings."""
     settings = [f"run.folder={run}", "data.phantom.test_images=1", "run.max_dropped_share=1.0", *overrides]
-    for station in stations:
-        STEPS[station](load(None, settings))
+    for stage in stages:
+        STEPS[stage](load(None, settings))
     return settings
 
 
@@ -95,7 +95,7 @@ def sampling(folder: Path) -> Scene:
     """`curate` while the embedded model answers, eight questions at a time."""
     run = folder / "run"
     engine = ("max_model_len=256", "kv_cache_gib=0.25", "batch_rows=8", "max_num_seqs=8")
-    overrides = run_stations(
+    overrides = run_stages(
         run, ("ingest", "curate"), "data.phantom.images=32", "curate.visual.tool=none",
         "curate.text.num_candidates=2", *(f"model.engine.{setting}" for setting in engine),
     )  # fmt: skip
@@ -111,7 +111,7 @@ def judging(folder: Path) -> Scene:
     engine = {"kv_cache_gib": 0.25, "max_num_seqs": 2, "batch_rows": 8}
     chat = {"kind": "vllm", "model": str(model), "temperature": 1.0, "max_tokens": 48, "engine": engine}
     agents = [{"kind": "rules", "name": "lexicon"}, chat | {"name": "chat"}]
-    overrides = run_stations(
+    overrides = run_stages(
         run, ("ingest", "curate", "score"), "data.phantom.images=32", "curate.text.method=rule_edit",
         "score.max_rounds=1", f"score.agents={json.dumps(agents)}",
     )  # fmt: skip
@@ -127,7 +127,7 @@ def localising(folder: Path) -> Scene:
         "tool=medklip", "per_image=2", "batch_images=4", f"medklip.checkpoint={model / 'medklip.pth'}",
         f"medklip.text_model={model / 'bert'}",
     )  # fmt: skip
-    overrides = run_stations(
+    overrides = run_stages(
         run, ("ingest", "curate"), "data.phantom.images=48", "curate.text.method=rule_edit",
         *(f"curate.visual.{setting}" for setting in visual),
     )  # fmt: skip
@@ -139,7 +139,7 @@ def localising(folder: Path) -> Scene:
 def noising(folder: Path) -> Scene:
     """`curate` while images are noised where a mask says, by tasks without a model."""
     run = folder / "run"
-    overrides = run_stations(
+    overrides = run_stages(
         run, ("ingest", "curate"), "data.phantom.images=96", "curate.text.method=rule_edit",
         "curate.visual.tool=dataset_mask", "curate.visual.per_image=6",
     )  # fmt: skip
@@ -160,9 +160,9 @@ def test_the_actor_with_the_model_and_the_driver_killed(
 ) -> None:
     scene.forget()
     log = tmp_path / "driver.log"
-    faults.disturbed(scene.station, scene.overrides, log, scene.task, scene.progress, scene.most)
+    faults.disturbed(scene.stage, scene.overrides, log, scene.task, scene.progress, scene.most)
     assert not (scene.run / scene.folders[0] / MANIFEST).exists()
-    STEPS[scene.station](load(None, scene.overrides))
+    STEPS[scene.stage](load(None, scene.overrides))
     scene.assert_same()
     # Images are made over, rows of a table are not.
     assert ("rows are already there" in capsys.readouterr().err) == scene.done.endswith(".parquet")
@@ -181,7 +181,7 @@ def test_one_of_two_nodes_lost_while_images_are_noised(ray_cluster: None, tmp_pa
 def run_and_lose_a_node(scene: Scene, nodes: Any, log: Path, replacement_cpus: int | None = None) -> None:
     """The driver ends as if nothing had been."""
     scene.forget()
-    driver = faults.start([scene.station], [*scene.overrides, f"ray.address={nodes.address}"], log)
+    driver = faults.start([scene.stage], [*scene.overrides, f"ray.address={nodes.address}"], log)
     try:
         (node,) = nodes.worker_nodes
         faults.wait_for(

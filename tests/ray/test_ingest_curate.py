@@ -87,22 +87,22 @@ def test_every_question_and_image_gets_its_pair(ingested: Path) -> None:
     assert curate(config).finished_at == manifest.finished_at, "finished work is skipped"
 
 
-def test_a_resumed_station_writes_the_same_table(ingested: Path, tmp_path: Path) -> None:
+def test_a_resumed_stage_writes_the_same_table(ingested: Path, tmp_path: Path) -> None:
     config = phantom_config(ingested)
     curate(config)
     whole = pairs_of(ingested)
     pictures = {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole}
     shutil.rmtree(RunFolder(str(ingested)).pairs)
     # An attempt that died after some rows.
-    station = stage_runner.Station(
+    stage = stage_runner.StageRunner(
         "curate",
         RunFolder(str(ingested)).pairs,
         config,
         settings=key_settings(config),
         inputs=[RunFolder(str(ingested)).samples, RunFolder(str(ingested)).visual],
     )
-    station.done_ids("pair_id")
-    station.write_part(whole[::3], schemas.PAIRS, "pair_id")
+    stage.done_ids("pair_id")
+    stage.write_part(whole[::3], schemas.PAIRS, "pair_id")
     curate(config)
     assert pairs_of(ingested) == whole
     assert {p["pair_id"]: Path(p["rejected_image_uri"]).read_bytes() for p in whole} == pictures
@@ -324,7 +324,7 @@ def test_visual_pairs_of_questions_about_findings_alone() -> None:
 def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(RunFolder(str(ingested)).samples, folder / "samples")
-    # One image is lost between the stations: its rows are dropped, the others go on.
+    # One image is lost between the stages: its rows are dropped, the others go on.
     samples = stage_runner.read_table(str(folder / "samples"), schemas.SAMPLES, "samples").to_pylist()
     lost = next(row["image_id"] for row in samples if row["split"] == "train")
     for row in samples:
@@ -472,7 +472,7 @@ def test_released_rows_without_their_images(shared_data: Path, tmp_path: Path) -
 
 
 def test_curate_without_samples_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Run the station"):
+    with pytest.raises(UserError, match="Run the stage"):
         curate(phantom_config(tmp_path))
 
 

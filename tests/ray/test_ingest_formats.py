@@ -64,14 +64,14 @@ def test_slake_is_counted_and_resumed(tmp_path: Path) -> None:
     reader = FORMATS["slake"](config)
     first, *_ = reader.units()
     written = list(reader.samples(first))[:100]
-    station = stage_runner.Station(
+    stage = stage_runner.StageRunner(
         "ingest",
         RunFolder(config.run.folder).samples,
         config,
         settings=[config.data, config.run.seed, reader.fingerprint()],
     )
-    station.done_ids("sample_id")
-    station.write_part(written, schemas.SAMPLES, "sample_id")
+    stage.done_ids("sample_id")
+    stage.write_part(written, schemas.SAMPLES, "sample_id")
     manifest = ingest(config)
     assert manifest.rows_in == 701 == manifest.rows_out + sum(manifest.dropped.values())
     # Rows 1 and 3 repeat an id; of the others every fifth is Chinese and every fourth has no image.
@@ -119,8 +119,8 @@ def test_parquet_images_become_files(tmp_path: Path) -> None:
 
 
 def later_key(root: Path, config: Config) -> str:
-    """Of a station that reads the samples."""
-    return stage_runner.Station(
+    """Of a stage that reads the samples."""
+    return stage_runner.StageRunner(
         "later", f"{root}/later", config, inputs=[RunFolder(config.run.folder).samples]
     ).key
 

@@ -20,7 +20,7 @@ from mmedpo_ray.judge.agents import AGREEMENT, Case, Judgement, prompt
 from mmedpo_ray.judge.stage import score
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.stage_runner import Station, read_table
+from mmedpo_ray.tables.stage_runner import StageRunner, read_table
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
@@ -46,8 +46,8 @@ def attacked() -> dict[str, tuple[str, str, str]]:
 
 
 def write_pairs(config: Config, rows: dict[str, tuple[str, str, str]]) -> None:
-    station = Station("curate", RunFolder(config.run.folder).pairs, config, settings=[sorted(rows)])
-    station.done_ids("pair_id")
+    stage = StageRunner("curate", RunFolder(config.run.folder).pairs, config, settings=[sorted(rows)])
+    stage.done_ids("pair_id")
     made = [
         {
             **{
@@ -61,8 +61,8 @@ def write_pairs(config: Config, rows: dict[str, tuple[str, str, str]]) -> None:
         }
         for name, (question, chosen, rejected) in rows.items()
     ]
-    station.write_part(made, schemas.PAIRS, "pair_id")
-    station.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
+    stage.write_part(made, schemas.PAIRS, "pair_id")
+    stage.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
 
 
 def config_of(folder: Path, agents: list[dict[str, Any]], rounds: int) -> Config:

@@ -1,4 +1,4 @@
-"""Station score on a real cluster: rules, scores that came with the data, tools, and a chat model on a real vLLM engine."""
+"""Stage score on a real cluster: rules, scores that came with the data, tools, and a chat model on a real vLLM engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmedpo_ray.judge.agents.prompt import GRID
 from mmedpo_ray.judge.stage import score
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.stage_runner import Manifest, Station, read_manifest, read_table
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest, read_table
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
@@ -63,10 +63,10 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 def write_pairs(config: Config, rows: list[dict[str, Any]]) -> None:
-    station = Station("curate", RunFolder(config.run.folder).pairs, config, settings=[len(rows)])
-    station.done_ids("pair_id")
-    station.write_part(rows, schemas.PAIRS, "pair_id")
-    station.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
+    stage = StageRunner("curate", RunFolder(config.run.folder).pairs, config, settings=[len(rows)])
+    stage.done_ids("pair_id")
+    stage.write_part(rows, schemas.PAIRS, "pair_id")
+    stage.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
 
 
 def scored(config: Config) -> dict[str, dict[str, Any]]:
@@ -131,7 +131,7 @@ def test_weights_of_zero_everywhere_are_refused(tmp_path: Path) -> None:
         score(config)
 
 
-def test_no_pairs_names_the_station_to_run(tmp_path: Path) -> None:
+def test_no_pairs_names_the_stage_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pairs, which is missing"):
         score(config_of(tmp_path))
 

@@ -26,7 +26,7 @@ from mmedpo_ray.io import storage
 from mmedpo_ray.serve.endpoint import run_models, served_models, start_endpoint
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.stage_runner import Station, read_manifest, read_table
+from mmedpo_ray.tables.stage_runner import StageRunner, read_manifest, read_table
 
 NUM_IMAGES = 4
 
@@ -82,9 +82,9 @@ def write_samples(config: Config, root: Path) -> None:
                 }
             )
     (root / "3.png").write_bytes(b"\x89PNG damaged")
-    station = Station("ingest", RunFolder(config.run.folder).samples, config)
-    station.write_part(rows, schemas.SAMPLES, "sample_id")
-    station.finish_parts(schema=schemas.SAMPLES, id_column="sample_id")
+    stage = StageRunner("ingest", RunFolder(config.run.folder).samples, config)
+    stage.write_part(rows, schemas.SAMPLES, "sample_id")
+    stage.finish_parts(schema=schemas.SAMPLES, id_column="sample_id")
 
 
 def with_port(config: Config, port: int) -> Config:
@@ -285,12 +285,12 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(endpoint, config, t
     from mmedpo_ray.evaluate import stage as module
 
     run = RunFolder(config.run.folder)
-    station, _ = module._station(config, run)
+    stage, _ = module._stage(config, run)
     samples = module._test_samples(config, run)
     done = samples[0] | {"answer": "kept from before"}
-    station.done_ids("answer_id")
+    stage.done_ids("answer_id")
     reply = module.Reply(f"base/{done['sample_id']}", "kept", 0.0)
-    station.write_part([module._row("base", done, reply)], schemas.ANSWERS, "answer_id")
+    stage.write_part([module._row("base", done, reply)], schemas.ANSWERS, "answer_id")
     manifest = evaluate(config)
     assert manifest.rows_in == 18
     answers = read_table(run.evaluate, schemas.ANSWERS, "answers").to_pylist()

@@ -1,4 +1,4 @@
-"""The station contract on a real cluster: nothing lost, skipped when done, resumed to the same table."""
+"""The stage contract on a real cluster: nothing lost, skipped when done, resumed to the same table."""
 
 from __future__ import annotations
 
@@ -48,9 +48,11 @@ def run_squares(
     settings: tuple = (1,),
     limit: str = "run.max_dropped_share=0.9",
 ) -> stage_runner.Manifest:
-    """A station that squares numbers and drops the multiples of ten."""
-    station = stage_runner.Station("squares", str(folder / "t"), config_of(folder, limit), settings=settings)
-    if manifest := station.finished():
+    """A stage that squares numbers and drops the multiples of ten."""
+    stage = stage_runner.StageRunner(
+        "squares", str(folder / "t"), config_of(folder, limit), settings=settings
+    )
+    if manifest := stage.finished():
         return manifest
 
     def square(row: dict) -> dict:
@@ -66,7 +68,7 @@ def run_squares(
         dataset = stage_runner.without(ray.data.from_arrow(ids), "id", done)
         return dataset.map(square, num_cpus=0.25)
 
-    return station.write_rows(build, schema=SCHEMA, id_column="id", total=count)
+    return stage.write_rows(build, schema=SCHEMA, id_column="id", total=count)
 
 
 def test_in_is_out_plus_dropped_and_order_is_fixed(tmp_path: Path) -> None:
@@ -81,26 +83,26 @@ def test_in_is_out_plus_dropped_and_order_is_fixed(tmp_path: Path) -> None:
     assert manifest.versions["ray"] == ray.__version__
 
 
-def test_a_finished_station_is_skipped_and_changed_settings_rerun_it(tmp_path: Path) -> None:
+def test_a_finished_stage_is_skipped_and_changed_settings_rerun_it(tmp_path: Path) -> None:
     first = run_squares(tmp_path)
-    assert run_squares(tmp_path, fail_at=5) == first, "a finished station must not run again"
+    assert run_squares(tmp_path, fail_at=5) == first, "a finished stage must not run again"
     second = run_squares(tmp_path, count=50, settings=(2,))
     assert second.rows_in == 50
     assert table_of(tmp_path).num_rows == 45
 
 
-def test_an_interrupted_station_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_squares(whole)
     with pytest.raises(Exception, match="killed"):
         run_squares(broken, fail_at=83)
     # What a crash leaves: some parts, no manifest. (The failing map may hand over all or no block, so write one too.)
-    station = stage_runner.Station("squares", str(broken / "t"), config_of(broken), settings=(1,))
-    station.done_ids("id")
+    stage = stage_runner.StageRunner("squares", str(broken / "t"), config_of(broken), settings=(1,))
+    stage.done_ids("id")
     rows = [{"id": f"{number:04d}", "value": number**2} for number in range(1, 8)]
-    station.write_part(rows, SCHEMA, "id")
+    stage.write_part(rows, SCHEMA, "id")
     assert stage_runner.read_manifest(str(broken / "t")) is None
-    assert set(station.done_ids("id")) >= {"0001", "0007"}
+    assert set(stage.done_ids("id")) >= {"0001", "0007"}
     manifest = run_squares(broken)
     assert manifest.rows_in == 100
     assert (broken / "t" / "part-00000.parquet").read_bytes() == (
@@ -109,7 +111,7 @@ def test_an_interrupted_station_resumes_to_the_same_bytes(tmp_path: Path) -> Non
 
 
 def test_parts_of_other_settings_are_not_reused(tmp_path: Path) -> None:
-    other = stage_runner.Station("squares", str(tmp_path / "t"), config_of(tmp_path), settings=("other",))
+    other = stage_runner.StageRunner("squares", str(tmp_path / "t"), config_of(tmp_path), settings=("other",))
     other.done_ids("id")
     other.write_part([{"id": "0001", "value": -1}], SCHEMA, "id")
     run_squares(tmp_path)
@@ -124,14 +126,14 @@ def test_too_many_drops_fail_and_leave_no_table(tmp_path: Path) -> None:
 
 
 def test_repeated_ids_and_empty_tables_are_errors(tmp_path: Path) -> None:
-    station = stage_runner.Station("s", str(tmp_path / "t"), config_of(tmp_path))
-    station.done_ids("id")
-    station.write_part(
+    stage = stage_runner.StageRunner("s", str(tmp_path / "t"), config_of(tmp_path))
+    stage.done_ids("id")
+    stage.write_part(
         [{"id": "a", "value": 1}, {"id": "b", "value": 2}, {"id": "a", "value": 3}], SCHEMA, "id"
     )
     with pytest.raises(UserError, match="id 'a' occurs 2 times"):
-        station.finish_parts(schema=SCHEMA, id_column="id")
-    empty = stage_runner.Station("e", str(tmp_path / "e"), config_of(tmp_path))
+        stage.finish_parts(schema=SCHEMA, id_column="id")
+    empty = stage_runner.StageRunner("e", str(tmp_path / "e"), config_of(tmp_path))
     empty.done_ids("id")
     with pytest.raises(UserError, match="no row is left"):
         empty.finish_parts(schema=SCHEMA, id_column="id")
@@ -141,13 +143,14 @@ def test_repeated_ids_and_empty_tables_are_errors(tmp_path: Path) -> None:
 def test_inputs_must_be_finished_and_enter_the_key(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     with pytest.raises(UserError, match="missing or unfinished"):
-        stage_runner.Station("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")])
+        stage_runner.StageRunner("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")])
     run_squares(tmp_path)
-    before = stage_runner.Station("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")]).key
+    before = stage_runner.StageRunner("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")]).key
     shutil.rmtree(tmp_path / "t")
     run_squares(tmp_path, settings=(3,))
     assert (
-        stage_runner.Station("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")]).key != before
+        stage_runner.StageRunner("next", str(tmp_path / "n"), config, inputs=[str(tmp_path / "t")]).key
+        != before
     )
 
 
@@ -168,15 +171,15 @@ def test_every_row_is_accounted_for(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, bool]]
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
-    station = stage_runner.Station("s", str(folder / "t"), config_of(folder, "run.max_dropped_share=1.0"))
-    station.done_ids("id")
+    stage = stage_runner.StageRunner("s", str(folder / "t"), config_of(folder, "run.max_dropped_share=1.0"))
+    stage.done_ids("id")
     for start in range(0, len(rows), 4):
         part = [
             {"id": name, "value": 1, schemas.DROP_REASON: "no" if drop else None}
             for name, drop in rows[start : start + 4]
         ]
-        station.write_part(part, SCHEMA, "id")
-    manifest = station.finish_parts(schema=SCHEMA, id_column="id", allow_empty=True)
+        stage.write_part(part, SCHEMA, "id")
+    manifest = stage.finish_parts(schema=SCHEMA, id_column="id", allow_empty=True)
     assert manifest.rows_in == len(rows) == manifest.rows_out + sum(manifest.dropped.values())
 
 
@@ -223,9 +226,9 @@ def test_slices_hold_every_row_once_in_blocks_of_their_size(
 
 
 def run_asked(folder: Path, fails: set[str], seen: list[str] | None = None) -> stage_runner.Manifest:
-    """A station that asks something which fails for some ids, and drops one for good."""
-    station = stage_runner.Station("asked", str(folder / "t"), config_of(folder), settings=["ask"])
-    if manifest := station.finished():
+    """A stage that asks something which fails for some ids, and drops one for good."""
+    stage = stage_runner.StageRunner("asked", str(folder / "t"), config_of(folder), settings=["ask"])
+    if manifest := stage.finished():
         return manifest
 
     def ask(row: dict) -> dict:
@@ -243,14 +246,16 @@ def run_asked(folder: Path, fails: set[str], seen: list[str] | None = None) -> s
             ask, num_cpus=0.25
         )
 
-    return station.write_rows(build, schema=SCHEMA, id_column="id", retry_reasons=("no_answer",))
+    return stage.write_rows(build, schema=SCHEMA, id_column="id", retry_reasons=("no_answer",))
 
 
 def next_key(folder: Path) -> str:
-    return stage_runner.Station("next", str(folder / "n"), config_of(folder), inputs=[str(folder / "t")]).key
+    return stage_runner.StageRunner(
+        "next", str(folder / "n"), config_of(folder), inputs=[str(folder / "t")]
+    ).key
 
 
-def test_rows_that_failed_are_tried_again_and_only_a_change_reaches_later_stations(tmp_path: Path) -> None:
+def test_rows_that_failed_are_tried_again_and_only_a_change_reaches_later_stages(tmp_path: Path) -> None:
     first = run_asked(tmp_path, {"0003", "0004"})
     assert first.dropped == {"no_answer": 2, "useless": 1}
     key = next_key(tmp_path)
@@ -282,13 +287,13 @@ def test_rows_that_failed_are_tried_again_and_only_a_change_reaches_later_statio
 
 def test_a_second_attempt_that_dies_keeps_the_finished_table(tmp_path: Path) -> None:
     first = run_asked(tmp_path, {"0003"})
-    station = stage_runner.Station("asked", str(tmp_path / "t"), config_of(tmp_path), settings=["ask"])
+    stage = stage_runner.StageRunner("asked", str(tmp_path / "t"), config_of(tmp_path), settings=["ask"])
 
     def build(done: set[str]) -> None:
         raise RuntimeError("endpoint is down")
 
     with pytest.raises(RuntimeError, match="down"):
-        station.write_rows(build, schema=SCHEMA, id_column="id", retry_reasons=("no_answer",))
+        stage.write_rows(build, schema=SCHEMA, id_column="id", retry_reasons=("no_answer",))
     assert stage_runner.read_manifest(str(tmp_path / "t")) == first
     assert table_of(tmp_path).num_rows == first.rows_out
     assert run_asked(tmp_path, set()).rows_out == 19
@@ -310,15 +315,15 @@ def shuffled_table(
     folder: Path, order: list[int], part_rows: int, extra: stage_runner.Extra | None = None
 ) -> stage_runner.Manifest:
     """A table of 300 rows, every seventh dropped, whose rows come in the given order."""
-    station = stage_runner.Station("s", str(folder / "t"), config_of(folder, "ray.rows_per_part=1000"))
-    station.done_ids("id")
+    stage = stage_runner.StageRunner("s", str(folder / "t"), config_of(folder, "ray.rows_per_part=1000"))
+    stage.done_ids("id")
     for start in range(0, len(order), part_rows):
         rows = [
             {"id": f"{number}", "value": number, schemas.DROP_REASON: None if number % 7 else "seventh"}
             for number in order[start : start + part_rows]
         ]
-        station.write_part(rows, SCHEMA, "id")
-    return station.finish_parts(schema=SCHEMA, id_column="id", extra=extra)
+        stage.write_part(rows, SCHEMA, "id")
+    return stage.finish_parts(schema=SCHEMA, id_column="id", extra=extra)
 
 
 @pytest.fixture
@@ -407,8 +412,8 @@ def test_a_crash_while_files_take_their_places_is_mended(
             shuffled_table(tmp_path / "broken", list(range(300)), 60)
     assert stage_runner.read_manifest(str(tmp_path / "broken" / "t")) is None
     (tmp_path / "broken" / "t" / "manifest.json.0123.tmp").write_bytes(b"half")
-    station = stage_runner.Station("s", str(tmp_path / "broken" / "t"), config_of(tmp_path))
-    found = station.finished()
+    stage = stage_runner.StageRunner("s", str(tmp_path / "broken" / "t"), config_of(tmp_path))
+    found = stage.finished()
     assert found is not None and found.content == whole.content
     assert files_of(tmp_path / "broken" / "t") == files_of(tmp_path / "whole" / "t")
 
@@ -419,11 +424,11 @@ def test_done_ids_are_a_set(
     tmp_path_factory: pytest.TempPathFactory, names: set[str], others: set[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("done")
-    station = stage_runner.Station("s", str(folder / "t"), config_of(folder))
-    station.done_ids("id")
+    stage = stage_runner.StageRunner("s", str(folder / "t"), config_of(folder))
+    stage.done_ids("id")
     for name in sorted(names):
-        station.write_part([{"id": name, "value": 1}], SCHEMA, "id")
-    done = pickle.loads(pickle.dumps(station.done_ids("id")))
+        stage.write_part([{"id": name, "value": 1}], SCHEMA, "id")
+    done = pickle.loads(pickle.dumps(stage.done_ids("id")))
     assert done == names and len(done) == len(names) and bool(done) == bool(names)
     assert {name for name in others if name in done} == names & others == done & others
     column = pa.chunked_array([pa.array(sorted(others), pa.string())])
@@ -438,7 +443,7 @@ def test_no_id_of_many_is_forgotten() -> None:
     assert done.mask(pa.array(names)).to_pylist() == [True, False] * 2500
 
 
-def test_an_actor_that_always_dies_ends_the_station_with_what_to_do_and_its_rows_stay(tmp_path: Path) -> None:
+def test_an_actor_that_always_dies_ends_the_stage_with_what_to_do_and_its_rows_stay(tmp_path: Path) -> None:
     class DiesAt:
         """An actor whose process is killed when it meets a value, as for want of memory."""
 
@@ -453,7 +458,7 @@ def test_an_actor_that_always_dies_ends_the_station_with_what_to_do_and_its_rows
     already: list[str] = []
 
     def run(value: int) -> stage_runner.Manifest:
-        station = stage_runner.Station("judge", str(tmp_path / "t"), config_of(tmp_path), settings=["dies"])
+        stage = stage_runner.StageRunner("judge", str(tmp_path / "t"), config_of(tmp_path), settings=["dies"])
 
         def build(done: set[str]) -> ray.data.Dataset | None:
             already[:] = done
@@ -468,7 +473,7 @@ def test_an_actor_that_always_dies_ends_the_station_with_what_to_do_and_its_rows
                 max_restarts=1,
             )
 
-        return station.write_rows(build, schema=SCHEMA, id_column="id")
+        return stage.write_rows(build, schema=SCHEMA, id_column="id")
 
     with pytest.raises(UserError, match="judge: the process that holds a model died"):
         run(3)

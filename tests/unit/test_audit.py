@@ -860,7 +860,7 @@ def test_fix_logs_every_change_and_leaves_the_rest_alone(tmp_path: Path) -> None
     rows[7] = _leak(rows[7])
     rows.append(rows[5] | {"pair_id": "copy"})
     table = write(tmp_path / "scored", rows, files=2)
-    (tmp_path / "scored" / "manifest.json").write_text(json.dumps({"station": "score", "key": "k1"}))
+    (tmp_path / "scored" / "manifest.json").write_text(json.dumps({"stage": "score", "key": "k1"}))
     config = load(None, [f"run.folder={tmp_path}"])
     before = time.monotonic()
     for _ in range(2):  # an earlier fixed table may be replaced
@@ -1027,9 +1027,9 @@ def test_a_fix_that_was_killed_is_repeated_by_the_same_command(tmp_path: Path) -
     killed = """
 import os, signal, sys
 from mmedpo_ray.config.load import load
-from mmedpo_ray.audit import fix, stage as station
+from mmedpo_ray.audit import fix, stage as stage
 fix._write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-station.audit_command(load(None, [f"run.folder={sys.argv[1]}"]), sys.argv[2], None, None, sys.argv[3])
+stage.audit_command(load(None, [f"run.folder={sys.argv[1]}"]), sys.argv[2], None, None, sys.argv[3])
 """
     target = str(tmp_path / "fixed")
     arguments = [sys.executable, "-c", killed, str(tmp_path), table, target]

@@ -25,7 +25,7 @@ from mmedpo_ray.io import storage
 from mmedpo_ray.stages import preflight, registry
 from mmedpo_ray.tables.manifest import Manifest, write_manifest
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.stage_runner import Station
+from mmedpo_ray.tables.stage_runner import StageRunner
 
 VERBS = ["run", "ingest", "curate", "score", "audit", "align", "export", "serve", "evaluate", "report"]
 
@@ -42,7 +42,7 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_station_has_a_job(verb: str, repository: Path) -> None:
+def test_every_stage_has_a_job(verb: str, repository: Path) -> None:
     script = repository / "jobs" / f"{'pipeline' if verb == 'run' else verb}.py"
     result = subprocess.run(
         [sys.executable, script, "--help"], capture_output=True, text=True, cwd=repository, check=False
@@ -129,7 +129,7 @@ def test_an_option_beats_the_same_setting() -> None:
 def test_a_folder_with_any_name_is_ingested(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
 ) -> None:
-    folder = tmp_path / "Röntgen: Station #3 "
+    folder = tmp_path / "Röntgen: StageRunner #3 "
     run = tmp_path / "Läufe #1"
     (folder / "images").mkdir(parents=True)
     Image.new("L", (8, 8), 100).save(folder / "images" / "a.png")
@@ -174,15 +174,15 @@ def test_an_error_names_a_path_as_it_is(name: str, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("verb", "remedy"),
     [
-        ("curate", "Run the station that writes it first"),
-        ("score", "Run the station that writes it first"),
-        ("align", "Run the station that writes it first"),
-        ("export", "Run the station that writes it first"),
-        ("evaluate", "Run the station that writes it first"),
+        ("curate", "Run the stage that writes it first"),
+        ("score", "Run the stage that writes it first"),
+        ("align", "Run the stage that writes it first"),
+        ("export", "Run the stage that writes it first"),
+        ("evaluate", "Run the stage that writes it first"),
         ("report", "start one with `mmedpo run`"),
     ],
 )
-def test_a_station_without_its_input_says_what_to_run(
+def test_a_stage_without_its_input_says_what_to_run(
     verb: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
 ) -> None:
     assert cli.main([verb, f"run.folder={tmp_path}"]) == 2
@@ -201,7 +201,7 @@ def test_settings_of_an_existing_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Config | None]:
-    """Stations that read nothing and do nothing, or fail where they are set to ``None``; no cluster is started."""
+    """Stages that read nothing and do nothing, or fail where they are set to ``None``; no cluster is started."""
     reached: dict[str, Config | None] = {}
 
     def step_of(name: str) -> pipeline.Step:
@@ -211,7 +211,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Config | None]:
             reached[name] = config
             if name in ("ingest", "align"):
                 folder = getattr(RunFolder(config.run.folder), "samples" if name == "ingest" else name)
-                Station(name, str(folder() if callable(folder) else folder), config).finish()
+                StageRunner(name, str(folder() if callable(folder) else folder), config).finish()
 
         return step
 
@@ -291,7 +291,7 @@ def test_a_verb_begins_with_model_and_data(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_manifest(str(tmp_path / "evaluate"), Manifest(station="evaluate", key="k"))
+    write_manifest(str(tmp_path / "evaluate"), Manifest(stage="evaluate", key="k"))
     assert cli.main([verb, f"run.folder={tmp_path}"]) == 0
     first, *_ = own_lines(capsys)
     assert first.startswith(f"mmedpo {verb}") and str(tmp_path) in first
@@ -488,7 +488,7 @@ def test_a_verb_ends_with_what_it_made_and_the_next_one(
 ) -> None:
     run = tmp_path / "run"
     made = Manifest(
-        station="ingest", key="k", rows_in=12, rows_out=9, dropped={"image_missing": 2, "empty_answer": 1}
+        stage="ingest", key="k", rows_in=12, rows_out=9, dropped={"image_missing": 2, "empty_answer": 1}
     )
     rows = [
         {"image_uri": None, "drop_reason": "empty_answer"},

@@ -329,7 +329,7 @@ def test_no_damage_breaks_it_or_betrays_the_patient(
     assert not [text for text in heard if "Doe" in text or "Secret" in text or "CompressedSamples" in text]
 
 
-def test_later_stations_read_it_as_any_image(tmp_path: Path) -> None:
+def test_later_stages_read_it_as_any_image(tmp_path: Path) -> None:
     path = tmp_path / "ct"
     path.write_bytes(dicom(RAMP, WindowCenter=40, WindowWidth=400))
     assert images.load_rgb(str(path)).mode == "RGB"

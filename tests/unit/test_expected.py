@@ -32,7 +32,7 @@ from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.manifest import Manifest, write_manifest
-from mmedpo_ray.tables.stage_runner import Station
+from mmedpo_ray.tables.stage_runner import StageRunner
 
 IMAGE_TOKEN, IMAGE_TOKENS, VOCABULARY = 99, 16, 100
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -194,7 +194,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     def stop(*_: Any, **__: Any) -> None:
         raise _StoppedError
 
-    monkeypatch.setattr(Station, "write_rows", stop)
+    monkeypatch.setattr(StageRunner, "write_rows", stop)
     monkeypatch.setattr(cluster, "has_gpu", lambda: False)
     monkeypatch.setattr(cluster, "may_grow", lambda: False)
     monkeypatch.setattr(cluster, "room_for", lambda _: 2)
@@ -318,7 +318,7 @@ def test_of_a_table_of_many_row_groups_few_are_read(
             path,
             row_group_size=32,
         )
-    write_manifest(str(tmp_path), Manifest(station="score", key="test", rows_out=4000))
+    write_manifest(str(tmp_path), Manifest(stage="score", key="test", rows_out=4000))
     read: list[int] = []
     opened: list[str] = []
 

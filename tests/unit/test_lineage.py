@@ -13,7 +13,7 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.tables import lineage
 from mmedpo_ray.tables.manifest import read_manifest
-from mmedpo_ray.tables.stage_runner import Station
+from mmedpo_ray.tables.stage_runner import StageRunner
 
 # Folder → what it is made of, in the order of the road.
 ROAD = {
@@ -32,24 +32,24 @@ ROAD = {
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A run in which every station has finished."""
+    """A run in which every stage has finished."""
     config = load(None, [f"run.folder={tmp_path}"])
     for name in ROAD:
         make(config, name)
     return config
 
 
-def make(config: Config, name: str, setting: int = 0) -> Station:
+def make(config: Config, name: str, setting: int = 0) -> StageRunner:
     folders = [f"{config.run.folder}/{made_of}" for made_of in ROAD[name]]
-    station = Station(name, f"{config.run.folder}/{name}", config, settings=[setting], inputs=folders)
-    station.finish()
-    return station
+    stage = StageRunner(name, f"{config.run.folder}/{name}", config, settings=[setting], inputs=folders)
+    stage.finish()
+    return stage
 
 
-def use(config: Config, *names: str) -> Station:
-    """A station that reads these tables."""
+def use(config: Config, *names: str) -> StageRunner:
+    """A stage that reads these tables."""
     folders = [f"{config.run.folder}/{name}" for name in names]
-    return Station("next", f"{config.run.folder}/next", config, inputs=folders)
+    return StageRunner("next", f"{config.run.folder}/next", config, inputs=folders)
 
 
 @pytest.mark.parametrize(
@@ -127,18 +127,18 @@ def test_a_run_may_be_moved_and_its_folder_named_in_any_way(
     tmp_path.rename(moved)
     monkeypatch.chdir(moved.parent)
     config = load(None, [f"run.folder={moved.name}"])
-    Station("export", str(moved / "model"), config, inputs=[str(moved / "align")]).finish()
+    StageRunner("export", str(moved / "model"), config, inputs=[str(moved / "align")]).finish()
     manifest = read_manifest(str(moved / "model"))
     assert manifest is not None
     assert list(manifest.inputs) == ["samples", "candidates", "pairs", "scored", "prepared", "align"]
     make(config, "samples", setting=1)
     with pytest.raises(UserError, match=re.escape("was made from another samples/")):
-        Station("export", str(moved / "model"), config, inputs=[str(moved / "align")])
+        StageRunner("export", str(moved / "model"), config, inputs=[str(moved / "align")])
 
 
 def test_tables_elsewhere_are_followed_too(config: Config, tmp_path: Path) -> None:
     other = load(None, [f"run.folder={tmp_path}-other"])
-    Station("t", f"{other.run.folder}/t", other, inputs=[f"{config.run.folder}/samples"]).finish()
+    StageRunner("t", f"{other.run.folder}/t", other, inputs=[f"{config.run.folder}/samples"]).finish()
     assert lineage.find_stale(other.run.folder, f"{other.run.folder}/t") is None
     make(config, "samples", setting=1)
     assert lineage.find_stale(other.run.folder, f"{other.run.folder}/t") is not None

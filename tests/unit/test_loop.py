@@ -74,7 +74,7 @@ def with_reference(
     for row in rows:
         row.update(zip(COLUMNS, found[row["pair_id"]], strict=True))
     write_table(folder / "prepared", rows, schemas.PREPARED, "prepare")
-    ensure_index(str(folder / "prepared"), Manifest(station="prepare", key="test"))
+    ensure_index(str(folder / "prepared"), Manifest(stage="prepare", key="test"))
     return folder
 
 

@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> Config:
 
 def write_table(config: Config, key: str, **extra: object) -> str:
     folder = f"{config.run.folder}/prepared"
-    write_manifest(folder, Manifest(station="prepare", key=key, extra=extra))
+    write_manifest(folder, Manifest(stage="prepare", key=key, extra=extra))
     return folder
 
 
@@ -40,7 +40,7 @@ def test_messages_name_what_changed(config: Config) -> None:
     (model / "preprocessor_config.json").write_text('{"size": 1}')
     changed = {"max_length": 512, "precision": "bf16", "reversed_visual_coefficient": 0.5}
     config.align = config.align.model_copy(update=changed)
-    write_manifest(f"{config.run.folder}/scored", Manifest(station="score", key="new"))
+    write_manifest(f"{config.run.folder}/scored", Manifest(stage="score", key="new"))
     expected = (
         "the model's chat_template.jinja, preprocessor_config.json, align.precision fp32 → bf16, "
         "align.max_length 1024 → 512, reversed pairs no → yes, the table `scored`"
@@ -59,7 +59,7 @@ def test_a_table_without_record_of_its_settings_is_refused_too(config: Config) -
         check_prepared(folder, "new", made_with(config))
 
 
-def test_the_station_says_why_it_works_again(
+def test_the_stage_says_why_it_works_again(
     config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class StoppedError(Exception):

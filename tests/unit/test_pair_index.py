@@ -26,7 +26,7 @@ from mmedpo_ray.models.loading import PromptWriter, load_processor
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.manifest import Manifest
 
-MANIFEST = Manifest(station="prepare", key="test", content="first")
+MANIFEST = Manifest(stage="prepare", key="test", content="first")
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_pictures_of_any_shape_and_mode_fit(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_previewed_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Run the station"):
+    with pytest.raises(UserError, match="Run the stage"):
         preview(config(tmp_path), 2)
     samples(tmp_path)
     for count in (0, -1, 65):

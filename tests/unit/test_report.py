@@ -21,7 +21,7 @@ from mmedpo_ray.metrics import verdict
 from mmedpo_ray.report.stage import report
 from mmedpo_ray.tables import lineage, schemas
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.stage_runner import Station
+from mmedpo_ray.tables.stage_runner import StageRunner
 
 EVIL = '<script>alert(1)</script><img src="http://example.org/x.png" onerror=alert(2)>'
 
@@ -133,17 +133,17 @@ def scored_rows(folder: Path, count: int, side: int = 64) -> list[dict[str, Any]
 def build_run(config: Config, *, side: int = 64, count: int = 8) -> None:
     run = RunFolder(config.run.folder)
     rows = scored_rows(Path(run.root) / "img", count, side)
-    ingest = Station("ingest", run.samples, config)
+    ingest = StageRunner("ingest", run.samples, config)
     ingest.finish(rows_in=12, rows_out=9, dropped={"image_missing": 3})
-    station = Station("score", run.scored, config)
-    station.done_ids("pair_id")
-    station.write_part(rows, schemas.SCORED, "pair_id")
+    stage = StageRunner("score", run.scored, config)
+    stage.done_ids("pair_id")
+    stage.write_part(rows, schemas.SCORED, "pair_id")
     kinds = [row["kind"] for row in rows]
     scores = np.array([row["score"] for row in rows])
     kinds_figures = weights.summary(
         scores, np.array([row["weight"] for row in rows]), kinds, config.score.weights
     )
-    station.finish_parts(
+    stage.finish_parts(
         schema=schemas.SCORED,
         id_column="pair_id",
         extra=lambda table: {
@@ -151,7 +151,7 @@ def build_run(config: Config, *, side: int = 64, count: int = 8) -> None:
             "debate": {"agents": ["findings"], "judged": 4, "consensus": 3, "rounds": {"1": 1, "2": 3}},
         },
     )
-    Station("align", str(run.align()), config).finish(rows_in=count, rows_out=count)
+    StageRunner("align", str(run.align()), config).finish(rows_in=count, rows_out=count)
     lines = [
         {"step": step, "loss": 1 / step, "reward_margin": step * 0.1, "reward_accuracy": 0.5 + step / 100}
         for step in range(1, 31)
@@ -167,7 +167,7 @@ def build_run(config: Config, *, side: int = 64, count: int = 8) -> None:
             for step in range(1, 31)
         )
     )
-    Station("evaluate", run.evaluate, config).finish(rows_in=320, rows_out=320)
+    StageRunner("evaluate", run.evaluate, config).finish(rows_in=320, rows_out=320)
     storage.write_bytes(storage.join(run.evaluate, "summary.json"), json.dumps(SUMMARY).encode())
 
 
@@ -247,7 +247,7 @@ def test_many_large_images_stay_below_the_size_limit(tmp_path: Path) -> None:
 def test_missing_parts_are_said_in_a_sentence(tmp_path: Path) -> None:
     config = config_of(tmp_path, "control.enabled=false")
     run = RunFolder(config.run.folder)
-    Station("ingest", run.samples, config).finish(rows_in=5, rows_out=4, dropped={})
+    StageRunner("ingest", run.samples, config).finish(rows_in=5, rows_out=4, dropped={})
     _, page = page_of(config)
     shown = words(page.text)
     for sentence in (
@@ -260,7 +260,7 @@ def test_missing_parts_are_said_in_a_sentence(tmp_path: Path) -> None:
         "does not add up",
     ):
         assert sentence in shown, sentence
-    assert not (tmp_path / "align").exists(), "reporting creates no folder of another station"
+    assert not (tmp_path / "align").exists(), "reporting creates no folder of another stage"
 
 
 def test_no_control_and_an_unreadable_image(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_the_verdict_claims_only_what_intervals_show() -> None:
 
 
 def build_chain(config: Config) -> None:
-    """The manifests of a run whose stations have all finished, and a summary."""
+    """The manifests of a run whose stages have all finished, and a summary."""
     run = RunFolder(config.run.folder)
     chain = [
         run.samples,
@@ -311,7 +311,7 @@ def build_chain(config: Config) -> None:
     for before, folder in zip([None, *chain], chain, strict=False):
         settings = config.align.beta if folder == str(run.align()) else 0
         inputs = [before] if before else []
-        Station("s", folder, config, settings=[settings], inputs=inputs).finish(rows_in=1, rows_out=1)
+        StageRunner("s", folder, config, settings=[settings], inputs=inputs).finish(rows_in=1, rows_out=1)
     storage.write_bytes(storage.join(run.evaluate, "summary.json"), json.dumps(SUMMARY).encode())
 
 
@@ -322,7 +322,7 @@ def test_scores_of_an_earlier_model_are_not_shown(tmp_path: Path) -> None:
     assert "Better than the base model" in words(page.text) and "stale" not in page.text.lower()
     run = RunFolder(config.run.folder)
     later = config_of(tmp_path, "align.beta=0.7")
-    Station("s", str(run.align()), later, settings=[0.7], inputs=[run.prepared]).finish()
+    StageRunner("s", str(run.align()), later, settings=[0.7], inputs=[run.prepared]).finish()
     for verb, stale in (("export", "model"), ("evaluate", "evaluate")):
         _, page = page_of(later)
         shown = words(page.text)
@@ -330,10 +330,10 @@ def test_scores_of_an_earlier_model_are_not_shown(tmp_path: Path) -> None:
             f"The scores are out of date and are not shown: {tmp_path}/{stale} was made from another align/"
             in shown
         )
-        assert f"mmedpo {verb}, then the stations after it" in shown and "evaluate (stale)" in shown
+        assert f"mmedpo {verb}, then the stages after it" in shown and "evaluate (stale)" in shown
         assert "Better than the base model" not in shown and "70.0" not in shown
         if verb == "export":
-            Station("s", str(run.model()), later, settings=[0], inputs=[str(run.align())]).finish()
+            StageRunner("s", str(run.model()), later, settings=[0], inputs=[str(run.align())]).finish()
 
 
 def test_settings_are_those_that_the_tables_were_made_with(tmp_path: Path) -> None:
@@ -351,6 +351,6 @@ def test_findings_about_earlier_pairs_are_not_shown(tmp_path: Path) -> None:
     audit["inputs"] = lineage.identities(run.root, [run.samples, run.scored])
     storage.write_bytes(run.audit, json.dumps(audit).encode())
     assert "4,321 scored pairs" in words(page_of(config)[1].text)
-    Station("s", run.scored, config, settings=[1], inputs=[run.pairs]).finish()
+    StageRunner("s", run.scored, config, settings=[1], inputs=[run.pairs]).finish()
     shown = words(page_of(config)[1].text)
     assert "4,321" not in shown and "have not been audited since they were made anew" in shown

@@ -1,4 +1,4 @@
-"""Files by URI and the tables between stations."""
+"""Files by URI and the tables between stages."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_unknown_scheme_and_cloud_models_are_refused() -> None:
 
 
 def test_missing_table_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Run the station"):
+    with pytest.raises(UserError, match="Run the stage"):
         storage.dataset(tmp_path)
 
 

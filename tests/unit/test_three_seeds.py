@@ -12,7 +12,7 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.stage_runner import Station
+from mmedpo_ray.tables.stage_runner import StageRunner
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODELS = ("base", "aligned", "sft_control")
@@ -50,10 +50,10 @@ def finished_run(folder: Path) -> Config:
         ("ingest", run.samples, schemas.SAMPLES, samples, "sample_id"),
         ("evaluate", run.evaluate, schemas.ANSWERS, answers, "answer_id"),
     ):
-        station = Station(name, path, config)
-        station.done_ids(key)
-        station.write_part(rows, schema, key)
-        station.finish_parts(schema=schema, id_column=key)
+        stage = StageRunner(name, path, config)
+        stage.done_ids(key)
+        stage.write_part(rows, schema, key)
+        stage.finish_parts(schema=schema, id_column=key)
     summary = {"models": {model: {"closed_accuracy": {"value": 0.5}} for model in MODELS}}
     storage.write_bytes(storage.join(run.evaluate, "summary.json"), json.dumps(summary).encode())
     return config

@@ -50,7 +50,7 @@ def finish(folder: Path, key: str) -> None:
     train(folder, key)
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_model.safetensors").write_text(key)
-    (folder / "manifest.json").write_text(json.dumps({"station": "align", "key": key}))
+    (folder / "manifest.json").write_text(json.dumps({"stage": "align", "key": key}))
 
 
 def steps(folder: Path) -> list[str]:

@@ -24,7 +24,7 @@ from mmedpo_ray.curate.visual.tools.base import Localisation, VisualTool
 from mmedpo_ray.curate.visual.visual_pairs import VisualPairs, heat_map_pixels
 from mmedpo_ray.io import images, storage
 from mmedpo_ray.tables import schemas
-from mmedpo_ray.tables.stage_runner import Station, read_manifest
+from mmedpo_ray.tables.stage_runner import StageRunner, read_manifest
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -279,26 +279,26 @@ def test_no_visual_pair_at_all_is_warned_of(
     dropped: dict[str, int], remedy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = config(tmp_path)
-    samples = Station("ingest", f"{tmp_path}/samples", asked)
+    samples = StageRunner("ingest", f"{tmp_path}/samples", asked)
     samples.finish()
-    station = Station(
+    stage = StageRunner(
         "visual", f"{tmp_path}/visual", asked, settings=_key_settings(asked), inputs=[samples.folder]
     )
-    station.finish(rows_in=1200, dropped=dropped)
+    stage.finish(rows_in=1200, dropped=dropped)
     make_visual_pairs(asked, lambda: pytest.fail("nothing is to be made"))
     [said] = caplog.messages
     assert "none of the 1,200 visual pairs of curate.visual.tool=dataset_mask could be made" in said
     assert all(f"{reason} {count:,}" in said for reason, count in dropped.items())
     assert remedy in said and "curate.visual.tool=none if that is meant" in said
     caplog.clear()
-    station.finish(rows_in=1200, rows_out=1, dropped={"no_mask": 1199})
+    stage.finish(rows_in=1200, rows_out=1, dropped={"no_mask": 1199})
     make_visual_pairs(asked, lambda: pytest.fail("nothing is to be made"))
     assert not caplog.messages
 
 
 def test_no_question_about_a_finding_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = config(tmp_path, "curate.visual.questions=finding")
-    samples = Station("ingest", f"{tmp_path}/samples", asked)
+    samples = StageRunner("ingest", f"{tmp_path}/samples", asked)
     samples.finish()
     row = {"question": "What is the plane?", "answer": "Axial", "image_id": "one", "sample_id": "a"}
     make_visual_pairs(asked, lambda: pa.Table.from_pylist([row]))

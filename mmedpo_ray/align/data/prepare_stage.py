@@ -1,4 +1,4 @@
-"""The prepare station: pairs tokenised once, with their log-probabilities under the model before alignment.
+"""The prepare stage: pairs tokenised once, with their log-probabilities under the model before alignment.
 
 DPO's reference never changes, so its values are columns of a table like any other. One pass over slices of `scored` makes
 both: Ray Data actors that hold the model tokenise their pairs and run them; where the objective needs no reference, plain
@@ -47,7 +47,7 @@ from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.provenance import MADE_WITH, MODEL_FILES, SCORED, changes
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import map_slices, plan_slices, read_slices
-from mmedpo_ray.tables.stage_runner import Manifest, Station, read_manifest
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
 
 # Rows handed to an actor at once, in forward passes: what a crash costs it. Of a large table more, or the slices would be too
 # many for the driver: then every worker gets about so many slices of at most so many rows.
@@ -74,22 +74,22 @@ def prepare(config: Config) -> Manifest:
             small.
     """
     run = RunFolder(config.run.folder)
-    station = _station(config)
-    manifest = station.finished()
+    stage = _stage(config)
+    manifest = stage.finished()
     if manifest is None:
         check_model(config.model.path, config.align)
         # The same workers train afterwards.
         check_cluster(config.align, use_gpu=wants_gpu(config.align))
         parts = made_with(config)
-        if (before := read_manifest(run.prepared)) is not None and before.key != station.key:
+        if (before := read_manifest(run.prepared)) is not None and before.key != stage.key:
             console.print(
-                f"[dim]{station.name}: making {run.prepared} anew. Changed: "
+                f"[dim]{stage.name}: making {run.prepared} anew. Changed: "
                 f"{escape(changes(before.extra.get(MADE_WITH), parts))}[/dim]",
                 soft_wrap=True,
             )
         if needs_stored_reference(config.align):
             announce_ahead(config)
-        manifest = station.write_rows(
+        manifest = stage.write_rows(
             lambda done: _pipeline(config, done),
             schema=schemas.PREPARED,
             id_column=_ID,
@@ -109,7 +109,7 @@ def finished_table(config: Config) -> Manifest | None:
         UserError: `scored` is missing.
     """
     manifest = read_manifest(RunFolder(config.run.folder).prepared)
-    return manifest if manifest is not None and manifest.key == _station(config).key else None
+    return manifest if manifest is not None and manifest.key == _stage(config).key else None
 
 
 def preparation_settings(config: Config) -> dict[str, Any]:
@@ -145,9 +145,9 @@ def needs_stored_reference(align: AlignConfig) -> bool:
     )
 
 
-def _station(config: Config) -> Station:
+def _stage(config: Config) -> StageRunner:
     run = RunFolder(config.run.folder)
-    return Station(
+    return StageRunner(
         "prepare", run.prepared, config, settings=[preparation_settings(config)], inputs=[run.scored]
     )
 

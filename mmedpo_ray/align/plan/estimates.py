@@ -140,7 +140,7 @@ def announce(name: str, align: AlignConfig, config: Config) -> None:
     """Prints what training on the `prepared` table of a run is expected to do.
 
     Args:
-        name: of the station.
+        name: of the stage.
         align: settings of the role.
         config: all settings.
     """
@@ -178,7 +178,7 @@ def announce_ahead(config: Config) -> None:
     """The same before there is such a table: tokenises `scored` in this process, of a large one some images with all their pairs."""
     source, _, share = tokenise(config)
     if not source.index.num_pairs:
-        # The station that writes the table says why.
+        # The stage that writes the table says why.
         return
     expected = expect(source, config.align, config, share)
     _ahead[config.run.folder] = line = plan_line("align", expected, config.align)

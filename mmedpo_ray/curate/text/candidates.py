@@ -27,7 +27,7 @@ from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
-from mmedpo_ray.tables.stage_runner import Manifest, Station
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner
 
 # What sampling needs of a sample.
 COLUMNS = ("sample_id", "image_id", "image_uri", "question")
@@ -55,8 +55,8 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
         model_fingerprint(config.model.path),
         config.run.seed,
     ]
-    station = Station("candidates", run.candidates, config, settings=settings, inputs=[run.samples])
-    if (manifest := station.finished()) is not None:
+    stage = StageRunner("candidates", run.candidates, config, settings=settings, inputs=[run.samples])
+    if (manifest := stage.finished()) is not None:
         return manifest
     planned = plan(samples.select(COLUMNS), text.num_candidates)
     engine = engine_settings(config.model.engine, has_gpu=has_gpu(), model=resolve_model(config.model.path))
@@ -81,7 +81,7 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
             runtime_env={"env_vars": {**engine.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}},
         )
 
-    return station.write_rows(
+    return stage.write_rows(
         build,
         schema=schemas.CANDIDATES,
         id_column="candidate_id",

@@ -31,7 +31,7 @@ from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
-from mmedpo_ray.tables.stage_runner import Manifest, Station, read_manifest
+from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
 
 # Requests handed to the client together, as a multiple of those in flight: the slowest of them is waited for once.
 _ROUNDS = 8
@@ -54,10 +54,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Asking:
-    """A station that asks.
+    """A stage that asks.
 
     Attributes:
-        name: of the station.
+        name: of the stage.
         folder: of its table.
         endpoint: whom it asks.
         task: what it asks.
@@ -81,14 +81,14 @@ class Asking:
         """
         key = read_key(self.endpoint)
         sampling = self.endpoint.model_dump(include={"model", "temperature", "max_tokens"})
-        station = Station(
+        stage = StageRunner(
             self.name, self.folder, config, settings=[sampling, *self.settings], inputs=self.inputs
         )
-        if (manifest := station.finished()) is not None:
+        if (manifest := stage.finished()) is not None:
             return manifest
-        log = UsageLog(storage.join(self.folder, ".usage", station.key))
+        log = UsageLog(storage.join(self.folder, ".usage", stage.key))
         before = read_manifest(self.folder)
-        if before is not None and before.key == station.key and not storage.list_files(log.folder):
+        if before is not None and before.key == stage.key and not storage.list_files(log.folder):
             # Only the rows that failed are asked again; the others stay paid for.
             log.add(Usage.of(before.extra.get("endpoint", {})))
 
@@ -111,7 +111,7 @@ class Asking:
                 ),
             )
 
-        manifest = station.write_rows(
+        manifest = stage.write_rows(
             asked,
             schema=self.task.schema,
             id_column="sample_id",

@@ -1,6 +1,6 @@
 """The text half of `curate` as Ray Data maps: slices of `samples` → candidates, choices, rewrites → text pairs.
 
-Which tables there are depends on the method; each is a station of its own, and each reads what the one before it left:
+Which tables there are depends on the method; each is a stage of its own, and each reads what the one before it left:
 
     on_policy: candidates [→ choices, judge: endpoint] [→ rewrites of the samples without a wrong candidate, fallback: rewrite]
     rewrite:   rewrites
@@ -26,7 +26,7 @@ from mmedpo_ray.tables.slices import Skip, map_slices
 
 
 def prepare(config: Config, narrow_samples: Any) -> list[str]:
-    """Runs the stations that the method needs; returns the folders that the pairs are made of.
+    """Runs the stages that the method needs; returns the folders that the pairs are made of.
 
     Args:
         config: all settings.
@@ -80,7 +80,7 @@ def text_pairs(config: Config, done: DoneIds, counts: str) -> ray.data.Dataset |
     return _map(run.samples, _columns(tasks.SAMPLE_COLUMNS), task, config)
 
 
-# ---------------------------------------------------------------------- stations behind an endpoint
+# ---------------------------------------------------------------------- stages behind an endpoint
 
 
 def _choose(config: Config, inputs: list[str]) -> None:

@@ -1,6 +1,6 @@
 """What Ray tasks do with rows of `samples`: join the other tables, leave out what is done, make rows.
 
-Apart from the stations, so that a worker imports no model code for them.
+Apart from the stages, so that a worker imports no model code for them.
 """
 
 from __future__ import annotations

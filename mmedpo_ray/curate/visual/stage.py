@@ -1,4 +1,4 @@
-"""The table `visual`: the visual pairs, as a station of its own.
+"""The table `visual`: the visual pairs, as a stage of its own.
 
 `pairs` takes its rows over. So whatever changes about the text pairs alone, such as an endpoint that answers on the second run,
 leaves the heat maps and the noised images as they are.
@@ -29,7 +29,7 @@ from mmedpo_ray.tables.manifest import counts_in_words
 from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
-from mmedpo_ray.tables.stage_runner import MANIFEST, Manifest, Station
+from mmedpo_ray.tables.stage_runner import MANIFEST, Manifest, StageRunner
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +52,18 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
     run = RunFolder(config.run.folder)
     if config.curate.visual.tool == "none":
         return []
-    station = Station("visual", run.visual, config, settings=_key_settings(config), inputs=[run.samples])
-    if (manifest := station.finished()) is not None:
+    stage = StageRunner("visual", run.visual, config, settings=_key_settings(config), inputs=[run.samples])
+    if (manifest := stage.finished()) is not None:
         _warn_of_none(manifest, config)
         return [run.visual]
 
     def build(done: DoneIds) -> ray.data.Dataset | None:
         if not done:
-            _make_room(run, station.key)
+            _make_room(run, stage.key)
         return _planned_pairs(config, train_samples(), done)
 
     # How many may be dropped is about all pairs, so `pairs` looks after it.
-    manifest = station.write_rows(
+    manifest = stage.write_rows(
         build,
         schema=schemas.PAIRS,
         id_column="pair_id",

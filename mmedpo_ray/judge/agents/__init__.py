@@ -111,7 +111,7 @@ def map_options(settings: AgentConfig, *, data_cpus: float, has_gpu: bool) -> di
 
 
 def key(settings: AgentConfig) -> list[Any]:
-    """What this agent's judgements depend on; part of the station's key."""
+    """What this agent's judgements depend on; part of the stage's key."""
     return _module(settings).key(settings)
 
 

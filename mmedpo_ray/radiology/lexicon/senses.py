@@ -47,7 +47,7 @@ _TABLE: dict[str, tuple[str, str]] = {
         r"[ -](?:normal|priority|speed|level|\d+)|(?<=\bon top)(?! of (?:the|this) (?:image|picture|scan|lung|heart))",
     ),
     "bottom": ("", "[ -](?:line|up)"),
-    "central": ("", " (?:hospital|station|role|question|issue)"),
+    "central": ("", " (?:hospital|stage|role|question|issue)"),
     "base": (
         "skull|cranial|tongue|data",
         " (?:excess|deficit|pairs?|rate)|-pairs?| of (?:the )?(?:skull|tongue|thumb|(?:\\w+ )?(?:metatarsal|metacarpal|phalanx|finger|toe))",

@@ -1,4 +1,4 @@
-"""The prepare station on a real Ray cluster: slices, reversed pairs across their borders, resuming, the plan before training."""
+"""The prepare stage on a real Ray cluster: slices, reversed pairs across their borders, resuming, the plan before training."""
 
 from __future__ import annotations
 
