@@ -1,8 +1,8 @@
-"""An original LLaVA-Med 1.5 checkpoint (``llava_mistral``) → a ``LlavaForConditionalGeneration`` that everything loads.
+"""An original LLaVA-Med 1.5 checkpoint (``llava_mistral``) → a ``LlavaForConditionalGeneration`` (`mmedpo convert`).
 
     mmedpo convert --source llava-med-v1.5-mistral-7b --out llava-med-v1.5-hf
 
-The weights get other names and, if asked for, another precision; nothing is trained, added or changed. Everything is
+The weights get other names and, if wanted, another precision; nothing is trained, added or changed. Everything is
 checked from the headers before the first byte is written, and the folder gets its name only when it is complete.
 """
 
@@ -18,33 +18,35 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import LlavaConfig
+from transformers import GenerationConfig, LlavaConfig
 
 from mmedpo_ray import __version__
 from mmedpo_ray.console import console, progress_bar
-from mmedpo_ray.convert.json_files import one_line
 from mmedpo_ray.convert.llava_med_config import (
+    MODEL_TYPE,
+    LlavaMedSettings,
     expected_shapes,
-    generation_config,
     llava_config,
     read_original,
     vision_config,
 )
 from mmedpo_ray.convert.llava_med_processor import make_processor
-from mmedpo_ray.convert.weight_names import TOWER, converted_name, is_clip_text, is_recomputed, tower_name
+from mmedpo_ray.convert.weight_names import converted_name, is_clip_text, is_recomputed, tower_name
 from mmedpo_ray.convert.weights import (
     MAX_SHARD_BYTES,
     Move,
     Progress,
+    check_moves,
     has_weights,
     list_tensors,
-    plan_moves,
     write_shards,
 )
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import PromptWriter, first_line, load_processor
+from mmedpo_ray.models.saving import TOWER, check_new_folder, replaced_folder
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LM_HEAD = "language_model.lm_head.weight"
 _EMBEDDING = "language_model.model.embed_tokens.weight"
 
@@ -58,7 +60,7 @@ class Conversion:
         tensors: how many weights it has.
         bytes: their size.
         dtype: their precision.
-        notes: what to know about this conversion, one sentence or two each.
+        notes: what to know about this conversion, one or two sentences each.
     """
 
     out: Path
@@ -74,13 +76,13 @@ def convert_command(source: Path, out: Path, *, vision_tower: str | None, dtype:
     Raises:
         UserError: as :func:`convert`.
     """
+    tower = Path(vision_tower).expanduser() if vision_tower else None
     with progress_bar() as bar:
         task = bar.add_task("convert", total=None, note="reading headers", unit="tensors")
 
         def report(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, note="tensors")
 
-        tower = Path(vision_tower).expanduser() if vision_tower else None
         done = convert(
             source.expanduser(), out.expanduser(), vision_tower=tower, dtype=dtype, progress=report
         )
@@ -105,27 +107,27 @@ def convert(
     Args:
         source: the original: ``config.json``, tokenizer, and weights as safetensors or torch files.
         out: folder to write; must not exist or be empty.
-        vision_tower: folder of a CLIP whose tower takes the place of the checkpoint's, or supplies it where the
+        vision_tower: folder of a CLIP whose tower takes the place of the checkpoint's, or supplies it if the
             checkpoint has none.
-        dtype: bfloat16, float16 or float32; the precision of the original's embedding without.
+        dtype: bfloat16, float16 or float32; by default the precision of the original's embedding.
         max_shard_bytes: size of an output shard.
-        progress: told after every shard.
+        progress: called after every shard.
 
     Raises:
-        UserError: what is there is no complete LLaVA-Med 1.5, or cannot be written; nothing is left behind.
+        UserError: ``source`` is no complete LLaVA-Med 1.5, or ``out`` cannot be written; nothing is left behind.
     """
-    original = read_original(source)
-    _check_out(out)
-    tower, vision = vision_config(original, source, vision_tower)
+    original, settings = read_original(source)
+    check_new_folder(out)
+    tower, vision = vision_config(settings.tower, source, vision_tower)
     config = llava_config(original, vision, source)
-    moves, notes = _plan(source, original, config, tower, replace_tower=vision_tower is not None)
+    moves, notes = _plan(source, settings, config, tower, replace_tower=vision_tower is not None)
     target = _target_dtype(dtype, moves)
-    wider = [move for move in moves if move.tensor.dtype.itemsize > target.itemsize]
-    if wider:
+    num_wider = sum(move.tensor.dtype.itemsize > target.itemsize for move in moves)
+    if num_wider:
         notes.append(
-            f"{len(wider)} of {len(moves)} tensors were saved in higher precision than {_name(target)}."
+            f"{num_wider} of {len(moves)} tensors were saved in higher precision than {_name(target)}."
         )
-    pad = original.get("image_aspect_ratio") == "pad"
+    pad = settings.image_aspect_ratio == "pad"
     notes.append(
         "images: widened to squares in CLIP's mean colour, as in the original."
         if pad
@@ -139,53 +141,56 @@ def convert(
     with _completed(out) as folder:
         _check_space(out.parent, sum(move.tensor.size for move in moves) * target.itemsize)
         config.save_pretrained(folder)
-        generation_config(config).save_pretrained(folder)
+        # Only where answers end: the caller chooses the sampling, not the checkpoint.
+        GenerationConfig(**{key: getattr(text, key) for key in _SPECIAL_TOKENS}).save_pretrained(folder)
         processor.save_pretrained(folder)
         size = write_shards(moves, folder, target, max_shard_bytes=max_shard_bytes, progress=progress)
-        _write_record(folder, original, moves, target)
+        _write_record(folder, settings, moves, target)
         _verify(folder, config, moves)
     return Conversion(out, len(moves), size, _name(target), notes)
 
 
 def _plan(
-    source: Path, original: dict[str, Any], config: LlavaConfig, tower: Path | None, *, replace_tower: bool
+    source: Path, settings: LlavaMedSettings, config: LlavaConfig, tower: Path | None, *, replace_tower: bool
 ) -> tuple[list[Move], list[str]]:
-    """Which tensor becomes which weight, and what to tell about it."""
+    """Which tensor becomes which weight, and what to tell the user about it."""
     tensors = list_tensors(source)
-    kept = [tensor for tensor in tensors if not is_recomputed(tensor.name)]
+    moves = [
+        Move(converted_name(tensor.name) or "", tensor)
+        for tensor in tensors
+        if not is_recomputed(tensor.name)
+    ]
     notes = []
-    if len(kept) < len(tensors):
-        notes.append(
-            f"{len(tensors) - len(kept)} saved tables were left out: the model computes them itself."
-        )
-    moves = [Move(converted_name(tensor.name) or "", tensor) for tensor in kept]
+    if left_out := len(tensors) - len(moves):
+        notes.append(f"{left_out} saved tables were left out: the model computes them itself.")
     own_tower = [move for move in moves if move.target.startswith(TOWER)]
-    name = original.get("mm_vision_tower")
+    name = settings.mm_vision_tower
     if own_tower and not replace_tower:
         notes.append(
-            f"vision tower: the checkpoint's own. LLaVA-Med's published code passes it over and loads {name} instead; "
+            f"vision tower: the checkpoint's own. LLaVA-Med's published code ignores it and loads {name} instead; "
             "--vision-tower with a folder of that does the same here."
         )
     elif tower is not None and (replace_tower or has_weights(tower)):
         moves = [move for move in moves if not move.target.startswith(TOWER)] + _tower_moves(tower)
-        left_out = f"; the checkpoint's own ({len(own_tower)} tensors) was left out" if own_tower else ""
-        notes.append(f"vision tower: {tower}{left_out}.")
+        without = f"; the checkpoint's own ({len(own_tower)} tensors) was left out" if own_tower else ""
+        notes.append(f"vision tower: {tower}{without}.")
     else:
         raise UserError(
             f"{source} has no weights of the vision tower; the original takes them from {name}. Download that and name "
             "its folder with --vision-tower."
         )
     optional = frozenset([_LM_HEAD] if config.tie_word_embeddings else [])
-    return plan_moves(moves, expected_shapes(config), source, optional=optional), notes
+    check_moves(moves, expected_shapes(config), source, optional=optional)
+    return moves, notes
 
 
 def _tower_moves(folder: Path) -> list[Move]:
     """The weights of a CLIP's tower; the text side of a whole CLIP is not needed."""
     moves = []
     for tensor in list_tensors(folder):
-        target = tower_name(tensor.name)
         if is_recomputed(tensor.name) or is_clip_text(tensor.name):
             continue
+        target = tower_name(tensor.name)
         if target is None:
             raise UserError(f"{folder} is no CLIP: it has a tensor {tensor.name}.")
         moves.append(Move(target, tensor))
@@ -193,7 +198,7 @@ def _tower_moves(folder: Path) -> list[Move]:
 
 
 def _check_special_tokens(source: Path, tokenizer: Any, text: Any) -> None:
-    """That tokenizer and model mean the same tokens by the beginning and the end of a text."""
+    """Checks that tokenizer and model mean the same tokens by the beginning and the end of a text."""
     for key in ("bos_token", "eos_token"):
         token, expected = getattr(tokenizer, f"{key}_id"), getattr(text, f"{key}_id")
         if expected is not None and token not in (expected if isinstance(expected, list) else [expected]):
@@ -211,18 +216,16 @@ def _target_dtype(dtype: str | None, moves: list[Move]) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _write_record(folder: Path, original: dict[str, Any], moves: list[Move], dtype: torch.dtype) -> None:
+def _write_record(folder: Path, settings: LlavaMedSettings, moves: list[Move], dtype: torch.dtype) -> None:
     """``conversion.json``: what the model was made from, for whoever finds the folder later."""
-    files: dict[str, int] = {}
-    for move in moves:
-        files[f"{move.tensor.file.parent.name}/{move.tensor.file.name}"] = move.tensor.file.stat().st_size
+    sources = {f"{move.tensor.file.parent.name}/{move.tensor.file.name}": move.tensor.file for move in moves}
     record = {
         "mmedpo_ray": __version__,
-        "model_type": original["model_type"],
-        "mm_vision_tower": original.get("mm_vision_tower"),
+        "model_type": MODEL_TYPE,
+        "mm_vision_tower": settings.mm_vision_tower,
         "tower_from": next(move.tensor.file.parent.name for move in moves if move.target.startswith(TOWER)),
         "dtype": _name(dtype),
-        "files": files,
+        "files": {name: file.stat().st_size for name, file in sources.items()},
     }
     (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -236,11 +239,6 @@ def _verify(folder: Path, config: LlavaConfig, moves: list[Move]) -> None:
         raise RuntimeError(f"the model written to {folder} is not the one planned")
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder. Name a new folder with --out.")
-
-
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -252,34 +250,26 @@ def _check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def _completed(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` once it is complete; if it never is, all that was made for it is removed.
+    """A temporary folder to fill, which becomes ``out`` once it is complete.
+
+    After an error nothing is left: the folders above ``out`` that were made for it are removed too.
 
     Raises:
         UserError: it cannot be made or written to.
     """
-    temporary = out.with_name(f".{out.name}.converting")
-    made: list[Path] = []
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
-        for folder in [folder for folder in reversed(out.parents) if not folder.exists()]:
-            folder.mkdir()
-            made.append(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
+        with replaced_folder(out) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write {out}: {one_line(error)}. Mend that or name another folder with --out."
+            f"cannot write {out}: {first_line(error)}. Correct that or name another folder with --out."
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not out.exists():
-            for folder in reversed(made):
-                # Somebody else may have put something there meanwhile.
-                with suppress(OSError):
-                    folder.rmdir()
+        for folder in made:
+            # Not empty after a success, or if somebody else has put something there meanwhile.
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _name(dtype: torch.dtype) -> str:

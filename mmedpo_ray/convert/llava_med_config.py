@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from transformers import (
     CLIPVisionConfig,
-    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
@@ -18,88 +18,23 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
-from mmedpo_ray.convert.json_files import (
-    FLAG,
-    OBJECT,
-    TEXT,
-    Kind,
-    bad_setting,
-    maybe,
-    number,
-    one_line,
-    one_of,
-    read_object,
-    shorten,
-    take,
-    whole,
-)
-from mmedpo_ray.convert.weight_names import saved_name
+from mmedpo_ray.convert.json_files import JsonSettings, bad_setting, checked, read_object, shorten
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import first_line
+from mmedpo_ray.models.saving import saved_name
 
-_MODEL_TYPE = "llava_mistral"
-# transformers checks the types of settings with the second, which is no ValueError.
-_BAD_CONFIG = (TypeError, ValueError, OSError, StrictDataclassError)
-# Far above every model there is; keeps a slip of the file from taking all memory or time.
-_SIZE = whole(1, 2**20)
-_LAYERS = whole(1, 1024)
-_LENGTH = whole(1, 2**40)
-_TOKEN = whole(0, 2**24)
-_SHARE = number(0, 1)
-_TOKENS = Kind(
-    lambda value: (
-        _TOKEN.fits(value) or (isinstance(value, list) and bool(value) and all(map(_TOKEN.fits, value)))
-    ),
-    "the id of a token, or a list of some",
-)
-_ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
-# What Mistral's configuration consists of in the original's config.json; the rest of it is about LLaVA.
-_TEXT: dict[str, Kind] = {
-    "vocab_size": whole(1, 2**24),
-    "hidden_size": _SIZE,
-    "intermediate_size": _SIZE,
-    "num_hidden_layers": _LAYERS,
-    "num_attention_heads": _SIZE,
-    "num_key_value_heads": _SIZE,
-    "head_dim": maybe(_SIZE),
-    # The only one that vLLM's Mistral computes.
-    "hidden_act": one_of("silu"),
-    "max_position_embeddings": _LENGTH,
-    "initializer_range": number(0, 100),
-    "rms_norm_eps": number(0, 1),
-    "use_cache": FLAG,
-    # -1 stands for none in old configurations.
-    "pad_token_id": Kind(
-        lambda value: value in (None, -1) or _TOKEN.fits(value), "the id of a token, or null"
-    ),
-    "bos_token_id": maybe(_TOKEN),
-    "eos_token_id": maybe(_TOKENS),
-    "tie_word_embeddings": FLAG,
-    "rope_theta": number(0, 1e12, above=True),
-    "rope_scaling": maybe(OBJECT),
-    "sliding_window": maybe(_LENGTH),
-    "attention_dropout": _SHARE,
-}
-# Without one of these transformers would take a default of its own, and another model would come out.
-_TEXT_REQUIRED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
-)
-_VISION: dict[str, Kind] = {
-    "hidden_size": _SIZE,
-    "intermediate_size": _SIZE,
-    "num_hidden_layers": _LAYERS,
-    "num_attention_heads": _SIZE,
-    "num_channels": whole(3, 3),
-    "image_size": whole(1, 2**14),
-    "patch_size": whole(1, 2**14),
-    "projection_dim": _SIZE,
-    "hidden_act": one_of("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"),
-    "layer_norm_eps": number(0, 1),
-    "attention_dropout": _SHARE,
-    "initializer_range": number(0, 100),
-    "initializer_factor": number(0, 100),
-}
-# openai/clip-vit-large-patch14-336, the tower of LLaVA 1.5 and LLaVA-Med 1.5.
+MODEL_TYPE = "llava_mistral"
+# The upper bounds are far above every model there is; they keep a typing error from taking all memory or time.
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Layers = Annotated[int, Field(ge=1, le=1024)]
+Length = Annotated[int, Field(ge=1, le=2**40)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
+Token = Annotated[int, Field(ge=0, le=2**24)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(ge=0, le=100)]
+Activation = Literal["quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"]
+
+# The tower of LLaVA 1.5 and LLaVA-Med 1.5 (openai/clip-vit-large-patch14-336).
 _KNOWN_TOWER = "clip-vit-large-patch14-336"
 _KNOWN_VISION: dict[str, Any] = {
     "hidden_size": 1024,
@@ -113,8 +48,117 @@ _KNOWN_VISION: dict[str, Any] = {
 }
 
 
-def read_original(source: Path) -> dict[str, Any]:
-    """The original's ``config.json``.
+def _check_divides(value: int, key: str, info: ValidationInfo) -> int:
+    """``value``, if it divides the setting ``key``, which stands before it."""
+    whole = info.data.get(key, 0)
+    if whole % value:
+        raise ValueError(f"must divide {key}, which is {whole}")
+    return value
+
+
+class TextSettings(JsonSettings):
+    """What Mistral's configuration consists of.
+
+    The settings without a default are required: transformers would use a default of its own for them, and another model
+    would come out.
+    """
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    head_dim: Size | None = None
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    # The only one that vLLM's Mistral computes.
+    hidden_act: Literal["silu"]
+    max_position_embeddings: Length
+    initializer_range: Scale = 0.02
+    rms_norm_eps: Share
+    use_cache: bool = True
+    # -1 stands for none in old configurations.
+    pad_token_id: Annotated[int, Field(ge=-1, le=2**24)] | None = None
+    bos_token_id: Token | None = None
+    eos_token_id: Annotated[
+        Annotated[list[Token], Field(min_length=1)] | None,
+        BeforeValidator(lambda value: [value] if type(value) is int else value),
+    ] = None
+    tie_word_embeddings: bool = False
+    rope_theta: Annotated[float, Field(gt=0, le=1e12)]
+    rope_scaling: dict[str, Any] | None = None
+    sliding_window: Length | None = None
+    attention_dropout: Share = 0.0
+
+    @field_validator("num_attention_heads")
+    @classmethod
+    def _heads_divide(cls, value: int, info: ValidationInfo) -> int:
+        return value if info.data.get("head_dim") else _check_divides(value, "hidden_size", info)
+
+    @field_validator("num_key_value_heads")
+    @classmethod
+    def _shared_heads_divide(cls, value: int, info: ValidationInfo) -> int:
+        return _check_divides(value, "num_attention_heads", info)
+
+    @field_validator("bos_token_id", "eos_token_id", "pad_token_id")
+    @classmethod
+    def _is_in_vocabulary(cls, value: Any, info: ValidationInfo) -> Any:
+        rows = info.data.get("vocab_size", 2**24 + 1)
+        if any(token >= rows for token in (value if isinstance(value, list) else [value or 0])):
+            raise ValueError(f"must be below vocab_size, which is {rows}")
+        return value
+
+
+class LlavaMedSettings(TextSettings):
+    """What is read of the original's ``config.json``; other variants of LLaVA have other values and are refused."""
+
+    mm_vision_select_layer: int
+    mm_projector_type: Literal["mlp2x_gelu"]
+    mm_vision_select_feature: Literal["patch"] | None = None
+    mm_use_im_start_end: Literal[False] | None = None
+    mm_patch_merge_type: Literal["flat"] | None = None
+    image_aspect_ratio: Literal["pad", "square"] | None = None
+    mm_vision_tower: str | None = None
+    vision_tower: str | None = None
+
+    @property
+    def tower(self) -> str:
+        """What the original calls its tower: a folder or a name on the hub; empty if it does not say."""
+        return self.mm_vision_tower or self.vision_tower or ""
+
+
+class VisionSettings(JsonSettings, validate_default=True):
+    """What CLIP's vision configuration consists of; a file often leaves out what equals CLIP's default."""
+
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Size = 12
+    num_channels: Literal[3] = 3
+    patch_size: Pixels = 32
+    image_size: Pixels = 224
+    projection_dim: Size = 512
+    hidden_act: Activation = "quick_gelu"
+    layer_norm_eps: Share = 1e-5
+    attention_dropout: Share = 0.0
+    initializer_range: Scale = 0.02
+    initializer_factor: Scale = 1.0
+
+    @field_validator("num_attention_heads")
+    @classmethod
+    def _heads_divide(cls, value: int, info: ValidationInfo) -> int:
+        return _check_divides(value, "hidden_size", info)
+
+    @field_validator("image_size")
+    @classmethod
+    def _patches_fit(cls, value: int, info: ValidationInfo) -> int:
+        patch = info.data.get("patch_size", 1)
+        if value % patch:
+            raise ValueError(f"must be a multiple of patch_size, which is {patch}")
+        return value
+
+
+def read_original(source: Path) -> tuple[dict[str, Any], LlavaMedSettings]:
+    """The original's ``config.json`` as it is, and what is read of it.
 
     Raises:
         UserError: there is none, or it is not that of LLaVA-Med 1.5.
@@ -127,55 +171,32 @@ def read_original(source: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{source} is no checkpoint: it has no config.json. Download the checkpoint again.")
     original = read_object(path)
-    found = original.get("model_type")
-    if found == "llava":
+    kind = original.get("model_type")
+    if kind == "llava":
         raise UserError(
             f"{source} is a LlavaForConditionalGeneration already: use it as it is, model.path={source}."
         )
-    if found != _MODEL_TYPE:
-        named = found if isinstance(found, str) else shorten(found)
+    if kind != MODEL_TYPE:
         raise UserError(
-            f"{source} has model_type {named}. Only {_MODEL_TYPE}, the layout of LLaVA-Med 1.5, can "
-            "be converted."
+            f"{source} has model_type {shorten(kind)}. Only {MODEL_TYPE}, the layout of LLaVA-Med 1.5, can be converted."
         )
-    expected = {
-        "mm_projector_type": ("mlp2x_gelu",),
-        "mm_vision_select_feature": ("patch", None),
-        "mm_use_im_start_end": (False, None),
-        "mm_patch_merge_type": ("flat", None),
-        "image_aspect_ratio": ("pad", "square", None),
-    }
-    for key, values in expected.items():
-        supported = " or ".join(repr(value) for value in values if value is not None)
-        if key not in original and None not in values:
-            raise UserError(
-                f"{path} has no {key}, LLaVA-Med 1.5 has {supported}. The file is incomplete: download it again."
-            )
-        if original.get(key) not in values:
-            raise UserError(
-                f"{path} says {key}={shorten(original[key])}, LLaVA-Med 1.5 has {supported}. Other variants of LLaVA "
-                "cannot be converted."
-            )
-    return original
+    return original, checked(LlavaMedSettings, original, path)
 
 
-def vision_config(
-    original: dict[str, Any], source: Path, given: Path | None
-) -> tuple[Path | None, CLIPVisionConfig]:
+def vision_config(name: str, source: Path, given: Path | None) -> tuple[Path | None, CLIPVisionConfig]:
     """The tower's folder, if there is one here, and its architecture.
 
     Args:
-        original: its ``config.json``.
-        source: its folder; ``mm_vision_tower`` may be relative to it.
-        given: a folder that takes the place of ``mm_vision_tower``.
+        name: what the original calls its tower; may be a folder relative to ``source``.
+        source: folder of the original.
+        given: a folder to take instead.
 
     Raises:
         UserError: the tower is unknown, or no CLIP.
     """
-    name = _tower_of(original, source / "config.json")
     folders = [given] if given is not None else [Path(name), source / name] if name else []
     for folder in folders:
-        found = _folder(folder)
+        found = _existing_folder(folder)
         if found is not None and found != source and (found / "config.json").is_file():
             return found, _clip_config(found)
     if given is not None:
@@ -188,14 +209,8 @@ def vision_config(
     )
 
 
-def _tower_of(original: dict[str, Any], path: Path) -> str:
-    """What the original calls its tower: a folder or a name on the hub; empty if it does not say."""
-    names = take(original, {"mm_vision_tower": maybe(TEXT), "vision_tower": maybe(TEXT)}, path)
-    return names.get("mm_vision_tower") or names.get("vision_tower") or ""
-
-
-def _folder(path: Path) -> Path | None:
-    """The folder of this name; ``None`` for a name that can be no folder's."""
+def _existing_folder(path: Path) -> Path | None:
+    """The folder of this name; ``None`` if there is none, also if no folder can have the name."""
     try:
         found = path.expanduser()
         return found if found.is_dir() else None
@@ -213,46 +228,41 @@ def _clip_config(folder: Path) -> CLIPVisionConfig:
         )
     within = ""
     if kind == "clip":
-        content = take(content, {"vision_config": OBJECT}, path, required=["vision_config"])["vision_config"]
         within = "vision_config."
-    # What equals a default of CLIP's is often left out of the file.
-    settings = CLIPVisionConfig().to_dict() | take(content, _VISION, path, within=within)
-    heads, side, patch = settings["num_attention_heads"], settings["image_size"], settings["patch_size"]
-    if settings["hidden_size"] % heads:
-        raise bad_setting(path, f"{within}num_attention_heads", heads, _divides("hidden_size", settings))
-    if side % patch:
-        raise bad_setting(path, f"{within}image_size", side, f"a multiple of patch_size, which is {patch}")
-    return _built(CLIPVisionConfig, {key: settings[key] for key in _VISION}, path)
+        content = content.get("vision_config")  # type: ignore[assignment]
+        if not isinstance(content, dict):
+            raise UserError(f"{path} has no object vision_config. Download it again.")
+    checked(VisionSettings, content, path, within=within)
+    settings = CLIPVisionConfig().to_dict() | content
+    return _built(CLIPVisionConfig, {key: settings[key] for key in VisionSettings.model_fields}, path)
 
 
 def llava_config(original: dict[str, Any], vision: CLIPVisionConfig, source: Path) -> LlavaConfig:
     """The converted model's configuration; ``image_token_index`` and precision are still to be set.
 
     Args:
-        original: its ``config.json``.
+        original: its ``config.json``, checked by :func:`read_original`.
         vision: architecture of the tower.
         source: folder of the original, for messages.
 
     Raises:
-        UserError: a setting is missing, of the wrong type, or out of its range.
+        UserError: the layer of the tower does not exist, or the rotary embedding cannot be computed.
     """
     path = source / "config.json"
     text = _text_config(original, path)
-    side: Any = vision
-    depth: int = side.num_hidden_layers
+    tower: Any = vision
+    layer, depth = original["mm_vision_select_layer"], tower.num_hidden_layers
     # Of the states before the first layer and after each.
-    layer = Kind(
-        whole(-depth - 1, depth).fits,
-        f"a whole number from {-depth - 1} to {depth}, for the vision tower has {depth} layers",
-    )
-    key = "mm_vision_select_layer"
+    if not -depth - 1 <= layer <= depth:
+        reason = f"the vision tower has {depth} layers: from {-depth - 1} to {depth}"
+        raise bad_setting(path, "mm_vision_select_layer", layer, reason)
     settings = {
         "vision_config": vision,
         "text_config": text,
-        "image_seq_length": (side.image_size // side.patch_size) ** 2,
+        "image_seq_length": (tower.image_size // tower.patch_size) ** 2,
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": "default",
-        "vision_feature_layer": take(original, {key: layer}, path, required=[key])[key],
+        "vision_feature_layer": layer,
         "tie_word_embeddings": text.tie_word_embeddings,
     }
     config = _built(LlavaConfig, settings, path)
@@ -263,62 +273,44 @@ def llava_config(original: dict[str, Any], vision: CLIPVisionConfig, source: Pat
 
 
 def _text_config(original: dict[str, Any], path: Path) -> MistralConfig:
-    settings = take(original, _TEXT, path, required=_TEXT_REQUIRED)
+    settings = {key: original[key] for key in TextSettings.model_fields if key in original}
     if settings.get("pad_token_id") == -1:
         settings["pad_token_id"] = None
-    heads, shared = settings["num_attention_heads"], settings["num_key_value_heads"]
-    if settings.get("head_dim") is None and settings["hidden_size"] % heads:
-        raise bad_setting(path, "num_attention_heads", heads, _divides("hidden_size", settings))
-    if heads % shared:
-        raise bad_setting(path, "num_key_value_heads", shared, _divides("num_attention_heads", settings))
-    rows = settings["vocab_size"]
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = settings.get(key)
-        if any(token >= rows for token in (value if isinstance(value, list) else [value or 0])):
-            raise bad_setting(path, key, value, f"the id of a token, below vocab_size, which is {rows}")
-    _check_rope(settings, path)
+    if settings.get("rope_scaling") is not None:
+        _check_rope(settings, path)
     return _built(MistralConfig, settings, path)
 
 
 def _check_rope(settings: dict[str, Any], path: Path) -> None:
-    """Whether transformers computes rotary frequencies from the settings, all of them finite and positive."""
-    scaling = settings.get("rope_scaling")
-    if scaling is None:
-        return
+    """Checks that transformers computes finite, positive rotary frequencies from ``rope_scaling``."""
+    scaling = settings["rope_scaling"]
     kind = scaling.get("rope_type", scaling.get("type"))
-    if kind not in _ROPE_TYPES:
-        raise bad_setting(
-            path, "rope_scaling", scaling, f"an object whose type is {' or '.join(_ROPE_TYPES)}, or null"
-        )
+    kinds = ("default", *ROPE_INIT_FUNCTIONS)
+    if kind not in kinds:
+        raise bad_setting(path, "rope_scaling", scaling, f"its type must be {' or '.join(kinds)}")
     try:
         # A copy: transformers writes what it infers into the object.
-        config = MistralConfig(**settings | {"rope_scaling": dict(scaling)})
-        table: Any = MistralRotaryEmbedding(config)
-        sound = bool(torch.isfinite(table.inv_freq).all()) and bool((table.inv_freq > 0).all())
-        reason = "" if sound else " (these make frequencies of zero or infinity)"
+        table: Any = MistralRotaryEmbedding(MistralConfig(**settings | {"rope_scaling": dict(scaling)}))
+        is_sound = bool(torch.isfinite(table.inv_freq).all()) and bool((table.inv_freq > 0).all())
+        problem = "" if is_sound else "these make frequencies of zero or infinity"
     except Exception as error:
-        # Each type computes with parameters of its own, unchecked: a wrong one raises whatever comes of it.
-        reason = f" ({type(error).__name__}: {one_line(error)})"
-    if reason:
-        raise bad_setting(
-            path, "rope_scaling", scaling, f"what type {kind!r} needs, such as its factor{reason}"
-        )
+        # Each type computes with unchecked parameters of its own, so a wrong one raises any kind of error.
+        problem = f"{type(error).__name__}: {first_line(error)}"
+    if problem:
+        reason = f"type {kind!r} needs other parameters, such as its factor; {problem}"
+        raise bad_setting(path, "rope_scaling", scaling, reason)
 
 
 _Config = TypeVar("_Config", bound=PreTrainedConfig)
 
 
-def _built(config: type[_Config], settings: dict[str, Any], path: Path) -> _Config:
+def _built(kind: type[_Config], settings: dict[str, Any], path: Path) -> _Config:
     try:
-        return config(**settings)
-    except _BAD_CONFIG as error:
+        return kind(**settings)
+    except (TypeError, ValueError, OSError, StrictDataclassError) as error:
         raise UserError(
-            f"{path} cannot be understood: {one_line(error)}. Correct it or download the file again."
+            f"{path} cannot be understood: {' '.join(str(error).split())}. Correct it or download the file again."
         ) from error
-
-
-def _divides(key: str, settings: dict[str, Any]) -> str:
-    return f"a number that divides {key}, which is {settings[key]}"
 
 
 def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
@@ -327,11 +319,3 @@ def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
         model = LlavaForConditionalGeneration(config)
     parameters = model.named_parameters(remove_duplicate=False)
     return {saved_name(name): tuple(parameter.shape) for name, parameter in parameters}
-
-
-def generation_config(config: LlavaConfig) -> GenerationConfig:
-    """Only where answers end: sampling is for the caller to choose, not for the checkpoint."""
-    text: Any = config.text_config
-    return GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
-    )

@@ -1,7 +1,9 @@
 """LLaVA-Med 1.5's tokens, prompt and image processing as one ``LlavaProcessor``.
 
-Everything is as in the original's own inference: the ids of a prompt, one id aside that stands for the image, and the
-pixels. Sources: `llava/conversation.py` (`mistral_instruct`), `tokenizer_image_token` and `process_images` in
+Everything is as in the original's own inference: the ids of a prompt (except the id that stands for the image) and the
+pixels. ``chat_template.jinja`` writes a conversation as ``mistral_instruct`` does: blanks on both sides of an answer, no
+blank after its end token. A system message, which LLaVA-Med does not use, goes into the first question in that style.
+Sources: `llava/conversation.py` (`mistral_instruct`), `tokenizer_image_token` and `process_images` in
 `llava/mm_utils.py` of github.com/microsoft/LLaVA-Med.
 """
 
@@ -9,28 +11,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mmedpo_ray.convert.json_files import (
-    LIST,
-    OBJECT,
-    TEXT,
-    Kind,
-    bad_setting,
-    is_vector,
-    maybe,
-    one_line,
-    one_of,
-    read_object,
-    take,
-    whole,
-)
+from pydantic import BeforeValidator, Field, field_validator
+
+from mmedpo_ray.convert.json_files import JsonSettings, bad_setting, checked, read_object
+from mmedpo_ray.convert.llava_med_config import Share, Token
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import first_line
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
 IMAGE = "<image>"
+CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 # No UTF-8 text holds the byte 0xFF, so no text was ever tokenised to its id: it is free to stand for images. Nothing is
 # added to the vocabulary, so logits and log-probabilities stay those of the original to the last bit.
 _FREE_TOKEN = "<0xFF>"
@@ -45,63 +39,56 @@ _BLANK_BEFORE_EACH_PIECE = {
     ],
 }
 
-# As `mistral_instruct` writes a conversation: blanks on both sides of an answer, no blank after its end token. A system
-# message, which LLaVA-Med does without, goes into the first question as that style has it.
-CHAT_TEMPLATE = """{{- bos_token }}
-{%- set system = namespace(text='') %}
-{%- for message in messages %}
-  {%- if message.content is string %}
-    {%- set text = message.content | trim %}
-    {%- set images = 0 %}
-  {%- else %}
-    {%- set parts = namespace(text='', images=0) %}
-    {%- for part in message.content %}
-      {%- if part.type in ('image', 'image_url') %}
-        {%- set parts.images = parts.images + 1 %}
-      {%- elif part.type == 'text' %}
-        {%- set parts.text = parts.text + part.text %}
-      {%- endif %}
-    {%- endfor %}
-    {%- set text = parts.text | trim %}
-    {%- set images = parts.images %}
-  {%- endif %}
-  {%- if message.role == 'system' %}
-    {%- set system.text = '<<SYS>>\\n' + text + '\\n<</SYS>>\\n\\n' %}
-  {%- elif message.role == 'assistant' %}
-    {{- ' ' + text + ' ' + eos_token }}
-  {%- else %}
-    {{- '[INST] ' + system.text + '<image>\\n' * images + text + ' [/INST]' }}
-    {%- set system.text = '' %}
-  {%- endif %}
-{%- endfor %}"""
+Mean = Annotated[list[Share], Field(min_length=3, max_length=3)]
+Deviation = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+# The file gives a special token as text, or as an object with its text and flags.
+SpecialToken = Annotated[
+    str | None,
+    BeforeValidator(lambda token: token.get("content", token) if isinstance(token, dict) else token),
+]
 
-_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-_PIXELS = {
-    "image_mean": maybe(Kind(lambda value: is_vector(value, 3), "three numbers")),
-    "image_std": maybe(Kind(lambda value: is_vector(value, 3, above=0.0), "three numbers above 0")),
-}
 
-_ID = whole(0, 2**24)
-_VOCABULARY = Kind(
-    lambda value: (
-        isinstance(value, dict)
-        and all(map(_ID.fits, value.values()))
-        and len(set(value.values())) == len(value)
-    ),
-    "an object that gives each token an id of its own",
-)
-_SPECIAL = maybe(
-    Kind(
-        lambda token: TEXT.fits(token.get("content") if isinstance(token, dict) else token),
-        "a text, or an object with content, a text",
-    )
-)
-# What is read of tokenizer_config.json. Without a limit transformers writes 10^30.
-_SETTINGS = {
-    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), _SPECIAL),
-    "model_max_length": maybe(whole(1, 10**31)),
-}
+class Normalisation(JsonSettings):
+    """What is read of a tower's ``preprocessor_config.json``; the default is OpenAI CLIP's."""
+
+    image_mean: Mean | None = None
+    image_std: Deviation | None = None
+
+
+class TokenizerSettings(JsonSettings):
+    """What is read of ``tokenizer_config.json``."""
+
+    bos_token: SpecialToken = None
+    eos_token: SpecialToken = None
+    unk_token: SpecialToken = None
+    pad_token: SpecialToken = None
+    # Without a limit transformers writes 10^30.
+    model_max_length: Annotated[int, Field(ge=1, le=10**31)] | None = None
+
+
+class _AddedToken(JsonSettings):
+    id: Token
+    content: str
+
+
+class _BpeModel(JsonSettings):
+    type: Literal["BPE"]
+    vocab: dict[str, Token]
+    merges: list[Any]
+
+    @field_validator("vocab")
+    @classmethod
+    def _has_unique_ids(cls, value: dict[str, int]) -> dict[str, int]:
+        if len(set(value.values())) < len(value):
+            raise ValueError("two tokens have the same id")
+        return value
+
+
+class TokenizerFile(JsonSettings):
+    """What is checked of ``tokenizer.json``: a byte-fallback BPE."""
+
+    model: _BpeModel
+    added_tokens: list[_AddedToken]
 
 
 def make_processor(
@@ -120,16 +107,19 @@ def make_processor(
         UserError: the tokenizer is missing, damaged or not Mistral's.
     """
     from transformers import LlavaProcessor
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    mean, deviation = _normalisation(tower)
+    path = tower / "preprocessor_config.json" if tower is not None else None
+    content = read_object(path) if path is not None and path.exists() else {}
+    pixels = checked(Normalisation, content, path or source)
     return LlavaProcessor(
         image_processor=LlavaImageProcessorPil(
             do_pad=pad,
             size={"shortest_edge": vision.image_size},
             crop_size={"height": vision.image_size, "width": vision.image_size},
-            image_mean=mean,
-            image_std=deviation,
+            image_mean=pixels.image_mean or OPENAI_CLIP_MEAN,
+            image_std=pixels.image_std or OPENAI_CLIP_STD,
         ),
         tokenizer=_tokenizer(source, vocab_size),
         patch_size=vision.patch_size,
@@ -140,32 +130,36 @@ def make_processor(
 
 
 def _tokenizer(source: Path, vocab_size: int) -> Any:
-    """The original's tokenizer with an id for the image; adds no beginning token of its own, the template does."""
+    """The original's tokenizer with an id for the image; the template, not the tokenizer, adds the beginning token."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    content, settings, path = _read_tokenizer(source)
-    known = _check_vocabulary(content, path)
-    special = _special_tokens(settings, known, source / "tokenizer_config.json")
-    image_id = _place_image(content, vocab_size, path)
+    settings_path = source / "tokenizer_config.json"
+    settings = checked(
+        TokenizerSettings, read_object(settings_path) if settings_path.exists() else {}, settings_path
+    )
+    content, path = _read_tokenizer(source)
+    file = checked(TokenizerFile, content, path)
+    known = file.model.vocab | {token.content: token.id for token in file.added_tokens}
+    special = _special_tokens(settings, known, settings_path)
+    image_id = _place_image(content, known, vocab_size, path)
     content["normalizer"] = _BLANK_BEFORE_EACH_PIECE
     content["pre_tokenizer"] = content["post_processor"] = content["padding"] = content["truncation"] = None
     try:
         backend = Tokenizer.from_str(json.dumps(content))
     except Exception as error:
         # tokenizers raises Exception itself.
-        raise UserError(f"{path} cannot be understood: {one_line(error)}. Download it again.") from error
+        raise UserError(f"{path} cannot be understood: {first_line(error)}. Download it again.") from error
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **special,
         extra_special_tokens={"image_token": IMAGE},
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
-        model_max_length=settings.get("model_max_length") or 2048,
+        model_max_length=settings.model_max_length or 2048,
         clean_up_tokenization_spaces=False,
     )
-    found = tokenizer.convert_tokens_to_ids(IMAGE)
-    if found != image_id or len(tokenizer) > vocab_size:
+    if tokenizer.convert_tokens_to_ids(IMAGE) != image_id or len(tokenizer) > vocab_size:
         raise UserError(
             f"the tokenizer in {source} has {len(tokenizer)} tokens, the embedding of the model {vocab_size}. Are they of "
             "the same checkpoint?"
@@ -173,50 +167,49 @@ def _tokenizer(source: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
-def _check_vocabulary(content: dict[str, Any], path: Path) -> dict[str, int]:
-    """The ids of all tokens in the content of a ``tokenizer.json``.
+def _read_tokenizer(source: Path) -> tuple[dict[str, Any], Path]:
+    """The content that ``tokenizer.json`` has or would have, and the file it was read from."""
+    saved, pieces = source / "tokenizer.json", source / "tokenizer.model"
+    if saved.exists():
+        return read_object(saved), saved
+    if not pieces.is_file():
+        raise UserError(
+            f"{source} has no tokenizer (tokenizer.model or tokenizer.json). Download the checkpoint again."
+        )
+    from transformers import LlamaTokenizer
+
+    try:
+        tokenizer = LlamaTokenizer.from_pretrained(str(source))
+    except Exception as error:
+        # SentencePiece and protobuf raise their own kinds on a damaged file.
+        raise UserError(
+            f"cannot read the tokenizer in {source}: {first_line(error)}. Download it again."
+        ) from error
+    return json.loads(tokenizer.backend_tokenizer.to_str()), pieces
+
+
+def _special_tokens(settings: TokenizerSettings, known: dict[str, int], path: Path) -> dict[str, str]:
+    """The special tokens by what they are for; Mistral's where ``tokenizer_config.json`` names none.
 
     Raises:
-        UserError: it is not that of a byte-fallback BPE, or parts of it are missing or damaged.
+        UserError: one is not in the vocabulary.
     """
-    parts = take(content, {"model": OBJECT, "added_tokens": LIST}, path, required=["model", "added_tokens"])
-    kinds = {"type": one_of("BPE"), "vocab": _VOCABULARY, "merges": LIST}
-    model = take(parts["model"], kinds, path, required=kinds, within="model.")
-    known = dict(model["vocab"])
-    for number, token in enumerate(parts["added_tokens"]):
-        if (
-            not isinstance(token, dict)
-            or not TEXT.fits(token.get("content"))
-            or not _ID.fits(token.get("id"))
-        ):
-            raise bad_setting(
-                path, f"added_tokens[{number}]", token, "an object with content, a text, and id"
-            )
-        known[token["content"]] = token["id"]
-    return known
-
-
-def _special_tokens(settings: dict[str, Any], known: dict[str, int], path: Path) -> dict[str, str]:
-    """The special tokens by what they are for, those of Mistral where ``tokenizer_config.json`` names none.
-
-    Raises:
-        UserError: one is no text, or not in the vocabulary.
-    """
-    given = {key: _text_of(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    unknown = given["unk_token"] or "<unk>"
-    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": unknown, "pad_token": unknown}
-    special = {key: given[key] or default for key, default in defaults.items()}
+    unknown = settings.unk_token or "<unk>"
+    special = {
+        "bos_token": settings.bos_token or "<s>",
+        "eos_token": settings.eos_token or "</s>",
+        "unk_token": unknown,
+        "pad_token": settings.pad_token or unknown,
+    }
     for key, token in special.items():
         if token not in known:
-            raise bad_setting(path, key, settings.get(key), f"a token of the vocabulary ({token} is none)")
+            raise bad_setting(path, key, getattr(settings, key), f"the vocabulary has no token {token}")
     return special
 
 
-def _place_image(content: dict[str, Any], vocab_size: int, path: Path) -> int:
-    """Gives the image a token id that no text has, in place; returns the id."""
+def _place_image(content: dict[str, Any], known: dict[str, int], vocab_size: int, path: Path) -> int:
+    """Gives the image a token id that no text has, in ``content``; returns the id."""
     vocabulary = content["model"]["vocab"]
-    added = {token["content"]: token["id"] for token in content["added_tokens"]}
-    known = {**vocabulary, **added}
     if IMAGE in known:
         image_id = known[IMAGE]
     elif _FREE_TOKEN in vocabulary:
@@ -232,49 +225,8 @@ def _place_image(content: dict[str, Any], vocab_size: int, path: Path) -> int:
             f"the tokenizer in {path} gives {IMAGE} the id {image_id}, but the embedding has {vocab_size} rows "
             "(vocab_size). Are they of the same checkpoint?"
         )
-    content["added_tokens"] = sorted(
-        [token for token in content["added_tokens"] if token["content"] != IMAGE] + [_added(image_id)],
-        key=lambda token: token["id"],
-    )
-    return image_id
-
-
-def _added(token_id: int) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": token_id, "content": IMAGE, **flags}
-
-
-def _read_tokenizer(source: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """The tokenizer as ``tokenizer.json`` has it, the settings beside it, and the file it was read from.
-
-    ``tokenizer.json`` itself goes before ``tokenizer.model``. A missing ``tokenizer_config.json`` has no settings.
-    """
-    path = source / "tokenizer_config.json"
-    settings = take(read_object(path), _SETTINGS, path) if path.exists() else {}
-    saved, pieces = source / "tokenizer.json", source / "tokenizer.model"
-    if saved.exists():
-        return read_object(saved), settings, saved
-    if not pieces.is_file():
-        raise UserError(
-            f"{source} has no tokenizer (tokenizer.model or tokenizer.json). Download the checkpoint again."
-        )
-    from transformers import LlamaTokenizer
-
-    try:
-        read = LlamaTokenizer.from_pretrained(str(source))
-    except Exception as error:
-        # SentencePiece and protobuf raise their own kinds on a damaged file.
-        first = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"cannot read the tokenizer in {source}: {first}. Download it again.") from error
-    return json.loads(read.backend_tokenizer.to_str()), settings, pieces
-
-
-def _normalisation(tower: Path | None) -> tuple[list[float], list[float]]:
-    path = tower / "preprocessor_config.json" if tower is not None else None
-    settings = take(read_object(path), _PIXELS, path) if path is not None and path.exists() else {}
-    return settings.get("image_mean") or _CLIP_MEAN, settings.get("image_std") or _CLIP_STD
-
-
-def _text_of(token: Any) -> str | None:
-    """A special token, which ``tokenizer_config.json`` gives as text or with its flags."""
-    return token["content"] if isinstance(token, dict) else token
+    others = [token for token in content["added_tokens"] if token["content"] != IMAGE]
+    image = {"id": image_id, "content": IMAGE, **flags}
+    content["added_tokens"] = sorted([*others, image], key=lambda token: token["id"])
+    return image_id

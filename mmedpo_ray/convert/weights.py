@@ -8,29 +8,42 @@ full, so memory holds about one shard however large the model is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from pydantic import Field, StringConstraints
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mmedpo_ray.convert.json_files import is_lfs_pointer, lfs_message, read_object, shorten
+from mmedpo_ray.convert.json_files import JsonSettings, check_not_lfs_pointer, checked, read_object
 from mmedpo_ray.convert.weight_names import is_recomputed, original_name
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import first_line
+from mmedpo_ray.models.saving import INDEX
 
 MAX_SHARD_BYTES = 2 * 1024**3
 
-_INDEX = "model.safetensors.index.json"
 # In this order, as transformers looks for them: an index of shards, or a single file.
-_LAYOUTS = (_INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+_LAYOUTS = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 5
 
 Progress = Callable[[int, int], None]
 """Called as progress(tensors written, tensors in all)."""
+
+
+class ShardIndex(JsonSettings):
+    """An index of shards; every shard lies beside it."""
+
+    weight_map: Annotated[
+        dict[str, Annotated[str, StringConstraints(pattern=r"^[^/\x00]+\.(safetensors|bin)$")]],
+        Field(min_length=1),
+    ]
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Tensor:
         name: in the file.
         file: where it is.
         shape: as saved.
-        dtype: as saved; floating point, save for tables that are recomputed.
+        dtype: as saved; floating point, except for tables that are recomputed.
     """
 
     name: str
@@ -57,7 +70,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Move:
-    """A tensor and its new name, empty where it has none."""
+    """A tensor and its new name, empty if it has none."""
 
     target: str
     tensor: Tensor
@@ -79,31 +92,31 @@ def list_tensors(folder: Path) -> list[Tensor]:
         raise UserError(
             f"there are no weights in {folder}. Expected is one of {', '.join(_LAYOUTS)}; download the checkpoint again."
         )
-    weight_map = _read_index(folder / layout) if layout.endswith(".json") else None
-    files = sorted(set(weight_map.values())) if weight_map is not None else [layout]
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing:
+    if not layout.endswith(".json"):
+        return _read_header(folder / layout)
+    weight_map = checked(ShardIndex, read_object(folder / layout), folder / layout).weight_map
+    files = sorted(set(weight_map.values()))
+    if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(
-            f"{folder} is incomplete: {_some(missing, 'file')} named in {layout} {_are(missing)} missing. Download the "
-            "checkpoint again."
+            f"{folder} is incomplete: {layout} names files that are missing ({_some(missing)}). Download the checkpoint "
+            "again."
         )
     tensors = [tensor for name in files for tensor in _read_header(folder / name)]
-    if weight_map is not None:
-        found = {tensor.name: tensor.file.name for tensor in tensors}
-        wrong = sorted(
-            name for name in found.keys() | weight_map.keys() if found.get(name) != weight_map.get(name)
+    found = {tensor.name: tensor.file.name for tensor in tensors}
+    wrong = sorted(
+        name for name in found.keys() | weight_map.keys() if found.get(name) != weight_map.get(name)
+    )
+    if wrong or len(found) != len(tensors):
+        raise UserError(
+            f"{layout} in {folder} does not fit its files: other tensors lie in them than it says ({_some(wrong)}). "
+            "Download the checkpoint again."
         )
-        if wrong or len(found) != len(tensors):
-            raise UserError(
-                f"{layout} in {folder} does not fit its files: {_some(wrong, 'tensor')} lie elsewhere than it says. "
-                "Download the checkpoint again."
-            )
     return tensors
 
 
-def plan_moves(
-    moves: Iterable[Move], expected: Mapping[str, tuple[int, ...]], folder: Path, *, optional: frozenset[str]
-) -> list[Move]:
+def check_moves(
+    moves: list[Move], expected: Mapping[str, tuple[int, ...]], folder: Path, *, optional: frozenset[str]
+) -> None:
     """Checks that every weight of the model comes from exactly one tensor of the right shape.
 
     Args:
@@ -112,26 +125,19 @@ def plan_moves(
         folder: where they come from, for messages.
         optional: names that may be absent from ``moves``.
 
-    Returns:
-        The moves, in their order.
-
     Raises:
         UserError: weights are missing, superfluous or of another shape; names are those of the original.
     """
-    planned = list(moves)
-    found = {move.target: move.tensor for move in planned}
-    superfluous = [move.tensor.name for move in planned if move.target not in expected]
-    if superfluous:
+    found = {move.target: move.tensor for move in moves}
+    if superfluous := [move.tensor.name for move in moves if move.target not in expected]:
         raise UserError(
-            f"{folder} has {_some(superfluous, 'tensor')} that the model of its config.json has no place for. Is "
+            f"{folder} has tensors that the model of its config.json has no place for ({_some(superfluous)}). Is "
             "config.json of another checkpoint?"
         )
-    missing = sorted(
-        original_name(name) or name for name in expected.keys() - found.keys() if name not in optional
-    )
-    if missing:
+    if missing := sorted(expected.keys() - found.keys() - optional):
+        names = [original_name(name) or name for name in missing]
         raise UserError(
-            f"{folder} is incomplete: {_some(missing, 'tensor')} {_are(missing)} in none of its files."
+            f"{folder} is incomplete: none of its files holds these tensors ({_some(sorted(names))})."
         )
     wrong = [
         f"{tensor.name} is {_shape(tensor.shape)}, not {_shape(expected[target])}"
@@ -142,7 +148,6 @@ def plan_moves(
         raise UserError(
             f"weights in {folder} have another shape than config.json and the tower's configuration say: {_some(wrong)}."
         )
-    return planned
 
 
 def write_shards(
@@ -160,62 +165,57 @@ def write_shards(
         folder: exists.
         dtype: of everything written.
         max_shard_bytes: size of a shard; a larger tensor is a shard of its own.
-        progress: told after every shard.
+        progress: called after every shard.
 
     Returns:
         Bytes of all weights.
     """
-    shards = list(_split(moves, dtype.itemsize, max_shard_bytes))
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        single = len(shards) == 1
-        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(_read(shard, dtype), folder / name, {"format": "pt"})
-        # safetensors writes files for the owner alone.
-        (folder / name).chmod(0o644)
-        weight_map.update({move.target: name for move in shard})
+    sources = {move.target: move.tensor for move in moves}
+    split = split_state_dict_into_shards_factory(
+        sources,
+        get_storage_size=lambda tensor: tensor.size * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    num_written = 0
+    for file, names in split.filename_to_tensors.items():
+        save_file(_read({name: sources[name] for name in names}, dtype), folder / file, {"format": "pt"})
+        # safetensors makes files that only their owner can read.
+        (folder / file).chmod(0o644)
+        num_written += len(names)
         if progress is not None:
-            progress(len(weight_map), len(moves))
-    total = sum(move.tensor.size for move in moves) * dtype.itemsize
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            progress(num_written, len(moves))
+    total = split.metadata["total_size"]
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(split.tensor_to_filename.items())),
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
 
 
-def _split(moves: list[Move], itemsize: int, max_bytes: int) -> Iterator[list[Move]]:
-    shard: list[Move] = []
-    filled = 0
-    for move in moves:
-        size = move.tensor.size * itemsize
-        if shard and filled + size > max_bytes:
-            yield shard
-            shard, filled = [], 0
-        shard.append(move)
-        filled += size
-    if shard:
-        yield shard
+def _read(sources: dict[str, Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a shard by their new names; each file is opened once.
 
-
-def _read(moves: list[Move], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a shard, each file opened once."""
+    Raises:
+        UserError: one holds values that are no numbers, or too large for ``dtype``.
+    """
     tensors = {}
-    files = list(dict.fromkeys(move.tensor.file for move in moves))
-    for file in files:
+    for file in dict.fromkeys(tensor.file for tensor in sources.values()):
         with _opened(file) as get:
-            for move in moves:
-                if move.tensor.file == file:
-                    weight = get(move.tensor.name)
-                    tensors[move.target] = weight.to(dtype).contiguous()
-                    _check_finite(weight, tensors[move.target], move.tensor)
+            for target, tensor in sources.items():
+                if tensor.file == file:
+                    saved = get(tensor.name)
+                    tensors[target] = saved.to(dtype).contiguous()
+                    _check_finite(saved, tensors[target], tensor)
     return tensors
 
 
-def _check_finite(weight: torch.Tensor, written: torch.Tensor, tensor: Tensor) -> None:
-    """Refuses weights that are no numbers, which a model would carry into every answer."""
+def _check_finite(saved: torch.Tensor, written: torch.Tensor, tensor: Tensor) -> None:
     if bool(torch.isfinite(written).all()):
         return
-    if bool(torch.isfinite(weight).all()):
+    if bool(torch.isfinite(saved).all()):
         raise UserError(
             f"{tensor.name} in {tensor.file} has values beyond the range of {written.dtype}; choose --dtype bfloat16."
         )
@@ -226,6 +226,7 @@ def _check_finite(weight: torch.Tensor, written: torch.Tensor, tensor: Tensor) -
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A function that reads a tensor of the file by its name."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             yield opened.get_tensor
@@ -244,17 +245,15 @@ def _read_header(file: Path) -> list[Tensor]:
                     name: (part.get_shape(), _DTYPES.get(part.get_dtype())) for name, part in slices.items()
                 }
         except (SafetensorError, OSError) as error:
-            raise UserError(_damaged(file, error)) from error
+            raise _damaged(file, error) from error
     else:
         found = {name: (list(value.shape), value.dtype) for name, value in _load_bin(file).items()}
-    tensors = []
-    for name, (shape, dtype) in found.items():
+    for name, (_, dtype) in found.items():
         if not is_recomputed(name) and (dtype is None or not dtype.is_floating_point):
             raise UserError(
                 f"{name} in {file} is not floating point. Quantised checkpoints cannot be converted; take the original."
             )
-        tensors.append(Tensor(name, file, tuple(shape), dtype or torch.int64))
-    return tensors
+    return [Tensor(name, file, tuple(shape), dtype or torch.int64) for name, (shape, dtype) in found.items()]
 
 
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
@@ -263,58 +262,26 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # Zip, pickle and torch raise kinds of their own on damaged files.
-        raise UserError(_damaged(file, error)) from error
+        raise _damaged(file, error) from error
     if not isinstance(content, dict) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
     ):
-        raise UserError(f"{file} holds something else than named tensors; it is no checkpoint of weights.")
+        raise UserError(f"{file} does not hold named tensors, so it is no checkpoint of weights.")
     return content
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_object(path).get("weight_map")
-    suffix = path.name.removesuffix(".index.json").rpartition(".")[2]
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise _no_index(path, f"weight_map={shorten(weight_map)}, expected is an object of names")
-    for tensor, name in weight_map.items():
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or Path(name).suffix != f".{suffix}"
-            or "\0" in name
-        ):
-            raise _no_index(
-                path,
-                f"weight_map has {shorten(tensor)}: {shorten(name)}, expected is a .{suffix} file beside the index",
-            )
-    return weight_map
+def _damaged(file: Path, error: Exception) -> UserError:
+    """The error for a file that cannot be opened."""
+    with suppress(OSError), file.open("rb") as opened:
+        check_not_lfs_pointer(file, opened.read(64))
+    return UserError(
+        f"cannot read {file}: {first_line(error)}. It is damaged or not wholly downloaded; download it again."
+    )
 
 
-def _no_index(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is no index of shards ({reason}). Download the checkpoint again.")
-
-
-def _damaged(file: Path, error: Exception) -> str:
-    """What to say about a file that cannot be opened."""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(64)
-    except OSError:
-        start = b""
-    if is_lfs_pointer(start):
-        return lfs_message(file)
-    first = str(error).strip().split("\n", 1)[0].rstrip(".")
-    return f"cannot read {file}: {first}. It is damaged or not wholly downloaded; download it again."
-
-
-def _some(items: list[str], noun: str = "") -> str:
-    """The first few of many, with their number in front."""
-    shown = ", ".join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'} ({shown})" if noun else shown
-
-
-def _are(items: list[str]) -> str:
-    return "is" if len(items) == 1 else "are"
+def _some(items: list[str]) -> str:
+    """The first few of many."""
+    return ", ".join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

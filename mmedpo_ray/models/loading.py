@@ -1,19 +1,18 @@
 """Loading a LLaVA and writing its prompts, the same way for training, reference and inference.
 
-The token ids made here are those of transformers' own ``apply_chat_template``: the processor's chat template with the image
-where it puts it, one beginning token where the template writes it or the tokenizer adds it, and the image placeholder widened to
-as many ids as the vision tower yields features. A chat request to the vLLM endpoint is answered from the same ids where the
-template writes the beginning.
+The token ids made here are those of transformers' own ``apply_chat_template``: the processor's chat template with the
+image where it puts it, one beginning token where the template writes it or the tokenizer adds it, and the image
+placeholder repeated once for each feature of the vision tower. A chat request to the vLLM endpoint is answered from the
+same ids if the template writes the beginning token.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from mmedpo_ray.errors import UserError
 
@@ -23,36 +22,24 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 EMBEDDED_NAME = "phantom"
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "phantom" / "phantom_llava"
 # Between vision tower and language model, as LlavaModel names it.
 PROJECTOR = "multi_modal_projector"
-EMBEDDED_FOLDER = Path(__file__).parents[1] / "phantom" / "phantom_llava"
 
-# Their features come in a fixed number per image, which the planning of a training run relies on.
+# These give a fixed number of features per image, which the planning of a training run relies on.
 _SUPPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _NEEDED_FOR_ANOTHER = (
-    "Another architecture would need: a fixed number of image tokens an image, 4-D attention masks and position ids in its "
-    "forward pass (tree packing), LoRA names of its language model (align), and a spelling of its weights that vLLM loads "
-    "(export)."
+    "Another architecture would need: a fixed number of image tokens per image, 4-D attention masks and position ids in "
+    "its forward pass (tree packing), LoRA names of its language model (align), and weight names that vLLM loads (export)."
 )
-_MEND_THE_PROCESSOR = (
-    "Mend patch_size, num_additional_image_tokens (1 for a tower with a class token such as CLIP, 0 for SigLIP) and "
+_CORRECT_THE_PROCESSOR = (
+    "Correct patch_size, num_additional_image_tokens (1 for a tower with a class token such as CLIP, 0 for SigLIP) and "
     "vision_feature_select_strategy (that of config.json) in processor_config.json."
 )
-# Questions whose prompts are kept (each with all its image tokens), and the same of answers.
+_CORRECT_THE_IMAGE_PROCESSOR = "in preprocessor_config.json (or in image_processor of processor_config.json)"
+# Prompts (each with all its image tokens) and responses that are kept.
 _CACHED_PROMPTS = 4_096
 _CACHED_RESPONSES = 16_384
-# Below this a model is identified by all its bytes, above by samples of its weights.
-_HASH_WHOLE_BYTES = 256 * 1024**2
-# Blocks of a large file, evenly spread from its first byte to its last, and the same of every tensor.
-_SAMPLES = 64
-_SAMPLE_BYTES = 64 * 1024
-_TENSOR_BYTES = 4 * 1024
-_WEIGHTS = (".safetensors", ".bin")
-# Configuration, template, image processing and tokenizer.
-_TEXTS = (".json", ".jinja", ".model")
-_TOKENIZER_TEXTS = ("vocab.txt", "merges.txt")
-# Beside a model, and of no effect on what it computes.
-_NOT_OF_THE_MODEL = ("scores.json", "training_args.bin")
 
 
 def resolve_model(path: str) -> str:
@@ -76,7 +63,7 @@ def resolve_model(path: str) -> str:
         return str(EMBEDDED_FOLDER)
     folder = Path(path).expanduser()
     if folder.is_dir():
-        _check_architecture(_read_config(folder), str(folder))
+        _check_architecture(read_model_config(folder) or {}, str(folder))
         return str(folder.absolute())
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(
@@ -85,42 +72,76 @@ def resolve_model(path: str) -> str:
     return path
 
 
-def check_available(path: str) -> None:
-    """Finds out whether ``model.path`` can be had, before anything is started for it; of a hub name the configuration is fetched.
+def check_available(path: str) -> str:
+    """:func:`resolve_model` that also checks a hub name: its configuration is fetched.
 
     Raises:
-        UserError: there is no such model, or it is of another architecture.
+        UserError: there is no such model, or it has another architecture.
     """
     source = resolve_model(path)
     if Path(source).is_dir():
-        return
-    from huggingface_hub import hf_hub_download
+        return source
+    from transformers import PreTrainedConfig
 
     try:
-        _check_architecture(_read_config(Path(hf_hub_download(source, "config.json")).parent), path)
+        # The file as it is: transformers may know no class for its type, such as llava_mistral.
+        config, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the model {path}: there is no such folder here, and the Hugging Face hub does not give it "
-            f"({type(error).__name__}). Correct model.path; for a hub name, check the network, HF_HUB_OFFLINE, HF_TOKEN and "
-            "whether its licence has to be accepted, or download it and give the folder."
+            f"({type(error).__name__}). Correct model.path; for a hub name, check the network, HF_HUB_OFFLINE, HF_TOKEN "
+            "and whether its licence has to be accepted, or download it and give the folder."
         ) from error
+    _check_architecture(config, path)
+    return source
+
+
+def read_model_config(model: str | Path) -> dict[str, Any] | None:
+    """The model's ``config.json``; ``None`` for a hub name that is not in the local cache.
+
+    Raises:
+        UserError: the folder exists but holds no readable ``config.json``, or there is no such model.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        path = folder / "config.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder} is no model: it has no config.json. Give a folder that save_pretrained wrote, or a hub name."
+            ) from error
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path} is not valid JSON ({error}). The model is damaged; export it again."
+            ) from error
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(str(model), "config.json")
+    except HFValidationError as error:
+        raise UserError(
+            f"there is no model {model}: neither a folder here nor a hub name (owner/model)."
+        ) from error
+    return json.loads(Path(cached).read_text(encoding="utf-8")) if isinstance(cached, str) else None
 
 
 def load_processor(path: str) -> LlavaProcessor:
     """Loads image processing, tokenizer and chat template.
 
     Raises:
-        UserError: another architecture, the model has no processor or no chat template, or processor and model do not agree on
-            the images.
+        UserError: another architecture, the model has no processor or no chat template, or processor and model disagree
+            about the images.
     """
     from transformers import LlavaProcessor
 
-    source = _checked(path)
+    source = check_available(path)
     try:
         processor = LlavaProcessor.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"cannot load the processor of {path}: {_first_line(error)}. A LLaVA needs its tokenizer and "
+            f"cannot load the processor of {path}: {first_line(error)}. A LLaVA needs its tokenizer and "
             "preprocessor_config.json beside the weights."
         ) from error
     if not (processor.chat_template or processor.tokenizer.chat_template):
@@ -143,77 +164,14 @@ def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     """
     from transformers import LlavaForConditionalGeneration
 
-    source = _checked(path)
+    source = check_available(path)
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         # AttributeError: a language model without the parts that transformers' LLaVA reads of it, such as OPT.
-        raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
+        raise UserError(f"cannot load the model {path}: {first_line(error)}.") from error
     model.requires_grad_(False)
     return model.eval()
-
-
-def model_fingerprint(path: str) -> str:
-    """A hash that changes when the model's weights, template or processing do; 16 hex digits."""
-    return hashlib.sha256(json.dumps(model_files(path), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def model_files(path: str) -> dict[str, str]:
-    """The files that say what a model computes and how its input is made, each with a hash of 16 hex digits.
-
-    Small local models are hashed whole; of large ones the weights by samples, so that a copy is the same model. A hub name
-    counts as its own hash: a published revision does not change under its name.
-    """
-    source = resolve_model(path)
-    folder = Path(source)
-    if not folder.is_dir():
-        return {source: hashlib.sha256(source.encode()).hexdigest()[:16]}
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if (file.suffix in (*_WEIGHTS, *_TEXTS) or file.name in _TOKENIZER_TEXTS)
-        and file.name not in _NOT_OF_THE_MODEL
-    )
-    whole = sum(file.stat().st_size for file in files) <= _HASH_WHOLE_BYTES
-    return {file.name: _hash_file(file, whole=whole or file.suffix not in _WEIGHTS) for file in files}
-
-
-def _hash_file(file: Path, *, whole: bool) -> str:
-    if whole:
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return _hash_samples(file)
-
-
-def _hash_samples(file: Path) -> str:
-    """16 hex digits of a large file's size, its safetensors header, blocks spread over it and the middle of every tensor.
-
-    The last block of a ``.bin`` is the directory of a zip, which has a checksum of every tensor.
-    """
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as content:
-        header, middles = _read_header(content, size) if file.suffix == ".safetensors" else (b"", [])
-        digest.update(header)
-        last = max(0, size - _SAMPLE_BYTES)
-        blocks = [(last * number // (_SAMPLES - 1), _SAMPLE_BYTES) for number in range(_SAMPLES)]
-        blocks += [(max(0, middle - _TENSOR_BYTES // 2), _TENSOR_BYTES) for middle in middles]
-        for start, length in blocks:
-            content.seek(start)
-            digest.update(content.read(length))
-    return digest.hexdigest()[:16]
-
-
-def _read_header(content: BinaryIO, size: int) -> tuple[bytes, list[int]]:
-    """The header of a safetensors file and where the middles of its tensors are; nothing of a damaged one."""
-    length = int.from_bytes(content.read(8), "little")
-    if length > size:
-        return b"", []
-    header = content.read(length)
-    try:
-        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
-        return header, sorted(8 + length + sum(entry["data_offsets"]) // 2 for entry in entries)
-    except (ValueError, AttributeError, TypeError, KeyError):
-        return header, []
 
 
 class PromptWriter:
@@ -226,16 +184,16 @@ class PromptWriter:
         pad_token_id: id to fill rows with.
 
     Raises:
-        UserError: the template does not place exactly one image, the tokenizer has no end token, or the processor does not say
-            how many ids an image has.
+        UserError: the template does not place exactly one image, the tokenizer has no end token, or the processor does
+            not say how many ids an image has.
     """
 
     def __init__(self, processor: LlavaProcessor) -> None:
         self._processor = processor
         self._tokenizer = processor.tokenizer
         self._template = processor.chat_template or self._tokenizer.chat_template
-        self._render = functools.lru_cache(_CACHED_PROMPTS)(self._encode_prompt)
-        self._response = functools.lru_cache(_CACHED_RESPONSES)(self._encode_response)
+        self._cached_prompt = functools.lru_cache(_CACHED_PROMPTS)(self._encode_prompt)
+        self._cached_response = functools.lru_cache(_CACHED_RESPONSES)(self._encode_response)
         self.image_token_id: int = processor.image_token_id
         self._adds_bos = _adds_bos(self._tokenizer)
         if self._tokenizer.eos_token_id is None:
@@ -256,23 +214,23 @@ class PromptWriter:
         """Token ids up to where the answer begins, image ids included.
 
         Returns:
-            The ids, or ``None`` where the text itself holds an image placeholder, so that images and features would
+            The ids, or ``None`` if the question itself holds an image placeholder, so that images and features would
             not match.
         """
-        _, single, wide = self._render(question)
-        return wide if single.count(self.image_token_id) == 1 else None
+        _, narrow, wide = self._cached_prompt(question)
+        return wide if narrow.count(self.image_token_id) == 1 else None
 
     def response(self, question: str, answer: str) -> list[int] | None:
         """Token ids of an answer that continue :meth:`prompt`, ended by the end token.
 
-        The answer is written by the chat template as well, so that blanks around it are those of inference. Where the
-        tokenizer keeps the prompt's ids as they are, the ids are those of the whole turn; else the answer is tokenised
-        on its own. Either way ``prompt + response`` is the exact input.
+        The chat template writes the answer as well, so that blanks around it are those of inference. If the tokenizer
+        keeps the prompt's ids as they are, the ids are those of the whole turn; else the answer is tokenised on its own.
+        Either way ``prompt + response`` is the exact input.
 
         Returns:
-            The ids, or ``None`` where the answer itself holds an image placeholder.
+            The ids, or ``None`` if the answer itself holds an image placeholder.
         """
-        ids = self._response(question, answer)
+        ids = self._cached_response(question, answer)
         return None if self.image_token_id in ids else ids
 
     def widen(self, narrow: Sequence[int]) -> list[int]:
@@ -291,24 +249,24 @@ class PromptWriter:
         """Image processing of RGB images; (I, 3, H, W) float32."""
         return self._processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
 
+    def _encode_prompt(self, question: str) -> tuple[str, list[int], list[int]]:
+        """Prompt text, its ids with one id per image, and its ids with all of them."""
+        text = self._apply_template(chat_messages(question), generation_prompt=True)
+        narrow = self._encode(text)
+        return text, narrow, self.widen(narrow)
+
     def _encode_response(self, question: str, answer: str) -> list[int]:
-        prompt_text, single, _ = self._render(question)
-        whole = self._apply(_messages(question, answer), generation_prompt=False)
+        prompt_text, narrow, _ = self._cached_prompt(question)
+        turn = self._apply_template(chat_messages(question, answer), generation_prompt=False)
         eos = self._tokenizer.eos_token
-        text = whole.removeprefix(prompt_text) if whole.startswith(prompt_text) else f" {answer.strip()}"
-        # Only the template's own end token counts: what follows it (a newline) is never generated.
+        text = turn.removeprefix(prompt_text) if turn.startswith(prompt_text) else f" {answer.strip()}"
+        # The response ends at the template's own end token: what follows it (a newline) is never generated.
         head, separator, _ = text.rpartition(eos)
         text = (head if separator else text.rstrip()) + eos
         joint = self._encode(prompt_text + text)
-        if joint[: len(single)] == single:
-            return joint[len(single) :]
+        if joint[: len(narrow)] == narrow:
+            return joint[len(narrow) :]
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _encode_prompt(self, question: str) -> tuple[str, list[int], list[int]]:
-        """Prompt text, its ids with one id an image, and with all of them."""
-        text = self._apply(_messages(question), generation_prompt=True)
-        single = self._encode(text)
-        return text, single, self.widen(single)
 
     def _encode(self, text: str) -> list[int]:
         """Ids of a text that stands at the beginning, with one beginning token if the tokenizer adds one."""
@@ -317,37 +275,53 @@ class PromptWriter:
             return [self._tokenizer.bos_token_id, *ids]
         return ids
 
-    def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
+    def _apply_template(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
         return self._tokenizer.apply_chat_template(
             messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
         )
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    """Whether a tokenizer begins a text with its beginning token by itself."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("?")["input_ids"][:1] == [bos]
+def chat_messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
+    """One turn about one image as OpenAI-style messages; without an answer it is a prompt."""
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    ]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
 
 
 def template_with_bos(processor: LlavaProcessor) -> str | None:
-    """The chat template that begins as the tokenizer begins its texts; ``None`` where the model's own does.
+    """The chat template with the beginning token added; ``None`` if the model's own template needs no addition.
 
-    A tokenizer that adds the beginning token by itself needs no template that writes it, but an endpoint adds none to a chat,
-    and its prompts would not be those of training.
+    A tokenizer that adds the beginning token by itself needs no template that writes it. An endpoint, however, adds no
+    token to a chat, so its prompts would differ from those of training.
     """
     tokenizer = processor.tokenizer
     template: Any = processor.chat_template or tokenizer.chat_template
-    text = tokenizer.apply_chat_template(_messages("?"), chat_template=template, tokenize=False)
+    text = tokenizer.apply_chat_template(chat_messages("?"), chat_template=template, tokenize=False)
     if not _adds_bos(tokenizer) or text.startswith(tokenizer.bos_token):
         return None
     return "{{- bos_token }}" + template
 
 
 def image_mismatch(ids: int, features: int) -> UserError:
-    """What to say where prompts have another number of ids for an image than the vision tower gives features."""
+    """The error for prompts whose number of ids per image differs from the number of the tower's features."""
     return UserError(
-        f"a prompt has {ids} ids for an image, but the vision tower gives {features} features for it. {_MEND_THE_PROCESSOR}"
+        f"a prompt has {ids} ids for an image, but the vision tower gives {features} features for it. "
+        f"{_CORRECT_THE_PROCESSOR}"
     )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text without a full stop; its class if it has no text."""
+    return str(error).strip().split("\n", 1)[0].rstrip(".") or type(error).__name__
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself adds the beginning token to a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("?")["input_ids"][:1] == [bos]
 
 
 def _check_images(processor: LlavaProcessor, source: str, name: str) -> None:
@@ -359,115 +333,64 @@ def _check_images(processor: LlavaProcessor, source: str, name: str) -> None:
         name: the same for messages.
 
     Raises:
-        UserError: they differ in the image's size, in its number of ids or in the id.
+        UserError: the image's size, its number of ids or the id differ.
     """
     from transformers import LlavaConfig
 
     try:
         config: Any = LlavaConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {name}: {_first_line(error)}.") from error
+        raise UserError(f"cannot load the model {name}: {first_line(error)}.") from error
     if processor.image_token_id != config.image_token_id:
         raise UserError(
-            f"the processor of {name} writes an image as id {processor.image_token_id} ({processor.image_token}), but the "
-            f"model's image_token_index is {config.image_token_id}. Set image_token in processor_config.json, or "
+            f"the processor of {name} writes an image as id {processor.image_token_id} ({processor.image_token}), but "
+            f"the model's image_token_index is {config.image_token_id}. Set image_token in processor_config.json, or "
             "image_token_index in config.json."
         )
     ids = _count_image_tokens(processor)
-    side = config.vision_config.image_size
+    tower = config.vision_config
+    side = tower.image_size
     made = tuple(processor.image_processor(_blank_image(), return_tensors="pt")["pixel_values"].shape[-2:])
     if made != (side, side):
         raise UserError(
             f"the image processor of {name} makes images of {made[0]} x {made[1]} pixels, but its vision tower takes "
-            f"{side} x {side}. Mend size and crop_size in preprocessor_config.json (or in image_processor of "
-            "processor_config.json)."
+            f"{side} x {side}. Correct size and crop_size {_CORRECT_THE_IMAGE_PROCESSOR}."
         )
-    if ids != (features := _count_features(config)):
+    has_class_token = tower.model_type == "clip_vision_model"
+    drops_one = config.vision_feature_select_strategy == "default"
+    features = (side // tower.patch_size) ** 2 + has_class_token - drops_one
+    if ids != features:
         raise image_mismatch(ids, features)
 
 
 def _count_image_tokens(processor: LlavaProcessor) -> int:
-    """Asks the processor itself, with a blank image.
+    """Number of ids that the processor itself writes for an image.
 
     Raises:
-        UserError: it cannot tell.
+        UserError: the processor cannot process an image or lacks what the number depends on.
     """
+    settings = ("patch_size", "num_additional_image_tokens")
+    if missing := [name for name in settings if getattr(processor, name) is None]:
+        raise UserError(
+            f"the processor lacks {' and '.join(missing)}, so it cannot tell how many ids an image has. "
+            f"{_CORRECT_THE_PROCESSOR}"
+        )
     try:
         encoded = processor(images=_blank_image(), text=processor.image_token)
-    except TypeError as error:
-        missing = [
-            name for name in ("patch_size", "num_additional_image_tokens") if getattr(processor, name) is None
-        ]
-        if not missing:
-            raise _unusable_processor(error) from error
-        raise UserError(
-            f"the processor lacks {' and '.join(missing)}, so it cannot tell how many ids an image has. {_MEND_THE_PROCESSOR}"
-        ) from error
     except Exception as error:
-        # Numbers of any size and kind may stand in its configuration, and most are only met by an image.
-        raise _unusable_processor(error) from error
+        # Its configuration may hold numbers of any size and kind, which mostly fail once there is an image.
+        raise UserError(
+            f"the image processor cannot process an image ({type(error).__name__}). Correct the numbers "
+            f"{_CORRECT_THE_IMAGE_PROCESSOR}."
+        ) from error
     return list(encoded["input_ids"][0]).count(processor.image_token_id)
 
 
-def _unusable_processor(error: Exception) -> UserError:
-    return UserError(
-        f"the image processor cannot process an image ({type(error).__name__}). Mend the numbers in preprocessor_config.json (or "
-        "in image_processor of processor_config.json)."
-    )
-
-
-def _count_features(config: Any) -> int:
-    """Features of an image that the model of a ``LlavaConfig`` puts in the places of its ids."""
-    tower = config.vision_config
-    has_class_token = tower.model_type == "clip_vision_model"
-    dropped = config.vision_feature_select_strategy == "default"
-    return (tower.image_size // tower.patch_size) ** 2 + has_class_token - dropped
-
-
 def _blank_image() -> Image.Image:
-    """Not square, so that processing that keeps the sides of an image shows."""
+    """An image that is not square, so that processing which keeps the sides of an image is noticed."""
     from PIL import Image
 
     return Image.new("RGB", (48, 32))
-
-
-def _messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    ]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
-
-
-def _checked(path: str) -> str:
-    """:func:`resolve_model` of a path whose architecture is known to be right, hub names too."""
-    from transformers import PreTrainedConfig
-
-    source = resolve_model(path)
-    if not Path(source).is_dir():
-        try:
-            # As written, before transformers looks for a class of that type: it may be a llava_mistral.
-            settings, _ = PreTrainedConfig.get_config_dict(source)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the model {path}: {_first_line(error)}.") from error
-        _check_architecture(settings, path)
-    return source
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} is no model: it has no config.json. Set model.path to 'phantom', to a folder that "
-            "save_pretrained wrote, or to a hub name."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}). The model is damaged; export it again."
-        ) from error
 
 
 def _check_architecture(config: dict[str, Any], name: str) -> None:
@@ -479,13 +402,9 @@ def _check_architecture(config: dict[str, Any], name: str) -> None:
         )
     if kind != "llava":
         raise UserError(
-            f"{name} is a {kind or 'model of unknown type'}. Supported is LlavaForConditionalGeneration (model_type llava). "
-            f"{_NEEDED_FOR_ANOTHER}"
+            f"{name} is a {kind or 'model of unknown type'}. Supported is LlavaForConditionalGeneration (model_type "
+            f"llava). {_NEEDED_FOR_ANOTHER}"
         )
     tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
     if tower not in _SUPPORTED_TOWERS:
         raise UserError(f"{name} has a {tower} tower. Supported are {' and '.join(_SUPPORTED_TOWERS)}.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0].rstrip(".")

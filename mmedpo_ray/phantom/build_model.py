@@ -1,25 +1,23 @@
-"""The embedded model: a tiny LLaVA that knows the phantom world, built from nothing in a few minutes.
+"""Building the embedded model: a tiny LLaVA that knows the phantom world, trained from scratch in a few minutes.
 
-    scores = build_phantom_llava(Path("out"), PhantomBuildConfig())
+    scores = build_phantom_llava(Path("out"), PhantomBuildConfig(), report)
 
 A CLIP tower, a two-layer projector and a Mistral, as in LLaVA-Med 1.5, with 2 million parameters. The tower
 learns to localise lesions in images without priors and is then frozen, as a general medical image encoder would be;
 projector and language model then learn to answer from images of the *biased* world (`findings.py`).
-So the model sees, and still guesses from the text: what preference alignment is there to mend. The result loads in
-transformers and vLLM; the one in `phantom_llava/` travels with the package.
+So the model sees, and still guesses from the text, which preference alignment is meant to correct. The result loads in
+transformers and vLLM; the one in `phantom_llava/` is part of the package.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.progress import TaskID
-from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -30,19 +28,15 @@ from transformers import (
 )
 
 from mmedpo_ray.console import console, progress_bar
-from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.saving import check_new_folder, save_llava
 from mmedpo_ray.phantom.model_scores import score_model
 from mmedpo_ray.phantom.tokenizer import make_processor, train_tokenizer
-from mmedpo_ray.phantom.training import train_language, train_tower
+from mmedpo_ray.phantom.training import Report, train_language, train_tower
 from mmedpo_ray.phantom.world import generate
 
 logger = logging.getLogger(__name__)
 
-SHIPPED_FOLDER = Path(__file__).parent / "phantom_llava"
 MAX_POSITIONS = 1024
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(what, done, total)."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +45,14 @@ class PhantomBuildConfig:
 
     Attributes:
         seed: Of data, initial weights and batches.
-        image_size: Pixels a side; `patch_size` divides it.
-        patch_size: Pixels a side of one patch; (image_size / patch_size)² image tokens.
+        image_size: Pixels per side; `patch_size` divides it.
+        patch_size: Pixels per side of one patch; (image_size / patch_size)² image tokens.
         vision_width, vision_layers: The tower; heads are 32 wide.
         text_width, text_layers, text_mlp: The language model; heads are 32 wide, which vLLM supports on CPU.
         vocab_size: Upper bound of the vocabulary.
         tower_images, tower_steps, tower_batch, tower_rate: Tower training (uniform world).
-        train_images, train_steps, train_batch, train_rate: Instruction tuning (biased world); batches count images,
-            each with all its questions.
+        train_images, train_steps, train_batch, train_rate: Instruction tuning (biased world); a batch is a number of
+            images, each with all its questions.
         score_images: Test images for the scores in the model card, in each world.
     """
 
@@ -91,7 +85,7 @@ class PhantomBuildConfig:
                 raise ValueError(f"{name} must be a multiple of 32, the head size, not {getattr(self, name)}")
 
 
-def build_phantom_llava(folder: Path, config: PhantomBuildConfig, progress: Progress | None = None) -> dict:
+def build_phantom_llava(folder: Path, config: PhantomBuildConfig, report: Report) -> dict:
     """Build the embedded model on one thread and save it with its processor and scores.
 
     The same configuration gives the same weights on the same machine and torch version.
@@ -99,15 +93,14 @@ def build_phantom_llava(folder: Path, config: PhantomBuildConfig, progress: Prog
     Args:
         folder: Where to save; created, existing files of the same names are overwritten.
         config: Sizes, amounts and seed.
-        progress: Told about every training step and scored batch.
+        report: Called after every training step and scored batch.
 
     Returns:
         What `scores.json` in the folder holds: {"config", "parameters", "biased": {…}, "uniform": {…}}, see
         `model_scores.score_model`.
     """
-    report = progress or _silent
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order: reproducible, and a good neighbour on shared cores
+    torch.set_num_threads(1)  # sums in one order: reproducible; and other processes share the cores
     try:
         torch.manual_seed(config.seed)
         train = list(generate("train", config.train_images, config.seed, size=config.image_size))
@@ -118,7 +111,12 @@ def build_phantom_llava(folder: Path, config: PhantomBuildConfig, progress: Prog
         logger.info("building a LLaVA of %d parameters", model.num_parameters())
         tower_scores = train_tower(model, processor, config, report)
         train_language(model, processor, train, config, report)
-        save_phantom_llava(folder, model, processor)
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        save_llava(model, processor, folder)
         scores: dict = {"config": asdict(config), "parameters": model.num_parameters(), "tower": tower_scores}
         for world in ("biased", "uniform"):
             phantoms = list(generate("test", config.score_images, config.seed, world, config.image_size))
@@ -135,8 +133,7 @@ def build_command(out: Path, seed: int = 0) -> None:
     Raises:
         UserError: `out` is a file, or a folder that holds something already.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder. Name a new folder with --out.")
+    check_new_folder(out)
     with progress_bar() as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -152,10 +149,6 @@ def build_command(out: Path, seed: int = 0) -> None:
         )
         console.print(f"{world} world: {values}")
     console.print(f"the model is in {out}", soft_wrap=True, markup=False)
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def llava_config(config: PhantomBuildConfig, processor: LlavaProcessor) -> LlavaConfig:
@@ -192,33 +185,3 @@ def llava_config(config: PhantomBuildConfig, processor: LlavaProcessor) -> Llava
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
     )
-
-
-def save_phantom_llava(folder: Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-    """Save in the spelling of the LLaVA checkpoints on the hub, which transformers and vLLM both load."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = processor.tokenizer
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    path = folder / "model.safetensors"
-    save_file({_hub_name(name): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors writes it for the owner alone
-
-
-def _hub_name(name: str) -> str:
-    """transformers 5 leaves out `vision_model` when it saves; vLLM 0.32 wants it."""
-    tower = "vision_tower."
-    if name.startswith(tower) and not name.startswith(f"{tower}vision_model."):
-        return f"{tower}vision_model.{name.removeprefix(tower)}"
-    return name
-
-
-def load_phantom_llava(folder: Path = SHIPPED_FOLDER) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load a built model for inference in transformers, by default the shipped one."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, LlavaProcessor.from_pretrained(folder)

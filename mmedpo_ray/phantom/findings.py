@@ -1,10 +1,10 @@
 """The findings of a phantom radiograph and the two worlds they are drawn from.
 
-The *uniform* world has no regularities: every finding is equally likely, on either side, in any zone, alone or with
-any other. The *biased* world is the one a clinical archive resembles: a finding is nearly always on one side
-(94 : 6), mostly in one zone (88 : 7 : 5) and comes with its usual companion (75 %). A model trained on the biased world can
-answer most questions from the text alone; asked about the uniform world it then hallucinates. That is the
-modality misalignment of MMedPO (arXiv 2412.06141, section 1), here by construction.
+In the *uniform* world every finding is equally likely, on either side, in any zone, alone or with any other. The
+*biased* world resembles a clinical archive: a finding is nearly always on one side (94 : 6), mostly in one zone
+(88 : 7 : 5) and mostly comes with its usual companion (75 %). A model trained on the biased world can answer most
+questions from the text alone; in the uniform world it then hallucinates. That is the modality misalignment of MMedPO
+(arXiv 2412.06141, section 1), here by construction.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ COMPANION: dict[Kind, Kind] = {
     "nodule": "consolidation",
     "cardiomegaly": "effusion",
 }
+# The zone of the lung that a finding hides.
+COVERED_ZONE: dict[Kind, Zone] = {"effusion": "lower", "pneumothorax": "upper"}
 NUM_FINDINGS_UNIFORM = (0.15, 0.40, 0.45)
 NORMAL_SHARE_BIASED = 0.15
 
@@ -85,7 +87,7 @@ def sample_findings(rng: np.random.Generator, prior: Prior) -> tuple[Finding, ..
     kinds = _sample_kinds(rng, prior)
     while True:
         findings = tuple(_place(rng, kind, prior) for kind in KINDS if kind in kinds)
-        if not _hidden(findings):
+        if not _is_hidden(findings):
             return findings
 
 
@@ -100,35 +102,29 @@ def _sample_kinds(rng: np.random.Generator, prior: Prior) -> set[Kind]:
 
 
 def _place(rng: np.random.Generator, kind: Kind, prior: Prior) -> Finding:
-    """Draw side, zone and size. Always uses three random numbers, so one attribute never shifts another's draw."""
+    """Draws side, zone and size; always uses three random numbers, so one attribute never shifts another's draw."""
     u_side, u_zone, u_size = rng.random(3)
+    is_biased = prior == "biased"
     side: Side | None = None
     zone: Zone | None = None
     size: Size | None = None
-    if kind in LATERAL_KINDS:
-        if prior == "biased":
-            usual = USUAL_SIDE[kind]
-            side = usual if u_side < SIDE_PRIOR else SIDES[1 - SIDES.index(usual)]
-        else:
-            side = SIDES[int(u_side * 2)]
+    if kind in LATERAL_KINDS and is_biased:
+        usual = USUAL_SIDE[kind]
+        side = usual if u_side < SIDE_PRIOR else SIDES[1 - SIDES.index(usual)]
+    elif kind in LATERAL_KINDS:
+        side = SIDES[int(u_side * 2)]
     if kind in ZONED_KINDS:
-        shares = ZONE_PRIOR[kind] if prior == "biased" else dict.fromkeys(ZONES, 1 / 3)
+        shares = ZONE_PRIOR[kind] if is_biased else dict.fromkeys(ZONES, 1 / 3)
         edges = np.cumsum([shares[name] for name in ZONES])
         zone = ZONES[min(int(np.searchsorted(edges, u_zone, side="right")), 2)]
     if kind in SIZED_KINDS:
-        size = "large" if u_size < (LARGE_PRIOR[kind] if prior == "biased" else 0.5) else "small"
+        size = "large" if u_size < (LARGE_PRIOR[kind] if is_biased else 0.5) else "small"
     return Finding(kind, side, zone, size)
 
 
-def _hidden(findings: tuple[Finding, ...]) -> bool:
-    """Whether one finding would cover another, so that no reader could tell them apart."""
+def _is_hidden(findings: tuple[Finding, ...]) -> bool:
+    """Whether one finding covers another, so that no reader could tell them apart; takes them in the order of `KINDS`."""
     if len(findings) < 2 or findings[0].side is None or findings[0].side != findings[1].side:
         return False
-    spots = {(f.kind, f.zone) for f in findings}
-    under_fluid = ("effusion", None) in spots and bool(
-        {("consolidation", "lower"), ("nodule", "lower")} & spots
-    )
-    in_free_air = ("pneumothorax", None) in spots and bool(
-        {("consolidation", "upper"), ("nodule", "upper")} & spots
-    )
-    return under_fluid or in_free_air or {f.kind for f in findings} == {"consolidation", "nodule"}
+    first, second = findings
+    return first.kind == "consolidation" or COVERED_ZONE[first.kind] == second.zone

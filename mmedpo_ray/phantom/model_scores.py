@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mmedpo_ray.phantom.tokenizer import chat
-from mmedpo_ray.phantom.world import Phantom, report_findings
-
-Report = Callable[[str, int, int], None]
+from mmedpo_ray.models.loading import chat_messages
+from mmedpo_ray.phantom.text import Question, report_findings
+from mmedpo_ray.phantom.training import Report
+from mmedpo_ray.phantom.world import Phantom
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def answer(
 ) -> list[str]:
     """Greedy answers to (image, question) pairs, as one left-padded batch."""
     template = processor.apply_chat_template
-    texts = [template(chat(question), add_generation_prompt=True) for _, question in prompts]
+    texts = [template(chat_messages(question), add_generation_prompt=True) for _, question in prompts]
     images = [image.convert("RGB") for image, _ in prompts]
     inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
     generate: Callable[..., Any] = model.generate  # type: ignore[misc]
@@ -49,11 +49,11 @@ def score_model(
     """Answer every question of the phantoms and compare with the reference.
 
     Returns:
-        {"closed_accuracy", "open_exact", "report_f1"}: {"value": in [0, 1], "n": questions}. report_f1 is the F1 of the asserted findings
-        (kind, side, zone) pooled over the reports.
+        {"closed_accuracy", "open_exact", "report_f1"}: {"value": in [0, 1], "n": questions}. report_f1 is the F1 of the
+        asserted findings (kind, side, zone) pooled over the reports.
     """
     rows = [(Image.fromarray(p.image), q) for p in phantoms for q in p.questions]
-    order = sorted(range(len(rows)), key=lambda i: rows[i][1].task)  # reports are long: together
+    order = sorted(range(len(rows)), key=lambda i: rows[i][1].task)  # reports are long, so they share batches
     answers = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -64,22 +64,24 @@ def score_model(
     return score_answers([q for _, q in rows], answers)
 
 
-def score_answers(questions: Sequence, answers: Sequence[str]) -> dict:
+def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> dict:
     """Scores of given answers, see `score_model`."""
-    hits: Counter = Counter()
-    total: Counter = Counter()
-    shared = stated = true = 0
+    hits: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    num_shared = num_stated = num_true = 0
     for question, text in zip(questions, answers, strict=True):
         total[question.answer_type] += 1
         if question.answer_type == "report":
-            said, truth = report_findings(text), report_findings(question.answer)
-            shared, stated, true = shared + len(said & truth), stated + len(said), true + len(truth)
+            stated, true = report_findings(text), report_findings(question.answer)
+            num_shared += len(stated & true)
+            num_stated += len(stated)
+            num_true += len(true)
         else:
             hits[question.answer_type] += _normal(text) == _normal(question.answer)
     return {
         "closed_accuracy": {"value": hits["closed"] / max(total["closed"], 1), "n": total["closed"]},
         "open_exact": {"value": hits["open"] / max(total["open"], 1), "n": total["open"]},
-        "report_f1": {"value": 2 * shared / max(stated + true, 1), "n": total["report"]},
+        "report_f1": {"value": 2 * num_shared / max(num_stated + num_true, 1), "n": total["report"]},
     }
 
 

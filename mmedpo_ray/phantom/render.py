@@ -1,8 +1,8 @@
 """Draws a frontal chest radiograph phantom and the ground-truth mask of its findings.
 
 Everything is drawn in normalised coordinates (x to the right of the image, y downwards, both in [-1, 1]) with soft
-edges, so any image size works. The patient's left side is on the right of the image, as on a real
-radiograph. Anatomy, texture and noise come from generators of their own: rendering the same seed without findings gives the same
+edges, so any image size works. The patient's left side is on the right of the image, as on a real radiograph. Anatomy,
+texture and noise each have their own random generator, so rendering the same seed without findings gives the same
 patient with the lesions truly removed.
 """
 
@@ -171,10 +171,8 @@ class _Site:
 
 def _effusion(site: _Site, image: Array) -> tuple[Array, Array]:
     """Fluid at the base with a meniscus that rises towards the chest wall."""
-    u = (
-        site.sign * site.x - site.anatomy.lung_x
-    )  # negative towards the heart, positive towards the chest wall
-    u = np.clip(u / site.anatomy.lung_rx, -1, 1)
+    # Negative towards the heart, positive towards the chest wall.
+    u = np.clip((site.sign * site.x - site.anatomy.lung_x) / site.anatomy.lung_rx, -1, 1)
     low, high = (0.16, 0.22) if site.finding.size == "small" else (0.42, 0.55)
     level = site.diaphragm - site.rng.uniform(low, high) - 0.14 * u**2 * np.sign(u)
     fluid = _step(level - site.y, site.soft) * site.lung

@@ -1,7 +1,7 @@
 """Questions, answers and reports about a phantom, in ordinary radiology English.
 
-Every text follows from the findings alone. Closed questions come two "Yes" and two "No" an image, whatever
-the findings, so that no constant answer scores above one half. Wording varies for questions; answers and
+Every text follows from the findings alone. Each image has two closed questions with the answer "Yes" and two with "No",
+whatever the findings, so that no constant answer scores above one half. The wording of questions varies; answers and
 reports have one canonical form, so exact match is meaningful.
 """
 
@@ -119,8 +119,9 @@ def _choose(
 def _closed(rng: np.random.Generator, findings: tuple[Finding, ...]) -> list[Question]:
     """Two questions with the answer Yes and two with No, in a random order.
 
-    A side or zone is asked truly or falsely by the toss of a coin, and the many absent kinds are asked less often each than
-    the few present ones: so that in the uniform world the wording of a question hardly predicts its answer.
+    A question about a side or zone names the right or a wrong one with equal probability, and each of the many absent
+    kinds is asked about less often than each of the few present ones. So in the uniform world the wording of a question
+    hardly predicts its answer.
     """
     present = {f.kind for f in findings}
     pool: dict[bool, list[tuple[Question, float]]] = {True: [], False: []}

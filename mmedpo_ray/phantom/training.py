@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mmedpo_ray.phantom.tokenizer import encode_turn
-from mmedpo_ray.phantom.world import KINDS, Phantom, generate, render
+from mmedpo_ray.models.loading import PromptWriter
+from mmedpo_ray.phantom.findings import KINDS
+from mmedpo_ray.phantom.render import render
+from mmedpo_ray.phantom.world import Phantom, generate
 
 if TYPE_CHECKING:
     from mmedpo_ray.phantom.build_model import PhantomBuildConfig
 
 Report = Callable[[str, int, int], None]
+"""Called as report(what, done, total)."""
 
 _LESION_SHARE = 0.25  # a patch with this much of a lesion counts as lesion
 _POSITIVE_WEIGHT = 4.0  # lesion patches are rare
@@ -90,16 +93,17 @@ def train_language(
 ) -> None:
     """Teach projector and language model to answer all questions of the given images, the tower frozen.
 
-    One row is one image with all its questions: the image prefix is computed once and every question sees it, and not the other
-    questions, through a block mask. Loss = cross-entropy of the answer tokens, each answer counting equally
-    whatever its length.
+    One row is one image with all its questions: the image prefix is computed once, and a block mask lets every question
+    see it but not the other questions. Loss = cross-entropy of the answer tokens, each answer counting equally whatever
+    its length.
     """
     pixels = pixel_values(processor, phantoms)
     with torch.no_grad():
         features = torch.cat([_patch_features(model, chunk) for chunk in pixels.split(64)])
-    trees = [_tree(processor, phantom) for phantom in phantoms]
-    parameters = [*model.model.multi_modal_projector.parameters(), *model.model.language_model.parameters()]
-    parameters += [*model.lm_head.parameters()]
+    writer = PromptWriter(processor)
+    trees = [_tree(writer, phantom) for phantom in phantoms]
+    trained = (model.model.multi_modal_projector, model.model.language_model, model.lm_head)
+    parameters = [parameter for module in trained for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.train_rate, weight_decay=0.05, betas=(0.9, 0.98))
     model.train()
     plan = _batches(len(phantoms), config.train_steps, config.train_batch, config.seed + 1)
@@ -117,47 +121,40 @@ def _patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Ten
     return outputs.hidden_states[model.config.vision_feature_layer][:, 1:]
 
 
-class _Tree:
+def _tree(writer: PromptWriter, phantom: Phantom) -> dict[str, Tensor]:
     """All questions of one image behind one image prefix.
 
-    Attributes:
-        ids, positions, branch, target, weight: Tensors of shape (T,). `branch` is 0 for the prefix and the question's
-            number (from 1) after it; `target` is the next token where an answer token follows, else -100; `weight`
-            is 1 / answer length.
+    Returns:
+        Tensors of shape (T,): `ids`, `positions`, `branch` (0 for the prefix, the question's number from 1 after it),
+        `target` (the next token where an answer token follows, else -100) and `weight` (1 / answer length).
     """
-
-    def __init__(self, prefix: list[int], turns: list[tuple[list[int], list[int]]]) -> None:
-        ids, positions, branch = list(prefix), list(range(len(prefix))), [0] * len(prefix)
-        target, weight = [-100] * len(prefix), [0.0] * len(prefix)
-        for number, (question, answer) in enumerate(turns, start=1):
-            tokens = question + answer
-            ids += tokens[:-1]
-            positions += range(len(prefix), len(prefix) + len(tokens) - 1)
-            branch += [number] * (len(tokens) - 1)
-            target += [-100] * (len(question) - 1) + answer
-            weight += [0.0] * (len(question) - 1) + [1 / len(answer)] * len(answer)
-        self.ids, self.positions = torch.tensor(ids), torch.tensor(positions)
-        self.branch, self.target = torch.tensor(branch), torch.tensor(target)
-        self.weight = torch.tensor(weight)
-
-
-def _tree(processor: LlavaProcessor, phantom: Phantom) -> _Tree:
-    turns = [encode_turn(processor, q.question, q.answer) for q in phantom.questions]
+    turns = [(writer.prompt(q.question), writer.response(q.question, q.answer)) for q in phantom.questions]
     first = turns[0][0]
-    shared = max(i for i, token in enumerate(first) if token == processor.image_token_id) + 1
-    return _Tree(first[:shared], [(prompt[shared:], answer) for prompt, answer in turns])
+    assert first is not None
+    num_shared = first.index(writer.image_token_id) + writer.num_image_tokens
+    ids, positions, branch = first[:num_shared], list(range(num_shared)), [0] * num_shared
+    target, weight = [-100] * num_shared, [0.0] * num_shared
+    for number, (prompt, answer) in enumerate(turns, start=1):
+        assert prompt is not None
+        assert answer is not None
+        question = prompt[num_shared:]
+        length = len(question) + len(answer) - 1
+        ids += (question + answer)[:-1]
+        positions += range(num_shared, num_shared + length)
+        branch += [number] * length
+        target += [-100] * (len(question) - 1) + answer
+        weight += [0.0] * (len(question) - 1) + [1 / len(answer)] * len(answer)
+    columns = {"ids": ids, "positions": positions, "branch": branch, "target": target, "weight": weight}
+    return {name: torch.tensor(values) for name, values in columns.items()}
 
 
-def _tree_loss(model: LlavaForConditionalGeneration, features: Tensor, trees: list[_Tree]) -> Tensor:
-    def pad(name: str, value: int) -> Tensor:
-        rows = [getattr(tree, name) for tree in trees]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-    ids, positions, branch, target = (
-        pad("ids", 0),
-        pad("positions", 0),
-        pad("branch", -1),
-        pad("target", -100),
+def _tree_loss(
+    model: LlavaForConditionalGeneration, features: Tensor, trees: list[dict[str, Tensor]]
+) -> Tensor:
+    padding = {"ids": 0, "positions": 0, "branch": -1, "target": -100, "weight": 0}
+    ids, positions, branch, target, weight = (
+        nn.utils.rnn.pad_sequence([tree[name] for tree in trees], batch_first=True, padding_value=value)
+        for name, value in padding.items()
     )
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     same = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
@@ -172,8 +169,7 @@ def _tree_loss(model: LlavaForConditionalGeneration, features: Tensor, trees: li
     ).last_hidden_state
     answers = target != -100
     losses = F.cross_entropy(model.lm_head(hidden[answers]), target[answers], reduction="none")
-    weight = pad("weight", 0)[answers]
-    return (losses * weight).sum() / weight.sum()
+    return (losses * weight[answers]).sum() / weight[answers].sum()
 
 
 def _batches(count: int, steps: int, size: int, seed: int) -> list[list[int]]:

@@ -1,11 +1,11 @@
-"""A made-up world of frontal chest radiographs with ground truth, deterministic by seed.
+"""Phantoms: synthetic frontal chest radiographs with ground truth, deterministic by seed.
 
     phantom = make_phantom(7, prior="uniform")
     phantom.image, phantom.mask, phantom.findings, phantom.questions
     clean, _ = render(7, ())                       # the same patient, lesions truly removed
 
-`generate` gives the disjoint splits: "train" and "tower" made the embedded model, "align" is for alignment, "test" for
-evaluation.
+`generate` gives disjoint splits: the embedded model was trained on "train" and "tower"; "align" is for alignment and
+"test" for evaluation.
 """
 
 from __future__ import annotations
@@ -16,26 +16,9 @@ from typing import Literal
 
 import numpy as np
 
-from mmedpo_ray.phantom.findings import KINDS, SIDES, ZONES, Finding, Prior, sample_findings
+from mmedpo_ray.phantom.findings import Finding, Prior, sample_findings
 from mmedpo_ray.phantom.render import render
-from mmedpo_ray.phantom.text import Question, report_findings, write_questions, write_report
-
-__all__ = [
-    "KINDS",
-    "SIDES",
-    "SPLITS",
-    "ZONES",
-    "Finding",
-    "Phantom",
-    "Prior",
-    "Question",
-    "Split",
-    "generate",
-    "make_phantom",
-    "render",
-    "report_findings",
-    "write_report",
-]
+from mmedpo_ray.phantom.text import Question, write_questions
 
 Split = Literal["train", "align", "test", "tower"]
 SPLITS: tuple[Split, ...] = ("train", "align", "test", "tower")

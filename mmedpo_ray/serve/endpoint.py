@@ -32,8 +32,8 @@ from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import load_processor, template_with_bos
-from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings, read_model_config
+from mmedpo_ray.models.loading import load_processor, read_model_config, template_with_bos
+from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
 from mmedpo_ray.serve.settings import ServeConfig
 from mmedpo_ray.tables.run_folder import ADAPTER, RunFolder
 
@@ -152,7 +152,7 @@ def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[s
     result: dict[str, Any] = {
         "model_loading_config": {"model_id": name, "model_source": path},
         "engine_kwargs": arguments,
-        "placement_group_config": settings.placement_group_config,
+        "placement_group_config": {"bundles": settings.bundles},
         "runtime_env": {"env_vars": settings.env},
         "log_engine_metrics": False,
     }

@@ -27,7 +27,8 @@ from mmedpo_ray.align.checkpoint.output_weights import write_trained
 from mmedpo_ray.align.policy import build_policy
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.export.stage import export, hub_name, merge, put_weights, use_hub_names
+from mmedpo_ray.export.stage import export, merge, put_weights
+from mmedpo_ray.models.saving import hub_name, use_hub_names
 from mmedpo_ray.serve.endpoint import run_models
 from mmedpo_ray.tables.run_folder import Role, RunFolder
 from mmedpo_ray.tables.stage_runner import StageRunner
@@ -287,7 +288,7 @@ def test_what_can_be_wrong_with_an_adapter(tmp_path):
     with pytest.raises(UserError, match="no adapter"):
         export(config)
     train_nothing(config, build_tiny_llava(tmp_path / "deeper", 0, layers=3))
-    with pytest.raises(UserError, match=r"no layer .*layers\.2"):
+    with pytest.raises(UserError, match=r"does not belong to .*layers\.2"):
         export(config)
     assert not (RunFolder(config.run.folder).model() / "merged").exists()
 

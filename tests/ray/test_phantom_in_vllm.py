@@ -6,11 +6,11 @@ import base64
 import io
 
 import pytest
+import torch
 from PIL import Image
 
-from mmedpo_ray.phantom.build_model import SHIPPED_FOLDER, load_phantom_llava
+from mmedpo_ray.models.loading import EMBEDDED_FOLDER, PromptWriter, load_model, load_processor
 from mmedpo_ray.phantom.model_scores import answer
-from mmedpo_ray.phantom.tokenizer import encode_turn
 from mmedpo_ray.phantom.world import generate
 
 pytestmark = pytest.mark.engine
@@ -28,7 +28,7 @@ def test_vllm_and_transformers_agree(monkeypatch):
 
     rows = [(Image.fromarray(p.image), q) for p in generate("test", 5, 9) for q in p.questions]
     engine = LLM(
-        str(SHIPPED_FOLDER),
+        str(EMBEDDED_FOLDER),
         dtype="float32",
         enforce_eager=True,
         max_model_len=256,
@@ -52,10 +52,11 @@ def test_vllm_and_transformers_agree(monkeypatch):
         outputs = engine.chat(conversations, settings, use_tqdm=False)
     finally:
         engine.llm_engine.engine_core.shutdown()
-    model, processor = load_phantom_llava()
+    model, processor = load_model("phantom", torch.float32), load_processor("phantom")
+    writer = PromptWriter(processor)
     expected = answer(model, processor, [(image, question.question) for image, question in rows])
     for output, (_, question) in zip(outputs, rows, strict=True):
-        assert output.prompt_token_ids == encode_turn(processor, question.question, question.answer)[0]
+        assert output.prompt_token_ids == writer.prompt(question.question)
         assert output.outputs[0].finish_reason == "stop"
     same = sum(output.outputs[0].text.strip() == text for output, text in zip(outputs, expected, strict=True))
     assert same >= len(rows) - 1  # two near-equal logits may fall either way in another kernel

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import read_model_config
 from mmedpo_ray.models.settings import EngineConfig
-from mmedpo_ray.models.vllm_engine import engine_settings, read_model_config
+from mmedpo_ray.models.vllm_engine import engine_settings
 
 
 def model_folder(tmp_path, **config):
@@ -33,7 +34,7 @@ def test_gpu_is_found_out():
     settings = engine_settings(EngineConfig(tensor_parallel_size=2), has_gpu=True)
     assert settings.device == "gpu"
     assert settings.num_gpus == 2
-    assert settings.placement_group_config == {"bundles": [{"CPU": 1.0, "GPU": 1.0}] * 2}
+    assert settings.bundles == [{"CPU": 1.0, "GPU": 1.0}] * 2
     assert settings.engine_kwargs["dtype"] == "bfloat16"
     assert settings.engine_kwargs["enforce_eager"] is False
     assert "kv_cache_memory_bytes" not in settings.engine_kwargs

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.phantom.text import NAMES
-from mmedpo_ray.phantom.world import KINDS, Finding, generate, report_findings
+from mmedpo_ray.phantom.findings import KINDS, Finding
+from mmedpo_ray.phantom.text import NAMES, report_findings
+from mmedpo_ray.phantom.world import generate
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.lexicon import Fact
 from mmedpo_ray.radiology.lexicon.meta_text import COMMENTARY, LEAKED_PROMPT

@@ -23,12 +23,12 @@ from mmedpo_ray.align.data.batch import ImageLoader, forest_batch, read_ahead
 from mmedpo_ray.align.packing.logps import response_logps
 from mmedpo_ray.align.packing.trees import TokenSequence, pack
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models import loading
+from mmedpo_ray.models import fingerprint
+from mmedpo_ray.models.fingerprint import model_fingerprint
 from mmedpo_ray.models.loading import (
     PromptWriter,
     load_model,
     load_processor,
-    model_fingerprint,
     resolve_model,
     template_with_bos,
 )
@@ -133,8 +133,8 @@ def test_large_weights_are_known_by_their_content(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy is the same model; other values are not, in whichever tensor, nor other shapes of the same bytes."""
-    monkeypatch.setattr(loading, "_HASH_WHOLE_BYTES", 0)
-    monkeypatch.setattr(loading, "_SAMPLE_BYTES", 64)
+    monkeypatch.setattr(fingerprint, "_HASH_WHOLE_BYTES", 0)
+    monkeypatch.setattr(fingerprint, "_SAMPLE_BYTES", 64)
     original = model_fingerprint(str(model_folder))
     other = tmp_path / "other"
     shutil.copytree(model_folder, other)
@@ -327,6 +327,7 @@ def with_settings(model: Path, folder: Path, file: str, **changes: Any) -> Path:
         ("processor_config.json", {"patch_size": None}, "lacks patch_size.*num_additional_image_tokens"),
         ("config.json", {"vision_feature_select_strategy": "full"}, "16 ids .* 17 features"),
         ("config.json", {"image_token_index": 7}, "image_token_index is 7"),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.5]}}, "cannot process an image"),
         (
             "processor_config.json",
             {"image_processor": {"do_center_crop": False}},

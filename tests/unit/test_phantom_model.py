@@ -14,16 +14,17 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.phantom import training
-from mmedpo_ray.phantom.build_model import (
-    SHIPPED_FOLDER,
-    PhantomBuildConfig,
-    build_command,
-    build_phantom_llava,
-    load_phantom_llava,
+from mmedpo_ray.models.loading import (
+    EMBEDDED_FOLDER,
+    PromptWriter,
+    chat_messages,
+    load_model,
+    load_processor,
 )
+from mmedpo_ray.phantom import training
+from mmedpo_ray.phantom.build_model import PhantomBuildConfig, build_command, build_phantom_llava
 from mmedpo_ray.phantom.model_scores import answer, score_answers, score_model
-from mmedpo_ray.phantom.tokenizer import chat, encode_turn, train_tokenizer
+from mmedpo_ray.phantom.tokenizer import train_tokenizer
 from mmedpo_ray.phantom.world import generate
 
 TINY = PhantomBuildConfig(
@@ -46,15 +47,19 @@ def silent(what, done, total):
     pass
 
 
+def load(folder):
+    return load_model(str(folder), torch.float32), load_processor(str(folder))
+
+
 @pytest.fixture(scope="module")
 def shipped():
-    return load_phantom_llava()
+    return load(EMBEDDED_FOLDER)
 
 
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantom") / "model"
-    return folder, build_phantom_llava(folder, TINY)
+    return folder, build_phantom_llava(folder, TINY, silent)
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
@@ -80,14 +85,16 @@ def test_content_as_string_and_as_parts_give_the_same_prompt(shipped):
         [question, {"type": "image_url", "image_url": {"url": "data:"}}],
     ):
         assert template([{"role": "user", "content": content}], add_generation_prompt=True) == expected
-    assert template(chat("Is the heart enlarged?", " No")) == f"{expected} No</s>"
+    assert template(chat_messages("Is the heart enlarged?", " No")) == f"{expected} No</s>"
 
 
 def test_training_and_inference_see_the_same_tokens(shipped):
     processor = shipped[1]
     image = Image.new("L", (80, 50)).convert("RGB")
-    prompt, response = encode_turn(processor, "Where is the nodule?", "Left upper zone")
-    text = processor.apply_chat_template(chat("Where is the nodule?"), add_generation_prompt=True)
+    writer = PromptWriter(processor)
+    prompt = writer.prompt("Where is the nodule?")
+    response = writer.response("Where is the nodule?", "Left upper zone")
+    text = processor.apply_chat_template(chat_messages("Where is the nodule?"), add_generation_prompt=True)
     assert processor(text=text, images=image)["input_ids"][0] == prompt
     tokenizer = processor.tokenizer
     assert prompt.count(processor.image_token_id) == 64
@@ -109,14 +116,14 @@ def test_a_reduced_model_is_built_and_loads(rebuilt):
     tower = [name for name in names if name.startswith("vision_tower.")]
     assert tower
     assert all(name.startswith("vision_tower.vision_model.") for name in tower)  # the spelling vLLM loads
-    model, processor = load_phantom_llava(folder)
+    model, processor = load(folder)
     phantoms = list(generate("test", TINY.score_images, size=TINY.image_size))
     assert score_model(model, processor, phantoms, silent) == scores["uniform"]
 
 
 def test_the_build_is_reproducible(rebuilt, tmp_path):
     folder, _ = rebuilt
-    build_phantom_llava(tmp_path, TINY)
+    build_phantom_llava(tmp_path, TINY, silent)
     for name in ("model.safetensors", "tokenizer.json", "config.json", "scores.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -124,7 +131,7 @@ def test_the_build_is_reproducible(rebuilt, tmp_path):
 def test_training_lowers_the_loss(shipped):
     _, processor = shipped
     phantoms = list(generate("train", 8))
-    trees = [training._tree(processor, phantom) for phantom in phantoms]
+    trees = [training._tree(PromptWriter(processor), phantom) for phantom in phantoms]
     torch.manual_seed(0)
     model = type(shipped[0])(shipped[0].config)
     model.model.vision_tower.load_state_dict(shipped[0].model.vision_tower.state_dict())
@@ -141,14 +148,16 @@ def test_training_lowers_the_loss(shipped):
 def test_the_tree_loss_equals_the_loss_of_separate_rows(shipped):
     model, processor = shipped
     phantoms = list(generate("train", 2))
+    writer = PromptWriter(processor)
     pixels = training.pixel_values(processor, phantoms)
-    trees = [training._tree(processor, phantom) for phantom in phantoms]
+    trees = [training._tree(PromptWriter(processor), phantom) for phantom in phantoms]
     with torch.no_grad():
         tree_loss = training._tree_loss(model, training._patch_features(model, pixels), trees).item()
         losses = []
         for phantom, image in zip(phantoms, pixels, strict=True):
             for question in phantom.questions:
-                prompt, response = encode_turn(processor, question.question, question.answer)
+                prompt = writer.prompt(question.question)
+                response = writer.response(question.question, question.answer)
                 ids = torch.tensor([prompt + response])
                 logits = model(input_ids=ids, pixel_values=image[None]).logits[0, len(prompt) - 1 : -1]
                 losses.append(F.cross_entropy(logits, torch.tensor(response)).item())
@@ -156,9 +165,9 @@ def test_the_tree_loss_equals_the_loss_of_separate_rows(shipped):
 
 
 def test_the_shipped_model_is_small_and_its_card_tells_its_scores():
-    assert sum(path.stat().st_size for path in SHIPPED_FOLDER.iterdir()) < 12e6
-    scores = json.loads((SHIPPED_FOLDER / "scores.json").read_text())
-    card = (SHIPPED_FOLDER / "README.md").read_text()
+    assert sum(path.stat().st_size for path in EMBEDDED_FOLDER.iterdir()) < 12e6
+    scores = json.loads((EMBEDDED_FOLDER / "scores.json").read_text())
+    card = (EMBEDDED_FOLDER / "README.md").read_text()
     for world in ("biased", "uniform"):
         for score in scores[world].values():
             assert f"{score['value']:.3f}" in card

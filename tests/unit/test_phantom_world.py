@@ -11,19 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from mmedpo_ray.phantom.findings import sample_findings
+from mmedpo_ray.phantom.findings import KINDS, SIDES, ZONES, Finding, sample_findings
 from mmedpo_ray.phantom.render import render
-from mmedpo_ray.phantom.world import (
-    KINDS,
-    SIDES,
-    SPLITS,
-    ZONES,
-    Finding,
-    generate,
-    make_phantom,
-    report_findings,
-    write_report,
-)
+from mmedpo_ray.phantom.text import report_findings, write_report
+from mmedpo_ray.phantom.world import SPLITS, generate, make_phantom
 
 
 @given(seed=st.integers(0, 2**40), prior=st.sampled_from(["biased", "uniform"]))

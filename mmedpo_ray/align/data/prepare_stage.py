@@ -40,7 +40,8 @@ from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.compat.cluster import MODEL_RESTARTS
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, model_files
+from mmedpo_ray.models.fingerprint import model_files
+from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.joins import BySample
 from mmedpo_ray.tables.parts import DoneIds

@@ -21,7 +21,8 @@ from mmedpo_ray.compat.cluster import MODEL_RESTARTS, has_gpu
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.io import images as image_files
-from mmedpo_ray.models.loading import PromptWriter, load_processor, model_fingerprint, resolve_model
+from mmedpo_ray.models.fingerprint import model_fingerprint
+from mmedpo_ray.models.loading import PromptWriter, load_processor, resolve_model
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings, start_engine
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.parts import DoneIds

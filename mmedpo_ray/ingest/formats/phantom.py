@@ -16,6 +16,7 @@ from mmedpo_ray.ingest.reader import ROWS_PER_UNIT, Reader, Unit
 from mmedpo_ray.io import storage
 from mmedpo_ray.io.images import encode_png
 from mmedpo_ray.phantom import world
+from mmedpo_ray.phantom.findings import Prior
 from mmedpo_ray.tables.run_folder import RunFolder
 
 _SPLITS: dict[str, world.Split] = {"train": "align", "test": "test"}
@@ -64,5 +65,5 @@ class PhantomReader(Reader):
                 "mask_uri": mask_uri,
             }
 
-    def _prior(self, split: str) -> world.Prior:
+    def _prior(self, split: str) -> Prior:
         return self.data.phantom.prior if split == "train" else "uniform"

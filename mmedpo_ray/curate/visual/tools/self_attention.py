@@ -39,7 +39,7 @@ class SelfAttention(VisualTool):
 
     @classmethod
     def fingerprint(cls, config: Config) -> list[str]:
-        from mmedpo_ray.models.loading import model_fingerprint
+        from mmedpo_ray.models.fingerprint import model_fingerprint
 
         return [model_fingerprint(config.model.path)]
 
