@@ -146,6 +146,13 @@ def lowered(text: str) -> str:
     return "".join(low if len(low := letter.lower()) == 1 else letter for letter in text)
 
 
+def concepts_of(names: Iterable[str]) -> frozenset[str]:
+    """The names of a list of concepts, in which ``@group`` stands for all concepts of that group."""
+    groups = {name[1:] for name in names if name.startswith("@")}
+    members = {concept.name for concept in CONCEPTS.values() if concept.group in groups}
+    return frozenset(members.union(name for name in names if not name.startswith("@")))
+
+
 @cache
 def group_of(concept: Concept) -> tuple[Concept, ...]:
     """The other concepts that can stand in for this one."""
