@@ -41,7 +41,7 @@ def test_a_part_is_imported_when_it_is_looked_up(registry: Registry) -> None:
 
 
 def test_an_unknown_name_is_told_with_the_known_ones(registry: Registry) -> None:
-    with pytest.raises(ValueError, match="'sevn'.*pi, seven.*seven"):
+    with pytest.raises(ValueError, match=r"'sevn'.*pi, seven.*seven"):
         registry.check("sevn")
     with pytest.raises(KeyError):
         _ = registry["eight"]
