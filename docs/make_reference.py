@@ -23,8 +23,10 @@ def settings() -> str:
     """The settings page."""
     lines = [
         HEADER + "# Settings\n",
-        "One tree, in `mmedpo_ray/config/tree.py`. A YAML file given with `--config` holds what differs from these defaults;",
-        "`section.key=value` on the command line holds what differs from the file. `mmedpo config show` prints the result,",
+        "One tree, in `mmedpo_ray/config/tree.py`. A YAML file given with `--config` holds what differs "
+        "from these defaults;",
+        "`section.key=value` on the command line holds what differs from the file. `mmedpo config show` "
+        "prints the result,",
         "`mmedpo config validate` checks it without running anything.\n",
     ]
     lines += _section(Config, "", Config())
@@ -89,9 +91,12 @@ def table_pages() -> str:
     """The tables page."""
     lines = [
         HEADER + "# Tables\n",
-        "The Parquet tables between the stages, from `mmedpo_ray/tables/schemas.py`. Every table folder also has `manifest.json`",
-        "(key, the tables it was made of, settings, versions, rows in and out, dropped by reason, seconds) and, where rows were",
-        "left out, `dropped/` with the same columns plus `drop_reason` and `drop_detail`. Rows in = rows out + dropped, always.\n",
+        "The Parquet tables between the stages, from `mmedpo_ray/tables/schemas.py`. Every table folder "
+        "also has `manifest.json`",
+        "(key, the tables it was made of, settings, versions, rows in and out, dropped by reason, seconds) "
+        "and, where rows were",
+        "left out, `dropped/` with the same columns plus `drop_reason` and `drop_detail`. Rows in = rows "
+        "out + dropped, always.\n",
     ]
     for name, schema in (
         ("samples", schemas.SAMPLES),
@@ -116,15 +121,20 @@ def table_pages() -> str:
 def _summary_section() -> list[str]:
     return [
         "## evaluate/summary.json\n",
-        "The scores of a run; `mmedpo evaluate --answers FILE --json OUT` writes the same with a list `differences`",
+        "The scores of a run; `mmedpo evaluate --answers FILE --json OUT` writes the same with a list "
+        "`differences`",
         "(`first`, `second`, `paired`, `unpaired`, `metrics`) in place of the two.\n",
         "| key | meaning |",
         "| --- | --- |",
         "| `names` | name of each role: base, aligned, control |",
-        "| `models` | model → metric → `value`, `low`, `high` (interval), `n` (answers, failed ones included) |",
-        "| `counts` | model → `answers`, `failed`, `empty`, `closed` (closed questions), `undecided` (of these), `undecided_share` |",
-        "| `difference`, `difference_to_control` | metric → aligned minus base (control): `value`, `low`, `high`, `n`, `p` (paired test), "
-        "`p_holm` (corrected for the metrics compared), `verdict`: better, worse, uncorrected (only before the correction), tiny (prints as 0.0) "
+        "| `models` | model → metric → `value`, `low`, `high` (interval), `n` (answers, failed ones "
+        "included) |",
+        "| `counts` | model → `answers`, `failed`, `empty`, `closed` (closed questions), `undecided` (of "
+        "these), `undecided_share` |",
+        "| `difference`, `difference_to_control` | metric → aligned minus base (control): `value`, `low`, "
+        "`high`, `n`, `p` (paired test), "
+        "`p_holm` (corrected for the metrics compared), `verdict`: better, worse, uncorrected (only before "
+        "the correction), tiny (prints as 0.0) "
         "or open; both null for metrics that are not judged |",
         "| `left_out` | metric → why it could not be computed here |",
         "| `questions`, `images`, `bootstrap`, `confidence`, `command` | what was scored, and how |",

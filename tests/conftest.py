@@ -25,7 +25,8 @@ for _key, _value in {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     # Ray's workers otherwise get a thirtieth of a core on which anything else runs, other tests for instance.
     "RAY_worker_niceness": "0",
-    # Otherwise Ray Train looks after its workers every two seconds, and waits half a minute for one that hangs.
+    # Otherwise Ray Train looks after its workers every two seconds, and waits half a minute for one that
+    # hangs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }.items():

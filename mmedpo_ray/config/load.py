@@ -28,13 +28,13 @@ def load(
 
     Args:
         path: the file; None: the defaults.
-        overrides: take precedence over the file. The value of a string setting is used exactly as given, except that
-            ``null`` and the empty string mean null; any other value is YAML.
+        overrides: take precedence over the file. The value of a string setting is used exactly as given,
+            except that ``null`` and the empty string mean null; any other value is YAML.
         values: values by dotted key, used as they are; they take precedence over the overrides.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value is
-            invalid.
+        UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a
+            value is invalid.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -84,7 +84,8 @@ class _OncePerKey(yaml.SafeLoader):
             line, name = key.start_mark.line + 1, getattr(key, "value", None)
             if isinstance(name, str) and name in lines:
                 raise yaml.YAMLError(
-                    f"the key {name!r} occurs twice in one section, in line {lines[name]} and in line {line}. The "
+                    f"the key {name!r} occurs twice in one section, in line {lines[name]} and in line "
+                    f"{line}. The "
                     "first would be ignored: remove one of them."
                 )
             lines[name if isinstance(name, str) else id(key)] = line
