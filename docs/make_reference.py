@@ -1,7 +1,8 @@
-"""Writes docs/reference/settings.md and tables.md from the code: ``python docs/make_reference.py``."""
+"""Writes the pages of docs/reference from the code: ``python docs/make_reference.py``."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import types
 import typing
@@ -10,9 +11,11 @@ from pathlib import Path
 import pyarrow as pa
 from pydantic import BaseModel
 
+from mmedpo_ray.commands.parser import build_parser
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
 from mmedpo_ray.metrics import METRICS
+from mmedpo_ray.stages.registry import next_stage, stages
 from mmedpo_ray.tables import schemas
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -155,7 +158,45 @@ def _field_row(field: pa.Field) -> str:
     return f"| `{field.name}` | {kind} | {'yes' if field.nullable else ''} | {meaning} |"
 
 
-PAGES = {"settings.md": settings, "tables.md": table_pages}
+def command_page() -> str:
+    """The commands page."""
+    [commands] = [action for action in build_parser()._actions if action.dest == "command"]
+    assert isinstance(commands, argparse._SubParsersAction)
+    known = stages()
+    lines = [
+        HEADER + "# Commands\n",
+        "`mmedpo COMMAND --help` prints the same. Commands with settings take `--config FILE` and `key=value`; every",
+        "command takes `--debug` (show the traceback of an error) and `--verbose`.\n",
+        "| stage | reads | writes | next |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, stage in known.items():
+        following = next_stage(name)
+        lines.append(
+            f"| `{name}` | {stage.reads} | {stage.writes} | {f'`{following.name}`' if following else ''} |"
+        )
+    summaries = {choice.dest: choice.help for choice in commands._choices_actions}
+    for name, parser in commands.choices.items():
+        lines += [f"\n## mmedpo {name}\n", f"{summaries[name]}.\n"]
+        rows = [
+            f"| `{' '.join([*(action.option_strings or [action.dest]), *_metavar(action)])}` | {action.help} |"
+            for action in parser._actions
+            if action.dest not in ("help", "config", "overrides", "debug", "verbose")
+        ]
+        if rows:
+            lines += ["| option | meaning |", "| --- | --- |", *rows]
+        if parser.epilog:
+            lines += [*([""] if rows else []), "```", parser.epilog.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _metavar(action: argparse.Action) -> list[str]:
+    if not action.option_strings or action.nargs == 0:
+        return []
+    return [str(action.metavar or ",".join(map(str, action.choices or [action.dest.upper()])))]
+
+
+PAGES = {"commands.md": command_page, "settings.md": settings, "tables.md": table_pages}
 
 
 def main() -> int:
