@@ -23,10 +23,11 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.datasets.embedded_images import EmbeddedImages, bytes_or_name
 from mmedpo_ray.datasets.json_rows import read_json_list
 from mmedpo_ray.datasets.row_names import given_name, row_name
-from mmedpo_ray.datasets.texts import clean, infer_answer_type, storable, text_problem
+from mmedpo_ray.datasets.texts import clean, infer_answer_type, text_problem
 from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.ingest.settings import DataConfig
 from mmedpo_ray.io import images, storage
+from mmedpo_ray.io.text import storable
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 
 __all__ = [
