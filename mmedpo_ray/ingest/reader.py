@@ -138,10 +138,16 @@ class Reader(ABC):
         config: all settings.
 
     Attributes:
+        needs_root: whether ``data.root`` names the data; False: the reader makes them.
+        needs_train_file: whether ``data.train_file`` must be given.
+        brings_pairs: whether the rows are preference pairs, which :meth:`pairs` reads.
         intended_reasons: drop reasons of rows that the settings leave out on purpose.
         counts_rows: whether a unit counts the rows of `samples`, kept or dropped, that it becomes.
     """
 
+    needs_root: ClassVar[bool] = True
+    needs_train_file: ClassVar[bool] = False
+    brings_pairs: ClassVar[bool] = False
     intended_reasons: ClassVar[tuple[str, ...]] = ()
     counts_rows: bool = True
 
