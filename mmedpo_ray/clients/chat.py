@@ -19,9 +19,9 @@ from typing import Any, NoReturn, TypeGuard
 
 from mmedpo_ray.clients.http import async_client
 from mmedpo_ray.clients.settings import EndpointConfig
-from mmedpo_ray.datasets.texts import storable
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
+from mmedpo_ray.io.text import storable
 
 # Drop reason of a row that the endpoint did not answer although it may at another time.
 TRANSIENT = "endpoint_failed"

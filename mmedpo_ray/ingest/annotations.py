@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from mmedpo_ray.datasets import json_rows
 from mmedpo_ray.datasets.embedded_images import LONGEST_NAME, EmbeddedImages, bytes_or_name, only_element
-from mmedpo_ray.datasets.texts import clean, storable
+from mmedpo_ray.datasets.texts import clean
 from mmedpo_ray.ingest.reader import (
     ROWS_PER_UNIT,
     ImageChecker,
@@ -24,6 +24,7 @@ from mmedpo_ray.ingest.reader import (
     row_name,
 )
 from mmedpo_ray.io import storage
+from mmedpo_ray.io.text import storable
 from mmedpo_ray.tables.seen_ids import SeenIds
 
 # Member of a row that names its lesion mask, in every format.

@@ -1,7 +1,4 @@
-"""The stage `ingest`: raw data → `samples` (and `released`, where the data brings pairs).
-
-A new format is a file with a :class:`~mmedpo_ray.ingest.reader.Reader` and a line in ``FORMATS``.
-"""
+"""The stage `ingest`: raw data → `samples` (and `released`, where the data brings pairs)."""
 
 from __future__ import annotations
 
@@ -16,22 +13,8 @@ import pyarrow.compute as pc
 import ray
 
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.errors import UserError
-from mmedpo_ray.ingest.formats.hf_parquet import HfParquetReader
-from mmedpo_ray.ingest.formats.llava_json import LlavaJsonReader
-from mmedpo_ray.ingest.formats.mmedpo_json import MMedPOJsonReader
-from mmedpo_ray.ingest.formats.phantom import PhantomReader
-from mmedpo_ray.ingest.formats.r2gen import R2GenReader
-from mmedpo_ray.ingest.formats.slake import SlakeReader
-from mmedpo_ray.ingest.formats.vqa_rad import VqaRadReader
-from mmedpo_ray.ingest.preference_reader import (
-    SAMPLE_COLUMNS,
-    LlamaFactoryReader,
-    PreferenceReader,
-    SortedSamples,
-    SwiftReader,
-    TrlReader,
-)
+from mmedpo_ray.ingest.formats import FORMATS
+from mmedpo_ray.ingest.preference_reader import SAMPLE_COLUMNS, PreferenceReader, SortedSamples
 from mmedpo_ray.ingest.reader import IMAGE_REASONS, ROWS_PER_UNIT, UNITS, Reader, Unit
 from mmedpo_ray.ingest.retry_images import any_mended
 from mmedpo_ray.io import storage
@@ -41,19 +24,6 @@ from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.seen_ids import SeenIds
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner
 
-FORMATS: dict[str, type[Reader]] = {
-    "phantom": PhantomReader,
-    "mmedpo_json": MMedPOJsonReader,
-    "llava_json": LlavaJsonReader,
-    "slake": SlakeReader,
-    "vqa_rad": VqaRadReader,
-    "r2gen": R2GenReader,
-    "hf_parquet": HfParquetReader,
-    "trl": TrlReader,
-    "llama_factory": LlamaFactoryReader,
-    "swift": SwiftReader,
-}
-
 
 def ingest(config: Config) -> Manifest:
     """Reads the data set of ``config.data`` into the run's `samples` table. Ray must be initialised.
@@ -62,9 +32,7 @@ def ingest(config: Config) -> Manifest:
         UserError: the source is missing or not of the given format, or no usable row is left.
         DroppedShareError: too many rows are unusable.
     """
-    if config.data.format not in FORMATS:
-        raise UserError(f"unknown data.format {config.data.format!r}; known are {', '.join(FORMATS)}.")
-    reader = FORMATS[config.data.format](config)
+    reader: Reader = FORMATS[config.data.format](config)
     manifest = _ingest_samples(config, reader)
     if isinstance(reader, PreferenceReader):
         _ingest_released(config, reader)
