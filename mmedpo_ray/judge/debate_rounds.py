@@ -20,7 +20,7 @@ from mmedpo_ray.judge import agents as judges
 from mmedpo_ray.judge import debate
 from mmedpo_ray.judge.settings import AgentConfig, OpenAIAgentConfig
 from mmedpo_ray.tables import schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
 from mmedpo_ray.tables.stage_runner import StageRunner, digest
@@ -40,7 +40,7 @@ class Again:
     """
 
     key: str
-    pairs: DoneIds
+    pairs: IdSet
 
 
 def hold_debate(
@@ -103,7 +103,7 @@ def hold_debate(
 
 
 def _build_pass(
-    done: DoneIds,
+    done: IdSet,
     *,
     which: debate.Pass,
     config: Config,

@@ -34,9 +34,9 @@ from mmedpo_ray.judge.debate_rounds import (
     usage_logs,
 )
 from mmedpo_ray.judge.settings import ScoreConfig, WeightConfig
-from mmedpo_ray.tables import parts, schemas
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.merge import DROPPED
-from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, digest, read_manifest
@@ -70,7 +70,7 @@ def score(config: Config) -> Manifest:
     stage = _stage(config, judging)
     moments = _moments(scores, settings.weights)
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         skip = Skip(done, "pair_id")
 
         def weigh(rows: pa.Table) -> pa.Table:
@@ -127,7 +127,7 @@ def _scores(config: Config, judging: Sequence[Any], total: int) -> str:
     passes = hold_debate(config, judging, open_pairs=open_pairs, again=again)
     num_agents, keep_source_scores = len(settings.agents), settings.keep_source_scores
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         skip = Skip(done, "pair_id")
 
         def give_scores(rows: pa.Table) -> pa.Table:
@@ -174,8 +174,7 @@ def _to_debate_again(stage: StageRunner) -> Again | None:
     failed = dropped.to_table(
         columns=["pair_id"], filter=pc.field(schemas.DROP_REASON).isin(list(RETRY_REASONS))
     )
-    codes = parts.encode(failed["pair_id"].to_pylist())
-    return Again(digest(before.content, before.finished_at), DoneIds(codes=[codes]))
+    return Again(digest(before.content, before.finished_at), IdSet(failed["pair_id"].to_pylist()))
 
 
 def _carry_usage(config: Config, judging: Sequence[Any], stage: StageRunner) -> None:

@@ -29,7 +29,7 @@ from mmedpo_ray.clients.settings import EndpointConfig
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
 
@@ -73,7 +73,7 @@ class Asking:
     settings: list[Any]
     inputs: list[str]
 
-    def run(self, config: Config, build: Callable[[DoneIds], ray.data.Dataset | None]) -> Manifest:
+    def run(self, config: Config, build: Callable[[IdSet], ray.data.Dataset | None]) -> Manifest:
         """Asks about every row of the dataset that ``build`` makes, given the ids that are there.
 
         Raises:
@@ -95,7 +95,7 @@ class Asking:
         # A block is asked about and written as one: it is what a crash can cost, and the step of the progress bar.
         rows = min(config.ray.rows_per_part, _ROUNDS * self.endpoint.concurrency)
 
-        def asked(done: DoneIds) -> ray.data.Dataset | None:
+        def asked(done: IdSet) -> ray.data.Dataset | None:
             found = build(done)
             if found is None:
                 return None
