@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
+from mmedpo_ray.judge.agents import JUDGES
 from mmedpo_ray.metrics import METRICS
 from mmedpo_ray.tables import schemas
 
@@ -28,7 +28,7 @@ def settings() -> str:
         "`mmedpo config validate` checks it without running anything.\n",
     ]
     lines += _section(Config, "", Config())
-    for agent in (RulesAgentConfig, VllmAgentConfig, OpenAIAgentConfig):
+    for agent in (kind.settings_class for kind in JUDGES.values()):
         lines += [
             f"## score.agents: `kind: {agent.model_fields['kind'].default}`\n",
             (agent.__doc__ or "").strip() + "\n",

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from mmedpo_ray.config.messages import in_words, line_of
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
+from mmedpo_ray.judge.agents import JUDGES
 
 
 def load(
@@ -195,7 +195,8 @@ def _explain(error: ValidationError, path: str | Path | None, given: list[str]) 
         key = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
             name, words = f"unknown key {key}{_nearest(key)}", ""
-        elif not key:
+        elif item["msg"].removeprefix("Value error, ").startswith(key):
+            # A rule over several settings names them itself.
             name, words = item["msg"].removeprefix("Value error, "), ""
         else:
             name, words = key, in_words(item)
@@ -211,10 +212,9 @@ def _explain(error: ValidationError, path: str | Path | None, given: list[str]) 
 
 
 def _keys_of(location: Sequence[str | int]) -> list[str | int]:
-    """The part of an error's location that is keys of a file: unions add the tag or the type that was tried."""
-    keys = [part for part in location if part not in ("rules", "vllm", "openai")]
-    types = [index for index, part in enumerate(keys) if _TYPE.fullmatch(str(part))]
-    return keys[: types[0]] if types else keys
+    """The part of an error's location that is keys of a file: unions add the type that was tried."""
+    types = [index for index, part in enumerate(location) if _TYPE.fullmatch(str(part))]
+    return list(location[: types[0]] if types else location)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -232,7 +232,7 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def _nearest(key: str) -> str:
     known = known_keys()
     if judge := re.match(r"score\.agents\.\d+\.", key):
-        kinds = (RulesAgentConfig, VllmAgentConfig, OpenAIAgentConfig)
+        kinds = [kind.settings_class for kind in JUDGES.values()]
         known += sorted({name for kind in kinds for name in known_keys(kind, judge.group())})
     sections = {
         known_key.rsplit(".", depth)[0] for known_key in known for depth in (1, 2) if "." in known_key
