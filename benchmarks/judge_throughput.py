@@ -43,7 +43,7 @@ def main() -> int:
 
     from mmedpo_ray.compat import cluster
     from mmedpo_ray.config.tree import RayConfig
-    from mmedpo_ray.judge.settings import VllmAgentConfig
+    from mmedpo_ray.judge.agents.vllm import VllmAgentConfig
     from mmedpo_ray.models.settings import EngineConfig
 
     with tempfile.TemporaryDirectory(prefix="judges-") as scratch:
@@ -123,6 +123,7 @@ class _Bare:
         """Time that the engine needs for all rows in one call (two, where the score is read from a second
         turn)."""
         from mmedpo_ray.judge.agents import prompt
+        from mmedpo_ray.judge.agents.vllm import letter_sampling
 
         cases = [_case(row) for row in rows]
         agent, limit = self._agent, self._settings.max_tokens
@@ -137,7 +138,7 @@ class _Bare:
         if self._settings.scoring == "expectation":
             rationales = [prompt.parse_rationale(output.outputs[0].text) or "none" for output in outputs]
             second = [prompt.letter_messages(*pair) for pair in zip(cases, rationales, strict=True)]
-            seconds += self._timed(second, [agent._letter()] * len(cases))[0]
+            seconds += self._timed(second, [letter_sampling()] * len(cases))[0]
         return seconds
 
     def _timed(self, conversations: list[Any], forms: list[Any]) -> tuple[float, list[Any]]:
@@ -159,7 +160,7 @@ def _pipeline(
     that its engine worked."""
     from mmedpo_ray.config.load import load
     from mmedpo_ray.judge import debate
-    from mmedpo_ray.judge.debate_rounds import hold_debate
+    from mmedpo_ray.judge.debate_passes import Passes
     from mmedpo_ray.tables import schemas
     from mmedpo_ray.tables.run_folder import RunFolder
     from mmedpo_ray.tables.stage_runner import StageRunner, read_manifest
@@ -174,7 +175,7 @@ def _pipeline(
     plain = debate.HoldPass
     debate.HoldPass = _timed(plain, warm_up, str(clock))  # type: ignore[misc]
     try:
-        (held,) = hold_debate(config, [], open_pairs=len(rows))
+        (held,) = Passes(config, []).run(len(rows))
     finally:
         debate.HoldPass = plain  # type: ignore[misc]
     stopped = time.time()
@@ -253,16 +254,16 @@ def _rows(count: int, tag: str) -> list[dict[str, Any]]:
 
 
 def _case(row: dict[str, Any]) -> Any:
-    from mmedpo_ray.judge.agents import Case
+    from mmedpo_ray.judge.agents.base import Case
 
     return Case(row["question"], row["chosen"], row["rejected"], (), 1)
 
 
 def _options(agent: Any) -> dict[str, Any]:
     from mmedpo_ray.compat import cluster
-    from mmedpo_ray.judge import agents
+    from mmedpo_ray.judge.agents.vllm import VllmAgent
 
-    return agents.map_options(agent, data_cpus=0.25, has_gpu=cluster.has_gpu())
+    return VllmAgent.map_options(agent, data_cpus=0.25, has_gpu=cluster.has_gpu())
 
 
 def _tiny_model(folder: Path) -> Path:

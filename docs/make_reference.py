@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from mmedpo_ray.commands.parser import build_parser
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
+from mmedpo_ray.judge.agents import JUDGES
 from mmedpo_ray.metrics import METRICS
 from mmedpo_ray.stages.registry import next_stage, stages
 from mmedpo_ray.tables import schemas
@@ -33,7 +33,7 @@ def settings() -> str:
         "`mmedpo config validate` checks it without running anything.\n",
     ]
     lines += _section(Config, "", Config())
-    for agent in (RulesAgentConfig, VllmAgentConfig, OpenAIAgentConfig):
+    for agent in (kind.settings_class for kind in JUDGES.values()):
         lines += [
             f"## score.agents: `kind: {agent.model_fields['kind'].default}`\n",
             (agent.__doc__ or "").strip() + "\n",

@@ -15,7 +15,6 @@ _WORDS = {
     "dict_type": _SECTION,
     "missing": "is missing",
     "union_tag_not_found": "needs a key `kind`",
-    "union_tag_invalid": "kind must be one of {expected_tags}",
 }
 
 

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.evaluate.client import RETRY_REASONS, Endpoint, Question, Reply
+from mmedpo_ray.evaluate.client import RETRY_REASONS, Question, QuestionClient, Reply
 from mmedpo_ray.evaluate.scoring import check_script
 from mmedpo_ray.evaluate.summary import failed_rows, summarise, summary_table
 from mmedpo_ray.io import storage
@@ -96,7 +96,7 @@ def _stage(config: Config, run: RunFolder) -> tuple[StageRunner, list[str]]:
     settings = config.evaluate.model_dump(include={"max_tokens", "temperature", "max_samples"})
     inputs = [run.samples]
     if config.evaluate.endpoint:
-        offered = Endpoint(config.evaluate.endpoint, config.evaluate).model_names()
+        offered = QuestionClient(config.evaluate.endpoint, config.evaluate).model_names()
         names = _names_at(config, offered)
         settings["endpoint"] = config.evaluate.endpoint
     else:
@@ -190,7 +190,7 @@ async def _collect(
         Question(answer_id, name, sample["image_uri"], sample["question"])
         for answer_id, (name, sample) in by_id.items()
     ]
-    client = Endpoint(base_url, config.evaluate, config.data.max_pixels)
+    client = QuestionClient(base_url, config.evaluate, config.data.max_pixels)
     rows: list[dict[str, Any]] = []
     saved = started = time.monotonic()
     with progress_bar() as bar:

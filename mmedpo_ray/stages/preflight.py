@@ -109,5 +109,6 @@ def _other_models(command: str, config: Config) -> Iterator[tuple[str, str]]:
             yield "curate.visual.text_prompted.model", visual.text_prompted.model
     if command in ("run", "score"):
         for number, agent in enumerate(config.score.agents):
-            if agent.kind == "vllm" and agent.model != EMBEDDED_NAME:
-                yield f"score.agents.{number}.model", agent.model
+            model = getattr(agent, "model", EMBEDDED_NAME)
+            if model != EMBEDDED_NAME:
+                yield f"score.agents.{number}.model", model

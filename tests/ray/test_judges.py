@@ -16,7 +16,8 @@ from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import user_message
 from mmedpo_ray.io import storage
-from mmedpo_ray.judge.agents import AGREEMENT, Case, Judgement, prompt
+from mmedpo_ray.judge.agents import prompt
+from mmedpo_ray.judge.agents.base import AGREEMENT, Case, Judgement
 from mmedpo_ray.judge.stage import score
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
