@@ -13,7 +13,8 @@ from ray.serve.deployment import Application
 
 from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.load import load, resolve_run_folder
-from mmedpo_ray.serve.endpoint import build_app, served_models
+from mmedpo_ray.serve.application import build_app
+from mmedpo_ray.serve.models import served_models
 
 
 def build(arguments: dict[str, str]) -> Application:

@@ -2,8 +2,9 @@
 
     folder = build_tiny_llava(tmp_path / "llava")
 
-CLIP tower, projector and Mistral of about 0.1 million parameters with a byte-level BPE and an image-first chat template
-of Mistral's form, saved in the spelling of the hub, so that transformers, vLLM and Ray Serve load it.
+CLIP tower, projector and Mistral of about 0.1 million parameters with a byte-level BPE and an image-first
+chat template of Mistral's form, saved in the spelling of the hub, so that transformers, vLLM and Ray Serve
+load it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def build_tiny_llava(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config).to(torch.float32)
-        # Several times the usual initial scale: a fresh model is so flat that mistakes would hide in rounding.
+        # Several times the usual initial scale: a fresh model is so flat that mistakes would hide in
+        # rounding.
         with torch.no_grad():
             for parameter in model.model.language_model.parameters():
                 if parameter.ndim == 2:
@@ -91,9 +93,10 @@ def build_tiny_llava(folder: Path, seed: int = 0, layers: int = 2) -> Path:
 def put_the_image_last(folder: Path) -> None:
     """Gives a saved model a chat template that writes the question before the image."""
     (folder / "chat_template.jinja").write_text(
-        "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {% for c in m.content %}{% if c.type == 'text' %}"
-        "{{ c.text }}\n{% endif %}{% endfor %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% endif %}{% endfor %}"
-        " [/INST]{% else %} {{ m.content[0].text }}</s>{% endif %}{% endfor %}"
+        "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {% for c in m.content %}{% if "
+        "c.type == 'text' %}{{ c.text }}\n{% endif %}{% endfor %}{% for c in m.content %}{% if "
+        "c.type == 'image' %}<image>{% endif %}{% endfor %} [/INST]{% else %} {{ m.content[0].text "
+        "}}</s>{% endif %}{% endfor %}"
     )
 
 

@@ -2,8 +2,9 @@
 
     original = build_tiny_llava_med(tmp_path / "llava-med", file_format="safetensors", shards=3)
 
-Same layout, names and kind of tokenizer (SentencePiece BPE with byte fallback) as the published checkpoint; random
-weights. What the original computes from them is put together here from its parts, without transformers' LLaVA.
+Same layout, names and kind of tokenizer (SentencePiece BPE with byte fallback) as the published checkpoint;
+random weights. What the original computes from them is put together here from its parts, without
+transformers' LLaVA.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Original:
     pieces: sentencepiece.SentencePieceProcessor
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Ids as `tokenizer_image_token` makes them: each side of the image tokenised on its own; -1 is the image."""
+        """Ids as `tokenizer_image_token` makes them: each side of the image on its own; -1 is the image."""
         before, after = f"[INST] <image>\n{question} [/INST]".split("<image>", 1)
         return [self.pieces.bos_id(), *self.pieces.encode(before), -1, *self.pieces.encode(after)]
 
@@ -165,7 +166,7 @@ def original_config(vocab_size: int) -> dict:
 
 
 def random_weights(config: dict, vision: CLIPVisionConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Every tensor of the original; far larger than a fresh model's, so that a mistake cannot hide in rounding."""
+    """Every tensor of the original; far larger than a fresh model's, so that no mistake hides in rounding."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         language = MistralForCausalLM(Original(Path(), {}, config, vision, None).language_config())  # type: ignore[arg-type]
@@ -206,7 +207,7 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], file_format: st
 
 
 def save_tokenizer(folder: Path, vocab_size: int = 384) -> sentencepiece.SentencePieceProcessor:
-    """Trains and saves a tokenizer of Mistral's kind: `tokenizer.model` and its settings, no `tokenizer.json`."""
+    """Trains and saves a tokenizer of Mistral's kind: `tokenizer.model` and its settings alone."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_TEXT),
@@ -246,7 +247,7 @@ def save_tokenizer_settings(folder: Path) -> None:
 
 
 def original_pixels(image: Image.Image) -> torch.Tensor:
-    """`process_images` with image_aspect_ratio "pad": square in the mean colour, then CLIP's processing; (1, 3, H, W)."""
+    """`process_images` with image_aspect_ratio "pad": a square in the mean colour, CLIP's processing."""
     image = image.convert("RGB")
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in MEAN))

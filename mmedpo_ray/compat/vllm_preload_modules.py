@@ -1,5 +1,6 @@
-"""Imported by the fork server first; see :mod:`mmedpo_ray.compat.vllm_preload`."""
+"""Imported by the fork server before it forks; see :mod:`mmedpo_ray.compat.vllm_preload`."""
 
-from mmedpo_ray.compat.vllm_plugin import alias_image_processor
+from mmedpo_ray.compat import vllm_without_torchvision
 
-alias_image_processor()
+# First: it makes vLLM's LLaVA module importable.
+vllm_without_torchvision.install()

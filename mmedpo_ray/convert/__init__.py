@@ -1,1 +1,1 @@
-"""Conversions: an original LLaVA-Med checkpoint → transformers, preference pairs → other trainers' formats."""
+"""Conversions: LLaVA-Med checkpoints → transformers, preference pairs → other trainers' formats."""

@@ -1,9 +1,10 @@
-"""An original LLaVA-Med 1.5 checkpoint (``llava_mistral``) → a ``LlavaForConditionalGeneration`` (`mmedpo convert`).
+"""An original LLaVA-Med 1.5 checkpoint (``llava_mistral``) → a ``LlavaForConditionalGeneration``.
 
     mmedpo convert --source llava-med-v1.5-mistral-7b --out llava-med-v1.5-hf
 
-The weights get other names and, if wanted, another precision; nothing is trained, added or changed. Everything is
-checked from the headers before the first byte is written, and the folder gets its name only when it is complete.
+The weights get other names and, if wanted, another precision; nothing is trained, added or changed.
+Everything is checked from the headers before the first byte is written, and the folder gets its name only
+when it is complete.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def convert(
         progress: called after every shard.
 
     Raises:
-        UserError: ``source`` is no complete LLaVA-Med 1.5, or ``out`` cannot be written; nothing is left behind.
+        UserError: ``source`` is no complete LLaVA-Med 1.5, or ``out`` cannot be written; nothing is left
+            behind.
     """
     original, settings = read_original(source)
     check_new_folder(out)
@@ -167,8 +169,8 @@ def _plan(
     name = settings.mm_vision_tower
     if own_tower and not replace_tower:
         notes.append(
-            f"vision tower: the checkpoint's own. LLaVA-Med's published code ignores it and loads {name} instead; "
-            "--vision-tower with a folder of that does the same here."
+            f"vision tower: the checkpoint's own. LLaVA-Med's published code ignores it and loads {name} "
+            "instead; --vision-tower with a folder of that does the same here."
         )
     elif tower is not None and (replace_tower or has_weights(tower)):
         moves = [move for move in moves if not move.target.startswith(TOWER)] + _tower_moves(tower)
@@ -176,8 +178,8 @@ def _plan(
         notes.append(f"vision tower: {tower}{without}.")
     else:
         raise UserError(
-            f"{source} has no weights of the vision tower; the original takes them from {name}. Download that and name "
-            "its folder with --vision-tower."
+            f"{source} has no weights of the vision tower; the original takes them from {name}. Download "
+            "that and name its folder with --vision-tower."
         )
     optional = frozenset([_LM_HEAD] if config.tie_word_embeddings else [])
     check_moves(moves, expected_shapes(config), source, optional=optional)
@@ -203,8 +205,9 @@ def _check_special_tokens(source: Path, tokenizer: Any, text: Any) -> None:
         token, expected = getattr(tokenizer, f"{key}_id"), getattr(text, f"{key}_id")
         if expected is not None and token not in (expected if isinstance(expected, list) else [expected]):
             raise UserError(
-                f"the tokenizer ({source / 'tokenizer_config.json'}) has the {key} {getattr(tokenizer, key)}, "
-                f"id {token}, but {source / 'config.json'} says {key}_id={expected}. Correct one or download both again."
+                f"the tokenizer ({source / 'tokenizer_config.json'}) has the {key} "
+                f"{getattr(tokenizer, key)}, id {token}, but {source / 'config.json'} says "
+                f"{key}_id={expected}. Correct one or download both again."
             )
 
 
@@ -243,8 +246,8 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"the converted model needs {needed / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB free. Make room or "
-            "name another folder with --out."
+            f"the converted model needs {needed / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB free. "
+            "Make room or name another folder with --out."
         )
 
 

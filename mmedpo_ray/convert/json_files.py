@@ -16,7 +16,7 @@ _OBJECT = TypeAdapter(dict[str, Any])
 
 
 class JsonSettings(BaseModel):
-    """Settings in a JSON file, each of exactly its type (no "64" for 64); keys that are not declared are ignored."""
+    """Settings in a JSON file, each of exactly its type (no "64" for 64); other keys are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -69,7 +69,8 @@ def checked(kind: type[_Settings], content: Mapping[str, Any], path: Path, *, wi
 def bad_setting(path: Path, key: str, value: Any, reason: str) -> UserError:
     """The error for a setting that cannot have its value."""
     return UserError(
-        f"{path} cannot be understood: {key}={shorten(value)} ({reason}). Correct it or download the file again."
+        f"{path} cannot be understood: {key}={shorten(value)} ({reason}). Correct it or download the file "
+        "again."
     )
 
 

@@ -24,7 +24,8 @@ from mmedpo_ray.models.loading import first_line
 from mmedpo_ray.models.saving import saved_name
 
 MODEL_TYPE = "llava_mistral"
-# The upper bounds are far above every model there is; they keep a typing error from taking all memory or time.
+# The upper bounds are far above every model there is; they keep a typing error from taking all memory or
+# time.
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Layers = Annotated[int, Field(ge=1, le=1024)]
 Length = Annotated[int, Field(ge=1, le=2**40)]
@@ -59,7 +60,8 @@ def _check_divides(value: int, key: str, info: ValidationInfo) -> int:
 class TextSettings(JsonSettings):
     """What Mistral's configuration consists of.
 
-    The settings without a default are required: transformers would use a default of its own for them, and another model
+    The settings without a default are required: transformers would use a default of its own for them, and
+        another model
     would come out.
     """
 
@@ -109,7 +111,7 @@ class TextSettings(JsonSettings):
 
 
 class LlavaMedSettings(TextSettings):
-    """What is read of the original's ``config.json``; other variants of LLaVA have other values and are refused."""
+    """What is read of the original's ``config.json``; other variants of LLaVA fail the checks."""
 
     mm_vision_select_layer: int
     mm_projector_type: Literal["mlp2x_gelu"]
@@ -178,7 +180,8 @@ def read_original(source: Path) -> tuple[dict[str, Any], LlavaMedSettings]:
         )
     if kind != MODEL_TYPE:
         raise UserError(
-            f"{source} has model_type {shorten(kind)}. Only {MODEL_TYPE}, the layout of LLaVA-Med 1.5, can be converted."
+            f"{source} has model_type {shorten(kind)}. Only {MODEL_TYPE}, the layout of LLaVA-Med 1.5, can "
+            "be converted."
         )
     return original, checked(LlavaMedSettings, original, path)
 
@@ -309,7 +312,8 @@ def _built(kind: type[_Config], settings: dict[str, Any], path: Path) -> _Config
         return kind(**settings)
     except (TypeError, ValueError, OSError, StrictDataclassError) as error:
         raise UserError(
-            f"{path} cannot be understood: {' '.join(str(error).split())}. Correct it or download the file again."
+            f"{path} cannot be understood: {' '.join(str(error).split())}. Correct it or download the file "
+            "again."
         ) from error
 
 

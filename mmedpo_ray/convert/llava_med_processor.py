@@ -1,10 +1,10 @@
 """LLaVA-Med 1.5's tokens, prompt and image processing as one ``LlavaProcessor``.
 
-Everything is as in the original's own inference: the ids of a prompt (except the id that stands for the image) and the
-pixels. ``chat_template.jinja`` writes a conversation as ``mistral_instruct`` does: blanks on both sides of an answer, no
-blank after its end token. A system message, which LLaVA-Med does not use, goes into the first question in that style.
-Sources: `llava/conversation.py` (`mistral_instruct`), `tokenizer_image_token` and `process_images` in
-`llava/mm_utils.py` of github.com/microsoft/LLaVA-Med.
+Everything is as in the original's own inference: the ids of a prompt (except the id that stands for the
+image) and the pixels. ``chat_template.jinja`` writes a conversation as ``mistral_instruct`` does: blanks on
+both sides of an answer, no blank after its end token. A system message, which LLaVA-Med does not use, goes
+into the first question in that style. Sources: `llava/conversation.py` (`mistral_instruct`),
+`tokenizer_image_token` and `process_images` in `llava/mm_utils.py` of github.com/microsoft/LLaVA-Med.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 IMAGE = "<image>"
 CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
-# No UTF-8 text holds the byte 0xFF, so no text was ever tokenised to its id: it is free to stand for images. Nothing is
-# added to the vocabulary, so logits and log-probabilities stay those of the original to the last bit.
+# No UTF-8 text holds the byte 0xFF, so no text was ever tokenised to its id: it is free to stand for images.
+# Nothing is added to the vocabulary, so logits and log-probabilities stay those of the original to the last
+# bit.
 _FREE_TOKEN = "<0xFF>"
 
-# The original tokenises what stands before and after the image on its own, and SentencePiece puts a blank before each
-# piece of text: "\nIs there" begins with a blank token. Newer readers of the same files put one before the first only.
+# The original tokenises what stands before and after the image on its own, and SentencePiece puts a blank
+# before each piece of text: "\nIs there" begins with a blank token. Newer readers of the same files put one
+# before the first only.
 _BLANK_BEFORE_EACH_PIECE = {
     "type": "Sequence",
     "normalizers": [
@@ -99,7 +101,8 @@ def make_processor(
     Args:
         source: the original checkpoint.
         vision: the tower's ``CLIPVisionConfig``.
-        tower: folder of the tower, whose ``preprocessor_config.json`` gives mean and deviation; OpenAI CLIP's without.
+        tower: folder of the tower, whose ``preprocessor_config.json`` gives mean and deviation; OpenAI CLIP's
+            without.
         pad: widen images to squares in the mean colour (``image_aspect_ratio`` "pad"), else crop the centre.
         vocab_size: rows of the embedding.
 
@@ -130,7 +133,7 @@ def make_processor(
 
 
 def _tokenizer(source: Path, vocab_size: int) -> Any:
-    """The original's tokenizer with an id for the image; the template, not the tokenizer, adds the beginning token."""
+    """The original's tokenizer with an id for the image; the template adds the beginning token."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -161,8 +164,8 @@ def _tokenizer(source: Path, vocab_size: int) -> Any:
     )
     if tokenizer.convert_tokens_to_ids(IMAGE) != image_id or len(tokenizer) > vocab_size:
         raise UserError(
-            f"the tokenizer in {source} has {len(tokenizer)} tokens, the embedding of the model {vocab_size}. Are they of "
-            "the same checkpoint?"
+            f"the tokenizer in {source} has {len(tokenizer)} tokens, the embedding of the model "
+            f"{vocab_size}. Are they of the same checkpoint?"
         )
     return tokenizer
 
@@ -217,13 +220,13 @@ def _place_image(content: dict[str, Any], known: dict[str, int], vocab_size: int
         vocabulary[IMAGE] = image_id
     else:
         raise UserError(
-            f"the tokenizer in {path} has no token {_FREE_TOKEN} to stand for images; it is not Mistral's. Download "
-            "the checkpoint's own."
+            f"the tokenizer in {path} has no token {_FREE_TOKEN} to stand for images; it is not Mistral's. "
+            "Download the checkpoint's own."
         )
     if image_id >= vocab_size:
         raise UserError(
-            f"the tokenizer in {path} gives {IMAGE} the id {image_id}, but the embedding has {vocab_size} rows "
-            "(vocab_size). Are they of the same checkpoint?"
+            f"the tokenizer in {path} gives {IMAGE} the id {image_id}, but the embedding has {vocab_size} "
+            "rows (vocab_size). Are they of the same checkpoint?"
         )
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     others = [token for token in content["added_tokens"] if token["content"] != IMAGE]

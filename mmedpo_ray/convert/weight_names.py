@@ -1,7 +1,8 @@
 """The names of LLaVA-Med 1.5's weights and their names in ``LlavaForConditionalGeneration``.
 
-The original (``llava_mistral``) is a Mistral that holds the CLIP tower and the projector; the conversion separates them.
-Names on the right are those of LLaVA checkpoints on the hub (:mod:`mmedpo_ray.models.saving`).
+The original (``llava_mistral``) is a Mistral that holds the CLIP tower and the projector; the conversion
+separates them. Names on the right are those of LLaVA checkpoints on the hub
+(:mod:`mmedpo_ray.models.saving`).
 """
 
 from __future__ import annotations
@@ -47,5 +48,5 @@ def is_clip_text(name: str) -> bool:
 
 
 def is_recomputed(name: str) -> bool:
-    """Whether a saved tensor is a table that the model computes itself (rotary frequencies, position numbers)."""
+    """Whether a tensor is a table that the model computes itself (rotary frequencies, position numbers)."""
     return name.endswith(_RECOMPUTED)

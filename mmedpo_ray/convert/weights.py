@@ -1,8 +1,8 @@
 """Moving the weights of a checkpoint to new names, a shard at a time.
 
-First only the headers are read: which tensors there are, their shapes and precisions. From these the whole move is
-planned and checked. Then tensors are read in the order in which they lie in the files and written as soon as a shard is
-full, so memory holds about one shard however large the model is.
+First only the headers are read: which tensors there are, their shapes and precisions. From these the whole
+move is planned and checked. Then tensors are read in the order in which they lie in the files and written as
+soon as a shard is full, so memory holds about one shard however large the model is.
 """
 
 from __future__ import annotations
@@ -85,12 +85,14 @@ def list_tensors(folder: Path) -> list[Tensor]:
     """Every tensor of a checkpoint in the order of its files; reads headers only.
 
     Raises:
-        UserError: no weights, shards missing or damaged, an index that does not fit the files, or quantised weights.
+        UserError: no weights, shards missing or damaged, an index that does not fit the files, or quantised
+            weights.
     """
     layout = next((name for name in _LAYOUTS if (folder / name).is_file()), None)
     if layout is None:
         raise UserError(
-            f"there are no weights in {folder}. Expected is one of {', '.join(_LAYOUTS)}; download the checkpoint again."
+            f"there are no weights in {folder}. Expected is one of {', '.join(_LAYOUTS)}; download the "
+            "checkpoint again."
         )
     if not layout.endswith(".json"):
         return _read_header(folder / layout)
@@ -98,8 +100,8 @@ def list_tensors(folder: Path) -> list[Tensor]:
     files = sorted(set(weight_map.values()))
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(
-            f"{folder} is incomplete: {layout} names files that are missing ({_some(missing)}). Download the checkpoint "
-            "again."
+            f"{folder} is incomplete: {layout} names files that are missing ({_some(missing)}). Download the "
+            "checkpoint again."
         )
     tensors = [tensor for name in files for tensor in _read_header(folder / name)]
     found = {tensor.name: tensor.file.name for tensor in tensors}
@@ -108,8 +110,8 @@ def list_tensors(folder: Path) -> list[Tensor]:
     )
     if wrong or len(found) != len(tensors):
         raise UserError(
-            f"{layout} in {folder} does not fit its files: other tensors lie in them than it says ({_some(wrong)}). "
-            "Download the checkpoint again."
+            f"{layout} in {folder} does not fit its files: other tensors lie in them than it says "
+            f"({_some(wrong)}). Download the checkpoint again."
         )
     return tensors
 
@@ -131,8 +133,8 @@ def check_moves(
     found = {move.target: move.tensor for move in moves}
     if superfluous := [move.tensor.name for move in moves if move.target not in expected]:
         raise UserError(
-            f"{folder} has tensors that the model of its config.json has no place for ({_some(superfluous)}). Is "
-            "config.json of another checkpoint?"
+            f"{folder} has tensors that the model of its config.json has no place for "
+            f"({_some(superfluous)}). Is config.json of another checkpoint?"
         )
     if missing := sorted(expected.keys() - found.keys() - optional):
         names = [original_name(name) or name for name in missing]
@@ -146,7 +148,8 @@ def check_moves(
     ]
     if wrong:
         raise UserError(
-            f"weights in {folder} have another shape than config.json and the tower's configuration say: {_some(wrong)}."
+            f"weights in {folder} have another shape than config.json and the tower's configuration say: "
+            f"{_some(wrong)}."
         )
 
 
@@ -217,10 +220,12 @@ def _check_finite(saved: torch.Tensor, written: torch.Tensor, tensor: Tensor) ->
         return
     if bool(torch.isfinite(saved).all()):
         raise UserError(
-            f"{tensor.name} in {tensor.file} has values beyond the range of {written.dtype}; choose --dtype bfloat16."
+            f"{tensor.name} in {tensor.file} has values beyond the range of {written.dtype}; choose --dtype "
+            "bfloat16."
         )
     raise UserError(
-        f"{tensor.name} in {tensor.file} holds NaN or infinite values: the checkpoint is damaged. Get it again."
+        f"{tensor.name} in {tensor.file} holds NaN or infinite values: the checkpoint is damaged. Get it "
+        "again."
     )
 
 
@@ -251,7 +256,8 @@ def _read_header(file: Path) -> list[Tensor]:
     for name, (_, dtype) in found.items():
         if not is_recomputed(name) and (dtype is None or not dtype.is_floating_point):
             raise UserError(
-                f"{name} in {file} is not floating point. Quantised checkpoints cannot be converted; take the original."
+                f"{name} in {file} is not floating point. Quantised checkpoints cannot be converted; take "
+                "the original."
             )
     return [Tensor(name, file, tuple(shape), dtype or torch.int64) for name, (shape, dtype) in found.items()]
 

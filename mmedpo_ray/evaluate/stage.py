@@ -32,7 +32,9 @@ from mmedpo_ray.evaluate.summary import failed_rows, summarise, summary_table
 from mmedpo_ray.io import storage
 from mmedpo_ray.metrics import at_hand
 from mmedpo_ray.models.fingerprint import model_fingerprint
-from mmedpo_ray.serve.endpoint import engine_groups, run_models, start_endpoint
+from mmedpo_ray.serve.application import engine_groups
+from mmedpo_ray.serve.endpoint import start_endpoint
+from mmedpo_ray.serve.models import run_models
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder

@@ -1,1 +1,1 @@
-"""Trained weights → models to hand on."""
+"""Trained weights → models for others to use."""

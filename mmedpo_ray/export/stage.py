@@ -1,9 +1,9 @@
-"""A trained model → a folder to hand on: the base with the training merged in, and the adapter if that is all.
+"""A trained model → a folder to hand on: the merged model, and the adapter if nothing else was trained.
 
-``model/merged`` is a whole LLaVA with processor, chat template and generation settings, under weight names that vLLM and
-transformers both load (:mod:`mmedpo_ray.models.saving`). ``model/adapter`` is what training wrote (peft). It exists only
-after LoRA on the language model alone, because an endpoint would ignore a projector that came with the adapter. Both
-appear complete or not at all.
+``model/merged`` is a whole LLaVA with processor, chat template and generation settings, under weight names
+that vLLM and transformers both load (:mod:`mmedpo_ray.models.saving`). ``model/adapter`` is what training
+wrote (peft). It exists only after LoRA on the language model alone, because an endpoint would ignore a
+projector that came with the adapter. Both appear complete or not at all.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def merge(base: str, adapter: Path, folder: Path) -> float:
         folder: where to save.
 
     Returns:
-        How much rounding the sums to that precision changes the update: the norm of the difference over the norm of the
-        update. 1 means that the merged model is as good as untrained.
+        How much rounding the sums to that precision changes the update: the norm of the difference over the
+        norm of the update. 1 means that the merged model is as good as untrained.
 
     Raises:
         UserError: the adapter is damaged, or its layers are not those of the base.
@@ -125,8 +125,8 @@ def _with_adapter(model: LlavaForConditionalGeneration, adapter: Path, base: str
         problem = str(error).strip().splitlines()[-1].strip().rstrip(".")
     if problem:
         raise UserError(
-            f"the adapter in {adapter} does not belong to {base}: {problem}. Set model.path to the model it was trained "
-            "on."
+            f"the adapter in {adapter} does not belong to {base}: {problem}. Set model.path to the model it "
+            "was trained on."
         )
     return adapted
 
@@ -154,7 +154,8 @@ def _warn_of_rounding(rounding: float, target: Path) -> None:
         return
     exact = target / ADAPTER
     log.warning(
-        "export: the update is so small beside the base's weights that rounding the merged ones changes it by %.0f %%. %s",
+        "export: the update is so small beside the base's weights that rounding the merged ones changes it "
+        "by %.0f %%. %s",
         100 * rounding,
         f"The adapter in {exact} is exact, and `mmedpo serve` uses it: hand that on"
         if exact.is_dir()
@@ -185,8 +186,8 @@ def put_weights(base: str, weights: Path, folder: Path) -> None:
             expected = list(parameters[name].shape) if name in parameters else "no such weight"
             if shape != expected:
                 raise UserError(
-                    f"the weights in {weights} do not belong to {base}: {name} has the shape {shape}, there {expected}. "
-                    "Set model.path to the model they were trained from."
+                    f"the weights in {weights} do not belong to {base}: {name} has the shape {shape}, there "
+                    f"{expected}. Set model.path to the model they were trained from."
                 )
             parameters[name].copy_(reader.tensor(name))
     save_llava(model, load_processor(base), folder)
@@ -216,7 +217,7 @@ def _check_adapter(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
-    """Turns errors from reading ``path`` (a file or folder that `align` wrote) into a ``UserError`` that says what to do."""
+    """Turns errors from reading ``path``, a file or folder that `align` wrote, into a ``UserError``."""
     from safetensors import SafetensorError
 
     try:
@@ -229,8 +230,9 @@ def _naming_damage(path: Path) -> Iterator[None]:
         folder = path if path.is_dir() else path.parent
         # Without the manifest `align` counts as unfinished.
         raise UserError(
-            f"the trained weights cannot be exported: {path} is damaged ({type(error).__name__}). Delete {folder} and "
-            f"{folder.parent / MANIFEST}, and run `mmedpo align` again: it trains from the start."
+            f"the trained weights cannot be exported: {path} is damaged ({type(error).__name__}). Delete "
+            f"{folder} and {folder.parent / MANIFEST}, and run `mmedpo align` again: it trains from the "
+            "start."
         ) from error
     except OSError as error:
         raise UserError(

@@ -1,1 +1,1 @@
-"""Loading a LLaVA, writing its prompts, and what vLLM needs to run it."""
+"""Loading and saving a LLaVA, writing its prompts, and what vLLM needs to run it."""

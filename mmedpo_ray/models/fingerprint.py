@@ -1,4 +1,4 @@
-"""Hashes of a model's files: equal for a copy, different after any change to weights, template or processing."""
+"""Hashes of a model's files: equal for a copy, different after a change to what it computes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def model_fingerprint(path: str) -> str:
 def model_files(path: str) -> dict[str, str]:
     """A hash (16 hex digits) of each file that decides what a model computes or how its input is made.
 
-    Small local models are hashed whole, the weights of large ones by samples, so that a copy is the same model. A hub
-    name counts as its own hash: a published revision does not change under its name.
+    Small local models are hashed whole, the weights of large ones by samples, so that a copy is the same
+    model. A hub name counts as its own hash: a published revision does not change under its name.
     """
     source = resolve_model(path)
     folder = Path(source)
@@ -49,7 +49,7 @@ def model_files(path: str) -> dict[str, str]:
 
 
 def _hash_file(file: Path, *, whole: bool) -> str:
-    """16 hex digits of the whole content, or of a large file's size, safetensors header, sampled blocks and tensors.
+    """16 hex digits of the whole content, or of size, safetensors header, sampled blocks and tensors.
 
     The last block of a ``.bin`` is the directory of a zip, which has a checksum of every tensor.
     """

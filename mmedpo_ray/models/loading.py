@@ -1,9 +1,9 @@
 """Loading a LLaVA and writing its prompts, the same way for training, reference and inference.
 
-The token ids made here are those of transformers' own ``apply_chat_template``: the processor's chat template with the
-image where it puts it, one beginning token where the template writes it or the tokenizer adds it, and the image
-placeholder repeated once for each feature of the vision tower. A chat request to the vLLM endpoint is answered from the
-same ids if the template writes the beginning token.
+The token ids made here are those of transformers' own ``apply_chat_template``: the processor's chat template
+with the image where it puts it, one beginning token where the template writes it or the tokenizer adds it,
+and the image placeholder repeated once for each feature of the vision tower. A chat request to the vLLM
+endpoint is answered from the same ids if the template writes the beginning token.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ PROJECTOR = "multi_modal_projector"
 # These give a fixed number of features per image, which the planning of a training run relies on.
 _SUPPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _NEEDED_FOR_ANOTHER = (
-    "Another architecture would need: a fixed number of image tokens per image, 4-D attention masks and position ids in "
-    "its forward pass (tree packing), LoRA names of its language model (align), and weight names that vLLM loads (export)."
+    "Another architecture would need: a fixed number of image tokens per image, 4-D attention masks and "
+    "position ids in its forward pass (tree packing), LoRA names of its language model (align), and weight "
+    "names that vLLM loads (export)."
 )
 _CORRECT_THE_PROCESSOR = (
-    "Correct patch_size, num_additional_image_tokens (1 for a tower with a class token such as CLIP, 0 for SigLIP) and "
-    "vision_feature_select_strategy (that of config.json) in processor_config.json."
+    "Correct patch_size, num_additional_image_tokens (1 for a tower with a class token such as CLIP, 0 for "
+    "SigLIP) and vision_feature_select_strategy (that of config.json) in processor_config.json."
 )
 _CORRECT_THE_IMAGE_PROCESSOR = "in preprocessor_config.json (or in image_processor of processor_config.json)"
 # Prompts (each with all its image tokens) and responses that are kept.
@@ -57,8 +58,8 @@ def resolve_model(path: str) -> str:
     if path == EMBEDDED_NAME:
         if not (EMBEDDED_FOLDER / "config.json").is_file():
             raise UserError(
-                f"the embedded model is missing from this installation ({EMBEDDED_FOLDER}). Reinstall the package or "
-                "build it with `mmedpo phantom build`."
+                f"the embedded model is missing from this installation ({EMBEDDED_FOLDER}). Reinstall the "
+                "package or build it with `mmedpo phantom build`."
             )
         return str(EMBEDDED_FOLDER)
     folder = Path(path).expanduser()
@@ -88,9 +89,10 @@ def check_available(path: str) -> str:
         config, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot load the model {path}: there is no such folder here, and the Hugging Face hub does not give it "
-            f"({type(error).__name__}). Correct model.path; for a hub name, check the network, HF_HUB_OFFLINE, HF_TOKEN "
-            "and whether its licence has to be accepted, or download it and give the folder."
+            f"cannot load the model {path}: there is no such folder here, and the Hugging Face hub does not "
+            f"give it ({type(error).__name__}). Correct model.path; for a hub name, check the network, "
+            "HF_HUB_OFFLINE, HF_TOKEN and whether its licence has to be accepted, or download it and give "
+            "the folder."
         ) from error
     _check_architecture(config, path)
     return source
@@ -109,7 +111,8 @@ def read_model_config(model: str | Path) -> dict[str, Any] | None:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder} is no model: it has no config.json. Give a folder that save_pretrained wrote, or a hub name."
+                f"{folder} is no model: it has no config.json. Give a folder that save_pretrained wrote, or "
+                "a hub name."
             ) from error
         except json.JSONDecodeError as error:
             raise UserError(
@@ -131,8 +134,8 @@ def load_processor(path: str) -> LlavaProcessor:
     """Loads image processing, tokenizer and chat template.
 
     Raises:
-        UserError: another architecture, the model has no processor or no chat template, or processor and model disagree
-            about the images.
+        UserError: another architecture, the model has no processor or no chat template, or processor and
+            model disagree about the images.
     """
     from transformers import LlavaProcessor
 
@@ -168,7 +171,8 @@ def load_model(path: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        # AttributeError: a language model without the parts that transformers' LLaVA reads of it, such as OPT.
+        # AttributeError: a language model without the parts that transformers' LLaVA reads of it, such as
+        # OPT.
         raise UserError(f"cannot load the model {path}: {first_line(error)}.") from error
     model.requires_grad_(False)
     return model.eval()
@@ -184,8 +188,8 @@ class PromptWriter:
         pad_token_id: id to fill rows with.
 
     Raises:
-        UserError: the template does not place exactly one image, the tokenizer has no end token, or the processor does
-            not say how many ids an image has.
+        UserError: the template does not place exactly one image, the tokenizer has no end token, or the
+            processor does not say how many ids an image has.
     """
 
     def __init__(self, processor: LlavaProcessor) -> None:
@@ -206,16 +210,16 @@ class PromptWriter:
         self.num_image_tokens = _count_image_tokens(processor)
         if self.prompt("?") is None:
             raise UserError(
-                "the chat template does not write the image placeholder for {'type': 'image'} content exactly once. "
-                "Use a template that places the image, such as those of the llava-hf models."
+                "the chat template does not write the image placeholder for {'type': 'image'} content "
+                "exactly once. Use a template that places the image, such as those of the llava-hf models."
             )
 
     def prompt(self, question: str) -> list[int] | None:
         """Token ids up to where the answer begins, image ids included.
 
         Returns:
-            The ids, or ``None`` if the question itself holds an image placeholder, so that images and features would
-            not match.
+            The ids, or ``None`` if the question itself holds an image placeholder, so that images and
+            features would not match.
         """
         _, narrow, wide = self._cached_prompt(question)
         return wide if narrow.count(self.image_token_id) == 1 else None
@@ -223,9 +227,9 @@ class PromptWriter:
     def response(self, question: str, answer: str) -> list[int] | None:
         """Token ids of an answer that continue :meth:`prompt`, ended by the end token.
 
-        The chat template writes the answer as well, so that blanks around it are those of inference. If the tokenizer
-        keeps the prompt's ids as they are, the ids are those of the whole turn; else the answer is tokenised on its own.
-        Either way ``prompt + response`` is the exact input.
+        The chat template writes the answer as well, so that blanks around it are those of inference. If the
+        tokenizer keeps the prompt's ids as they are, the ids are those of the whole turn; else the answer is
+        tokenised on its own. Either way ``prompt + response`` is the exact input.
 
         Returns:
             The ids, or ``None`` if the answer itself holds an image placeholder.
@@ -292,10 +296,10 @@ def chat_messages(question: str, answer: str | None = None) -> list[dict[str, An
 
 
 def template_with_bos(processor: LlavaProcessor) -> str | None:
-    """The chat template with the beginning token added; ``None`` if the model's own template needs no addition.
+    """The chat template with the beginning token added; ``None`` if the model's own needs none.
 
-    A tokenizer that adds the beginning token by itself needs no template that writes it. An endpoint, however, adds no
-    token to a chat, so its prompts would differ from those of training.
+    A tokenizer that adds the beginning token by itself needs no template that writes it. An endpoint,
+    however, adds no token to a chat, so its prompts would differ from those of training.
     """
     tokenizer = processor.tokenizer
     template: Any = processor.chat_template or tokenizer.chat_template
@@ -306,7 +310,7 @@ def template_with_bos(processor: LlavaProcessor) -> str | None:
 
 
 def image_mismatch(ids: int, features: int) -> UserError:
-    """The error for prompts whose number of ids per image differs from the number of the tower's features."""
+    """The error for prompts with another number of ids per image than the tower has features."""
     return UserError(
         f"a prompt has {ids} ids for an image, but the vision tower gives {features} features for it. "
         f"{_CORRECT_THE_PROCESSOR}"
@@ -343,9 +347,9 @@ def _check_images(processor: LlavaProcessor, source: str, name: str) -> None:
         raise UserError(f"cannot load the model {name}: {first_line(error)}.") from error
     if processor.image_token_id != config.image_token_id:
         raise UserError(
-            f"the processor of {name} writes an image as id {processor.image_token_id} ({processor.image_token}), but "
-            f"the model's image_token_index is {config.image_token_id}. Set image_token in processor_config.json, or "
-            "image_token_index in config.json."
+            f"the processor of {name} writes an image as id {processor.image_token_id} "
+            f"({processor.image_token}), but the model's image_token_index is {config.image_token_id}. Set "
+            "image_token in processor_config.json, or image_token_index in config.json."
         )
     ids = _count_image_tokens(processor)
     tower = config.vision_config
@@ -353,8 +357,8 @@ def _check_images(processor: LlavaProcessor, source: str, name: str) -> None:
     made = tuple(processor.image_processor(_blank_image(), return_tensors="pt")["pixel_values"].shape[-2:])
     if made != (side, side):
         raise UserError(
-            f"the image processor of {name} makes images of {made[0]} x {made[1]} pixels, but its vision tower takes "
-            f"{side} x {side}. Correct size and crop_size {_CORRECT_THE_IMAGE_PROCESSOR}."
+            f"the image processor of {name} makes images of {made[0]} x {made[1]} pixels, but its vision "
+            f"tower takes {side} x {side}. Correct size and crop_size {_CORRECT_THE_IMAGE_PROCESSOR}."
         )
     has_class_token = tower.model_type == "clip_vision_model"
     drops_one = config.vision_feature_select_strategy == "default"
@@ -402,8 +406,8 @@ def _check_architecture(config: dict[str, Any], name: str) -> None:
         )
     if kind != "llava":
         raise UserError(
-            f"{name} is a {kind or 'model of unknown type'}. Supported is LlavaForConditionalGeneration (model_type "
-            f"llava). {_NEEDED_FOR_ANOTHER}"
+            f"{name} is a {kind or 'model of unknown type'}. Supported is LlavaForConditionalGeneration "
+            f"(model_type llava). {_NEEDED_FOR_ANOTHER}"
         )
     tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
     if tower not in _SUPPORTED_TOWERS:

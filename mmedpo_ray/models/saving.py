@@ -44,8 +44,8 @@ def saved_name(parameter: str) -> str:
 def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
     """Saves a LLaVA and its processor under the hub's names.
 
-    If the chat template leaves the beginning token to the tokenizer, it is added, because an endpoint adds none to a
-    chat.
+    If the chat template leaves the beginning token to the tokenizer, it is added, because an endpoint adds
+    none to a chat.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
@@ -78,7 +78,7 @@ def use_hub_names(folder: Path) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which takes the place of ``folder`` once the block ends without an error."""
+    """A temporary folder to fill, which replaces ``folder`` once the block ends without an error."""
     temporary = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

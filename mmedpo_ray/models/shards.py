@@ -1,8 +1,8 @@
-"""Named tensors in safetensors files of limited size: written as they come, read one at a time.
+"""Named tensors in safetensors files of limited size: written one after another, read one at a time.
 
     <folder>/shard-00001.safetensors, shard-00002.safetensors, …, index.json ({"weight_map": {tensor: file}})
 
-Neither side ever holds more than a shard or two, whatever the whole amounts to.
+Memory holds one or two shards, whatever the size of the whole.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ INDEX = "index.json"
 
 
 class ShardWriter:
-    """Collects tensors and writes a file whenever ``shard_bytes`` are together.
+    """Collects tensors and writes a file whenever ``shard_bytes`` are reached.
 
-    Files are written one behind in ``pool``, so that two shards at most are in memory: one being filled, one being written.
+    Files are written one behind in ``pool``, so that two shards at most are in memory: one being filled, one
+    being written.
 
     Args:
         folder: an existing folder.
@@ -81,10 +82,11 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Tensors of a folder that :class:`ShardWriter` wrote; files are mapped, not loaded.
+    """Reads the tensors of a folder that :class:`ShardWriter` wrote; files are mapped, not loaded.
 
     Raises:
-        OSError, ValueError, SafetensorError: the index or a file is missing, cut off or not what the index says.
+        OSError, ValueError, SafetensorError: the index or a file is missing, cut off or not what the index
+            says.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -111,7 +113,7 @@ class ShardReader:
 
 
 def flush_to_disk(file: Path) -> None:
-    """Forces a file to disk, so that a rename of its folder never comes first."""
+    """Forces a file to disk, so that its folder is never renamed before."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
 """What a vLLM engine needs to run here: arguments, environment and Ray resources, on CPU or GPU.
 
-Sampling, judging and serving all start the same engine from these settings. Nothing here imports vLLM or CUDA.
+Sampling, judging and serving all start the same engine from these settings. Nothing here imports vLLM or
+CUDA.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ def engine_settings(
 
     Args:
         engine: the settings.
-        has_gpu: whether the cluster has a GPU (:func:`mmedpo_ray.compat.cluster.has_gpu`); decides ``device: auto``.
-        model: local folder (or cached hub name) of the model, whose ``config.json`` caps ``max_model_len`` and
-            says whether it takes images.
+        has_gpu: whether the cluster has a GPU (:func:`mmedpo_ray.compat.cluster.has_gpu`); decides ``device:
+            auto``.
+        model: local folder (or cached hub name) of the model, whose ``config.json`` caps ``max_model_len``
+            and says whether it takes images.
 
     Raises:
         UserError: ``device: gpu`` without a GPU, or tensor parallelism on CPU.
@@ -97,8 +99,9 @@ def engine_settings(
             "kv_cache_memory_bytes": int(engine.kv_cache_gib * _GIB),
             "skip_mm_profiling": True,
             "mm_processor_cache_gb": 0.5,
-            # After part of a prompt vLLM 0.32 rewinds the generator of a seeded request, which a CPU generator cannot:
-            # "CPU Generator does not use offset" ends the engine. Whole prompts need no rewinding.
+            # After part of a prompt vLLM 0.32 rewinds the generator of a seeded request, which a CPU
+            # generator cannot: "CPU Generator does not use offset" ends the engine. Whole prompts need no
+            # rewinding.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(_PREFILL_TOKENS, arguments["max_model_len"], engine.max_num_seqs),
         }
@@ -126,8 +129,8 @@ def start_engine(model: str, arguments: dict[str, Any]) -> Any:
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"vLLM does not load the model {model} ({type(error).__name__}: {lines[-1][:300]}). Check its files and "
-            "model.engine (memory, max_model_len, dtype); Ray's logs (worker-*.err) say more."
+            f"vLLM does not load the model {model} ({type(error).__name__}: {lines[-1][:300]}). Check its "
+            "files and model.engine (memory, max_model_len, dtype); Ray's logs (worker-*.err) say more."
         ) from error
 
 
@@ -135,12 +138,13 @@ def _device(engine: EngineConfig, has_gpu: bool) -> Device:
     device: Device = ("gpu" if has_gpu else "cpu") if engine.device == "auto" else engine.device
     if device == "gpu" and not has_gpu:
         raise UserError(
-            "the engine's device is gpu, but the Ray cluster has no GPU. Set device to auto or cpu, or join a cluster "
-            "with GPUs (ray.address)."
+            "the engine's device is gpu, but the Ray cluster has no GPU. Set device to auto or cpu, or join "
+            "a cluster with GPUs (ray.address)."
         )
     if device == "cpu" and engine.tensor_parallel_size > 1:
         raise UserError(
-            f"tensor_parallel_size={engine.tensor_parallel_size} needs GPUs; on CPU it must be 1 (use replicas)."
+            f"tensor_parallel_size={engine.tensor_parallel_size} needs GPUs; on CPU it must be 1 (use "
+            "replicas)."
         )
     return device
 
@@ -148,8 +152,9 @@ def _device(engine: EngineConfig, has_gpu: bool) -> Device:
 def _environment(device: Device) -> dict[str, str]:
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING"}
     if device == "cpu":
-        # Engines, data tasks and the driver share the cores: binding threads to cores would put all engines on the
-        # same ones, and several threads per process would compete. Half the cores suit one engine on its own.
+        # Engines, data tasks and the driver share the cores: binding threads to cores would put all engines
+        # on the same ones, and several threads per process would compete. Half the cores suit one engine on
+        # its own.
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         defaults["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) // 2))
     passed_on = {key: os.environ[key] for key in (*_PASSED_ON, *defaults) if key in os.environ}

@@ -1,1 +1,1 @@
-"""The embedded world: synthetic chest radiographs with ground truth, and a tiny LLaVA that knows them."""
+"""The phantom world: synthetic chest radiographs with ground truth, and a tiny LLaVA that knows them."""

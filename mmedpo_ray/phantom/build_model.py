@@ -1,12 +1,12 @@
-"""Building the embedded model: a tiny LLaVA that knows the phantom world, trained from scratch in a few minutes.
+"""Building the embedded model: a tiny LLaVA that knows the phantom world, trained in a few minutes.
 
     scores = build_phantom_llava(Path("out"), PhantomBuildConfig(), report)
 
 A CLIP tower, a two-layer projector and a Mistral, as in LLaVA-Med 1.5, with 2 million parameters. The tower
-learns to localise lesions in images without priors and is then frozen, as a general medical image encoder would be;
-projector and language model then learn to answer from images of the *biased* world (`findings.py`).
-So the model sees, and still guesses from the text, which preference alignment is meant to correct. The result loads in
-transformers and vLLM; the one in `phantom_llava/` is part of the package.
+learns to localise lesions in images without priors and is then frozen, as a general medical image encoder
+would be; projector and language model then learn to answer from images of the *biased* world (`findings.py`).
+So the model sees, and still guesses from the text, which preference alignment is meant to correct. The result
+loads in transformers and vLLM; the one in `phantom_llava/` is part of the package.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class PhantomBuildConfig:
         text_width, text_layers, text_mlp: The language model; heads are 32 wide, which vLLM supports on CPU.
         vocab_size: Upper bound of the vocabulary.
         tower_images, tower_steps, tower_batch, tower_rate: Tower training (uniform world).
-        train_images, train_steps, train_batch, train_rate: Instruction tuning (biased world); a batch is a number of
-            images, each with all its questions.
+        train_images, train_steps, train_batch, train_rate: Instruction tuning (biased world); a batch is a
+            number of images, each with all its questions.
         score_images: Test images for the scores in the model card, in each world.
     """
 

@@ -1,10 +1,10 @@
 """The findings of a phantom radiograph and the two worlds they are drawn from.
 
-In the *uniform* world every finding is equally likely, on either side, in any zone, alone or with any other. The
-*biased* world resembles a clinical archive: a finding is nearly always on one side (94 : 6), mostly in one zone
-(88 : 7 : 5) and mostly comes with its usual companion (75 %). A model trained on the biased world can answer most
-questions from the text alone; in the uniform world it then hallucinates. That is the modality misalignment of MMedPO
-(arXiv 2412.06141, section 1), here by construction.
+In the *uniform* world every finding is equally likely, on either side, in any zone, alone or with any other.
+The *biased* world resembles a clinical archive: a finding is nearly always on one side (94 : 6), mostly in
+one zone (88 : 7 : 5) and mostly comes with its usual companion (75 %). A model trained on the biased world
+can answer most questions from the text alone; in the uniform world it then hallucinates. That is the modality
+misalignment of MMedPO (arXiv 2412.06141, section 1), here by construction.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Finding:
 
 
 def sample_findings(rng: np.random.Generator, prior: Prior) -> tuple[Finding, ...]:
-    """Draw 0 to 2 findings of different kinds, in the order of `KINDS`.
+    """Draws 0 to 2 findings of different kinds, in the order of `KINDS`.
 
     Args:
         rng: Source of randomness; the same state gives the same findings.
@@ -102,7 +102,7 @@ def _sample_kinds(rng: np.random.Generator, prior: Prior) -> set[Kind]:
 
 
 def _place(rng: np.random.Generator, kind: Kind, prior: Prior) -> Finding:
-    """Draws side, zone and size; always uses three random numbers, so one attribute never shifts another's draw."""
+    """Draws side, zone and size with three random numbers, so one attribute never shifts another's draw."""
     u_side, u_zone, u_size = rng.random(3)
     is_biased = prior == "biased"
     side: Side | None = None
@@ -123,7 +123,7 @@ def _place(rng: np.random.Generator, kind: Kind, prior: Prior) -> Finding:
 
 
 def _is_hidden(findings: tuple[Finding, ...]) -> bool:
-    """Whether one finding covers another, so that no reader could tell them apart; takes them in the order of `KINDS`."""
+    """Whether one finding covers another, so that no reader could tell them apart."""
     if len(findings) < 2 or findings[0].side is None or findings[0].side != findings[1].side:
         return False
     first, second = findings

@@ -1,7 +1,7 @@
 """Greedy answers of the embedded model and their scores, for the model card and the tests.
 
-The pipeline's own evaluation (`evaluate/`) goes through the served endpoint and gives intervals; this one runs in
-transformers while the model is built.
+The pipeline's own evaluation (`evaluate/`) goes through the served endpoint and gives intervals; this one
+runs in transformers while the model is built.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def score_model(
     """Answer every question of the phantoms and compare with the reference.
 
     Returns:
-        {"closed_accuracy", "open_exact", "report_f1"}: {"value": in [0, 1], "n": questions}. report_f1 is the F1 of the
-        asserted findings (kind, side, zone) pooled over the reports.
+        {"closed_accuracy", "open_exact", "report_f1"}: {"value": in [0, 1], "n": questions}. report_f1 is the
+        F1 of the asserted findings (kind, side, zone) pooled over the reports.
     """
     rows = [(Image.fromarray(p.image), q) for p in phantoms for q in p.questions]
     order = sorted(range(len(rows)), key=lambda i: rows[i][1].task)  # reports are long, so they share batches

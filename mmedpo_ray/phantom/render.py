@@ -1,9 +1,9 @@
 """Draws a frontal chest radiograph phantom and the ground-truth mask of its findings.
 
-Everything is drawn in normalised coordinates (x to the right of the image, y downwards, both in [-1, 1]) with soft
-edges, so any image size works. The patient's left side is on the right of the image, as on a real radiograph. Anatomy,
-texture and noise each have their own random generator, so rendering the same seed without findings gives the same
-patient with the lesions truly removed.
+Everything is drawn in normalised coordinates (x to the right of the image, y downwards, both in [-1, 1]) with
+soft edges, so any image size works. The patient's left side is on the right of the image, as on a real
+radiograph. Anatomy, texture and noise each have their own random generator, so rendering the same seed
+without findings gives the same patient with the lesions truly removed.
 """
 
 from __future__ import annotations

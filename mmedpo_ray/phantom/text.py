@@ -1,8 +1,8 @@
 """Questions, answers and reports about a phantom, in ordinary radiology English.
 
-Every text follows from the findings alone. Each image has two closed questions with the answer "Yes" and two with "No",
-whatever the findings, so that no constant answer scores above one half. The wording of questions varies; answers and
-reports have one canonical form, so exact match is meaningful.
+Every text follows from the findings alone. Each image has two closed questions with the answer "Yes" and two
+with "No", whatever the findings, so that no constant answer scores above one half. The wording of questions
+varies; answers and reports have one canonical form, so exact match is meaningful.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def write_report(findings: tuple[Finding, ...]) -> str:
 def report_findings(report: str) -> frozenset[Finding]:
     """Read the asserted findings back from a report, sizes left out; negated sentences assert nothing.
 
-    The inverse of `write_report` up to sizes, and tolerant of other wordings of the same words: a model's report is
-    scored by comparing these sets. A side, zone or kind that is not stated is None or missing.
+    The inverse of `write_report` up to sizes, and tolerant of other wordings of the same words: a model's
+    report is scored by comparing these sets. A side, zone or kind that is not stated is None or missing.
     """
     found: set[Finding] = set()
     for sentence in re.split(r"[.;\n]+", report.lower()):
@@ -119,9 +119,9 @@ def _choose(
 def _closed(rng: np.random.Generator, findings: tuple[Finding, ...]) -> list[Question]:
     """Two questions with the answer Yes and two with No, in a random order.
 
-    A question about a side or zone names the right or a wrong one with equal probability, and each of the many absent
-    kinds is asked about less often than each of the few present ones. So in the uniform world the wording of a question
-    hardly predicts its answer.
+    A question about a side or zone names the right or a wrong one with equal probability, and each of the
+    many absent kinds is asked about less often than each of the few present ones. So in the uniform world the
+    wording of a question hardly predicts its answer.
     """
     present = {f.kind for f in findings}
     pool: dict[bool, list[tuple[Question, float]]] = {True: [], False: []}

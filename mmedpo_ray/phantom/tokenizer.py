@@ -1,11 +1,12 @@
 """Tokenizer, chat template and processor of the embedded LLaVA.
 
-A byte-level BPE trained on the phantom world's own text plus a list of common radiology words: each word of the phantom
-world is one token, and any other text can still be written byte by byte, so there is no unknown token.
+A byte-level BPE trained on the phantom world's own text plus a list of common radiology words: each word of
+the phantom world is one token, and any other text can still be written byte by byte, so there is no unknown
+token.
 
 Training and inference have one format, `<s>[INST] <image>\\nquestion [/INST] answer</s>`. Only the template
-(`chat_template.jinja`) writes the beginning token, the tokenizer adds none, so it can never come twice. Content may be
-text or OpenAI-style parts; images come first wherever the parts put them, as in training.
+(`chat_template.jinja`) writes the beginning token, the tokenizer adds none, so it can never come twice.
+Content may be text or OpenAI-style parts; images come first wherever the parts put them, as in training.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two training phases of the embedded model: the tower on lesion maps, then the language model on biased images."""
+"""The two training phases of the embedded model: the tower on lesion maps, then the language model."""
 
 from __future__ import annotations
 
@@ -93,9 +93,10 @@ def train_language(
 ) -> None:
     """Teach projector and language model to answer all questions of the given images, the tower frozen.
 
-    One row is one image with all its questions: the image prefix is computed once, and a block mask lets every question
-    see it but not the other questions. Loss = cross-entropy of the answer tokens, each answer counting equally whatever
-    its length.
+    One row is one image with all its questions: the image prefix is computed once, and a block mask lets
+        every question
+    see it but not the other questions. Loss = cross-entropy of the answer tokens, each answer counting
+    equally whatever its length.
     """
     pixels = pixel_values(processor, phantoms)
     with torch.no_grad():
@@ -125,8 +126,9 @@ def _tree(writer: PromptWriter, phantom: Phantom) -> dict[str, Tensor]:
     """All questions of one image behind one image prefix.
 
     Returns:
-        Tensors of shape (T,): `ids`, `positions`, `branch` (0 for the prefix, the question's number from 1 after it),
-        `target` (the next token where an answer token follows, else -100) and `weight` (1 / answer length).
+        Tensors of shape (T,): `ids`, `positions`, `branch` (0 for the prefix, the question's number from 1
+        after it), `target` (the next token where an answer token follows, else -100) and `weight` (1 / answer
+        length).
     """
     turns = [(writer.prompt(q.question), writer.response(q.question, q.answer)) for q in phantom.questions]
     first = turns[0][0]
@@ -197,7 +199,7 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[nn.
 
 
 def _auc(scores: Tensor, truth: Tensor) -> float:
-    """Probability that a lesion patch scores above another one; 0.5 where only one of the two kinds occurs."""
+    """Probability that a lesion patch scores above another one; 0.5 if only one of the two kinds occurs."""
     positives = int(truth.sum())
     negatives = truth.numel() - positives
     if not positives or not negatives:

@@ -4,8 +4,8 @@
     phantom.image, phantom.mask, phantom.findings, phantom.questions
     clean, _ = render(7, ())                       # the same patient, lesions truly removed
 
-`generate` gives disjoint splits: the embedded model was trained on "train" and "tower"; "align" is for alignment and
-"test" for evaluation.
+`generate` gives disjoint splits: the embedded model was trained on "train" and "tower"; "align" is for
+alignment and "test" for evaluation.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ _BUILTIN = (
         "OpenAI-compatible endpoint for the base and the aligned model (Ray Serve, vLLM)",
         reads="the base model and model/",
         writes="nothing; answers on serve.host:serve.port until interrupted",
-        function="mmedpo_ray.serve.endpoint:serve",
+        function="mmedpo_ray.serve.command:serve",
         needs_model=_always,
         in_pipeline=False,
     ),

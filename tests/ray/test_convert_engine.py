@@ -1,4 +1,4 @@
-"""A converted LLaVA-Med answers in vLLM as it does in transformers and as the original's own forward pass does."""
+"""A converted LLaVA-Med answers in vLLM as in transformers and as the original's own forward pass."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ if __name__ == "__main__":
     image().save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     picture = {"type": "image_url", "image_url": {"url": url}}
-    chats = [[{"role": "user", "content": [picture, {"type": "text", "text": question}]}] for question in questions]
+    contents = [[picture, {"type": "text", "text": question}] for question in questions]
+    chats = [[{"role": "user", "content": content}] for content in contents]
     engine = LLM(model, **settings.engine_kwargs)
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     outputs = engine.chat(chats, sampling, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""A run whose trained models are whole ones: each has an engine of its own, and evaluation needs the room of one."""
+"""A run whose trained models are whole ones: each has its own engine, and evaluation runs one at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tiny_llava import build_tiny_llava
 
 from mmedpo_ray.evaluate.stage import evaluate
 from mmedpo_ray.export.stage import export
-from mmedpo_ray.serve.endpoint import engine_groups, run_models, served_models
+from mmedpo_ray.serve.application import engine_groups
+from mmedpo_ray.serve.models import run_models, served_models
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import read_table

@@ -1,4 +1,4 @@
-"""Export: the merged model answers as the trained one does, in transformers and in vLLM, whatever was trained of it."""
+"""The merged model answers as the trained one does, in transformers and in vLLM, whatever was trained."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.export.stage import export, merge, put_weights
 from mmedpo_ray.models.saving import hub_name, use_hub_names
-from mmedpo_ray.serve.endpoint import run_models
+from mmedpo_ray.serve.models import run_models
 from mmedpo_ray.tables.run_folder import Role, RunFolder
 from mmedpo_ray.tables.stage_runner import StageRunner
 
@@ -53,7 +53,8 @@ if __name__ == "__main__":
     image().save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     picture = {"type": "image_url", "image_url": {"url": url}}
-    chats = [[{"role": "user", "content": [picture, {"type": "text", "text": question}]}] for question in QUESTIONS]
+    contents = [[picture, {"type": "text", "text": question}] for question in QUESTIONS]
+    chats = [[{"role": "user", "content": content}] for content in contents]
     answers = []
     for model in models:
         engine = LLM(model, **settings.engine_kwargs)
@@ -65,7 +66,7 @@ if __name__ == "__main__":
 
 
 def train_nothing(config: Config, base: Path, role: str = "aligned", rank: int = 4) -> None:
-    """What the align stage leaves behind, with random instead of trained LoRA weights."""
+    """Writes what `align` writes, with random instead of trained LoRA weights."""
     from peft import LoraConfig, get_peft_model
 
     model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
@@ -82,7 +83,7 @@ def train_nothing(config: Config, base: Path, role: str = "aligned", rank: int =
 
 
 def train_randomly(config: Config, base: Path, role: Role = "aligned", **settings: Any) -> Any:
-    """What the align stage leaves behind after random updates of all that it trains; returns the model it stands for."""
+    """Writes what `align` writes, after random updates of all that it trains; returns the trained model."""
     folder = RunFolder(config.run.folder).align(role)
     spec = training_spec(folder, base, folder, **settings)
     policy = build_policy(spec)

@@ -1,8 +1,9 @@
-"""kill -9 of the actor that holds a model, of its node and of the driver while the model is at work, and of a node while images
-are noised: the tables, and the files that they name, are those of a quiet run.
+"""kill -9 of the actor with a model, of its node and of the driver at work: results equal a quiet run's.
 
-What chance decides about a row depends on the row alone, so tables are equal byte by byte, whichever rows share a batch
-after a kill.
+Also of a node while images are noised. The tables, and the files that they name, are those of a quiet run.
+
+What chance decides about a row depends on the row alone, so tables are equal byte by byte, whichever rows
+share a batch after a kill.
 """
 
 from __future__ import annotations

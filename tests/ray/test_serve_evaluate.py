@@ -1,4 +1,4 @@
-"""The real endpoint (Ray Serve, vLLM) and an evaluation through it, with a tiny random model and an adapter."""
+"""The real endpoint (Ray Serve, vLLM) and an evaluation through it, with a tiny model and an adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.stage import evaluate, summary_table
 from mmedpo_ray.export.stage import export
 from mmedpo_ray.io import storage
-from mmedpo_ray.serve.endpoint import run_models, served_models, start_endpoint
+from mmedpo_ray.serve.endpoint import start_endpoint
+from mmedpo_ray.serve.models import run_models, served_models
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import StageRunner, read_manifest, read_table
@@ -153,7 +154,7 @@ def post(endpoint, body: dict) -> tuple[int, dict | str]:
 
 @pytest.mark.engine
 def test_seeded_sampling_of_many_long_questions_does_not_end_the_engine(endpoint):
-    """More prompt tokens at once than the engine reads in a step; on CPU a seeded request must not be cut there."""
+    """More prompt tokens at once than one step reads; on CPU a seeded request must not be cut there."""
 
     def ask(number: int) -> int:
         content = f"Question {number}: " + "is there a nodule " * 25
@@ -166,7 +167,7 @@ def test_seeded_sampling_of_many_long_questions_does_not_end_the_engine(endpoint
 
 @pytest.mark.engine
 def test_each_name_answers_with_its_own_weights(endpoint, config):
-    """Token for token what transformers gives for the base and for the merged model, also when asked all at once.
+    """The same tokens as transformers gives for the base and the merged model, also if asked all at once.
 
     The base's template leaves the beginning token to the tokenizer.
     """

@@ -173,7 +173,7 @@ def test_another_precision(original: Original, tmp_path: Path) -> None:
 
 
 def test_the_real_tokenizer_of_mistral(tmp_path: Path) -> None:
-    """Mistral 7B's own vocabulary, which mistral-common carries, gives the ids known of LLaVA-Med's prompts."""
+    """Mistral 7B's own vocabulary, which mistral-common carries, gives the known ids of LLaVA-Med."""
     common = pytest.importorskip("mistral_common")
     shutil.copyfile(Path(common.__file__).parent / "data/tokenizer.model.v1", tmp_path / "tokenizer.model")
     save_tokenizer_settings(tmp_path)

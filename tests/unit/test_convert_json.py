@@ -1,4 +1,4 @@
-"""Wrong or damaged JSON files of a checkpoint: the error names file, key and value, and nothing is written."""
+"""Wrong or damaged JSON files of a checkpoint: the error names file, key and value; nothing is written."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Original:
 
 
 def save_clip(folder: Path, original: Original, *, whole: bool) -> dict[str, torch.Tensor]:
-    """Another tower than the checkpoint's, alone or in a whole CLIP; returns its weights by their names there."""
+    """Saves another tower, alone or in a whole CLIP; returns its weights by their names there."""
     tensors = random_weights(original.config, original.vision, seed=9)
     tower = {name.removeprefix(TOWER): value for name, value in tensors.items() if name.startswith(TOWER)}
     folder.mkdir()

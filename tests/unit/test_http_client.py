@@ -72,11 +72,11 @@ def test_an_endpoint_on_this_machine_is_asked_directly(servers, monkeypatch):
 
 def test_a_server_that_starts_is_greeted_directly(servers, monkeypatch):
     pytest.importorskip("ray")
-    from mmedpo_ray.serve.endpoint import _greet
+    from mmedpo_ray.serve.readiness import wait_for_answer
 
     endpoint, proxy = servers
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
-    _greet(f"http://127.0.0.1:{endpoint.server_port}/v1", "m", deadline=time.monotonic() + 10)
+    wait_for_answer(f"http://127.0.0.1:{endpoint.server_port}/v1", "m", deadline=time.monotonic() + 10)
     assert endpoint.asked == ["/v1/chat/completions"]
     assert not proxy.asked
 

@@ -1,4 +1,4 @@
-"""Loading a LLaVA, its prompts, and the rows made into pairs."""
+"""Loading a LLaVA, its prompts, and the pairs made of rows."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_the_fingerprint_follows_every_file_of_a_model(model_folder: Path, tmp_p
 def test_large_weights_are_known_by_their_content(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy is the same model; other values are not, in whichever tensor, nor other shapes of the same bytes."""
+    """A copy is the same model; other values in any tensor are not, nor other shapes of the same bytes."""
     monkeypatch.setattr(fingerprint, "_HASH_WHOLE_BYTES", 0)
     monkeypatch.setattr(fingerprint, "_SAMPLE_BYTES", 64)
     original = model_fingerprint(str(model_folder))
@@ -187,9 +187,10 @@ def test_a_template_without_end_token_still_ends_the_answer(model_folder: Path, 
     folder = tmp_path / "vicuna"
     shutil.copytree(model_folder, folder)
     (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if m.role == 'user' %}USER: {% for c in m.content %}{% if c.type == 'image' %}"
-        "<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %} {% else %}ASSISTANT: {{ m.content[0].text }} "
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {% for c in m.content %}{% if c.type "
+        "== 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %} {% else "
+        "%}ASSISTANT: {{ m.content[0].text }} {% endif %}{% endfor %}{% if add_generation_prompt "
+        "%}ASSISTANT:{% endif %}"
     )
     writer = PromptWriter(load_processor(str(folder)))
     response = writer.response("Is it?", "Yes")
@@ -200,9 +201,9 @@ def test_a_template_without_end_token_still_ends_the_answer(model_folder: Path, 
 
 
 VICUNA_TEMPLATE = (
-    "{% for m in messages %}{{ m.role.upper() }}: {% for c in m.content if c.type == 'image' %}<image>\n{% endfor %}"
-    "{% for c in m.content if c.type == 'text' %}{{ c.text }} {% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{% for m in messages %}{{ m.role.upper() }}: {% for c in m.content if c.type == 'image' "
+    "%}<image>\n{% endfor %}{% for c in m.content if c.type == 'text' %}{{ c.text }} {% endfor "
+    "%}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
@@ -290,7 +291,8 @@ def test_rows_that_cannot_be_trained_on_are_dropped_with_the_reason(
     weights = {row["pair_id"]: row["weight"] for row in rows}
     for pair in pairs:
         assert pair.weight == pytest.approx(weights[pair.pair_id] * (0.5 if pair.is_visual else 1.0))
-    # The visual pair of the second image shares its answer with a text pair; that of the first has lost its own.
+    # The visual pair of the second image shares its answer with a text pair; that of the first has lost its
+    # own.
     assert {pair.pair_id: pair.counts_nll for pair in pairs if pair.is_visual} == {
         "s000-1:visual": True,
         "s001-1:visual": False,
@@ -308,7 +310,7 @@ def test_a_long_answer_is_cut_and_its_prompt_is_not(writer: PromptWriter, tmp_pa
 
 
 def with_settings(model: Path, folder: Path, file: str, **changes: Any) -> Path:
-    """A copy of a model with other settings in one of its JSON files; ``None`` removes a setting, dicts are merged."""
+    """A copy of a model with other settings in one JSON file; ``None`` removes one, dicts are merged."""
     shutil.copytree(model, folder)
     settings = json.loads((folder / file).read_text())
     for name, value in changes.items():

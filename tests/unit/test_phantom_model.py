@@ -1,4 +1,4 @@
-"""The embedded model: any text is representable, one format everywhere, a reduced rebuild, and what the shipped one can do."""
+"""The embedded model: its tokenizer and prompts, a reduced build, and what the shipped one can do."""
 
 from __future__ import annotations
 

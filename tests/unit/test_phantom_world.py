@@ -1,4 +1,4 @@
-"""The phantom world: deterministic, truly lesion-free without findings, biased or not as said, texts that match."""
+"""The phantom world: deterministic, lesion-free without findings, biased or not, texts that match."""
 
 from __future__ import annotations
 

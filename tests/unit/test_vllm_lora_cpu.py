@@ -1,6 +1,10 @@
-"""LoRA operations of the CPU engine against the plain formula, token by token."""
+"""LoRA operations of the CPU engine against the plain formula, token by token, and against vLLM's own."""
 
 from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -58,28 +62,50 @@ def test_sequences_equal_their_tokens(world):
     of_token = torch.repeat_interleave(of_sequence, lengths)
     by_sequence, by_token = torch.zeros(7, RANK), torch.zeros(7, RANK)
     starts = torch.tensor([0, 2, 3])
-    vllm_lora_cpu.sgmv_shrink(world["x"], world["a"], by_sequence, starts, lengths, of_sequence, 3, 4, 7, 0.5)
+    operations = vllm_lora_cpu.OPERATIONS
+    operations["sgmv_shrink"](world["x"], world["a"], by_sequence, starts, lengths, of_sequence, 3, 4, 7, 0.5)
     vllm_lora_cpu.bgmv_shrink(world["x"], world["a"], by_token, of_token, 0.5)
     torch.testing.assert_close(by_sequence, by_token)
     first, second = torch.zeros(7, OUTPUT), torch.zeros(7, OUTPUT)
-    vllm_lora_cpu.sgmv_expand(by_sequence, world["b"], first, starts, lengths, of_sequence, 3, 4, 7, True)
-    vllm_lora_cpu.sgmv_expand_slice(
+    operations["sgmv_expand"](by_sequence, world["b"], first, starts, lengths, of_sequence, 3, 4, 7, True)
+    operations["sgmv_expand_slice"](
         by_sequence, world["b"], second, starts, lengths, of_sequence, 3, 4, 7, 0, OUTPUT, True
     )
     torch.testing.assert_close(first, second)
 
 
-def test_every_operation_has_the_parameters_vllm_passes():
-    """vLLM calls them by position; a release that changes them must be noticed."""
-    import ast
-    import importlib.util
-    import inspect
-    from pathlib import Path
-
-    spec = importlib.util.find_spec("vllm")
+@pytest.fixture(scope="module")
+def vllm_ops() -> ModuleType:
+    """vLLM's own operations, without the rest of vLLM."""
+    vllm = importlib.util.find_spec("vllm")
+    assert vllm is not None
+    folder = Path(next(iter(vllm.submodule_search_locations or [])))
+    spec = importlib.util.spec_from_file_location("lora_ops", folder / "lora/ops/torch_ops/lora_ops.py")
     assert spec is not None
-    folder = Path(next(iter(spec.submodule_search_locations or [])))
-    tree = ast.parse((folder / "lora/ops/torch_ops/lora_ops.py").read_text())
-    theirs = {node.name: len(node.args.args) for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for name, count in theirs.items():
-        assert len(inspect.signature(getattr(vllm_lora_cpu, name)).parameters) == count, name
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_operations_replace_vllms_where_all_tokens_have_an_adapter(world, vllm_ops):
+    """All of them, with vLLM's positional parameters; a release that changes them fails here."""
+    lengths, of_sequence = torch.tensor([2, 1, 4]), torch.tensor([1, 0, 0])
+    metadata = (torch.tensor([0, 2, 3]), lengths, of_sequence, 3, 4, 7)
+    hidden = torch.randn(7, RANK, generator=torch.Generator().manual_seed(1))
+    arguments = {"shrink": (0.5,), "expand": (True,), "expand_slice": (2, OUTPUT, True)}
+    for name, operation in vllm_lora_cpu.OPERATIONS.items():
+        kind = name.split("_", 1)[1]
+        inputs, weights = (world["x"], world["a"]) if kind == "shrink" else (hidden, world["b"])
+        indices = metadata if name.startswith("sgmv") else (torch.repeat_interleave(of_sequence, lengths),)
+        found, expected = (torch.ones(7, RANK if kind == "shrink" else OUTPUT + 3) for _ in range(2))
+        operation(inputs, weights, found, *indices, *arguments[kind])
+        getattr(vllm_ops, name)(inputs, weights, expected, *indices, *arguments[kind])
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_vllm_still_gives_tokens_without_an_adapter_the_last_one(world, vllm_ops):
+    """Once this fails, the replacement is needed for speed alone."""
+    hidden = torch.zeros(7, RANK)
+    vllm_ops.bgmv_shrink(world["x"], world["a"], hidden, world["indices"], 1.0)
+    assert hidden[world["indices"] < 0].abs().min() > 0

@@ -1,9 +1,10 @@
-"""The Serve application: a vLLM engine a deployment (Ray's ``LLMServer``), and one OpenAI ingress before all of them.
+"""The deployments of an endpoint: vLLM engines (Ray's ``LLMServer``), and one OpenAI ingress for all.
 
-Ray's own ingress (``build_openai_app``) knows one name a deployment, and adapters only from cloud storage; it lets any
-web page that a user visits talk to the endpoint (CORS ``*``); and it imports vLLM, as does the process that builds the
-application. This one routes the names of an engine's adapters too, allows no foreign origins, and passes bodies through
-unread: vLLM is imported only where an engine runs, which more than halves the start on a small machine.
+Ray's own ingress (``build_openai_app``) knows one name per deployment, and adapters only from cloud storage.
+It lets any web page that a user visits talk to the endpoint (CORS ``*``), and it imports vLLM, as does the
+process that builds the application. This one also routes the names of an engine's adapters, allows no foreign
+origins, and passes bodies through unread. Only a process with an engine imports vLLM, which more than halves
+the start on a small machine.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class EngineServer:
         adapters: name → folder of the LoRA adapters that share the engine.
     """
 
-    # Serve awaits it, as it does that of Ray's LLMServer.
+    # Serve awaits it, as it awaits that of Ray's LLMServer.
     async def __init__(self, llm_config: dict[str, Any], adapters: dict[str, str]) -> None:  # type: ignore[misc]
         if llm_config.get("accelerator_config") == {"kind": "cpu"}:
             from mmedpo_ray.compat import vllm_preload
@@ -47,8 +48,8 @@ class EngineServer:
                 LoRAModulePath(name=name, path=path) for name, path in adapters.items()
             ]
         config = LLMConfig(**{**llm_config, "engine_kwargs": arguments})
-        if "callback_config" not in llm_config and _is_local(config):
-            # Files are where the engine reads them; Ray would start one more process to look for downloads.
+        if Path(llm_config["model_loading_config"]["model_source"]).is_dir():
+            # There is nothing to download; Ray would start one more process to look for downloads.
             callback = config.get_or_create_callback()
             assert callback is not None
             callback.ctx.run_init_node = False
@@ -83,8 +84,9 @@ class EngineServer:
             problem = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in problem["loc"])
             message = f"{where}: {problem['msg']}" if where else problem["msg"]
-            refusal = ErrorResponse(error={"message": message, "type": "invalid_request_error", "code": 400})
-            return _once(refusal)
+            return _once(
+                ErrorResponse(error={"message": message, "type": "invalid_request_error", "code": 400})
+            )
         return await (self._server.chat(request) if kind == "chat" else self._server.completions(request))
 
 
@@ -173,11 +175,6 @@ class OpenAiIngress:
 
 async def _once(item: Any) -> AsyncIterator[Any]:
     yield item
-
-
-def _is_local(config: Any) -> bool:
-    source = config.model_loading_config.model_source
-    return isinstance(source, str) and Path(source).is_dir()
 
 
 def build_ingress(engines: dict[str, Application], names_of: dict[str, list[str]]) -> Application:

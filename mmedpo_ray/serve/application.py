@@ -1,0 +1,155 @@
+"""The Serve application of some models: one engine per whole model, behind one OpenAI ingress.
+
+A model is a folder. A folder with an ``adapter_config.json`` is a LoRA adapter: it shares the engine of the
+base model, which saves memory on a GPU and most of the start-up time on a small machine. Any other folder is
+a whole model with an engine of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.loading import load_processor, read_model_config, template_with_bos
+from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
+from mmedpo_ray.serve.settings import ServeConfig
+
+if TYPE_CHECKING:
+    from ray.serve.deployment import Application
+
+Models = dict[str, str | Path]
+"""Served name → folder (or hub name)."""
+
+_ADAPTER_CONFIG = "adapter_config.json"
+# Ranks for which vLLM has LoRA kernels (vllm.config.lora.MaxLoRARanks).
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def build_app(config: Config, models: Models, *, has_gpu: bool) -> Application:
+    """The Serve application: one deployment per whole model, its adapters with it, behind one OpenAI ingress.
+
+    Args:
+        config: all settings (``model.engine``, ``serve``).
+        models: what to serve. The first whole model is the base of every adapter.
+        has_gpu: whether the cluster has a GPU.
+
+    Raises:
+        UserError: a folder is no model, or adapters come without a base.
+    """
+    from mmedpo_ray.serve.ingress import EngineServer, build_ingress
+
+    engines, names_of = {}, {}
+    for group in engine_groups(models):
+        (name, path), *adapters = group.items()
+        settings = engine_settings(config.model.engine, has_gpu=has_gpu, model=path)
+        llm_config = _llm_config(name, path, settings, dict(adapters))
+        options = _deployment_options(config.serve, settings)
+        make = serve.deployment(name=f"engine:{name}", **options)
+        engines[name] = make(EngineServer).bind(llm_config, dict(adapters))
+        names_of[name] = list(group)
+    return build_ingress(engines, names_of)
+
+
+def engine_groups(models: Models) -> list[dict[str, str]]:
+    """The models that share an engine: one group for each whole model, all adapters in the first.
+
+    Raises:
+        UserError: there is no whole model.
+    """
+    wholes = {name: str(path) for name, path in models.items() if not is_adapter(path)}
+    adapters = {name: str(path) for name, path in models.items() if is_adapter(path)}
+    if not wholes:
+        raise UserError(
+            f"cannot serve {', '.join(models) or 'nothing'}: adapters need the base model beside them."
+        )
+    first, *others = ({name: path} for name, path in wholes.items())
+    return [first | adapters, *others]
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds a LoRA adapter rather than a whole model."""
+    return (Path(path).expanduser() / _ADAPTER_CONFIG).is_file()
+
+
+def check_model(path: str | Path) -> None:
+    """Checks that a path is a model or an adapter.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if is_adapter(path):
+        _adapter_rank(path)
+    else:
+        read_model_config(path)
+
+
+def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[str, str]) -> dict[str, Any]:
+    """Arguments of ``ray.serve.llm.LLMConfig``, plain data so that only the replica imports vLLM."""
+    arguments = dict(settings.engine_kwargs)
+    if (read_model_config(path) or {}).get("model_type") == "llava":
+        # A LLaVA's own template may leave out the beginning token, which an endpoint does not add.
+        template = template_with_bos(load_processor(path))
+        arguments |= {"chat_template": template} if template is not None else {}
+    if adapters:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": len(adapters),
+            "max_lora_rank": _served_rank(adapters),
+        }
+    result: dict[str, Any] = {
+        "model_loading_config": {"model_id": name, "model_source": path},
+        "engine_kwargs": arguments,
+        "placement_group_config": {"bundles": settings.bundles},
+        "runtime_env": {"env_vars": settings.env},
+        "log_engine_metrics": False,
+    }
+    if settings.device == "cpu":
+        result["accelerator_config"] = {"kind": "cpu"}
+    return result
+
+
+def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[str, Any]:
+    return {
+        "autoscaling_config": {
+            "min_replicas": settings.min_replicas,
+            "initial_replicas": max(1, settings.min_replicas),
+            "max_replicas": settings.max_replicas,
+            # Ray's default for models, 1e9, never scales.
+            "target_ongoing_requests": settings.target_ongoing_requests,
+        },
+        "max_ongoing_requests": settings.max_ongoing_requests,
+        # The replica's event loop stands still while it imports and loads; a short limit would end it then.
+        "health_check_timeout_s": 120,
+        "graceful_shutdown_timeout_s": 5,
+        # The engine's bundle has the resources; the replica itself only passes requests on.
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": engine.env}},
+        "placement_group_bundles": [dict(bundle) for bundle in engine.bundles],
+        "placement_group_strategy": "PACK",
+    }
+
+
+def _served_rank(adapters: dict[str, str]) -> int:
+    """The smallest rank that vLLM has kernels for and that fits every adapter."""
+    largest = max(_adapter_rank(path) for path in adapters.values())
+    fitting = [rank for rank in _LORA_RANKS if rank >= largest]
+    if not fitting:
+        raise UserError(
+            f"the adapter has rank {largest}; vLLM serves ranks up to {_LORA_RANKS[-1]}. Serve model/merged "
+            "instead."
+        )
+    return fitting[0]
+
+
+def _adapter_rank(path: str | Path) -> int:
+    file = Path(path).expanduser() / _ADAPTER_CONFIG
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["r"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is no LoRA adapter's configuration ({error!r}). Export the adapter again."
+        ) from error

@@ -1,0 +1,44 @@
+"""`mmedpo serve`: the models of a run behind one endpoint, until interrupted."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from mmedpo_ray.config.tree import Config
+from mmedpo_ray.console import console
+from mmedpo_ray.serve.endpoint import Endpoint, start_endpoint
+from mmedpo_ray.serve.models import served_models
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: Config) -> None:
+    """Serves the models of a run until interrupted (``mmedpo serve``).
+
+    Raises:
+        UserError: see :func:`start_endpoint`.
+        KeyboardInterrupt: after the endpoint was stopped.
+    """
+    try:
+        models = served_models(config)
+        if list(models) == [config.model.name] and config.serve.models is None:
+            log.warning("%s holds no exported model: only %s is served", config.run.folder, config.model.name)
+        with start_endpoint(config, models) as endpoint:
+            console.print(_help(endpoint), markup=False, soft_wrap=True)
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        console.print("the endpoint is stopped")
+        raise
+
+
+def _help(endpoint: Endpoint) -> str:
+    model = endpoint.models[min(1, len(endpoint.models) - 1)]  # the aligned one, if there is one
+    return (
+        f"{endpoint.base_url} answers for {', '.join(endpoint.models)} (OpenAI API). For example:\n"
+        f"  curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": [\n'
+        '         {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}},\n'
+        '         {"type": "text", "text": "Is there a pleural effusion?"}]}]}\'\n'
+        "Stop it with Ctrl-C."
+    )

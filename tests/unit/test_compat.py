@@ -1,0 +1,40 @@
+"""Changes to the internals of dependencies: each works, and is still needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from ray._private import worker
+
+from mmedpo_ray.compat import ray_serve_shutdown
+
+IMPORT = "from transformers.models.pixtral.image_processing_pixtral import _num_image_tokens"
+INSTALL = "from mmedpo_ray.compat import vllm_without_torchvision as patch; patch.install()"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_pixtral_needs_torchvision_unless_replaced() -> None:
+    needed = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=120)
+    assert "No module named 'torchvision'" in needed.stderr, "vllm_without_torchvision is no longer needed"
+    subprocess.run([sys.executable, "-c", f"{INSTALL}\n{IMPORT}"], check=True, timeout=120)
+
+
+def test_only_the_report_of_serves_shutdown_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    def show(data: dict[str, Any], ignore_prefix: bool) -> None:
+        assert ignore_prefix is False
+        shown.extend(data["lines"])
+
+    monkeypatch.setattr(worker, "print_to_stdstream", show)
+    ray_serve_shutdown.install()
+    installed = worker.print_to_stdstream
+    ray_serve_shutdown.install()
+    assert worker.print_to_stdstream is installed
+    for line in ("Task ServeController.graceful_shutdown failed.", "Task train failed."):
+        worker.print_to_stdstream({"lines": [line]}, ignore_prefix=False)
+    assert shown == ["Task train failed."]
