@@ -1,21 +1,22 @@
 """Judges through the pipeline against the bare vLLM engine, in rows per second.
 
-    python benchmarks/judge_throughput.py [--model MODEL] [--rows 1500] [--repetitions 3] [--scoring choice] [--json FILE]
+    python benchmarks/judge_throughput.py [--model MODEL] [--rows 1500] [--repetitions 3] [--scoring choice]
+    [--json FILE]
 
-Both sides ask the same prompts with the same sampling and the same engine arguments, each in a fresh Ray actor with the same
-resources, one after the other, either side first in turn; the ratio is that of the medians. Beside it stands the share of the pipeline's
-time that was spent inside the engine's ``generate``: on a machine that does other work as well, it tells what the
-pipeline itself costs.
+Both sides ask the same prompts with the same sampling and the same engine arguments, each in a fresh Ray
+actor with the same resources, one after the other, either side first in turn; the ratio is that of the
+medians. Beside it stands the share of the pipeline's time that was spent inside the engine's ``generate``: on
+a machine that does other work as well, it tells what the pipeline itself costs.
 
-- *Bare*: ``vllm.LLM.generate``, all prompts in one call. Prompts are tokenised and sampling parameters made before the clock
-  starts.
-- *Pipeline*: the debate of the stage ``score`` with this one agent, so one pass: rows from the table through Ray Data, prompts
-  written and tokenised, answers read, histories, parts on disk, the sorted final table and its manifest. The clock stops when the
-  manifest is written.
+- *Bare*: ``vllm.LLM.generate``, all prompts in one call. Prompts are tokenised and sampling parameters made
+  before the clock starts.
+- *Pipeline*: the debate of the stage ``score`` with this one agent, so one pass: rows from the table through
+  Ray Data, prompts written and tokenised, answers read, histories, parts on disk, the sorted final table and
+  its manifest. The clock stops when the manifest is written.
 
-Not counted on either side: the engine's start and a warm-up on other prompts (as many as are decoded together), after which the prefix cache holds
-the common instructions only. Without ``--model`` a chat model of two layers with random weights is judged with, on which Python
-weighs more than on any real model.
+Not counted on either side: the engine's start and a warm-up on other prompts (as many as are decoded
+together), after which the prefix cache holds the common instructions only. Without ``--model`` a chat model
+of two layers with random weights is judged with, on which Python weighs more than on any real model.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class _Bare:
         self._settings = agent
 
     def seconds(self, rows: list[dict[str, Any]]) -> float:
-        """Time that the engine needs for all rows in one call (two, where the score is read from a second turn)."""
+        """Time that the engine needs for all rows in one call (two, where the score is read from a second
+        turn)."""
         from mmedpo_ray.judge.agents import prompt
         from mmedpo_ray.judge.agents.vllm import letter_sampling
 
@@ -154,8 +156,8 @@ class _Bare:
 def _pipeline(
     agent: Any, rows: list[dict[str, Any]], warm_up: list[dict[str, Any]], folder: Path
 ) -> tuple[float, float]:
-    """The debate of the stage ``score``, which is one pass here: rows per second, and the share of the time that its engine
-    worked."""
+    """The debate of the stage ``score``, which is one pass here: rows per second, and the share of the time
+    that its engine worked."""
     from mmedpo_ray.config.load import load
     from mmedpo_ray.judge import debate
     from mmedpo_ray.judge.debate_passes import Passes
@@ -186,7 +188,8 @@ def _pipeline(
 
 
 def _timed(plain: Any, warm_up: list[dict[str, Any]], clock: str) -> Any:
-    """The class of a pass, which besides notes when its engine was started and warm, and each time that it works."""
+    """The class of a pass, which besides notes when its engine was started and warm, and each time that it
+    works."""
 
     class TimedPass(plain):
         def __init__(self, *arguments: Any, **named: Any) -> None:

@@ -66,7 +66,8 @@ def test_the_page_on_judges_shows_a_kind_that_judges() -> None:
     page = (ROOT / "docs/how-to/own-judge.md").read_text(encoding="utf-8")
     section = page.split("## Write your own kind")[1]
     kind: dict[str, Any] = {}
-    exec(next(iter(re.findall(r"```python\n(.+?)```", section, re.DOTALL))), kind)
+    code = next(iter(re.findall(r"```python\n(.+?)```", section, re.DOTALL)))
+    exec(compile(code, "own-judge.md", "exec", dont_inherit=True), kind)
     agent_class = kind["LengthAgent"]
     settings = agent_class.settings_class(name="words")
     agent = agent_class(settings)
@@ -80,10 +81,10 @@ def test_the_page_on_judges_shows_a_kind_that_judges() -> None:
     assert "num_cpus" in agent_class.map_options(settings, data_cpus=1.0, has_gpu=False)
 
 
-def test_every_verb_is_in_the_table() -> None:
-    from mmedpo_ray.cli_parser import build_parser
+def test_every_command_is_in_the_table() -> None:
+    from mmedpo_ray.commands.parser import build_parser
 
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    [verbs] = [action for action in build_parser()._actions if action.dest == "verb"]
-    for verb in set(verbs.choices or ()) - {"config"}:
-        assert f"| `mmedpo {verb}" in page, verb
+    [commands] = [action for action in build_parser()._actions if action.dest == "command"]
+    for command in set(commands.choices or ()) - {"config"}:
+        assert f"| `mmedpo {command}" in page, command
