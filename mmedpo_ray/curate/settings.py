@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmedpo_ray.clients.settings import EndpointConfig
 from mmedpo_ray.config.base import Section, Share
-from mmedpo_ray.curate.visual.tools import TOOLS
+from mmedpo_ray.curate.tool_registry import TOOLS
 
 
 class TextCurationConfig(Section):
