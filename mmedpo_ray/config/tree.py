@@ -108,27 +108,6 @@ class Config(Section):
             raise ValueError(
                 "curate.text.method=released needs data that bring pairs: data.format=mmedpo_json, trl, llama_factory or swift"
             )
-        if self.align.loss in ("cdpo", "robust") and self.align.label_smoothing == 0:
-            raise ValueError(
-                f"align.loss={self.align.loss} needs align.label_smoothing > 0; at 0 it is sigmoid"
-            )
-        if self.align.loss not in ("cdpo", "robust") and self.align.label_smoothing > 0:
-            raise ValueError(
-                f"align.label_smoothing has no effect with align.loss={self.align.loss}; use cdpo or robust, or 0"
-            )
-        if self.align.train == "full" and self.align.reference == "online":
-            raise ValueError(
-                "align.reference=online needs an adapter to switch off, which align.train=full has not; use precomputed"
-            )
-        if self.align.train == "full" and self.align.kl_coefficient > 0:
-            raise ValueError(
-                "align.kl_coefficient needs an adapter to switch off, which align.train=full has not; set it to 0 "
-                "(align.anchor_coefficient and align.nll_coefficient work), or use align.train=lora"
-            )
-        if self.align.keep == "best" and self.align.validation_share == 0:
-            raise ValueError(
-                "align.keep=best needs held-out images that tell which is best; set align.validation_share above 0"
-            )
         names = [agent.name for agent in self.score.agents]
         if len(set(names)) != len(names):
             raise ValueError(f"score.agents must have different names, not {names}")
