@@ -1,16 +1,14 @@
-"""The whole road in order, and each of its steps alone."""
+"""Runs the pipeline, or one stage of it, in a run folder that this process holds alone."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 
@@ -21,118 +19,52 @@ from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
 from mmedpo_ray.stages import preflight
+from mmedpo_ray.stages.registry import Stage, pipeline_stages
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.saved_settings import changes_since, read_manifests
 
-log = logging.getLogger(__name__)
 
-Step = Callable[[Config], Any]
-
-
-def _ingest(config: Config) -> None:
-    from mmedpo_ray.ingest.stage import ingest
-
-    ingest(config)
-
-
-def _curate(config: Config) -> None:
-    from mmedpo_ray.curate.stage import curate
-
-    curate(config)
-
-
-def _score(config: Config) -> None:
-    from mmedpo_ray.judge.stage import score
-
-    score(config)
-
-
-def _audit(config: Config) -> None:
-    if config.audit.enabled:
-        from mmedpo_ray.audit.stage import audit
-
-        audit(config)
-
-
-def _align(config: Config) -> None:
-    from mmedpo_ray.align.stage import align
-
-    align(config, "aligned")
-    if config.control.enabled:
-        align(config, "control")
-
-
-def _export(config: Config) -> None:
-    from mmedpo_ray.export.stage import export
-
-    export(config, "aligned")
-    if config.control.enabled:
-        export(config, "control")
-
-
-def _evaluate(config: Config) -> None:
-    from mmedpo_ray.evaluate.stage import evaluate
-
-    evaluate(config)
-
-
-def _report(config: Config) -> None:
-    from mmedpo_ray.report.stage import report
-
-    report(config)
-
-
-# Stage → what it does, in the order of the road. Imports are inside, so that `mmedpo --help` loads no library.
-STEPS: dict[str, Step] = {
-    "ingest": _ingest,
-    "curate": _curate,
-    "score": _score,
-    "audit": _audit,
-    "align": _align,
-    "export": _export,
-    "evaluate": _evaluate,
-    "report": _report,
-}
-
-
-def run_step(name: str, config: Config) -> None:
-    """Runs one stage of the road on a cluster joined or started for it."""
-    with _prepared(name, config) as resolved:
-        STEPS[name](resolved)
+def run_stage(stage: Stage, config: Config) -> None:
+    """Runs one stage on a cluster that is joined or started for it."""
+    with _prepared(stage.name, config) as resolved:
+        stage.run(resolved)
 
 
 def run_all(config: Config) -> None:
-    """Runs every stage; finished ones are skipped, an interrupted one resumes.
+    """Runs every stage of the pipeline; finished ones are skipped, an interrupted one resumes.
 
-    At the end the summary table, the path of the report and the next step are printed.
+    Prints the table of scores, the path of the report and the next command at the end.
     """
     started = time.monotonic()
     with _prepared("run", config) as resolved:
-        for number, (name, step) in enumerate(STEPS.items(), start=1):
-            console.print(f"[bold cyan]\\[{number}/{len(STEPS)}][/bold cyan] {name}")
-            step(resolved)
+        stages = pipeline_stages(resolved)
+        for number, stage in enumerate(stages, start=1):
+            console.print(f"[bold cyan]\\[{number}/{len(stages)}][/bold cyan] {stage.name}")
+            stage.run(resolved)
         _print_end(resolved, time.monotonic() - started)
 
 
 @contextlib.contextmanager
-def _prepared(verb: str, config: Config) -> Iterator[Config]:
-    """Checks what can be checked at once, locks the run folder, connects to Ray, and saves the settings of what succeeds.
+def _prepared(command: str, config: Config) -> Iterator[Config]:
+    """Checks inputs, locks the run folder, connects to Ray, and saves the settings of a command that
+    succeeds.
 
-    The settings are in the folder from the first command on, so that its name is enough to go on; once something has finished
-    there they are replaced by those of commands that succeed alone.
+    The first command saves its settings before it starts, so that the folder's name is enough to resume it.
+    Once a table is finished there, only the settings of commands that succeed replace them.
     """
     config = resolve_run_folder(config)
-    preflight.check(verb, config)
+    preflight.check(command, config)
     folder = storage.local_folder(config.run.folder, "run.folder")
     run = RunFolder(config.run.folder)
     with _exclusive(folder):
-        preflight.announce(verb, config)
+        preflight.announce(command, config)
         manifests = read_manifests(run)
         if not manifests:
             _save(config, run)
         elif changed := changes_since(config, manifests):
             console.print(
-                f"[yellow]settings differ from those that finished tables here were made with: {escape(changed)}[/yellow]",
+                f"[yellow]settings differ from those that finished tables here were made with: "
+                f"{escape(changed)}[/yellow]",
                 soft_wrap=True,
             )
         cluster.start(config.ray)
@@ -146,7 +78,7 @@ def _save(config: Config, run: RunFolder) -> None:
 
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Holds the run folder for this process, so that two runs never write into each other's tables.
+    """Locks the run folder for this process, so that two commands never write the same tables.
 
     Raises:
         UserError: another process holds it.
@@ -158,7 +90,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             handle.seek(0)
             raise UserError(
-                f"another process ({handle.read().strip() or 'unknown'}) is working in {folder}. Wait for it, end it, or "
+                f"another process ({handle.read().strip() or 'unknown'}) is working in {folder}. Wait for "
+                f"it, end it, or "
                 "give this run its own folder with run.folder=DIR."
             ) from None
         handle.truncate(0)

@@ -22,13 +22,14 @@ _DRIVER = """
 import sys
 from mmedpo_ray.compat import cluster
 from mmedpo_ray.config import load as config
-from mmedpo_ray import console, pipeline
+from mmedpo_ray import console
+from mmedpo_ray.stages.registry import stages
 
 console.configure()
 settings = config.load(None, sys.argv[2:])
 cluster.start(settings.ray)
 for stage in sys.argv[1].split(","):
-    pipeline.STEPS[stage](settings)
+    stages()[stage].run(settings)
 """
 
 

@@ -6,19 +6,18 @@ import contextlib
 import difflib
 import os
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from mmedpo_ray.config.base import Section
 from mmedpo_ray.config.messages import in_words, line_of
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
 
 
 def load(
@@ -30,13 +29,13 @@ def load(
 
     Args:
         path: the file; None: the defaults.
-        overrides: what differs from the file. Where the setting holds a text the value is taken as it is, but for ``null`` and
-            the empty one, which stand for null where the setting may be null; else it is YAML.
-        values: values by dotted key, taken as they are; they beat the overrides.
+        overrides: take precedence over the file. The value of a string setting is used exactly as given,
+            except that ``null`` and the empty string mean null; any other value is YAML.
+        values: values by dotted key, used as they are; they take precedence over the overrides.
 
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown (the nearest known one is named) or a value
-            does not fit.
+        UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a
+            value is invalid.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -60,8 +59,8 @@ def dump(config: Config) -> str:
 def resolve_run_folder(config: Config) -> Config:
     """Makes ``run.folder`` absolute.
 
-    Inside a submitted Ray job the working directory is a copy that Ray deletes, so a relative folder
-    counts from ``MMEDPO_HOME`` (default: ``~/mmedpo_ray``) there.
+    Inside a submitted Ray job the working directory is a copy that Ray deletes, so there a relative folder is
+    relative to ``MMEDPO_HOME`` (default: ``~/mmedpo_ray``).
     """
     folder = config.run.folder
     if "://" in folder or Path(folder).expanduser().is_absolute():
@@ -77,7 +76,7 @@ _TYPE = re.compile(r"int|float|str|bool|(?:tuple|list|dict)\[.*\]")
 
 
 class _OncePerKey(yaml.SafeLoader):
-    """YAML as the standard has it: a key that occurs twice is an error. PyYAML itself drops the first in silence."""
+    """YAML as the standard defines it: a repeated key is an error. PyYAML silently drops the first."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -86,8 +85,9 @@ class _OncePerKey(yaml.SafeLoader):
             line, name = key.start_mark.line + 1, getattr(key, "value", None)
             if isinstance(name, str) and name in lines:
                 raise yaml.YAMLError(
-                    f"the key {name!r} occurs twice in one section, in line {lines[name]} and in line {line}. The first would "
-                    "be ignored: make one of the two."
+                    f"the key {name!r} occurs twice in one section, in line {lines[name]} and in line "
+                    f"{line}. The "
+                    "first would be ignored: remove one of them."
                 )
             lines[name if isinstance(name, str) else id(key)] = line
         return node
@@ -105,7 +105,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = _load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
-        # ValueError: a date that there is not, or bytes that are no UTF-8.
+        # ValueError: an impossible date, or bytes that are not UTF-8.
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return {}
@@ -124,55 +124,37 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _value(key: str, text: str) -> Any:
-    """What a text on the command line means as the value of a setting.
+    """The value that a text on the command line stands for.
 
     Raises:
-        UserError: the setting holds no text, and this is no YAML.
+        UserError: the setting is no string, and the text is not valid YAML.
     """
-    declared = _declared(key)
-    if _is_text(declared):
-        is_null = not text or (text == "null" and type(None) in declared)
+    types = _json_types(key)
+    if types and types <= {"string", "null"}:
+        is_null = not text or (text == "null" and "null" in types)
         return None if is_null else text
     try:
         value = _load_yaml(text) if text else None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"cannot read the value of {f'{key}={text}'!r}: {error}") from error
     if isinstance(value, str):
-        # YAML 1.1 reads 1e-6 as text; numbers are meant.
+        # YAML 1.1 reads 1e-6 as a string.
         with contextlib.suppress(ValueError):
             return float(value)
     return value
 
 
-def _declared(key: str) -> list[Any]:
-    """The types that the setting of this dotted key may have, a union's apart; empty where there is no such setting."""
-    kinds: list[Any] = [Config]
+@cache
+def _json_types(key: str) -> frozenset[str]:
+    """JSON types of a setting's values, such as {"string", "null"}; empty if there is no such setting."""
+    kind: Any = Config
     for name in key.split("."):
-        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
-        kinds = [kind for field in fields for kind in _alternatives(field.annotation)]
-    return kinds
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _alternatives(arguments[0])
-    if origin in (typing.Union, types.UnionType):
-        return [kind for argument in arguments for kind in _alternatives(argument)]
-    return [annotation]
-
-
-def _is_text(kinds: list[Any]) -> bool:
-    """Whether values of these types, null aside, are texts: strings, paths, or one of some words."""
-
-    def is_text(kind: Any) -> bool:
-        if typing.get_origin(kind) is typing.Literal:
-            return all(isinstance(word, str) for word in typing.get_args(kind))
-        return isinstance(kind, type) and issubclass(kind, str | Path)
-
-    values = [kind for kind in kinds if kind is not type(None)]
-    return bool(values) and all(map(is_text, values))
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        if name not in fields:
+            return frozenset()
+        kind = fields[name].annotation
+    schema = TypeAdapter(kind).json_schema()
+    return frozenset(choice.get("type", "object") for choice in schema.get("anyOf", [schema]))
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -187,7 +169,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, path: str | Path | None, given: list[str]) -> str:
-    """The errors, a line a key, with the line of the file unless the key was given on the command line."""
+    """One line per key, with the line of the file unless the key was given on the command line."""
     wrong: dict[str, list[str]] = {}
     places: dict[str, str] = {}
     for item in error.errors(include_url=False):
@@ -195,11 +177,12 @@ def _explain(error: ValidationError, path: str | Path | None, given: list[str]) 
         key = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
             name, words = f"unknown key {key}{_nearest(key)}", ""
-        elif not key:
+        elif item["msg"].removeprefix("Value error, ").startswith(key):
+            # A rule over several settings names them itself.
             name, words = item["msg"].removeprefix("Value error, "), ""
         else:
             name, words = key, in_words(item)
-        # Of a setting that may be of several types each has its own error.
+        # A setting with several possible types has one error per type.
         wrong.setdefault(name, []).append(words)
         line = None if any(f"{key}.".startswith(f"{one}.") for one in given) else line_of(path, location)
         places[name] = f" (line {line})" if line else ""
@@ -211,14 +194,13 @@ def _explain(error: ValidationError, path: str | Path | None, given: list[str]) 
 
 
 def _keys_of(location: Sequence[str | int]) -> list[str | int]:
-    """The part of an error's location that is keys of a file: unions add the tag or the type that was tried."""
-    keys = [part for part in location if part not in ("rules", "vllm", "openai")]
-    types = [index for index, part in enumerate(keys) if _TYPE.fullmatch(str(part))]
-    return keys[: types[0]] if types else keys
+    """The part of an error's location that is keys of a file: unions add the type that was tried."""
+    types = [index for index, part in enumerate(location) if _TYPE.fullmatch(str(part))]
+    return list(location[: types[0]] if types else location)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the tree, leaves only."""
+    """The dotted keys of all settings, without sections."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -229,17 +211,20 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def _sections(kind: type[Section] = Section) -> list[type[Section]]:
+    """Every class of settings that is loaded, those of list items included."""
+    return [kind, *(found for below in kind.__subclasses__() for found in _sections(below))]
+
+
 def _nearest(key: str) -> str:
+    """A hint for an unknown key: the nearest known key, by its whole name or by its last part."""
     known = known_keys()
-    if judge := re.match(r"score\.agents\.\d+\.", key):
-        kinds = (RulesAgentConfig, VllmAgentConfig, OpenAIAgentConfig)
-        known += sorted({name for kind in kinds for name in known_keys(kind, judge.group())})
-    sections = {
-        known_key.rsplit(".", depth)[0] for known_key in known for depth in (1, 2) if "." in known_key
-    }
+    if in_list := re.match(r".+\.\d+\.", key):
+        known += sorted({in_list.group() + name for section in _sections() for name in section.model_fields})
+    sections = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2) if "." in name}
     matches = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.6)
     if not matches:
-        last = key.rsplit(".", 1)[-1]
-        by_leaf = {known_key.rsplit(".", 1)[-1]: known_key for known_key in reversed(known)}
-        matches = [by_leaf[leaf] for leaf in difflib.get_close_matches(last, by_leaf, n=1, cutoff=0.75)]
+        by_last_part = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+        last = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
+        matches = [by_last_part[name] for name in last]
     return f"; did you mean {matches[0]}?" if matches else "; `mmedpo config show` lists the known ones"

@@ -1,4 +1,4 @@
-"""What is wrong with a setting, in the words of the settings rather than of the library that checks them."""
+"""Messages about invalid settings: pydantic's errors in plain words, and the line of the file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ _WORDS = {
     "dict_type": _SECTION,
     "missing": "is missing",
     "union_tag_not_found": "needs a key `kind`",
-    "union_tag_invalid": "kind must be one of {expected_tags}",
 }
 
 
 def in_words(item: Mapping[str, Any]) -> str:
-    """An error of pydantic's (of ``ValidationError.errors()``), without the name of the setting."""
+    """An item of pydantic's ``ValidationError.errors()`` as a message, without the name of the setting."""
     words = _WORDS.get(item["type"])
     if words is not None:
         return f"{words.format(**item.get('ctx', {}))} (got {item['input']!r})"
@@ -30,7 +29,7 @@ def in_words(item: Mapping[str, Any]) -> str:
 
 
 def line_of(path: str | Path | None, location: Sequence[str | int]) -> int | None:
-    """The line of a YAML file, from 1, that sets the key of this path; ``None`` where no file sets it."""
+    """The line of a YAML file, from 1, that sets this key; ``None`` if no file sets it."""
     if path is None:
         return None
     with Path(path).open(encoding="utf-8") as file:
@@ -38,7 +37,7 @@ def line_of(path: str | Path | None, location: Sequence[str | int]) -> int | Non
     line = None
     for name in location:
         if isinstance(node, yaml.MappingNode):
-            # The last of several counts.
+            # The last of several keys counts.
             found = [pair for pair in node.value if pair[0].value == str(name)]
         elif isinstance(node, yaml.SequenceNode) and isinstance(name, int) and name < len(node.value):
             found = [(node.value[name], node.value[name])]

@@ -9,21 +9,15 @@ any other is YAML.
 
 from __future__ import annotations
 
-import typing
-
 from pydantic import Field, model_validator
 
 from mmedpo_ray.align.settings import AlignConfig, ControlConfig
 from mmedpo_ray.audit.settings import AuditConfig
 from mmedpo_ray.config.base import Section, Share
-from mmedpo_ray.curate.settings import (
-    CurateConfig,
-)
+from mmedpo_ray.curate.settings import CurateConfig
 from mmedpo_ray.evaluate.settings import EvaluateConfig
 from mmedpo_ray.ingest.settings import DataConfig
-from mmedpo_ray.judge.settings import (
-    ScoreConfig,
-)
+from mmedpo_ray.judge.settings import ScoreConfig
 from mmedpo_ray.models.settings import ModelConfig
 from mmedpo_ray.report.settings import ReportConfig
 from mmedpo_ray.serve.settings import ServeConfig
@@ -76,46 +70,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
-        if self.data.format != "phantom" and self.data.root is None:
-            raise ValueError(f"data.root is required with data.format={self.data.format}")
-        if self.data.format == "phantom" and self.data.root is not None:
-            formats = [
-                name
-                for name in typing.get_args(DataConfig.model_fields["format"].annotation)
-                if name != "phantom"
-            ]
-            raise ValueError(
-                f"data.root={self.data.root} would be ignored with data.format=phantom, which makes its own images: set "
-                f"data.format (--format) to that of your data ({', '.join(formats)}), or data.root=null for phantoms"
-            )
-        brings_pairs = self.data.format in ("mmedpo_json", "trl", "llama_factory", "swift")
-        if (brings_pairs or self.data.format == "llava_json") and self.data.train_file is None:
-            raise ValueError(f"data.train_file is required with data.format={self.data.format}")
-        visual = self.curate.visual
-        if visual.tool == "medklip" and visual.medklip.checkpoint is None:
-            raise ValueError("curate.visual.tool=medklip needs curate.visual.medklip.checkpoint")
-        if visual.tool == "text_prompted" and visual.text_prompted.model is None:
-            raise ValueError("curate.visual.tool=text_prompted needs curate.visual.text_prompted.model")
-        if self.curate.text.method == "rewrite" and self.curate.text.fallback == "rewrite":
-            raise ValueError(
-                "curate.text.fallback=rewrite cannot follow curate.text.method=rewrite; use rule_edit or none"
-            )
-        if self.curate.text.method == "none" and self.curate.visual.tool == "none":
-            raise ValueError(
-                "curate.text.method and curate.visual.tool are both none: there would be no pair"
-            )
-        if self.curate.text.method == "released" and not brings_pairs:
-            raise ValueError(
-                "curate.text.method=released needs data that bring pairs: data.format=mmedpo_json, trl, llama_factory or swift"
-            )
-        names = [agent.name for agent in self.score.agents]
-        if len(set(names)) != len(names):
-            raise ValueError(f"score.agents must have different names, not {names}")
+        self.data.check_format(needs_pairs=self.curate.text.method == "released")
         served = [self.model.name, self.evaluate.aligned_name, self.control.name]
         if len(set(served)) != len(served):
             raise ValueError(f"model.name, evaluate.aligned_name and control.name must differ, not {served}")
         if self.serve.max_replicas < self.serve.min_replicas:
             raise ValueError("serve.max_replicas is below serve.min_replicas")
-        if not 0 <= self.score.weights.clip[0] < self.score.weights.clip[1]:
-            raise ValueError("score.weights.clip must be 0 <= low < high")
         return self

@@ -23,9 +23,8 @@ from mmedpo_ray.curate.visual.stage import finished_visual_pairs, make_visual_pa
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import joins, schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.seen_ids import SeenIds
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
 
 _TURNED_DOWN = ".turned_down"
@@ -55,7 +54,7 @@ def curate(config: Config) -> Manifest:
         return manifest
     counts = storage.join(run.pairs, _TURNED_DOWN, stage.key)
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         made = (text_pairs(config, done, counts), finished_visual_pairs(config, done))
         parts = [part for part in made if part is not None]
         if not parts:
@@ -129,7 +128,7 @@ class _Figures:
         self._counts = counts
         self._kinds: Counter[str] = Counter()
         self._generators: Counter[str] = Counter()
-        self._images = SeenIds()
+        self._images = IdSet()
 
     def add(self, rows: pa.RecordBatch) -> None:
         self._kinds.update(rows["kind"].to_pylist())

@@ -19,7 +19,7 @@ from faults import disturbed, files_of
 from mmedpo_ray.config.load import load
 from mmedpo_ray.curate.stage import curate
 from mmedpo_ray.ingest.stage import ingest
-from mmedpo_ray.pipeline import STEPS
+from mmedpo_ray.stages.registry import stages
 from mmedpo_ray.tables.stage_runner import read_manifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -160,7 +160,7 @@ def test_killed_while_an_endpoint_is_asked(name: str, tmp_path: Path, server: Ch
     server.answer = lambda body, before: Reply(json.dumps(asking.answer(body)), delay=0.05)
     config = load(None, overrides)
     for stage in ("ingest", "curate", "score")[: 2 + (asking.stage == "score")]:
-        STEPS[stage](config)
+        stages()[stage].run(config)
     quiet, planned = files_of(run, *asking.folders), len(server.requests)
     for folder in asking.folders:
         shutil.rmtree(run / folder)
@@ -174,7 +174,7 @@ def test_killed_while_an_endpoint_is_asked(name: str, tmp_path: Path, server: Ch
     server.requests.clear()
     disturbed(asking.stage, overrides, log, asking.task, written, planned)
     asked = len(server.requests)
-    STEPS[asking.stage](config)
+    stages()[asking.stage].run(config)
     assert files_of(run, *asking.folders) == quiet
     assert len(server.requests) - asked < planned, "what was written is not asked for again"
     folder, *keys = asking.usage

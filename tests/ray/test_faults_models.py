@@ -21,7 +21,7 @@ from tiny_chat import build_tiny_chat
 from tiny_medklip import build_tiny_medklip
 
 from mmedpo_ray.config.load import load
-from mmedpo_ray.pipeline import STEPS
+from mmedpo_ray.stages.registry import stages
 from mmedpo_ray.tables.manifest import MANIFEST
 from mmedpo_ray.tables.stage_runner import Manifest, read_manifest
 
@@ -81,7 +81,7 @@ def run_stages(run: Path, stages: tuple[str, ...], *overrides: str) -> list[str]
     """Runs stages on a small made-up data set; returns the settings."""
     settings = [f"run.folder={run}", "data.phantom.test_images=1", "run.max_dropped_share=1.0", *overrides]
     for stage in stages:
-        STEPS[stage](load(None, settings))
+        stages()[stage].run(load(None, settings))
     return settings
 
 
@@ -162,7 +162,7 @@ def test_the_actor_with_the_model_and_the_driver_killed(
     log = tmp_path / "driver.log"
     faults.disturbed(scene.stage, scene.overrides, log, scene.task, scene.progress, scene.most)
     assert not (scene.run / scene.folders[0] / MANIFEST).exists()
-    STEPS[scene.stage](load(None, scene.overrides))
+    stages()[scene.stage].run(load(None, scene.overrides))
     scene.assert_same()
     # Images are made over, rows of a table are not.
     assert ("rows are already there" in capsys.readouterr().err) == scene.done.endswith(".parquet")

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from mmedpo_ray import cli, cli_parser
+from mmedpo_ray import cli
 from mmedpo_ray.audit.extract import extract
 from mmedpo_ray.audit.features import features_of
 from mmedpo_ray.audit.fix import removals, write_fixed
@@ -33,6 +33,8 @@ from mmedpo_ray.audit.hashing import normalised
 from mmedpo_ray.audit.run_checks import NAMES, examine
 from mmedpo_ray.audit.stage import audit, audit_command
 from mmedpo_ray.audit.statistics import explained, separation
+from mmedpo_ray.commands import parser
+from mmedpo_ray.commands.options import settings_of
 from mmedpo_ray.config.load import dump, known_keys, load
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.datasets.pair_table import open_pairs
@@ -1176,7 +1178,7 @@ def test_what_the_remedies_name_exists() -> None:
     """Settings (also their values), commands and options."""
     sections = "|".join(Config.model_fields)
     keys = {key.rsplit(".", depth)[0] for key in known_keys() for depth in range(3)}
-    (verbs,) = (a for a in cli_parser.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (verbs,) = (a for a in parser.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     options = {name: set(verb._option_string_actions) for name, verb in verbs.choices.items()}
     seen: set[str] = set()
     for text in _texts_of_the_audit():
@@ -1235,7 +1237,7 @@ def test_a_fixed_table_of_a_run_goes_on_with_its_settings(
     assert "--fix NEW/scored" in said(tmp_path / "clean")
     command = f"mmedpo align --config {mine}/config.yaml run.folder={new}"
     assert command in said(new / "scored")
-    settings_of_new = cli.settings_of(cli._parse(command.split()[1:]))
+    settings_of_new = settings_of(cli._parse(command.split()[1:]))
     assert settings_of_new.align.beta == 0.7
     assert settings_of_new.run.folder == str(new)
     # What `align` asks of the table that it reads.

@@ -16,24 +16,27 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmedpo_ray import cli, cli_parser, pipeline
+from mmedpo_ray import cli, pipeline
+from mmedpo_ray.commands.options import settings_of
+from mmedpo_ray.commands.parser import build_parser
 from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
-from mmedpo_ray.stages import preflight, registry
+from mmedpo_ray.stages import preflight
+from mmedpo_ray.stages.registry import Stage
 from mmedpo_ray.tables.manifest import Manifest, write_manifest
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import StageRunner
 
-VERBS = ["run", "ingest", "curate", "score", "audit", "align", "export", "serve", "evaluate", "report"]
+COMMANDS = ["run", "ingest", "curate", "score", "audit", "align", "export", "serve", "evaluate", "report"]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main([verb, "--help"])
+        cli.main([command, "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "reads" in text
@@ -41,14 +44,14 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "example: mmedpo" in text
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_stage_has_a_job(verb: str, repository: Path) -> None:
-    script = repository / "jobs" / f"{'pipeline' if verb == 'run' else verb}.py"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_stage_has_a_job(command: str, repository: Path) -> None:
+    script = repository / "jobs" / f"{'pipeline' if command == 'run' else command}.py"
     result = subprocess.run(
         [sys.executable, script, "--help"], capture_output=True, text=True, cwd=repository, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert f"mmedpo {verb}" in result.stdout
+    assert f"mmedpo {command}" in result.stdout
 
 
 def test_settings_and_options_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,15 +64,15 @@ def test_settings_and_options_in_any_order(capsys: pytest.CaptureFixture[str]) -
 
 def test_options_stand_for_settings() -> None:
     arguments = cli._parse(["ingest", "--format", "slake", "--root", "/data/slake"])
-    assert (cli.settings_of(arguments).data.format, cli.settings_of(arguments).data.root) == (
+    assert (settings_of(arguments).data.format, settings_of(arguments).data.root) == (
         "slake",
         "/data/slake",
     )
     arguments = cli._parse(["audit", "pairs.parquet", "--fail-on", "high", "audit.examples=2"])
-    config = cli.settings_of(arguments)
+    config = settings_of(arguments)
     assert (arguments.table, config.audit.fail_on, config.audit.examples) == ("pairs.parquet", "high", 2)
     arguments = cli._parse(["audit", "audit.examples=2"])
-    assert (arguments.table, cli.settings_of(arguments).audit.examples) == (None, 2)
+    assert (arguments.table, settings_of(arguments).audit.examples) == (None, 2)
 
 
 PATHS = [
@@ -109,13 +112,13 @@ PATHS = [
 @pytest.mark.parametrize("path", [*PATHS, "null"])
 def test_the_value_of_an_option_is_taken_as_it_is(path: str) -> None:
     arguments = cli._parse(["ingest", "--format", "slake", "--root", path])
-    assert cli.settings_of(arguments).data.root == path
+    assert settings_of(arguments).data.root == path
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_text_in_a_setting_is_taken_as_it_is(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["data.format=slake", f"data.root={path}", f"run.folder={path}", f"data.columns.image={path}"]
-    config = cli.settings_of(cli._parse(["ingest", *given]))
+    config = settings_of(cli._parse(["ingest", *given]))
     assert (config.data.root, config.run.folder, config.data.columns.image) == (path, path, path)
     assert cli.main(["config", "show", *given]) == 0
     assert Config.model_validate(yaml.safe_load(capsys.readouterr().out)).data.root == path
@@ -123,13 +126,13 @@ def test_a_text_in_a_setting_is_taken_as_it_is(path: str, capsys: pytest.Capture
 
 def test_an_option_beats_the_same_setting() -> None:
     arguments = cli._parse(["ingest", "data.root=/a", "--root", "/b", "data.format=slake"])
-    assert cli.settings_of(arguments).data.root == "/b"
+    assert settings_of(arguments).data.root == "/b"
 
 
 def test_a_folder_with_any_name_is_ingested(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
 ) -> None:
-    folder = tmp_path / "Röntgen: StageRunner #3 "
+    folder = tmp_path / "Röntgen: Station #3 "
     run = tmp_path / "Läufe #1"
     (folder / "images").mkdir(parents=True)
     Image.new("L", (8, 8), 100).save(folder / "images" / "a.png")
@@ -146,7 +149,7 @@ def test_help_says_how_a_value_is_read(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "taken as it is" in text
+    assert "exactly as given" in text
     assert "YAML" in text
 
 
@@ -172,7 +175,7 @@ def test_an_error_names_a_path_as_it_is(name: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("verb", "remedy"),
+    ("command", "remedy"),
     [
         ("curate", "Run the stage that writes it first"),
         ("score", "Run the stage that writes it first"),
@@ -183,9 +186,9 @@ def test_an_error_names_a_path_as_it_is(name: str, capsys: pytest.CaptureFixture
     ],
 )
 def test_a_stage_without_its_input_says_what_to_run(
-    verb: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
+    command: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
 ) -> None:
-    assert cli.main([verb, f"run.folder={tmp_path}"]) == 2
+    assert cli.main([command, f"run.folder={tmp_path}"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert remedy in message
     assert "Traceback" not in message
@@ -193,8 +196,8 @@ def test_a_stage_without_its_input_says_what_to_run(
 
 def test_settings_of_an_existing_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("align: {beta: 0.7}\n")
-    arguments = cli_parser.build_parser().parse_args(["report", f"run.folder={tmp_path}"])
-    config = cli.settings_of(arguments)
+    arguments = build_parser().parse_args(["report", f"run.folder={tmp_path}"])
+    config = settings_of(arguments)
     assert config.align.beta == 0.7
     assert config.run.folder == str(tmp_path)
 
@@ -204,21 +207,17 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Config | None]:
     """Stages that read nothing and do nothing, or fail where they are set to ``None``; no cluster is started."""
     reached: dict[str, Config | None] = {}
 
-    def step_of(name: str) -> pipeline.Step:
-        def step(config: Config) -> None:
-            if reached.get(name, config) is None:
-                raise UserError(f"{name} failed")
-            reached[name] = config
-            if name in ("ingest", "align"):
-                folder = getattr(RunFolder(config.run.folder), "samples" if name == "ingest" else name)
-                StageRunner(name, str(folder() if callable(folder) else folder), config).finish()
+    def run(stage: Stage, config: Config) -> None:
+        if reached.get(stage.name, config) is None:
+            raise UserError(f"{stage.name} failed")
+        reached[stage.name] = config
+        if stage.name in ("ingest", "align"):
+            StageRunner(stage.name, stage.folder(RunFolder(config.run.folder)), config).finish()
 
-        return step
-
-    monkeypatch.setattr(pipeline, "STEPS", {name: step_of(name) for name in pipeline.STEPS})
+    monkeypatch.setattr(Stage, "run", run)
     monkeypatch.setattr(pipeline, "_print_end", lambda *_: None)
     monkeypatch.setattr(pipeline.cluster, "start", lambda _: None)
-    monkeypatch.setattr(registry, "WRITER", {})
+    monkeypatch.setattr(preflight, "_check_input", lambda *_: None)
     return reached
 
 
@@ -232,15 +231,15 @@ def test_the_settings_of_a_first_command_are_kept_to_go_on_from(tmp_path: Path, 
     assert saved(tmp_path).align.beta == 0.7
 
 
-@pytest.mark.parametrize("verb", ["run", "align", "evaluate"])
+@pytest.mark.parametrize("command", ["run", "align", "evaluate"])
 def test_settings_of_a_command_that_fails_do_not_replace_those_of_the_run(
-    verb: str, tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["run", f"run.folder={tmp_path}", "align.beta=0.7"]) == 0
-    assert cli.main([verb, f"run.folder={tmp_path}", "model.path=/nowhere/model"]) == 2
+    assert cli.main([command, f"run.folder={tmp_path}", "model.path=/nowhere/model"]) == 2
     assert "there is no model folder /nowhere/model" in " ".join(capsys.readouterr().err.split())
-    steps["align" if verb == "run" else verb] = None
-    assert cli.main([verb, f"run.folder={tmp_path}", "align.beta=0.9"]) == 2
+    steps["align" if command == "run" else command] = None
+    assert cli.main([command, f"run.folder={tmp_path}", "align.beta=0.9"]) == 2
     assert (saved(tmp_path).align.beta, saved(tmp_path).model.path) == (0.7, "phantom")
     steps.pop("align", None)
     assert cli.main(["align", f"run.folder={tmp_path}", "align.beta=0.9"]) == 0
@@ -283,35 +282,35 @@ def own_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("(", "["))]
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("serve", "audit")])
-def test_a_verb_begins_with_model_and_data(
-    verb: str,
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("serve", "audit")])
+def test_a_command_begins_with_model_and_data(
+    command: str,
     tmp_path: Path,
     steps: dict,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_manifest(str(tmp_path / "evaluate"), Manifest(stage="evaluate", key="k"))
-    assert cli.main([verb, f"run.folder={tmp_path}"]) == 0
+    assert cli.main([command, f"run.folder={tmp_path}"]) == 0
     first, *_ = own_lines(capsys)
-    assert first.startswith(f"mmedpo {verb}") and str(tmp_path) in first
+    assert first.startswith(f"mmedpo {command}") and str(tmp_path) in first
     assert "model: the embedded tiny LLaVA" in first and "data: phantom" in first
     (tmp_path / "[x]").mkdir()
     monkeypatch.setattr(preflight, "check_available", lambda _: None)
     data = ["data.format=slake", f"data.root={tmp_path}/[x]"]
-    assert cli.main([verb, f"run.folder={tmp_path}", *data, "model.path=some/name"]) == 0
+    assert cli.main([command, f"run.folder={tmp_path}", *data, "model.path=some/name"]) == 0
     first, *rest = own_lines(capsys)
     assert "model: some/name" in first and f"data: slake {tmp_path}/[x]" in first
     assert "tiny LLaVA" not in " ".join(rest)
 
 
 @pytest.mark.parametrize(
-    ("verb", "warned"), [("ingest", False), ("score", False), ("align", True), ("run", True)]
+    ("command", "warned"), [("ingest", False), ("score", False), ("align", True), ("run", True)]
 )
 def test_the_embedded_model_on_other_data_is_warned_of(
-    verb: str, warned: bool, tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
+    command: str, warned: bool, tmp_path: Path, steps: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([verb, f"run.folder={tmp_path}", "data.format=slake", f"data.root={tmp_path}"]) == 0
+    assert cli.main([command, f"run.folder={tmp_path}", "data.format=slake", f"data.root={tmp_path}"]) == 0
     assert ("its answers and scores mean nothing" in " ".join(capsys.readouterr().err.split())) == warned
 
 
@@ -341,7 +340,7 @@ def test_a_dead_cluster_is_a_user_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "writer"),
+    ("command", "writer"),
     [
         ("curate", "ingest"),
         ("score", "curate"),
@@ -352,7 +351,7 @@ def test_a_dead_cluster_is_a_user_error(tmp_path: Path) -> None:
     ],
 )
 def test_missing_inputs_are_found_before_anything_is_started_or_written(
-    verb: str,
+    command: str,
     writer: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -360,21 +359,25 @@ def test_missing_inputs_are_found_before_anything_is_started_or_written(
 ) -> None:
     monkeypatch.setattr(cluster, "start", lambda _: pytest.fail("Ray was started"))
     folder = tmp_path / "mis typed"
-    assert cli.main([verb, f"run.folder={folder}"]) == 2
+    assert cli.main([command, f"run.folder={folder}"]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    given = "" if verb == "report" else f" run.folder='{folder}'"
+    given = "" if command == "report" else f" run.folder='{folder}'"
     assert f"`mmedpo {writer}{given}`" in message
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("verb", ["curate", "align", "export", "serve", "evaluate", "run"])
+@pytest.mark.parametrize("command", ["curate", "align", "export", "serve", "evaluate", "run"])
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/model", "./nowhere"])
 def test_a_model_that_cannot_be_had_is_found_before_ray_starts(
-    verb: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cluster, "start", lambda _: pytest.fail("Ray was started"))
-    monkeypatch.setattr(registry, "WRITER", {})
-    assert cli.main([verb, f"run.folder={tmp_path / 'run'}", f"model.path={name}"]) == 2
+    monkeypatch.setattr(preflight, "_check_input", lambda *_: None)
+    assert cli.main([command, f"run.folder={tmp_path / 'run'}", f"model.path={name}"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and len(message.splitlines()) == 1
     assert name in message and "model.path" in message
@@ -438,7 +441,7 @@ def chained(cause: BaseException) -> Exception:
     [
         (PermissionError(13, "Permission denied", "/archive/run"), 2, "error: /archive/run: Permission denied. Check"),
         (OSError("Failed to open local file '/a'. Detail: [errno 28] No space left"), 2, "No space left. Check"),
-        (KeyError("the text of a patient"), 1, "error: unexpected KeyError in cli.py, line"),
+        (KeyError("the text of a patient"), 1, "error: unexpected KeyError in pipeline_commands.py, line"),
         (KeyboardInterrupt(), 130, "interrupted; the same command resumes"),
         (chained(KeyboardInterrupt()), 130, "interrupted; the same command resumes"),
     ],
@@ -447,7 +450,7 @@ def test_every_error_ends_with_one_line(
     error: BaseException, status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(pipeline, "run_step", fails(error))
+    monkeypatch.setattr(pipeline, "run_stage", fails(error))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert cli.main(["ingest"]) == status
     message = capsys.readouterr().err
@@ -465,7 +468,7 @@ def test_sigterm_ends_as_ctrl_c_does(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(pipeline, "run_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(pipeline, "run_stage", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(["ingest"]) == 143
     assert "interrupted; the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
@@ -483,7 +486,7 @@ def test_ray_that_does_not_start_is_a_user_error(monkeypatch: pytest.MonkeyPatch
         cluster.start(Config().ray)
 
 
-def test_a_verb_ends_with_what_it_made_and_the_next_one(
+def test_a_command_ends_with_what_it_made_and_the_next_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -499,7 +502,7 @@ def test_a_verb_ends_with_what_it_made_and_the_next_one(
         write_manifest(str(run / "samples"), made)
         storage.write_parquet(run / "samples" / "dropped" / "part-0.parquet", pa.Table.from_pylist(rows))
 
-    monkeypatch.setattr(pipeline, "run_step", work)
+    monkeypatch.setattr(pipeline, "run_stage", work)
     assert cli.main(["ingest", f"run.folder={run}"]) == 0
     assert capsys.readouterr().err.splitlines() == [
         f"9 samples in {run}/samples; 3 dropped (image_missing 2, empty_answer 1), see {run}/samples/dropped; "

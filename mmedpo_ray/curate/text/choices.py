@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmedpo_ray.clients.chat import ChatRequest, Completion, Failure, as_data, read_json
+from mmedpo_ray.clients.chat import ChatRequest, Completion, Failure
+from mmedpo_ray.clients.untrusted_text import as_data, read_json
 from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.curate.text.endpoint_stage import dropped, provenance
 from mmedpo_ray.tables import schemas

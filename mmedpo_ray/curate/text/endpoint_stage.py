@@ -17,19 +17,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmedpo_ray.clients.chat import (
     TRANSIENT,
+    ChatClient,
     ChatRequest,
     Completion,
-    EndpointClient,
     Failure,
-    Usage,
-    UsageLog,
     read_key,
 )
 from mmedpo_ray.clients.settings import EndpointConfig
+from mmedpo_ray.clients.usage_log import UsageLog
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
 
@@ -73,7 +72,7 @@ class Asking:
     settings: list[Any]
     inputs: list[str]
 
-    def run(self, config: Config, build: Callable[[DoneIds], ray.data.Dataset | None]) -> Manifest:
+    def run(self, config: Config, build: Callable[[IdSet], ray.data.Dataset | None]) -> Manifest:
         """Asks about every row of the dataset that ``build`` makes, given the ids that are there.
 
         Raises:
@@ -88,14 +87,14 @@ class Asking:
             return manifest
         log = UsageLog(storage.join(self.folder, ".usage", stage.key))
         before = read_manifest(self.folder)
-        if before is not None and before.key == stage.key and not storage.list_files(log.folder):
+        if before is not None and before.key == stage.key:
             # Only the rows that failed are asked again; the others stay paid for.
-            log.add(Usage.of(before.extra.get("endpoint", {})))
+            log.carry_over(before.extra.get("endpoint", {}))
 
         # A block is asked about and written as one: it is what a crash can cost, and the step of the progress bar.
         rows = min(config.ray.rows_per_part, _ROUNDS * self.endpoint.concurrency)
 
-        def asked(done: DoneIds) -> ray.data.Dataset | None:
+        def asked(done: IdSet) -> ray.data.Dataset | None:
             found = build(done)
             if found is None:
                 return None
@@ -135,7 +134,7 @@ class AskEndpoint:
     """
 
     def __init__(self, endpoint: EndpointConfig, key: str | None, task: Task, log: UsageLog) -> None:
-        self._client = EndpointClient(endpoint, key)
+        self._client = ChatClient(endpoint, key)
         self._task = task
         self._log = log
 

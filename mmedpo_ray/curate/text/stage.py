@@ -20,7 +20,7 @@ from mmedpo_ray.curate.text import choices, rewrites, tasks
 from mmedpo_ray.curate.text.candidates import sample_candidates
 from mmedpo_ray.curate.text.endpoint_stage import Asking
 from mmedpo_ray.tables import joins, schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
 
@@ -52,7 +52,7 @@ def prepare(config: Config, narrow_samples: Any) -> list[str]:
     return inputs
 
 
-def text_pairs(config: Config, done: DoneIds, counts: str) -> ray.data.Dataset | None:
+def text_pairs(config: Config, done: IdSet, counts: str) -> ray.data.Dataset | None:
     """The text pairs, kept and dropped, of the train samples that have none yet; None without a method.
 
     Args:
@@ -95,7 +95,7 @@ def _choose(config: Config, inputs: list[str]) -> None:
         inputs=list(inputs),
     )
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         joined = tasks.Joined.of(config, choices=False, rewrites=False)
         task = partial(tasks.to_choose, skip=Skip(done, "sample_id"), joined=joined, settings=text)
         return _map(run.samples, _columns(tasks.CHOOSE_COLUMNS), task, config)
@@ -115,7 +115,7 @@ def _rewrite(config: Config, inputs: list[str]) -> None:
         inputs=list(inputs),
     )
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         joined = tasks.Joined.of(config, rewrites=False)
         task = partial(tasks.to_rewrite, skip=Skip(done, "sample_id"), joined=joined, settings=text)
         return _map(run.samples, _columns(tasks.REWRITE_COLUMNS), task, config)

@@ -1,0 +1,1 @@
+"""The commands of ``mmedpo``: their options, their help, and what each starts."""
