@@ -80,10 +80,11 @@ def start(settings: RayConfig) -> None:
             _init(address="local", num_cpus=cpus, include_dashboard=False, **options)
         except Exception as error:
             # Ray has no class for it.
+            reason = str(error).strip().split("\n", 1)[0][:300].rstrip(".")
             raise UserError(
-                f"a local Ray cluster does not start: {_first_line(error)} Try again when the machine is "
-                f"less busy; check that {_ray_folder()} can be written to, is not full and has a short path "
-                f"(RAY_TMPDIR sets another one). Logs: {_ray_folder()}/ray/session_latest/logs."
+                f"a local Ray cluster does not start: {reason}. Try again when the machine is less busy; check "
+                f"that {ray_folder()} can be written to, is not full and has a short path (RAY_TMPDIR sets "
+                f"another one). Logs: {ray_folder()}/session_latest/logs."
             ) from error
         log.debug("started a local Ray cluster with %d logical CPUs", cpus)
     _quiet_data()
@@ -132,12 +133,9 @@ def _without_line(text: str) -> Iterator[None]:
                     os.write(2, line)
 
 
-def _ray_folder() -> str:
-    return os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:300].rstrip(".") + "."
+def ray_folder() -> str:
+    """Where Ray keeps its sessions and logs on this machine."""
+    return f"{os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()}/ray"
 
 
 def address_of(settings: RayConfig) -> str | None:

@@ -61,20 +61,21 @@ class EngineServer:
 
     async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
         """A whole answer: HTTP status and JSON text. ``kind`` is chat or completions."""
-        response = [item async for item in await self._run(kind, body)][-1]
+        response = [item async for item in self._items(kind, body)][-1]
         error = getattr(response, "error", None)
         return (int(error.code) if error is not None else 200), response.model_dump_json()
 
     async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
         """An answer in server-sent events; an error before the first one is a single item with its status."""
-        async for items in await self._run(kind, body):
+        async for items in self._items(kind, body):
             for item in items if isinstance(items, list) else [items]:
                 if isinstance(item, str):
                     yield 200, item
                 else:
                     yield int(item.error.code), item.model_dump_json()
 
-    async def _run(self, kind: str, body: dict[str, Any]) -> Any:
+    async def _items(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Any]:
+        """What the engine answers: responses, lists of events, or a single error."""
         from pydantic import ValidationError
         from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
 
@@ -84,10 +85,11 @@ class EngineServer:
             problem = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in problem["loc"])
             message = f"{where}: {problem['msg']}" if where else problem["msg"]
-            return _once(
-                ErrorResponse(error={"message": message, "type": "invalid_request_error", "code": 400})
-            )
-        return await (self._server.chat(request) if kind == "chat" else self._server.completions(request))
+            yield ErrorResponse(error={"message": message, "type": "invalid_request_error", "code": 400})
+            return
+        run = self._server.chat if kind == "chat" else self._server.completions
+        async for item in await run(request):
+            yield item
 
 
 # Serve copies the class below as it stands when it is decorated, so what it uses must be defined above it.
@@ -105,8 +107,8 @@ class OpenAiIngress:
     """
 
     def __init__(self, engines: dict[str, DeploymentHandle], names_of: dict[str, list[str]]) -> None:
-        self._handles = {name: engines[engine] for engine, names in names_of.items() for name in names}
         self._parents = {name: engine for engine, names in names_of.items() for name in names}
+        self._handles = {name: engines[engine] for name, engine in self._parents.items()}
 
     @_http.get("/health")
     async def health(self) -> dict[str, str]:
@@ -171,10 +173,6 @@ class OpenAiIngress:
         return _error(
             404, f"there is no model {name!r}; there are {', '.join(self._handles)}", "model_not_found"
         )
-
-
-async def _once(item: Any) -> AsyncIterator[Any]:
-    yield item
 
 
 def build_ingress(engines: dict[str, Application], names_of: dict[str, list[str]]) -> Application:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 
+from mmedpo_ray.compat import cluster
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
 
@@ -105,5 +105,4 @@ def _last_error(message: str) -> str:
 
 
 def _log_folder() -> str:
-    node = ray._private.worker._global_node
-    return str(Path(node.get_logs_dir_path()) / "serve") if node else "/tmp/ray/session_latest/logs/serve"
+    return f"{cluster.ray_folder()}/{ray.get_runtime_context().get_session_name()}/logs/serve"
