@@ -81,6 +81,11 @@ def was_interrupted(error: BaseException) -> bool:
     return seen is not None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without a full stop; its class if it has no text."""
+    return str(error).strip().split("\n", 1)[0].rstrip(".") or type(error).__name__
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error and those it was raised from, the outermost first."""
     seen: Any = error

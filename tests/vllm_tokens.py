@@ -15,33 +15,35 @@ from PIL import Image
 
 
 def vllm_tokens(
-    models: list[Path], image: Image.Image, questions: list[str], **sampling: Any
+    models: list[Path], prompts: list[tuple[Image.Image, str]], **sampling: Any
 ) -> list[list[dict[str, list[int]]]]:
-    """For each model and question the token ids of ``prompt`` and ``answer``.
+    """For each model and prompt the token ids of ``prompt`` and ``answer``.
 
     Args:
         models: folders; one engine after the other.
-        image: that the questions are about.
-        questions: the prompts.
+        prompts: images and questions about them.
         **sampling: of ``vllm.SamplingParams``, such as ``max_tokens``.
     """
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     work = {
         "models": list(map(str, models)),
-        "picture": picture,
-        "questions": questions,
+        "prompts": [(_data_url(image), question) for image, question in prompts],
         "sampling": {"temperature": 0} | sampling,
     }
-    command = [sys.executable, __file__, json.dumps(work)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    done = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(work), capture_output=True, text=True, timeout=380
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("TOKENS "))
 
 
-def main(models: list[str], picture: str, questions: list[str], sampling: dict[str, Any]) -> None:
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def main(models: list[str], prompts: list[tuple[str, str]], sampling: dict[str, Any]) -> None:
     from mmedpo_ray.compat import vllm_preload
     from mmedpo_ray.models.settings import EngineConfig
     from mmedpo_ray.models.vllm_engine import engine_settings
@@ -51,9 +53,10 @@ def main(models: list[str], picture: str, questions: list[str], sampling: dict[s
     vllm_preload.start()
     from vllm import LLM, SamplingParams
 
-    part = {"type": "image_url", "image_url": {"url": picture}}
-    contents = [[part, {"type": "text", "text": question}] for question in questions]
-    chats: Any = [[{"role": "user", "content": content}] for content in contents]
+    chats: Any = []
+    for url, question in prompts:
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        chats.append([{"role": "user", "content": content}])
     found = []
     for model in models:
         engine = LLM(model, **settings.engine_kwargs)
@@ -69,4 +72,4 @@ def main(models: list[str], picture: str, questions: list[str], sampling: dict[s
 
 
 if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
+    main(**json.load(sys.stdin))

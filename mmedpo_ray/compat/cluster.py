@@ -19,7 +19,7 @@ import ray
 
 from mmedpo_ray.compat import ray_serve_shutdown
 from mmedpo_ray.config.tree import RayConfig
-from mmedpo_ray.errors import UserError
+from mmedpo_ray.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def start(settings: RayConfig) -> None:
             _init(address="local", num_cpus=cpus, include_dashboard=False, **options)
         except Exception as error:
             # Ray has no class for it.
-            reason = str(error).strip().split("\n", 1)[0][:300].rstrip(".")
+            reason = first_line(error)[:300]
             raise UserError(
                 f"a local Ray cluster does not start: {reason}. Try again when the machine is less busy; check "
                 f"that {ray_folder()} can be written to, is not full and has a short path (RAY_TMPDIR sets "

@@ -42,8 +42,8 @@ from mmedpo_ray.convert.weights import (
     list_tensors,
     write_shards,
 )
-from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import PromptWriter, first_line, load_processor
+from mmedpo_ray.errors import UserError, first_line
+from mmedpo_ray.models.loading import PromptWriter, load_processor
 from mmedpo_ray.models.saving import TOWER, check_new_folder, replaced_folder
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -19,8 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from mmedpo_ray.convert.json_files import JsonSettings, bad_setting, checked, read_object, shorten
-from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import first_line
+from mmedpo_ray.errors import UserError, first_line
 from mmedpo_ray.models.saving import saved_name
 
 MODEL_TYPE = "llava_mistral"

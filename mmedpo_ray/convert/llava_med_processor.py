@@ -17,8 +17,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from mmedpo_ray.convert.json_files import JsonSettings, bad_setting, checked, read_object
 from mmedpo_ray.convert.llava_med_config import Share, Token
-from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import first_line
+from mmedpo_ray.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor

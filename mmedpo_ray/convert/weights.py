@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 
 from mmedpo_ray.convert.json_files import JsonSettings, check_not_lfs_pointer, checked, read_object
 from mmedpo_ray.convert.weight_names import is_recomputed, original_name
-from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import first_line
+from mmedpo_ray.errors import UserError, first_line
 from mmedpo_ray.models.saving import INDEX
 
 MAX_SHARD_BYTES = 2 * 1024**3

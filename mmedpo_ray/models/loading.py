@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmedpo_ray.errors import UserError
+from mmedpo_ray.errors import UserError, first_line
+from mmedpo_ray.models.image_tokens import check_images, count_image_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +34,6 @@ _NEEDED_FOR_ANOTHER = (
     "position ids in its forward pass (tree packing), LoRA names of its language model (align), and weight "
     "names that vLLM loads (export)."
 )
-_CORRECT_THE_PROCESSOR = (
-    "Correct patch_size, num_additional_image_tokens (1 for a tower with a class token such as CLIP, 0 for "
-    "SigLIP) and vision_feature_select_strategy (that of config.json) in processor_config.json."
-)
-_CORRECT_THE_IMAGE_PROCESSOR = "in preprocessor_config.json (or in image_processor of processor_config.json)"
 # Prompts (each with all its image tokens) and responses that are kept.
 _CACHED_PROMPTS = 4_096
 _CACHED_RESPONSES = 16_384
@@ -151,7 +147,7 @@ def load_processor(path: str) -> LlavaProcessor:
         raise UserError(
             f"{path} has no chat template, so its prompts cannot be written. Add chat_template.jinja to it."
         )
-    _check_images(processor, source, path)
+    check_images(processor, source, path)
     return processor
 
 
@@ -207,7 +203,7 @@ class PromptWriter:
         self.eos_token_id: int = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else self.eos_token_id
-        self.num_image_tokens = _count_image_tokens(processor)
+        self.num_image_tokens = count_image_tokens(processor)
         if self.prompt("?") is None:
             raise UserError(
                 "the chat template does not write the image placeholder for {'type': 'image'} content "
@@ -309,92 +305,10 @@ def template_with_bos(processor: LlavaProcessor) -> str | None:
     return "{{- bos_token }}" + template
 
 
-def image_mismatch(ids: int, features: int) -> UserError:
-    """The error for prompts with another number of ids per image than the tower has features."""
-    return UserError(
-        f"a prompt has {ids} ids for an image, but the vision tower gives {features} features for it. "
-        f"{_CORRECT_THE_PROCESSOR}"
-    )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text without a full stop; its class if it has no text."""
-    return str(error).strip().split("\n", 1)[0].rstrip(".") or type(error).__name__
-
-
 def _adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer itself adds the beginning token to a text."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("?")["input_ids"][:1] == [bos]
-
-
-def _check_images(processor: LlavaProcessor, source: str, name: str) -> None:
-    """Compares what the processor makes of an image with what the configured model takes.
-
-    Args:
-        processor: of the model.
-        source: folder or hub name of the model.
-        name: the same for messages.
-
-    Raises:
-        UserError: the image's size, its number of ids or the id differ.
-    """
-    from transformers import LlavaConfig
-
-    try:
-        config: Any = LlavaConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {name}: {first_line(error)}.") from error
-    if processor.image_token_id != config.image_token_id:
-        raise UserError(
-            f"the processor of {name} writes an image as id {processor.image_token_id} "
-            f"({processor.image_token}), but the model's image_token_index is {config.image_token_id}. Set "
-            "image_token in processor_config.json, or image_token_index in config.json."
-        )
-    ids = _count_image_tokens(processor)
-    tower = config.vision_config
-    side = tower.image_size
-    made = tuple(processor.image_processor(_blank_image(), return_tensors="pt")["pixel_values"].shape[-2:])
-    if made != (side, side):
-        raise UserError(
-            f"the image processor of {name} makes images of {made[0]} x {made[1]} pixels, but its vision "
-            f"tower takes {side} x {side}. Correct size and crop_size {_CORRECT_THE_IMAGE_PROCESSOR}."
-        )
-    has_class_token = tower.model_type == "clip_vision_model"
-    drops_one = config.vision_feature_select_strategy == "default"
-    features = (side // tower.patch_size) ** 2 + has_class_token - drops_one
-    if ids != features:
-        raise image_mismatch(ids, features)
-
-
-def _count_image_tokens(processor: LlavaProcessor) -> int:
-    """Number of ids that the processor itself writes for an image.
-
-    Raises:
-        UserError: the processor cannot process an image or lacks what the number depends on.
-    """
-    settings = ("patch_size", "num_additional_image_tokens")
-    if missing := [name for name in settings if getattr(processor, name) is None]:
-        raise UserError(
-            f"the processor lacks {' and '.join(missing)}, so it cannot tell how many ids an image has. "
-            f"{_CORRECT_THE_PROCESSOR}"
-        )
-    try:
-        encoded = processor(images=_blank_image(), text=processor.image_token)
-    except Exception as error:
-        # Its configuration may hold numbers of any size and kind, which mostly fail once there is an image.
-        raise UserError(
-            f"the image processor cannot process an image ({type(error).__name__}). Correct the numbers "
-            f"{_CORRECT_THE_IMAGE_PROCESSOR}."
-        ) from error
-    return list(encoded["input_ids"][0]).count(processor.image_token_id)
-
-
-def _blank_image() -> Image.Image:
-    """An image that is not square, so that processing which keeps the sides of an image is noticed."""
-    from PIL import Image
-
-    return Image.new("RGB", (48, 32))
 
 
 def _check_architecture(config: dict[str, Any], name: str) -> None:

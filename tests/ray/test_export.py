@@ -6,8 +6,6 @@ import errno
 import json
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_llava import build_tiny_llava
 from transformers import LlavaForConditionalGeneration
+from vllm_tokens import vllm_tokens
 
 from mmedpo_ray.align.checkpoint.checkpoint import Checkpoint, CheckpointWriter, State
 from mmedpo_ray.align.checkpoint.output_weights import write_output
@@ -34,35 +33,6 @@ from mmedpo_ray.tables.run_folder import Role, RunFolder
 from mmedpo_ray.tables.stage_runner import StageRunner
 
 QUESTIONS = ["Is there a nodule in the left lung?", "Yes, there is?"]
-
-
-VLLM_SCRIPT = """
-if __name__ == "__main__":
-    import base64, io, json, os, sys
-    models = json.loads(sys.argv[1])
-    from mmedpo_ray.models.settings import EngineConfig
-    from mmedpo_ray.compat import vllm_preload as engine_preload
-    from mmedpo_ray.models.vllm_engine import engine_settings
-    settings = engine_settings(EngineConfig(kv_cache_gib=0.25), has_gpu=False, model=models[0])
-    os.environ.update(settings.env)
-    engine_preload.start()
-    sys.path[:0] = sys.argv[2:]
-    from test_export import QUESTIONS, image
-    from vllm import LLM, SamplingParams
-    buffer = io.BytesIO()
-    image().save(buffer, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    picture = {"type": "image_url", "image_url": {"url": url}}
-    contents = [[picture, {"type": "text", "text": question}] for question in QUESTIONS]
-    chats = [[{"role": "user", "content": content}] for content in contents]
-    answers = []
-    for model in models:
-        engine = LLM(model, **settings.engine_kwargs)
-        outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
-        answers.append([list(output.outputs[0].token_ids) for output in outputs])
-        del engine
-    print("TOKENS", json.dumps(answers))
-"""
 
 
 def train_nothing(config: Config, base: Path, role: str = "aligned", rank: int = 4) -> None:
@@ -246,23 +216,12 @@ def test_merged_equals_what_was_trained(exported, more, name):
     ],
 )
 def test_vllm_and_transformers_give_the_same_greedy_tokens(exported, more, names):
-    """In a process of its own, one engine after the other: engines in this one would outlive the test."""
     _, model = exported
     folders = {"lora": model} | {name: folder for name, (_, folder) in more.items()}
-    merged = [str(folders[name] / "merged") for name in names]
-    script = model / "vllm_tokens.py"
-    script.write_text(VLLM_SCRIPT)
-    imports = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(merged), *imports],
-        capture_output=True,
-        text=True,
-        timeout=380,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert lines, done.stderr[-3000:]
-    expected = [transformers_tokens(Path(folder)) for folder in merged]
-    assert json.loads(lines[0].removeprefix("TOKENS ")) == expected
+    merged = [folders[name] / "merged" for name in names]
+    found = vllm_tokens(merged, [(image(), question) for question in QUESTIONS], max_tokens=8)
+    expected = [transformers_tokens(folder) for folder in merged]
+    assert [[tokens["answer"] for tokens in answers] for answers in found] == expected
     assert len({json.dumps(tokens) for tokens in expected}) == len(expected), "the models must differ"
 
 
@@ -358,8 +317,6 @@ def test_what_can_be_wrong_with_whole_weights(tmp_path):
 
 
 def test_hub_names_in_shards(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     save_file({"vision_tower.embeddings.x": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"language_model.model.y": torch.ones(2)}, tmp_path / "model-00002-of-00002.safetensors")
     index = {"metadata": {}, "weight_map": {"vision_tower.embeddings.x": "model-00001-of-00002.safetensors"}}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
-
 import pytest
 import torch
 from PIL import Image
+from vllm_tokens import vllm_tokens
 
 from mmedpo_ray.models.loading import EMBEDDED_FOLDER, PromptWriter, load_model, load_processor
 from mmedpo_ray.phantom.model_scores import answer
@@ -16,47 +14,16 @@ from mmedpo_ray.phantom.world import generate
 pytestmark = pytest.mark.engine
 
 
-def data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def test_vllm_and_transformers_agree(monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm import LLM, SamplingParams
-
-    rows = [(Image.fromarray(p.image), q) for p in generate("test", 5, 9) for q in p.questions]
-    engine = LLM(
-        str(EMBEDDED_FOLDER),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_seqs=16,
-        limit_mm_per_prompt={"image": 1},
-    )
-    try:
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": data_url(image)}},
-                        {"type": "text", "text": question.question},
-                    ],
-                }
-            ]
-            for image, question in rows
-        ]
-        settings = SamplingParams(temperature=0, max_tokens=64)
-        outputs = engine.chat(conversations, settings, use_tqdm=False)
-    finally:
-        engine.llm_engine.engine_core.shutdown()
+def test_vllm_and_transformers_agree() -> None:
+    phantoms = list(generate("test", 5, 9))
+    prompts = [(Image.fromarray(p.image), q.question) for p in phantoms for q in p.questions]
+    (found,) = vllm_tokens([EMBEDDED_FOLDER], prompts, max_tokens=64)
     model, processor = load_model("phantom", torch.float32), load_processor("phantom")
-    writer = PromptWriter(processor)
-    expected = answer(model, processor, [(image, question.question) for image, question in rows])
-    for output, (_, question) in zip(outputs, rows, strict=True):
-        assert output.prompt_token_ids == writer.prompt(question.question)
-        assert output.outputs[0].finish_reason == "stop"
-    same = sum(output.outputs[0].text.strip() == text for output, text in zip(outputs, expected, strict=True))
-    assert same >= len(rows) - 1  # two near-equal logits may fall either way in another kernel
+    writer, tokenizer = PromptWriter(processor), processor.tokenizer
+    for tokens, (_, question) in zip(found, prompts, strict=True):
+        assert tokens["prompt"] == writer.prompt(question)
+        assert tokens["answer"][-1] == writer.eos_token_id
+    texts = [tokenizer.decode(tokens["answer"], skip_special_tokens=True).strip() for tokens in found]
+    expected = answer(model, processor, prompts)
+    same = sum(text == other for text, other in zip(texts, expected, strict=True))
+    assert same >= len(prompts) - 1  # two near-equal logits may fall either way in another kernel

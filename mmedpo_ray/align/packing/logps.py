@@ -17,7 +17,7 @@ from mmedpo_ray.align.losses import Side
 from mmedpo_ray.align.packing import fast_layers, fused_lora, lm_head, tree_attention
 from mmedpo_ray.align.packing.tree_attention import attention_bias
 from mmedpo_ray.align.packing.trees import PackedTrees
-from mmedpo_ray.models.loading import image_mismatch
+from mmedpo_ray.models.image_tokens import image_mismatch
 
 
 class LogpOutput(NamedTuple):
