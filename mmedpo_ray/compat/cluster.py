@@ -50,9 +50,8 @@ def start(settings: RayConfig) -> None:
     """Joins the configured cluster, or starts a local one; does nothing if Ray is already initialised.
 
     A local cluster gets at least four logical CPUs: an engine holds one while the stages around it need
-        theirs, and on a
-    small machine they would otherwise wait for each other forever. It gets not many more, because Ray starts
-    a worker process for each.
+    theirs, and on a small machine they would otherwise wait for each other forever. It gets not many more,
+    because Ray starts a worker process for each.
 
     Raises:
         UserError: the cluster does not answer.

@@ -60,8 +60,7 @@ class TextSettings(JsonSettings):
     """What Mistral's configuration consists of.
 
     The settings without a default are required: transformers would use a default of its own for them, and
-        another model
-    would come out.
+    another model would come out.
     """
 
     vocab_size: Annotated[int, Field(ge=1, le=2**24)]

@@ -94,9 +94,8 @@ def train_language(
     """Teach projector and language model to answer all questions of the given images, the tower frozen.
 
     One row is one image with all its questions: the image prefix is computed once, and a block mask lets
-        every question
-    see it but not the other questions. Loss = cross-entropy of the answer tokens, each answer counting
-    equally whatever its length.
+    every question see it but not the other questions. Loss = cross-entropy of the answer tokens, each answer
+    counting equally whatever its length.
     """
     pixels = pixel_values(processor, phantoms)
     with torch.no_grad():
