@@ -72,7 +72,7 @@ class _Process(context.ForkServerProcess):
 
     def run(self) -> None:
         os.environ.update(self._environment)
-        # The fork server ends with the process that started it, in whatever way that one ended.
+        # The fork server ends with the process that started it, also if that one was killed.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         super().run()
 

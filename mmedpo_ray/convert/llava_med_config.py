@@ -59,7 +59,7 @@ def _check_divides(value: int, key: str, info: ValidationInfo) -> int:
 class TextSettings(JsonSettings):
     """What Mistral's configuration consists of.
 
-    The settings without a default are required: transformers would use a default of its own for them, and
+    The settings without a default are required: transformers would use its own default for them, and
     another model would come out.
     """
 

@@ -166,7 +166,7 @@ def write_shards(
         moves: what to write; read in this order.
         folder: exists.
         dtype: of everything written.
-        max_shard_bytes: size of a shard; a larger tensor is a shard of its own.
+        max_shard_bytes: size of a shard; a larger tensor has its own shard.
         progress: called after every shard.
 
     Returns:
@@ -266,7 +266,7 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        # Zip, pickle and torch raise kinds of their own on damaged files.
+        # Zip, pickle and torch raise their own kinds of errors on damaged files.
         raise _damaged(file, error) from error
     if not isinstance(content, dict) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
@@ -280,7 +280,7 @@ def _damaged(file: Path, error: Exception) -> UserError:
     with suppress(OSError), file.open("rb") as opened:
         check_not_lfs_pointer(file, opened.read(64))
     return UserError(
-        f"cannot read {file}: {first_line(error)}. It is damaged or not wholly downloaded; download it again."
+        f"cannot read {file}: {first_line(error)}. It is damaged or not completely downloaded; download it again."
     )
 
 

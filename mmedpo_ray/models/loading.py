@@ -1,7 +1,7 @@
 """Loading a LLaVA and writing its prompts, the same way for training, reference and inference.
 
 The token ids made here are those of transformers' own ``apply_chat_template``: the processor's chat template
-with the image where it puts it, one beginning token where the template writes it or the tokenizer adds it,
+with the image at its place, one beginning token if the template writes it or the tokenizer adds it,
 and the image placeholder repeated once for each feature of the vision tower. A chat request to the vLLM
 endpoint is answered from the same ids if the template writes the beginning token.
 """

@@ -10,7 +10,7 @@ from mmedpo_ray.config.base import Section, Share
 
 
 class EngineConfig(Section):
-    """vLLM, for sampling, judging and serving. CPU or GPU is found out unless set."""
+    """vLLM, for sampling, judging and serving. CPU or GPU is detected unless set."""
 
     device: Literal["auto", "cpu", "gpu"] = "auto"
     dtype: str = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")

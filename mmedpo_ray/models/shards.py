@@ -31,7 +31,7 @@ class ShardWriter:
     Args:
         folder: an existing folder.
         pool: runs one task at a time, in order.
-        shard_bytes: size limit of a file; a single larger tensor has a file of its own.
+        shard_bytes: size limit of a file; a single larger tensor has its own file.
     """
 
     def __init__(self, folder: Path, pool: Executor, shard_bytes: int = SHARD_BYTES) -> None:

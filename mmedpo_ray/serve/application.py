@@ -2,7 +2,7 @@
 
 A model is a folder. A folder with an ``adapter_config.json`` is a LoRA adapter: it shares the engine of the
 base model, which saves memory on a GPU and most of the start-up time on a small machine. Any other folder is
-a whole model with an engine of its own.
+a whole model with its own engine.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def run_models(config: Config) -> Models:
     """The models of a run that exist: base, aligned and control, by served name.
 
     A trained one is an adapter on the base's engine if only an adapter was trained, else the merged model
-    with an engine of its own.
+    with its own engine.
 
     Raises:
         UserError: ``model.path`` is no model.

@@ -275,7 +275,7 @@ def test_evaluation_through_the_endpoint(endpoint, config):
     )
     written = read_manifest(run.evaluate).finished_at
     config.evaluate.bootstrap = 200
-    assert evaluate(config).finished_at == written  # answers are kept, only the intervals are drawn anew
+    assert evaluate(config).finished_at == written  # answers are kept, only the intervals are computed again
     assert json.loads(storage.read_bytes(f"{run.evaluate}/summary.json"))["bootstrap"] == 200
 
 

@@ -197,8 +197,8 @@ def test_damaged_files(tmp_path: Path, file_format: str) -> None:
     shard = sorted(folder.glob(f"*-00002-of-*.{file_format}"))[0]
     whole = shard.read_bytes()
     for content, message in [
-        (whole[: len(whole) // 2], "not wholly downloaded"),
-        (b"", "not wholly downloaded"),
+        (whole[: len(whole) // 2], "not completely downloaded"),
+        (b"", "not completely downloaded"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
     ]:
         shard.write_bytes(content)

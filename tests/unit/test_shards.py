@@ -24,7 +24,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], shard_bytes: int) -> N
 
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12), limit=st.integers(4, 200))
-def test_whatever_the_sizes_all_comes_back_in_files_below_the_limit(tmp_path_factory, sizes, limit):
+def test_tensors_of_any_size_come_back_from_files_below_the_limit(tmp_path_factory, sizes, limit):
     folder = tmp_path_factory.mktemp("shards")
     tensors = {f"t{number}": torch.randn(size) for number, size in enumerate(sizes)}
     write(folder, tensors, limit)
