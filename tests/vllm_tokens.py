@@ -1,4 +1,4 @@
-"""Greedy answers of models in vLLM, in another process: an engine in the test's own would outlive the test."""
+"""Greedy answers of models in vLLM, in another process: an engine in this one would outlive the test."""
 
 from __future__ import annotations
 

@@ -81,9 +81,9 @@ def start(settings: RayConfig) -> None:
             # Ray has no class for it.
             reason = first_line(error)[:300]
             raise UserError(
-                f"a local Ray cluster does not start: {reason}. Try again when the machine is less busy; check "
-                f"that {ray_folder()} can be written to, is not full and has a short path (RAY_TMPDIR sets "
-                f"another one). Logs: {ray_folder()}/session_latest/logs."
+                f"a local Ray cluster does not start: {reason}. Try again when the machine is less busy; "
+                f"check that {ray_folder()} can be written to, is not full and has a short path (RAY_TMPDIR "
+                f"sets another one). Logs: {ray_folder()}/session_latest/logs."
             ) from error
         log.debug("started a local Ray cluster with %d logical CPUs", cpus)
     _quiet_data()

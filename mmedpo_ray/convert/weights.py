@@ -280,7 +280,8 @@ def _damaged(file: Path, error: Exception) -> UserError:
     with suppress(OSError), file.open("rb") as opened:
         check_not_lfs_pointer(file, opened.read(64))
     return UserError(
-        f"cannot read {file}: {first_line(error)}. It is damaged or not completely downloaded; download it again."
+        f"cannot read {file}: {first_line(error)}. It is damaged or not completely downloaded; download it "
+        "again."
     )
 
 
