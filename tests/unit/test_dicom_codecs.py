@@ -141,7 +141,7 @@ def test_video_says_what_to_do(syntax: uid.UID) -> None:
 def test_damaged_frames_say_what_may_help() -> None:
     with pytest.raises(ImageError) as error:
         images.decode(compressed(dataset_of(RAMP, 12), [b"damaged "], uid.JPEGLosslessSV1), "x")
-    assert "install a decoder: " in error.value.detail
+    assert "install a decoder" in error.value.detail
 
 
 def test_a_frame_larger_than_declared_is_not_decoded() -> None:
