@@ -12,7 +12,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and what to do.
+    """Something the user can correct: the message says what is wrong, where, and what to do.
 
     The command line prints the message alone (the traceback comes with ``--debug``) and exits with 2.
     """
