@@ -35,12 +35,9 @@ _DICOM_MAGIC = slice(128, 132)
 # First group (0002 or 0008) of a file without preamble, in both byte orders.
 _DICOM_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 _GZIP_MAGIC = b"\x1f\x8b"
-# Errors that say that there is no such file, and numbers of those that say that there can be none of this
-# name.
+# Error numbers and errors that say that there is no such file, or can be none of this name.
 _NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-
-
 _FRAME = re.compile(r"#frame=([1-9]\d*)\Z")
 
 
