@@ -1,25 +1,31 @@
-"""Rows per second and memory of `ingest` → `curate` (rule_edit) → `score` (three rules agents) from 10⁴ to 10⁶ rows.
+"""Rows per second and memory of `ingest` → `curate` (rule_edit) → `score` (three rules agents) from 10⁴ to
+10⁶ rows.
 
-    python benchmarks/curation_scale.py [--rows 10000 100000 1000000] [--folder DIR] [--keep] [--json FILE] [--chart FILE.svg]
+    python benchmarks/curation_scale.py [--rows 10000 100000 1000000] [--folder DIR] [--keep] [--json FILE]
+    [--chart FILE.svg]
 
-The rows are made up: questions and answers of the phantom world, every fourth row a report of several sentences put together
-from findings, sides, zones and degrees, so that most reports occur once. They lie in Parquet files in Hugging Face style
-(row groups of 1,000) and share eight images; there is no visual curation, and weights match moments.
+The rows are made up: questions and answers of the phantom world, every fourth row a report of several
+sentences put together from findings, sides, zones and degrees, so that most reports occur once. They lie in
+Parquet files in Hugging Face style (row groups of 1,000) and share eight images; there is no visual curation,
+and weights match moments.
 
-Each table size runs in a process and a local Ray cluster of its own, whose folder is deleted afterwards (about 0.5 KB a row); what
-was measured is written to ``--json`` after each. What is measured:
+Each table size runs in a process and a local Ray cluster of its own, whose folder is deleted afterwards
+(about 0.5 KB a row); what was measured is written to ``--json`` after each. What is measured:
 
-- *Start-up*: on the same cluster, after a first round of 16,384 rows has started the workers and imported everything, the
-  three stages run over 256 rows, one block each: the median of three such rounds, stage by stage.
-- *Rows per second*: rows over the time from the call of a stage until its manifest is written (planning, tasks, merge into
-  the sorted table, figures); once as it is, and once without start-up: (rows − 256) / (seconds − seconds of the 256 rows).
-- *Ratio*: a machine that others share changes its speed within minutes, so each size is compared on its own cluster: three
-  rounds of the smallest size go before it and three after, and the ratio is its rows per second to the median of their six.
-- *CPU*: the time that the driver and the Ray workers computed, a row; unlike rows per second it hardly depends on what else the
-  machine does. Processes of Ray itself are not in it.
-- *Memory*: every half second, of the driver and of each Ray worker process, the resident set and the part of it that is not
-  shared (the object store is mapped into every process, and its pages count for each that has touched them). The peaks
-  are of the measured round alone.
+- *Start-up*: on the same cluster, after a first round of 16,384 rows has started the workers and imported
+  everything, the three stages run over 256 rows, one block each: the median of three such rounds, stage by
+  stage.
+- *Rows per second*: rows over the time from the call of a stage until its manifest is written (planning,
+  tasks, merge into the sorted table, figures); once as it is, and once without start-up: (rows − 256) /
+  (seconds − seconds of the 256 rows).
+- *Ratio*: a machine that others share changes its speed within minutes, so each size is compared on its own
+  cluster: three rounds of the smallest size go before it and three after, and the ratio is its rows per
+      second to the median of their six.
+- *CPU*: the time that the driver and the Ray workers computed, a row; unlike rows per second it hardly
+  depends on what else the machine does. Processes of Ray itself are not in it.
+- *Memory*: every half second, of the driver and of each Ray worker process, the resident set and the part of
+  it that is not shared (the object store is mapped into every process, and its pages count for each that has
+  touched them). The peaks are of the measured round alone.
 """
 
 from __future__ import annotations
@@ -168,7 +174,8 @@ def _round(folder: Path, name: str, rows: int, watch: Watch) -> dict[str, float]
         None,
         [
             f"run.folder={folder / name}", "data.format=hf_parquet", f"data.root={folder / f'data-{rows}'}",
-            "data.name=scale", "data.test_share=0", "data.columns.sample_id=id", "data.columns.image_id=image",
+            "data.name=scale", "data.test_share=0", "data.columns.sample_id=id",
+            "data.columns.image_id=image",
             "curate.text.method=rule_edit", "curate.visual.tool=none",
         ],
     )  # fmt: skip
@@ -198,8 +205,8 @@ class Watch:
     Attributes:
         stage: the stage that is running.
         cpu_seconds: of driver and workers, by stage.
-        series: a row every half second: seconds, stage, and in MiB the driver's resident and unshared memory, the same of the
-            largest worker, the sum of the workers' unshared memory, and their number.
+        series: a row every half second: seconds, stage, and in MiB the driver's resident and unshared memory,
+            the same of the largest worker, the sum of the workers' unshared memory, and their number.
     """
 
     def __init__(self) -> None:
@@ -363,7 +370,8 @@ def _table(result: dict[str, Any]) -> str:
             )
             lines.append(
                 f"| {size['rows']:,} | {name} | {seconds:.1f} | {size['rows_per_s'][name]:,.0f} | "
-                f"{size['rows_per_s_without_start'][name]:,.0f} | {size['ratio'][name]:.2f} | {size['start_seconds'][name]:.2f} | "
+                f"{size['rows_per_s_without_start'][name]:,.0f} | {size['ratio'][name]:.2f} | "
+                f"{size['start_seconds'][name]:.2f} | "
                 f"{size['cpu_ms_per_row'][name]:.3f} | "
                 f"{driver:.0f} ({own:.0f}) | {worker:.0f} ({unshared:.0f}) |"
             )

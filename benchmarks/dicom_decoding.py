@@ -78,7 +78,8 @@ def main() -> None:
     arguments = parser.parse_args()
     window = {"WindowCenter": 2048, "WindowWidth": 4096}
     print(
-        f"{platform.processor() or platform.machine()}, {arguments.side}² pixels of 12 bits, median of {arguments.rounds}"
+        f"{platform.processor() or platform.machine()}, {arguments.side}² pixels of 12 bits, median of "
+        f"{arguments.rounds}"
     )
     for name, syntax, tags in (
         ("uncompressed, window", ExplicitVRLittleEndian, window),

@@ -71,7 +71,8 @@ def duration(seconds: float) -> str:
 
 
 class _Progress(Progress):
-    """Bars with a line of figures under those that have one (the field ``below``); plain lines where there is no terminal."""
+    """Bars with a line of figures under those that have one (the field ``below``); plain lines where there is
+    no terminal."""
 
     def __init__(self, *columns: ProgressColumn, says_lines: bool, **options: Any) -> None:
         super().__init__(*columns, **options)
@@ -116,7 +117,8 @@ def progress_line(task: Task, first: float) -> str:
     rate = (done - first) / elapsed if elapsed else 0.0
     unit = task.fields.get("unit", "rows")
     share = f" ({done / total:.0%})" if total else ""
-    line = f"{task.description}: {done:,.0f}{f' of {total:,.0f}' if total else ''} {unit}{share} after {duration(elapsed)}"
+    count = f"{done:,.0f} of {total:,.0f}" if total else f"{done:,.0f}"
+    line = f"{task.description}: {count} {unit}{share} after {duration(elapsed)}"
     if rate > 0:
         line += f", {rate:,.1f} {unit}/s" if rate >= 0.1 else f", {3600 * rate:,.1f} {unit}/h"
         if total:
@@ -125,10 +127,11 @@ def progress_line(task: Task, first: float) -> str:
 
 
 def progress_bar(*, says_lines: bool = True) -> Progress:
-    """A progress bar with count, elapsed and remaining time; where there is no terminal, a line now and then instead.
+    """A progress bar with count, elapsed and remaining time; where there is no terminal, a line now and then
+    instead.
 
-    Every task needs the field ``note``, shown behind the bar, and may have ``below``, shown on a line of its own, and ``unit``,
-    what is counted (rows).
+    Every task needs the field ``note``, shown behind the bar, and may have ``below``, shown on a line of its
+    own, and ``unit``, what is counted (rows).
 
     Args:
         says_lines: whether the lines are wanted; not by who writes its own.

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and what to do.
+    """Something the user can correct: the message says what is wrong, where, and what to do.
 
     The command line prints the message alone (the traceback comes with ``--debug``) and exits with 2.
     """
@@ -30,7 +30,8 @@ _REMOTE = re.compile(
 
 
 def user_message(error: BaseException) -> str | None:
-    """The message of the :class:`UserError` behind ``error``, also one raised in a Ray task; ``None`` if there is none."""
+    """The message of the :class:`UserError` behind ``error``, also one raised in a Ray task; ``None`` if
+    there is none."""
     for seen in _causes(error):
         if isinstance(seen, UserError) and type(seen).__module__ == __name__:
             return str(seen)
@@ -39,21 +40,25 @@ def user_message(error: BaseException) -> str | None:
 
 
 def system_message(error: BaseException) -> str | None:
-    """What the operating system refused (path and reason), also inside a Ray task; ``None`` if it is no such error."""
+    """What the operating system refused (path and reason), also inside a Ray task; ``None`` if it is no such
+    error."""
     for seen in _causes(error):
-        # An error of Ray's that stands for a task's has the class of that one, and all of the remote traceback as its text.
+        # An error of Ray's that stands for a task's has the class of that one, and all of the remote
+        # traceback as its text.
         if isinstance(seen, OSError) and not hasattr(seen, "cause"):
             what = " ".join(str(seen).split())[:500]
             named = f"{seen.filename}: {seen.strerror}" if seen.filename is not None else what
             return (
-                f"{named or type(seen).__name__}. Check that the path is right, that you may use it, and that its disk has "
+                f"{named or type(seen).__name__}. Check that the path is right, that you may use it, and "
+                f"that its disk has "
                 "room; then the same command goes on. --debug shows the traceback."
             )
     return None
 
 
 def unexpected_message(error: BaseException) -> str:
-    """Says of an error that nobody foresaw its kind and place, and keeps its traceback in a file that only the user can read.
+    """Says of an error that nobody foresaw its kind and place, and keeps its traceback in a file that only
+    the user can read.
 
     The error's own text stays in that file: it may quote the data.
     """
@@ -68,13 +73,15 @@ def unexpected_message(error: BaseException) -> str:
             file.write("".join(traceback.format_exception(error)))
         where = f"the traceback is in {file.name}, which may quote your data"
     return (
-        f"unexpected {type(innermost).__name__}{place}; {where}. What is finished stays: the same command goes on. If it fails "
+        f"unexpected {type(innermost).__name__}{place}; {where}. What is finished stays: the same command "
+        f"goes on. If it fails "
         "again, report it."
     )
 
 
 def was_interrupted(error: BaseException) -> bool:
-    """Whether a Ctrl-C lies behind ``error``: libraries turn one that hits their imports or tasks into errors of their own."""
+    """Whether a Ctrl-C lies behind ``error``: libraries turn one that hits their imports or tasks into errors
+    of their own."""
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, KeyboardInterrupt):
         seen = seen.__cause__ or seen.__context__

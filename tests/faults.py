@@ -1,4 +1,5 @@
-"""What the tests of faults share: drivers of their own, processes found by what they do, what a run leaves on disk."""
+"""What the tests of faults share: drivers of their own, processes found by what they do, what a run leaves on
+disk."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def cluster(head_cpus: int, *node_cpus: int) -> Iterator[Any]:
     """A cluster beside the one of the other tests; drivers join it by its address (`ray.address`)."""
     from ray.cluster_utils import Cluster
 
-    # A node that is gone is noticed within a second rather than half a minute; one that is slow may take its time.
+    # A node that is gone is noticed within a second rather than half a minute; one that is slow may take its
+    # time.
     checks = {"initial_delay_ms": 1000, "period_ms": 300, "timeout_ms": 10_000, "failure_threshold": 3}
     system = {f"health_check_{name}": value for name, value in checks.items()}
     head = {"num_cpus": head_cpus, "_system_config": system, "include_dashboard": False}
@@ -52,7 +54,8 @@ def cluster(head_cpus: int, *node_cpus: int) -> Iterator[Any]:
 
 
 def start(stages: Sequence[str], overrides: Sequence[str], log: Path) -> subprocess.Popen:
-    """A driver that runs stages, or what is left of them; without `ray.address` in a cluster that ends with it."""
+    """A driver that runs stages, or what is left of them; without `ray.address` in a cluster that ends with
+    it."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return subprocess.Popen(
         [sys.executable, "-c", _DRIVER, ",".join(stages), *overrides],
@@ -106,7 +109,8 @@ def kill(process: psutil.Process) -> None:
 
 
 def kill_driver(driver: subprocess.Popen) -> None:
-    """Ends a driver, unless it has ended, without a word, and waits for the Ray Data workers of its own cluster.
+    """Ends a driver, unless it has ended, without a word, and waits for the Ray Data workers of its own
+    cluster.
 
     They notice within seconds; until then they go on writing.
     """
@@ -166,7 +170,8 @@ def disturbed(
 
 
 def files_of(run: Path, *names: str) -> dict[str, Any]:
-    """Tables and images in some folders of a finished run, byte by byte, and the rows that its manifests count."""
+    """Tables and images in some folders of a finished run, byte by byte, and the rows that its manifests
+    count."""
     assert_nothing_left_over(run)
     found: dict[str, Any] = {}
     for name in names:

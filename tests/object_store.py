@@ -1,4 +1,5 @@
-"""Object stores on this machine, for tests that read and write a bucket: moto's S3 server and an emulator of GCS."""
+"""Object stores on this machine, for tests that read and write a bucket: moto's S3 server and an emulator of
+GCS."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ _MODULES = {
 
 @contextlib.contextmanager
 def running(bucket: str, kind: Literal["s3", "gs"] = "s3") -> Iterator[str]:
-    """Starts a server and makes an empty bucket. This process and those it starts find the server through their environment.
+    """Starts a server and makes an empty bucket.
+
+    This process and those it starts find the server through their environment.
 
     Yields:
         The bucket's address.

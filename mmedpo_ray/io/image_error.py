@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# In ``info`` of a decoded image: a list of texts that say how its pixels were made, without anything of the patient.
+# In ``info`` of a decoded image: a list of texts that say how its pixels were made, without anything of the
+# patient.
 MADE_BY = "made_by"
 
 

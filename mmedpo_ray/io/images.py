@@ -1,7 +1,7 @@
 """Reading and writing image files: every mode in, DICOM too, nothing huge decoded, nothing lossy out.
 
-The address of one frame of several is that of its file and ``#frame=N``, from 1; whoever reads it by these functions sees the same
-picture.
+The address of one frame of several is that of its file and ``#frame=N``, from 1; whoever reads it by these
+functions sees the same picture.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import errno
 import io
 import re
-import struct
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.io import png, storage, tiff
-from mmedpo_ray.io.image_error import MADE_BY, ImageError, check_frame, check_size
+from mmedpo_ray.io import pillow_images, storage, tiff
+from mmedpo_ray.io.image_error import ImageError
+from mmedpo_ray.io.pillow_images import TURNED
 from mmedpo_ray.io.pixels import finite, read_off
+from mmedpo_ray.io.tiff import DEEP
 
 T = TypeVar("T")
 
@@ -34,24 +35,9 @@ _DICOM_MAGIC = slice(128, 132)
 # First group (0002 or 0008) of a file without preamble, in both byte orders.
 _DICOM_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 _GZIP_MAGIC = b"\x1f\x8b"
-# What to_rgb makes a picture of; Pillow cannot convert the others (LAB).
-_MODES = {
-    "1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV",
-    "I", "F", "I;16", "I;16B", "I;16L",
-}  # fmt: skip
-# More than 8 bits, or floats: shown by their range.
-DEEP = tiff.DEEP
-# Formats whose further frames are pictures of their own. Those of others are previews, layers or sizes of the same picture.
-_FRAMED = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")
-# Where files of several formats keep EXIF and XMP, which may say how to turn the stored pixels.
-_METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-# In ``info`` of an image whose file as it is may look otherwise to another reader: it was turned, or its EXIF is damaged.
-TURNED = "turned"
-# Errors that say that there is no such file, and numbers of those that say that there can be none of this name.
+# Error numbers and errors that say that there is no such file, or can be none of this name.
 _NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-
-
 _FRAME = re.compile(r"#frame=([1-9]\d*)\Z")
 
 
@@ -74,22 +60,24 @@ def decode(
     frame: int | None = None,
     max_bytes: int | None = None,
 ) -> Image.Image:
-    """Decodes a whole image in its own mode, turned as its EXIF says; DICOM as :mod:`mmedpo_ray.io.dicom` shows it.
+    """Decodes a whole image in its own mode, turned as its EXIF says; DICOM as :mod:`mmedpo_ray.io.dicom`
+    shows it.
 
-    No EXIF or XMP is left in ``info``, so nobody turns it once more. ``info`` has ``TURNED`` where the file itself may look
-    otherwise, and says how the pixels were made (``MADE_BY``).
+    No EXIF or XMP is left in ``info``, so nobody turns it once more. ``info`` has ``TURNED`` where the file
+    itself may look otherwise, and says how the pixels were made (``MADE_BY``).
 
     Args:
         data: the file's bytes.
         name: what messages call it.
-        max_pixels: a larger image is not decoded; None: any size is. Pillow's own limit does not count, but for uncompressed
-            TIFF and MPO, which end at its double (358 million pixels).
+        max_pixels: a larger image is not decoded; None: any size is. Pillow's own limit does not count, but
+            for uncompressed TIFF and MPO, which end at its double (358 million pixels).
         frame: which of several frames, from 1; None: the file must have one.
         max_bytes: deflated DICOM that inflates to more is refused; None: 1 GB.
 
     Raises:
         ImageError: ``image_undecodable`` (also truncated files), ``image_too_large`` (before decoding),
-            ``image_multi_frame`` (several pages, an animation, DICOM with several frames), or ``image_no_such_frame``.
+            ``image_multi_frame`` (several pages, an animation, DICOM with several frames), or
+            ``image_no_such_frame``.
     """
     if is_dicom(data):
         from mmedpo_ray.io import dicom  # pydicom is loaded only where there is a DICOM file
@@ -100,11 +88,12 @@ def decode(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = _decoded(data, name, max_pixels, frame)
+            image = pillow_images.decode(data, name, max_pixels, frame)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        # Some decoders ask for Pillow's limit once more: for the tiles of a raw TIFF, for pictures inside an icon.
+        # Some decoders ask for Pillow's limit once more: for the tiles of a raw TIFF, for pictures inside an
+        # icon.
         raise ImageError(
             "image_too_large", f"{name}: more pixels than Pillow decodes of this format"
         ) from error
@@ -132,14 +121,15 @@ def count_frames(data: bytes, name: str, max_bytes: int | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _frames(_opened(data))
+            return pillow_images.count_frames(pillow_images.open_header(data))
         except Exception:
             # Whoever decodes it says what is wrong.
             return tiff.count_pages(data) if data.startswith(tiff.MAGIC) else 1
 
 
 def wanted_frames(data: bytes, name: str, policy: str, max_bytes: int | None = None) -> tuple[int, ...]:
-    """The frames of a file that are wanted, from 1; none where it is one picture, or where several are refused.
+    """The frames of a file that are wanted, from 1; none where it is one picture, or where several are
+    refused.
 
     Args:
         data: the file's bytes.
@@ -192,99 +182,6 @@ def decode_wanted(data: bytes, name: str, limits: ImageLimits) -> tuple[Image.Im
     return last, wanted
 
 
-def _frames(image: Image.Image) -> int:
-    return getattr(image, "n_frames", 1) if image.format in _FRAMED else 1
-
-
-def _decoded(data: bytes, name: str, max_pixels: int | None, frame: int | None) -> Image.Image:
-    try:
-        image = _opened(data)
-    except Exception:
-        if not data.startswith(tiff.MAGIC):
-            raise
-        return tiff.decode(data, name, max_pixels, frame)
-    if tiff.is_misread(image):
-        return tiff.decode(data, name, max_pixels, frame)
-    check_size(name, *image.size, max_pixels)
-    if image.mode not in _MODES:
-        raise ImageError("image_undecodable", f"{name}: colours as {image.mode}; convert it to RGB")
-    frames = _frames(image)
-    check_frame(name, frames, frame)
-    made_by = [image.format or "image"]
-    if frames > 1:
-        made_by.append(f"frame {frame} of {frames}")
-        image = _one_frame(image, (frame or 1) - 1)
-        check_size(name, *image.size, max_pixels)
-    elif image.format == "PNG" and (faster := png.unpacked(data)) is not data:
-        image = _opened(faster)
-    image.load()
-    if tiff.is_white_zero(image):
-        image = tiff.inverted(image)
-        made_by.append("white is zero: inverted")
-    _set_upright(image)
-    if TURNED in image.info:
-        made_by.append("turned as its EXIF says")
-    image.info[MADE_BY] = made_by
-    return image
-
-
-def _one_frame(image: Image.Image, index: int) -> Image.Image:
-    image.seek(index)
-    found = image.copy()
-    # A copy forgets what it was read from.
-    found.format = image.format
-    if image.format == "TIFF":
-        found.info[tiff.WHITE_IS_ZERO] = tiff.is_white_zero(image)
-    return found
-
-
-def _set_upright(image: Image.Image) -> None:
-    """Turns a loaded image in place as viewers (and Pillow, and vLLM) do, and forgets what said so."""
-    if not any(key in image.info for key in _METADATA):
-        return
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        # Damaged in any way: viewers show the pixels as they are stored.
-        orientation = None
-    for key in _METADATA:
-        image.info.pop(key, None)
-    if orientation == 1:
-        return
-    image.info[TURNED] = True
-    if orientation is not None:
-        ImageOps.exif_transpose(image, in_place=True)
-
-
-def _opened(data: bytes) -> Image.Image:
-    """The image behind a file's header, nothing decoded, as ``Image.open`` gives it.
-
-    That has a limit on pixels of its own, a global of the process which other threads and libraries rely on. Here the limit
-    is the caller's, so Pillow's decoders are asked one by one.
-
-    Raises:
-        ValueError: no decoder knows the file. Or whatever a decoder raises on a damaged one.
-    """
-    file = io.BytesIO(data)
-    asked: set[str] = set()
-    # The common decoders first: importing all of them takes a while.
-    for load_decoders in (Image.preinit, Image.init):
-        load_decoders()
-        for kind in [kind for kind in Image.ID if kind not in asked]:
-            asked.add(kind)
-            factory, accepts = Image.OPEN[kind]
-            try:
-                accepted = accepts is None or accepts(data[:16])
-                # A decoder that would accept the file, but is not installed, answers with a text.
-                if accepted and not isinstance(accepted, str):
-                    file.seek(0)
-                    return factory(file, "")
-            except (SyntaxError, IndexError, TypeError, struct.error):
-                # Not of this kind after all.
-                continue
-    raise ValueError("no image")
-
-
 def is_dicom(data: bytes) -> bool:
     """Whether the bytes are a DICOM file, by content; without preamble only if they are no other image."""
     if data[_DICOM_MAGIC] == b"DICM":
@@ -292,14 +189,16 @@ def is_dicom(data: bytes) -> bool:
     if data[:2] not in _DICOM_GROUPS:
         return False
     try:
-        _opened(data).close()
+        pillow_images.open_header(data).close()
     except Exception:
         return True
     return False
 
 
 def read_file(uri: str, max_bytes: int | None = None, waits: Sequence[float] | None = None) -> bytes:
-    """The bytes of an image file, whole where the address names a frame. Errors of a store that may pass (throttling, time-outs) are waited out.
+    """The bytes of an image file, whole where the address names a frame.
+
+    Errors of a store that may pass (throttling, time-outs) are waited out.
 
     Args:
         uri: its address.
@@ -308,7 +207,8 @@ def read_file(uri: str, max_bytes: int | None = None, waits: Sequence[float] | N
 
     Raises:
         ImageError: ``image_missing`` or ``image_too_large``.
-        OSError: whether it is there is not known, or it cannot be read: permission, credentials, a store that keeps failing.
+        OSError: whether it is there is not known, or it cannot be read: permission, credentials, a store that
+            keeps failing.
     """
     try:
         return _patiently(lambda: storage.read_bytes(file_and_frame(uri)[0], max_bytes), uri, waits)
@@ -340,7 +240,8 @@ def _patiently(look: Callable[[], T], uri: str, waits: Sequence[float] | None) -
         try:
             return look()
         except (OSError, ValueError, UserError) as error:
-            # Of the UserErrors, a store that cannot be reached has an OSError behind it, an unknown scheme has not.
+            # Of the UserErrors, a store that cannot be reached has an OSError behind it, an unknown scheme
+            # has not.
             failure = error.__cause__ if isinstance(error, UserError) else error
             if (
                 not isinstance(failure, OSError)
@@ -359,14 +260,15 @@ def load_image(
     """Reads an image file in its own mode; for ``waits`` see :func:`read_file`.
 
     Raises:
-        ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large``, ``image_multi_frame`` or ``image_no_such_frame``.
+        ImageError: ``image_missing``, ``image_undecodable``, ``image_too_large``, ``image_multi_frame`` or
+            ``image_no_such_frame``.
         OSError: it cannot be read; see :func:`read_file`.
     """
     return decode(read_file(uri, waits=waits), uri, max_pixels, frame=file_and_frame(uri)[1])
 
 
 class Patience:
-    """How long to wait for the files of a store that has withheld some: after a few the others get one try each."""
+    """How long to wait for a store's files: after a few that it withheld, the others get one try each."""
 
     _MOST_IN_VAIN = 3
 
@@ -383,7 +285,7 @@ class Patience:
         self._in_vain = 0
 
     def withheld(self, uri: str, error: OSError) -> ImageError:
-        """What a file is called that the store does not give out: ``image_unreadable``, without the words of the store."""
+        """The error ``image_unreadable`` for a file that the store does not give out."""
         self._in_vain += 1
         return unreadable(uri, error)
 
@@ -402,7 +304,7 @@ class ImageLoader:
         self._patience = Patience()
 
     def load(self, uri: str) -> Image.Image | ImageError:
-        """The image in its own mode, or why there is none: a reason of :func:`load_image`, or ``image_unreadable``."""
+        """The image in its own mode, or an error of :func:`load_image`, or ``image_unreadable``."""
         try:
             image = load_image(uri, self._max_pixels, self._patience.waits)
         except ImageError as error:
@@ -417,7 +319,7 @@ class ImageLoader:
 
 
 def unreadable(uri: str, error: OSError) -> ImageError:
-    """What a file is called that a store does not give out: ``image_unreadable``, without the words of the store."""
+    """The error ``image_unreadable`` for a file that a store does not give out, without the store's words."""
     return ImageError(UNREADABLE, f"{uri}: {type(error).__name__}")
 
 
@@ -450,7 +352,7 @@ def _shares(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether pixels are transparent by a band of the image or by a colour that its file declares so (PNG's tRNS)."""
+    """Whether pixels are transparent, by a band of the image or by a transparent colour (PNG's tRNS)."""
     return image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
 
 
@@ -469,8 +371,8 @@ _PLAIN = {"PNG": "image/png", "JPEG": "image/jpeg"}
 def plain_bytes(uri: str, max_pixels: int | None = MAX_PIXELS) -> tuple[bytes, str]:
     """A picture as a file that every decoder reads as training does: its bytes and their media type.
 
-    Plain 8-bit PNG and JPEG files are taken as they are; everything else (16 bits, alpha, palette, EXIF rotation, DICOM, one frame
-    of several) becomes an RGB PNG by :func:`to_rgb`.
+    Plain 8-bit PNG and JPEG files are taken as they are; everything else (16 bits, alpha, palette, EXIF
+    rotation, DICOM, one frame of several) becomes an RGB PNG by :func:`to_rgb`.
 
     Raises:
         ImageError: the file is missing, damaged or too large.
@@ -488,7 +390,10 @@ def plain_bytes(uri: str, max_pixels: int | None = MAX_PIXELS) -> tuple[bytes, s
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """The image as PNG bytes, in its own mode, as Pillow writes it; equal pixels give equal bytes. Slow: see :func:`mmedpo_ray.io.png.encode_pixels`."""
+    """The image as PNG bytes, in its own mode, as Pillow writes it; equal pixels give equal bytes.
+
+    Slow: see :func:`mmedpo_ray.io.png.encode_pixels`.
+    """
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=False)
     return buffer.getvalue()

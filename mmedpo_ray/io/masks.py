@@ -16,8 +16,9 @@ _GREY = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L")
 def marked_pixels(mask: Image.Image) -> np.ndarray:
     """What a mask marks, bool (H, W).
 
-    Every pixel that is not black is marked, so that each label of a mask of labels counts. In a lossy file (by the format
-    of ``mask`` as it was decoded) only pixels at least half as bright as the brightest one are.
+    Every pixel that is not black is marked, so that each label of a mask of labels counts. In a lossy file
+    (by the format of ``mask`` as it was decoded) only pixels at least half as bright as the brightest one
+    are.
     """
     # Opaque black is no lesion: an alpha channel only says that there is a picture.
     values = np.asarray(mask if mask.mode in (*_GREY, "RGB") else to_rgb(mask))

@@ -26,7 +26,7 @@ def read_off(table: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def finite(pixels: np.ndarray) -> np.ndarray:
-    """Float pixels with the infinite and the undefined ones at the ends of the range of the others (NaN: the lower)."""
+    """Float pixels, with infinite ones and NaN (as the lowest) clipped to the range of the others."""
     known = np.isfinite(pixels)
     if known.all():
         return pixels

@@ -1,6 +1,7 @@
-"""PNG with the deflate of ISA-L, several times as fast as zlib's: pixels into a file, and a file's pixels unpacked for Pillow.
+"""Writes and unpacks PNG with the deflate of ISA-L, which is several times as fast as zlib's.
 
-Both ways the file format is the ordinary one: any reader opens what is written here, and what is read here Pillow decodes.
+Both ways the file format is the ordinary one: any reader opens what is written here, and what is read here
+Pillow decodes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ _BLOCK = 65_535
 def encode_pixels(pixels: np.ndarray) -> bytes:
     """PNG bytes of an L, LA, RGB, RGBA or 16-bit grey image; equal pixels give equal bytes.
 
-    Pillow tries five filters on every row and searches long, which takes several times all the rest of a visual pair. Here it
-    is one filter (the difference from the row above) and ISA-L: about 2 ms a megabyte, a quarter of zlib's fastest level, for
-    files of about the same size (0.96 to 1.2 of Pillow's on noised radiographs). ISA-L deflates alike on every x86-64 with
-    SSE 4.2, which NumPy and PyArrow need too, so the bytes are the same on all such machines. There is no other deflate to
-    fall back to: its bytes would differ.
+    Pillow tries five filters on every row and searches long, which takes several times all the rest of a
+    visual pair. Here it is one filter (the difference from the row above) and ISA-L: about 2 ms a megabyte, a
+    quarter of zlib's fastest level, for files of about the same size (0.96 to 1.2 of Pillow's on noised
+    radiographs). ISA-L deflates alike on every x86-64 with SSE 4.2, which NumPy and PyArrow need too, so the
+    bytes are the same on all such machines. There is no other deflate to fall back to: its bytes would
+    differ.
 
     Args:
         pixels: uint8 (H, W) or (H, W, 2 to 4), or uint16 (H, W).
@@ -50,10 +52,10 @@ def encode_pixels(pixels: np.ndarray) -> bytes:
 
 
 def unpacked(data: bytes) -> bytes:
-    """The same PNG with its pixels stored instead of deflated, which Pillow decodes faster, this function included.
+    """The same PNG with its pixels stored instead of deflated: Pillow decodes it faster, this call included.
 
-    Anything out of the ordinary (damaged, interlaced, animated, very large, no PNG at all) comes back as it is, for Pillow to
-    judge. Never more is inflated than the header announces.
+    Anything out of the ordinary (damaged, interlaced, animated, very large, no PNG at all) comes back as it
+    is, for Pillow to judge. Never more is inflated than the header announces.
     """
     try:
         return _unpacked(data) or data
@@ -84,7 +86,7 @@ def _unpacked(data: bytes) -> bytes | None:
 
 
 def _deflated(data: bytes) -> tuple[list[memoryview], int, int]:
-    """The bodies of the IDAT chunks, where the first of them starts and the last ends; none where it is not so simple."""
+    """The bodies of the IDAT chunks, their start and their end; none if out of the ordinary."""
     view, parts = memoryview(data), list[memoryview]()
     place, start, end = len(_SIGNATURE), 0, 0
     name = b""

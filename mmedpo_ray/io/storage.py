@@ -41,7 +41,8 @@ def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(text)
     except (pa.ArrowInvalid, OSError, ValueError) as error:
         raise UserError(
-            f"cannot open {text}: {error}. Give a local path, s3:// or gs:// and check the credentials of this machine."
+            f"cannot open {text}: {error}. Give a local path, s3:// or gs:// and check the "
+            "credentials of this machine."
         ) from error
 
 
@@ -54,7 +55,8 @@ def absolute(uri: str | Path, base: str | Path | None = None) -> str:
     """Makes a local path absolute; URIs stay as they are.
 
     Args:
-        uri: what a user typed, where ``~`` is a home folder; with ``base`` a name out of the data, where it is a character.
+        uri: what a user typed, where ``~`` is a home folder; with ``base`` a name out of the data, where it
+            is a character.
         base: folder of a relative name; without it the working directory.
     """
     text = str(uri)
@@ -66,7 +68,7 @@ def absolute(uri: str | Path, base: str | Path | None = None) -> str:
 
 
 def home_expanded(path: str | Path) -> str:
-    """The path with the home folder in the place of a leading ``~`` or ``~user``; unchanged where there is no such user."""
+    """The path with a leading ``~`` or ``~user`` expanded; unchanged if there is no such user."""
     return os.path.expanduser(path)  # noqa: PTH111 - pathlib's raises where there is no such user
 
 
@@ -117,7 +119,8 @@ def write_bytes(uri: str | Path, data: bytes | pa.Buffer) -> None:
     """Writes a whole file: it appears when all of it is there, whatever becomes of the writer."""
     filesystem, path = resolve(uri)
     if _is_object_store(filesystem):
-        # An object exists once its upload is completed, has no folder to be made, and would have to be copied to be renamed.
+        # An object exists once its upload is completed, has no folder to be made, and would have to be copied
+        # to be renamed.
         with _naming(uri), filesystem.open_output_stream(path) as stream:
             stream.write(data)
         return
@@ -180,7 +183,8 @@ def dataset(folder: str | Path, schema: pa.Schema | None = None) -> pads.Dataset
 def read_batches(folder: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The rows of the Parquet files directly under a folder, in name order, 8,192 at a time at most.
 
-    One file is open at a time: a scan of a dataset would hold the footers of all files, megabytes each once they are decoded.
+    One file is open at a time: a scan of a dataset would hold the footers of all files, megabytes each once
+    they are decoded.
 
     Raises:
         UserError: there is no Parquet file.
@@ -220,7 +224,10 @@ def move(source: str | Path, target: str | Path) -> None:
 
 
 def remove_temporary(folder: str | Path) -> None:
-    """Deletes what writers that were killed left half-written, in a folder and those in it. No other writer may be at work."""
+    """Deletes what writers that were killed left half-written, in a folder and those in it.
+
+    No other writer may be at work.
+    """
     filesystem, path = resolve(folder)
     if _is_object_store(filesystem):
         # Nothing is half-written there.
@@ -280,6 +287,7 @@ def local_path(uri: str | Path, purpose: str) -> Path:
     """
     if "://" in str(uri):
         raise UserError(
-            f"{purpose} needs a path that every node sees (NFS, Lustre, FSx), not {uri}. Set run.folder to one."
+            f"{purpose} needs a path that every node sees (NFS, Lustre, FSx), not {uri}. Set run.folder "
+            "to one."
         )
     return Path(absolute(uri))

@@ -13,7 +13,8 @@ from mmedpo_ray.io.pixels import finite
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Pillow's modes of more than 8 bits, or floats.
 DEEP = ("I;16", "I;16B", "I;16L", "I", "F")
-# TIFF's tags BitsPerSample, PhotometricInterpretation, PlanarConfiguration and SampleFormat, and values of the last two.
+# TIFF's tags BitsPerSample, PhotometricInterpretation, PlanarConfiguration and SampleFormat, and values of
+# the last two.
 _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339
 _APART, _UNSIGNED, _SIGNED = 2, 1, 2
 _ORIENTATION = 274
@@ -31,7 +32,7 @@ WHITE_IS_ZERO = "white_is_zero"
 
 
 def is_misread(image: Image.Image) -> bool:
-    """Whether it is a TIFF that Pillow opens and shows wrong: signed bytes, 32 bits without a sign, 16-bit colours plane by plane."""
+    """Whether Pillow misreads this TIFF: signed bytes, unsigned 32 bits, planar 16-bit colours."""
     if image.format != "TIFF":
         return False
     tags = getattr(image, "tag_v2", {})
@@ -57,7 +58,7 @@ def count_pages(data: bytes) -> int:
 
 
 def decode(data: bytes, name: str, max_pixels: int | None, frame: int | None) -> Image.Image:
-    """A TIFF of a kind that Pillow does not know (64-bit floats, signed and white is zero) or misreads: grey as floats, colours as RGB."""
+    """Decodes a TIFF that Pillow cannot open (64-bit floats) or misreads: grey as floats, colour as RGB."""
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -89,7 +90,7 @@ def decode(data: bytes, name: str, max_pixels: int | None, frame: int | None) ->
 
 
 def is_white_zero(image: Image.Image) -> bool:
-    """Whether a TIFF of a depth at which Pillow leaves WhiteIsZero alone says so; those of up to 8 bits it inverts itself."""
+    """Whether a TIFF of more than 8 bits says WhiteIsZero; up to 8 bits Pillow inverts it itself."""
     if image.format != "TIFF" or image.mode not in DEEP:
         return False
     tags = getattr(image, "tag_v2", {})

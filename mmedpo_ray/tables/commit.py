@@ -1,7 +1,7 @@
-"""Publishes a merged table: its files take the place of the old ones, and a crash on the way is completed later.
+"""Publishes a merged table: its files replace the old ones, and the next attempt completes what a crash left.
 
-The plan is written first (``.merged/publish.json``), so the moves can be repeated from any point. The manifest is
-deleted first and written last: a table without one is unfinished.
+The plan is written first (``.merged/publish.json``), so the moves can be repeated from any point. The
+manifest is deleted first and written last: a table without one is unfinished.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PUBLISH = "publish.json"
 
 
 class _Publication(BaseModel):
-    """What is left to do once a table is merged: move these files into its folder, then write the manifest."""
+    """The plan: move these files into the table's folder, then write the manifest."""
 
     manifest: Manifest
     files: list[str]
@@ -45,7 +45,7 @@ def publish(folder: str, manifest: Manifest) -> None:
 
 
 def resume(folder: str, key: str) -> None:
-    """Completes the publication that an attempt with this key began; deletes that of an attempt with another key."""
+    """Completes a publication that was begun with this key; deletes one with another key."""
     try:
         plan = _Publication.model_validate_json(storage.read_bytes(storage.join(staged(folder), _PUBLISH)))
     except FileNotFoundError:

@@ -59,7 +59,7 @@ class IdSet:
         return known
 
     def _merge(self, array: np.ndarray) -> None:
-        """Keeps every array more than twice as long as the next: few to search, each id is moved log n times."""
+        """Keeps every array over twice as long as the next: few to search, each id is moved log n times."""
         while self._arrays and len(self._arrays[-1]) <= 2 * len(array):
             # A stable sort merges two sorted arrays in linear time.
             array = np.sort(np.concatenate([self._arrays.pop(), array]), kind="stable")

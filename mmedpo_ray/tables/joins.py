@@ -36,7 +36,9 @@ def _all_equal(values: Mapping[str, str]) -> pc.Expression | None:
 
 
 class BySample:
-    """Looks up the rows of a finished table by ``sample_id``. Made on the driver, small, travels to the tasks.
+    """Looks up the rows of a finished table by ``sample_id``.
+
+    Made on the driver, small, travels to the tasks.
 
     Args:
         folders: of the table; with its ``dropped/``, dropped rows are found too and have a reason.

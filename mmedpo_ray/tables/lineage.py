@@ -1,9 +1,9 @@
 """Whether the tables in a run's folder still belong together.
 
 A manifest names the tables that its own was made from, directly or not, by their identities
-(:attr:`~mmedpo_ray.tables.manifest.Manifest.identity`). A table is stale if one of them has been replaced since by
-one with another identity. A stage refuses stale inputs, and the report marks them. A deleted table makes nothing
-stale, because the tables before it are named as well.
+(:attr:`~mmedpo_ray.tables.manifest.Manifest.identity`). A table is stale if one of them has been replaced
+since by one with another identity. A stage refuses stale inputs, and the report marks them. A deleted table
+makes nothing stale, because the tables before it are named as well.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Stale:
 
     def __str__(self) -> str:
         if self.unfinished:
-            return f"{self.folder} was made from {self.made_from}/, which is being made again and is not finished"
+            return f"{self.folder} was made from {self.made_from}/, which is being made again, not finished"
         return f"{self.folder} was made from another {self.made_from}/ than the present one"
 
 

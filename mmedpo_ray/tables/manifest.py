@@ -42,7 +42,8 @@ class Manifest(BaseModel):
     )
     inputs: dict[str, str] = Field(
         default_factory=dict,
-        description="tables that this one was made of, those that they were made of first: folder in the run → identity",
+        description="tables that this one was made of, those that they were made of first: folder in the "
+        "run → identity",
     )
     settings: dict[str, Any] = Field(
         default_factory=dict, description="all settings of the command that made this"
@@ -88,7 +89,8 @@ def counts_in_words(reasons: dict[str, int]) -> str:
 
 
 def image_example(folder: str) -> str:
-    """The address of an image that one of these dropped rows is about, as the end of a message; empty where there is none."""
+    """The address of an image that one of these dropped rows is about, as the end of a message; empty where
+    there is none."""
     if not storage.list_files(folder, ".parquet"):
         return ""
     rows = storage.dataset(folder)

@@ -58,8 +58,8 @@ class Part:
 class Work:
     """A dataset of work to do instead of rows.
 
-    Its tasks write each table of rows as soon as it is made. Ray Data would gather the tables of a task, up to
-    100 MiB of them, before another operator sees the first, and a crash would lose them all.
+    Its tasks write each table of rows as soon as it is made. Ray Data would gather the tables of a task, up
+    to 100 MiB of them, before another operator sees the first, and a crash would lose them all.
 
     Attributes:
         blocks: the work, one task per block.

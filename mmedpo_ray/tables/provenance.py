@@ -21,7 +21,8 @@ Parts = Mapping[str, Any]
 
 
 def changes(before: Parts | None, now: Parts | None) -> str:
-    """What differs between two tables, in words: ``align.max_length 1024 → 512, the model's chat_template.jinja``."""
+    """What differs between two tables, in words: ``align.max_length 1024 → 512, the model's
+    chat_template.jinja``."""
     if before is None or now is None:
         return "settings that were not recorded"
     found = []
@@ -65,7 +66,8 @@ def check_prepared(folder: str, key: str | None, now: Parts | None) -> Manifest:
         )
     if key is not None and manifest.key != key:
         raise UserError(
-            f"align: the table {folder} was made under other settings (key {manifest.key}, now {key}). Changed: "
+            f"align: the table {folder} was made under other settings (key {manifest.key}, now {key}). "
+            f"Changed: "
             f"{changes(manifest.extra.get(MADE_WITH), now)}. Delete that folder and run align again."
         )
     return manifest

@@ -29,7 +29,8 @@ def manifests_to_report(run: RunFolder) -> dict[str, Manifest]:
     found = read_manifests(run)
     if not found:
         raise UserError(
-            f"report: nothing has run in {run.root} yet. Give the folder of a run with run.folder=DIR, or start one "
+            f"report: nothing has run in {run.root} yet. Give the folder of a run with run.folder=DIR, or "
+            f"start one "
             "with `mmedpo run`."
         )
     return found

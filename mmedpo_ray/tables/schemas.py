@@ -106,7 +106,8 @@ PAIRS = pa.schema(
         _text("heat_map_uri", "8-bit PNG, 255 = 1.0; a model's may be smaller than the image", nullable=True),
         _text(
             "noise",
-            "noise parameters as JSON (mode, strength, mask share, changed share, lesion covered), the tool's choice",
+            "noise parameters as JSON (mode, strength, mask share, changed share, lesion covered), the "
+            "tool's choice",
             nullable=True,
         ),
     ]

@@ -43,7 +43,8 @@ def map_slices(
         task: gets the rows of a slice.
         num_cpus: CPUs of a task.
         rows: rows of a slice; None: few enough that every CPU of the cluster gets some.
-        alone: keeps the next step in tasks of its own, because an actor that gathers batches wants rows, not slices.
+        alone: keeps the next step in tasks of its own, because an actor that gathers batches wants rows, not
+            slices.
     """
     plan = plan_slices(folders, num_cpus=num_cpus, rows=rows)
     if not plan:
@@ -96,8 +97,8 @@ def plan_files(
 ) -> list[pa.Table]:
     """The slices (``path``, ``start``, ``stop``) of some files, in order, one block each.
 
-    A row group can only be read whole. So without ``rows`` a slice is one or more whole row groups, or a part of
-    one that is large.
+    A row group can only be read whole. So without ``rows`` a slice is one or more whole row groups, or a part
+    of one that is large.
 
     Args:
         paths: the files.
@@ -123,7 +124,8 @@ def plan_files(
 
 
 def _bounds(groups: Sequence[int], about: int) -> list[int]:
-    """Edges of slices of about that many rows: edges of row groups of these sizes, or inside one of several slices."""
+    """Edges of slices of about that many rows: edges of row groups of these sizes, or inside one of several
+    slices."""
     edges, end = [0], 0
     for size in groups:
         parts = max(1, size // about)

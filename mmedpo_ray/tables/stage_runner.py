@@ -1,10 +1,10 @@
 """What every stage shares: skipping finished work, resuming, dropped rows, the manifest.
 
-A stage that writes a table hands its rows, kept and dropped, to :meth:`StageRunner.write_rows`. Ray Data tasks
-write them in parts as they come (``.parts/``). A stage that died finds these parts and works only on the missing
-rows. When all rows are there, the parts are merged by id (:mod:`mmedpo_ray.tables.merge`) next to the table
-(``.merged/``), checked, and moved into its place, so the table does not depend on crashes or on the number of
-workers. The manifest is written last: a table without one is unfinished.
+A stage that writes a table hands its rows, kept and dropped, to :meth:`StageRunner.write_rows`. Ray Data
+tasks write them in parts as they come (``.parts/``). A stage that died finds these parts and works only on
+the missing rows. When all rows are there, the parts are merged by id (:mod:`mmedpo_ray.tables.merge`) next to
+the table (``.merged/``), checked, and moved into its place, so the table does not depend on crashes or on the
+number of workers. The manifest is written last: a table without one is unfinished.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class StageRunner:
 
         Args:
             accept_failed: whether the stage counts as finished while rows are dropped for a retryable reason.
-            could_retry_succeed: called if rows were dropped for a retryable reason; returns True if a retry could
-                change any of them. Without it they are always retried.
+            could_retry_succeed: called if rows were dropped for a retryable reason; returns True if a retry
+                could change any of them. Without it they are always retried.
         """
         commit.resume(self.folder, self.key)
         manifest = read_manifest(self.folder)
@@ -166,7 +166,8 @@ class StageRunner:
             # Left by an attempt that did not finish, for example because too many rows failed.
             for path in storage.list_files(self._parts_folder, ".parquet"):
                 parts.leave_out_reasons(path, id_column, retry_reasons)
-        # This list and what this attempt adds to it count: a task that outlives a killed driver may still write.
+        # This list and what this attempt adds to it count: a task that outlives a killed driver may still
+        # write.
         self._parts = {}
         done = IdSet()
         for path in [*storage.list_files(self._parts_folder, ".parquet"), *kept]:
@@ -178,7 +179,8 @@ class StageRunner:
         return done
 
     def _kept_for_retry(self, id_column: str, retry_reasons: Sequence[str]) -> list[str]:
-        """The files of a finished table whose dropped rows are retried; dropped rows that are not become parts."""
+        """The files of a finished table whose dropped rows are retried; dropped rows that are not become
+        parts."""
         manifest = read_manifest(self.folder)
         if not retry_reasons or manifest is None or manifest.key != self.key:
             return []
@@ -206,26 +208,28 @@ class StageRunner:
     ) -> Manifest:
         """Runs a Ray Data pipeline and turns its rows into this stage's table.
 
-        Every block that the pipeline yields is written at once, in parts of at most ``ray.rows_per_part`` rows, so a
-        crash costs at most the rows of the blocks being made.
+        Every block that the pipeline yields is written at once, in parts of at most ``ray.rows_per_part``
+        rows, so a crash costs at most the rows of the blocks being made.
 
         Args:
             build: gets the ids already written and returns the dataset of the remaining rows, or the
-                :class:`~mmedpo_ray.tables.parts.Work` that makes them (``None``: none remain, or :meth:`write_part`
-                has written them). Rows have the columns of ``schema``; a row to leave out sets ``drop_reason``
-                (and ``drop_detail``).
+                :class:`~mmedpo_ray.tables.parts.Work` that makes them (``None``: none remain, or
+                :meth:`write_part` has written them). Rows have the columns of ``schema``; a row to leave out
+                sets ``drop_reason`` (and ``drop_detail``).
             schema: schema of the final table.
             id_column: unique id of a row, kept or dropped.
             total: expected rows, for the progress bar; by default what the work says.
-            extra: figures for the manifest, from the final table: a function of the table, or a :class:`Tally`,
-                which holds one batch at a time.
-            extra_columns: the columns that a function reads; by default it gets the whole table on the driver.
+            extra: figures for the manifest, from the final table: a function of the table, or a
+                :class:`Tally`, which holds one batch at a time.
+            extra_columns: the columns that a function reads; by default it gets the whole table on the
+                driver.
             allow_empty: whether a table without rows is a result rather than an error.
-            retry_reasons: drop reasons that may pass. While rows are dropped for one of them, the stage runs again
-                when called again, for these rows only, also if they were too many for a table. If that changes its
-                table, the stages after it run again too.
+            retry_reasons: drop reasons that may pass. While rows are dropped for one of them, the stage runs
+                again when called again, for these rows only, also if they were too many for a table. If that
+                changes its table, the stages after it run again too.
             limit_dropped: whether ``run.max_dropped_share`` holds for this table.
-            intended_reasons: drop reasons that the user's settings ask for; ``run.max_dropped_share`` ignores them.
+            intended_reasons: drop reasons that the user's settings ask for; ``run.max_dropped_share`` ignores
+                them.
 
         Raises:
             UserError: no row is left, an id occurs twice, or the process of an actor died too often.
@@ -294,8 +298,10 @@ class StageRunner:
                 if error.actor_init_failed:
                     raise
                 raise UserError(
-                    f"{self.name}: the process that holds a model died again and again, mostly for lack of memory. "
-                    "Lower replicas, max_num_seqs or max_model_len of its engine, or the batch size, or use larger "
+                    f"{self.name}: the process that holds a model died again and again, mostly for lack of "
+                    f"memory. "
+                    "Lower replicas, max_num_seqs or max_model_len of its engine, or the batch size, or use "
+                    "larger "
                     "nodes; Ray's logs (worker-*.err) say more. Written rows stay: the same command resumes."
                 ) from error
 
@@ -306,7 +312,8 @@ class StageRunner:
         if merged.example is not None:
             name, times = merged.example
             raise UserError(
-                f"{self.name}: {id_column} {name!r} occurs {times} times ({merged.repeated:,} ids repeat). Ids must "
+                f"{self.name}: {id_column} {name!r} occurs {times} times ({merged.repeated:,} ids repeat). "
+                f"Ids must "
                 "be unique."
             )
         dropped, limit = merged.dropped.total(), self.config.run.max_dropped_share
@@ -319,14 +326,16 @@ class StageRunner:
         if total and sum(faults.values()) / total > limit:
             raise DroppedShareError(
                 f"{self.name}: {sum(faults.values()):,} of {total:,} rows would be dropped "
-                f"({counts_in_words(faults)}), more than run.max_dropped_share={limit}. Correct the input and run "
+                f"({counts_in_words(faults)}), more than run.max_dropped_share={limit}. Correct the input "
+                f"and run "
                 f"again, or raise the limit{self._image_example()}."
             )
         if merged.rows == 0 and not allow_empty:
             reasons = counts_in_words(merged.dropped)
             why = f" (dropped: {reasons}; see {self._parts_folder}{self._image_example()})" if dropped else ""
             raise UserError(
-                f"{self.name}: no row is left of {total:,}{why}. Check the input and the settings of this stage."
+                f"{self.name}: no row is left of {total:,}{why}. Check the input and the settings of this "
+                f"stage."
             )
 
     def _image_example(self) -> str:

@@ -1,4 +1,5 @@
-"""Raw data in a bucket: the stages read annotations, images and masks from a real S3 server, and can keep a run there."""
+"""Raw data in a bucket: the stages read annotations, images and masks from a real S3 server, and can keep a
+run there."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def test_a_run_on_a_bucket_equals_one_on_paths(bucket: str, tmp_path: Path) -> N
     remote, local = storage.join(bucket, "slake"), str(tmp_path / "slake")
     write_slake(remote)
     write_slake(local)
-    # The data in the bucket with the run on a path, as `mmedpo run` wants it; both in the bucket; both on paths.
+    # The data in the bucket with the run on a path, as `mmedpo run` wants it; both in the bucket; both on
+    # paths.
     folders = [str(tmp_path / "mixed"), storage.join(bucket, "run"), str(tmp_path / "paths")]
     run_stages(list(zip(folders, (remote, remote, local), strict=True)))
     mixed, inside, outside = map(scored, folders)

@@ -1,4 +1,5 @@
-"""kill -9 of a worker, of a node and of the driver in the middle of every stage: the tables are those of a quiet run.
+"""kill -9 of a worker, of a node and of the driver in the middle of every stage: the tables are those of a
+quiet run.
 
 The cluster outlives the drivers, so a task of a killed driver may still write while the next one resumes.
 """
@@ -34,7 +35,8 @@ def nodes() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reports that differ, so that no judgement is remembered, some rows that must be dropped, four shared images."""
+    """Reports that differ, so that no judgement is remembered, some rows that must be dropped, four shared
+    images."""
     folder = tmp_path_factory.mktemp("data")
     for index in range(4):
         Image.fromarray(np.full((8, 8), 40 * index, np.uint8)).save(folder / f"{index}.png")
@@ -55,7 +57,8 @@ def report(number: int) -> str:
     sides, zones = ("left", "right"), ("upper", "middle", "lower")
     findings = ("pleural effusion", "nodule", "consolidation", "pneumothorax", "atelectasis")
     sentences = [
-        f"There is a {number + index} mm {findings[(number + index) % 5]} in the {sides[(number >> index) % 2]} "
+        f"There is a {number + index} mm {findings[(number + index) % 5]} in the "
+        f"{sides[(number >> index) % 2]} "
         f"{zones[(number + index) % 3]} zone."
         for index in range(4)
     ]
@@ -79,7 +82,8 @@ def quiet(nodes: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 def start(nodes: Any, data: Path, run: Path) -> subprocess.Popen:
     """A driver that runs the three stages, or what is left of them."""
     overrides = [
-        f"run.folder={run}", "data.format=hf_parquet", f"data.root={data}", "data.name=faults", "data.test_share=0",
+        f"run.folder={run}", "data.format=hf_parquet", f"data.root={data}", "data.name=faults",
+        "data.test_share=0",
         "data.columns.sample_id=id", "data.columns.image_id=image", "curate.text.method=rule_edit",
         "curate.visual.tool=none", "ray.rows_per_part=128", f"ray.address={nodes.address}",
     ]  # fmt: skip

@@ -1,5 +1,5 @@
-"""kill -9 of a worker and of the driver while images are noised and while an endpoint is asked: the tables, and the files that
-they name, are those of a quiet run."""
+"""kill -9 of a worker and of the driver while images are noised and while an endpoint is asked: the tables,
+and the files that they name, are those of a quiet run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def _cluster(ray_cluster: None) -> None:
 def test_killed_while_images_are_noised(tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "driver.log"
     overrides = [
-        f"run.folder={run}", f"data.phantom.images={IMAGES}", "data.phantom.test_images=1", "ray.rows_per_part=16",
+        f"run.folder={run}", f"data.phantom.images={IMAGES}", "data.phantom.test_images=1",
+        "ray.rows_per_part=16",
         "curate.text.method=rule_edit", "curate.visual.per_image=4", "curate.visual.tool=dataset_mask",
         "run.max_dropped_share=1.0",
     ]  # fmt: skip
@@ -128,7 +129,8 @@ ASKING = {
         "AskEndpoint",
         (
             "data.phantom.images=24", "curate.text.method=on_policy", "curate.text.judge=endpoint",
-            "curate.text.endpoint={endpoint}", "model.engine.max_model_len=256", "model.engine.kv_cache_gib=0.25",
+            "curate.text.endpoint={endpoint}", "model.engine.max_model_len=256",
+            "model.engine.kv_cache_gib=0.25",
         ),
         ("pairs", "choices"),
         "choices/.parts/*.parquet",

@@ -111,7 +111,8 @@ def test_an_interrupted_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     run_squares(whole)
     with pytest.raises(Exception, match="killed"):
         run_squares(broken, fail_at=83)
-    # What a crash leaves: some parts, no manifest. (The failing map may hand over all or no block, so write one too.)
+    # What a crash leaves: some parts, no manifest. (The failing map may hand over all or no block, so write
+    # one too.)
     stage = stage_runner.StageRunner("squares", str(broken / "t"), config_of(broken), settings=(1,))
     stage.done_ids("id")
     rows = [{"id": f"{number:04d}", "value": number**2} for number in range(1, 8)]

@@ -1,4 +1,5 @@
-"""DICOM files as images: what is on screen, at the depth that matters, and nothing of the patient in any message."""
+"""DICOM files as images: what is on screen, at the depth that matters, and nothing of the patient in any
+message."""
 
 from __future__ import annotations
 

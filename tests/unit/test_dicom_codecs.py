@@ -141,7 +141,7 @@ def test_video_says_what_to_do(syntax: uid.UID) -> None:
 def test_damaged_frames_say_what_may_help() -> None:
     with pytest.raises(ImageError) as error:
         images.decode(compressed(dataset_of(RAMP, 12), [b"damaged "], uid.JPEGLosslessSV1), "x")
-    assert "install a decoder: " in error.value.detail
+    assert "install a decoder" in error.value.detail
 
 
 def test_a_frame_larger_than_declared_is_not_decoded() -> None:
@@ -156,7 +156,10 @@ def test_few_bits_do_not_end_the_process() -> None:
     data = compressed(
         dataset_of(pixels, 4), [imagecodecs.ljpeg_encode(pixels, bitspersample=4)], uid.JPEGLosslessSV1
     )
-    code = "import sys; from mmedpo_ray.io import images; print(images.decode(sys.stdin.buffer.read(), 'x').info)"
+    code = (
+        "import sys; from mmedpo_ray.io import images; "
+        "print(images.decode(sys.stdin.buffer.read(), 'x').info)"
+    )
     done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert MADE_BY.encode() in done.stdout

@@ -1,4 +1,5 @@
-"""Kinds of DICOM file that are valid or common, and easily shown wrong: groups, padding, frames, terms, deflate."""
+"""Kinds of DICOM file that are valid or common, and easily shown wrong: groups, padding, frames, terms,
+deflate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The real DICOM files bundled with pydicom and pydicom-data: all are shown or refused for a known reason, and shown right."""
+"""The real DICOM files bundled with pydicom and pydicom-data: all are shown or refused for a known reason,
+and shown right."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 from mmedpo_ray.io import images
 from mmedpo_ray.io.image_error import MADE_BY, ImageError
 
-# What no decoder reads: a codestream cut short by a delimiter inside it, fewer pixels than declared, no size of the image.
+# What no decoder reads: a codestream cut short by a delimiter inside it, fewer pixels than declared, no size
+# of the image.
 DAMAGED = {
     "JPEG2000-embedded-sequence-delimiter.dcm",
     "MR_truncated.dcm",

@@ -1,4 +1,5 @@
-"""Storage on servers that speak S3 and GCS: files appear whole, folders move, nothing that a killed writer left is read."""
+"""Storage on servers that speak S3 and GCS: files appear whole, folders move, nothing that a killed writer
+left is read."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def settled(name: str) -> bytes:
 
 
 def test_a_killed_writer_leaves_nothing_that_is_read(folder: str) -> None:
-    """Killed again and again while it replaces a file of several parts: the file is one or the other, whole."""
+    """Killed again and again while it replaces a file of several parts: the file is one or the other,
+    whole."""
     name = storage.join(folder, "big")
     size = 12 * 2**20
     storage.write_bytes(name, b"a" * size)

@@ -177,7 +177,8 @@ def test_batches_are_the_rows_of_all_files_in_name_order(tmp_path: Path) -> None
         ([], ""),
         ([{"drop_reason": "empty_answer"}], ""),
         ([{"drop_reason": "empty_answer", "image_uri": "/a.png"}], ""),
-        ([{"drop_reason": "image_missing", "image_uri": None}, {"drop_reason": "image_undecodable", "image_uri": "/b.png"}],
+        ([{"drop_reason": "image_missing", "image_uri": None},
+          {"drop_reason": "image_undecodable", "image_uri": "/b.png"}],
          "; image_undecodable: /b.png"),
     ],
 )  # fmt: skip

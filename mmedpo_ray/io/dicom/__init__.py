@@ -1,14 +1,14 @@
 """DICOM images as a reader sees them on screen: rescaled, windowed, with bright as bright.
 
 What comes out:
-- A grey image with a window or a VOI table is 8 bit (L): the site chose that range of values as the one to look at, and
-  the full range of a CT (air to metal) would leave soft tissue a few grey levels.
-- A grey image of more than 8 bits without one keeps its depth (I;16), shifted so that its darkest value is 0; models
-  scale it by its range, noise is added at full depth. Fewer than 8 bits are spread over 8.
+- A grey image with a window or a VOI table is 8 bit (L): the site chose that range of values as the one to
+  look at, and the full range of a CT (air to metal) would leave soft tissue a few grey levels.
+- A grey image of more than 8 bits without one keeps its depth (I;16), shifted so that its darkest value is 0;
+  models scale it by its range, noise is added at full depth. Fewer than 8 bits are spread over 8.
 - Colour is RGB.
 
-Of a file of several frames the caller says which one is meant. Nothing of the file but sizes, bits, frames, the numbers and terms
-of its display ever enters a message: tags hold patient data.
+Of a file of several frames the caller says which one is meant. Nothing of the file but sizes, bits, frames,
+the numbers and terms of its display ever enters a message: tags hold patient data.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def decode(
         An image of mode L, I;16 or RGB; its ``info`` says how it was made.
 
     Raises:
-        ImageError: ``image_undecodable`` (also without pixels, or compressed by a method without a decoder here),
-            ``image_too_large``, ``image_multi_frame``, or ``image_no_such_frame``.
+        ImageError: ``image_undecodable`` (also without pixels, or compressed by a method without a decoder
+            here), ``image_too_large``, ``image_multi_frame``, or ``image_no_such_frame``.
     """
     with _reading(name):
         dataset = _read(data, name, max_bytes)
@@ -73,7 +73,8 @@ def count_frames(data: bytes, name: str, max_bytes: int | None = None) -> int:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Silences warnings, which quote the file's tags, and arithmetic on odd windows; makes an :class:`ImageError` of any error."""
+    """Silences warnings, which quote the file's tags, and arithmetic on odd windows; makes an
+    :class:`ImageError` of any error."""
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")

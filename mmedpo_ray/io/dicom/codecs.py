@@ -1,7 +1,9 @@
-"""The decoder that pydicom gets beside Pillow: imagecodecs, which binds libjpeg-turbo, CharLS and OpenJPEG (all BSD or alike).
+"""The decoder that pydicom gets beside Pillow: imagecodecs, which binds libjpeg-turbo, CharLS and OpenJPEG
+(all BSD or alike).
 
-It reads lossless and 12-bit JPEG, JPEG-LS, and the JPEG 2000 that Pillow does not. GDCM does too, but ends the process on some
-damaged files and on lossless JPEG of fewer than 8 bits, which takes all other images of a task down; libjpeg of pylibjpeg is GPL.
+It reads lossless and 12-bit JPEG, JPEG-LS, and the JPEG 2000 that Pillow does not. GDCM does too, but ends
+the process on some damaged files and on lossless JPEG of fewer than 8 bits, which takes all other images of a
+task down; libjpeg of pylibjpeg is GPL.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ NAME = "imagecodecs"
 _JPEG = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1)
 _JPEG_LS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
 _JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
-# Markers of JPEG and JPEG-LS that begin a header with the size of the frame, and those without anything behind them.
+# Markers of JPEG and JPEG-LS that begin a header with the size of the frame, and those without anything
+# behind them.
 _SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 _BARE = {0x01, *range(0xD0, 0xD9)}
 # pydicom asks for this name.
@@ -44,7 +47,8 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytes:
     """The pixels of one compressed frame, colours as they are stored, each pixel's samples side by side.
 
     Raises:
-        ValueError: the frame is damaged, or its size is not the declared one, which is looked at before any memory is asked for.
+        ValueError: the frame is damaged, or its size is not the declared one, which is looked at before any
+            memory is asked for.
     """
     pixels = _pixels(source, runner)
     runner.set_option("bits_allocated", 8 * pixels.dtype.itemsize)
@@ -80,7 +84,8 @@ def _pixels(source: bytes, runner: DecodeRunner) -> np.ndarray:
 
 
 def _frame_header(source: bytes) -> tuple[int, int, int, int]:
-    """Bits of a sample, rows, columns and samples that a JPEG or JPEG-LS frame declares (ITU-T T.81, B.2.2)."""
+    """Bits of a sample, rows, columns and samples that a JPEG or JPEG-LS frame declares (ITU-T T.81,
+    B.2.2)."""
     place = 2
     while place + 10 <= len(source):
         marker = source[place + 1]

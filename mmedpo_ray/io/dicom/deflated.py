@@ -1,4 +1,5 @@
-"""DICOM files whose data set is deflated (PS3.5 A.5), inflated up to a limit, which pydicom's reader has not."""
+"""DICOM files whose data set is deflated (PS3.5 A.5), inflated up to a limit, which pydicom's reader has
+not."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def inflated(data: bytes, name: str, max_bytes: int) -> bytes:
 
 
 def _header(data: bytes) -> tuple[int, slice | None]:
-    """Where the group of the header (0002, explicit, little-endian) ends, and where the value of its transfer syntax is."""
+    """Where the group of the header (0002, explicit, little-endian) ends, and where the value of its transfer
+    syntax is."""
     if data[_HEADER - 4 : _HEADER] != b"DICM":
         return 0, None
     place, syntax = _HEADER, None

@@ -1,7 +1,7 @@
 """Stored values of a grey image → what is on screen: rescaled, windowed, with bright as bright.
 
-Every step looks at one value at a time, so it is computed once for each value that pixels of up to 16 bits can have, and the image
-is read off that table.
+Every step looks at one value at a time, so it is computed once for each value that pixels of up to 16 bits
+can have, and the image is read off that table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def show_grey(
         inverted: whether low values are bright (MONOCHROME1).
 
     Returns:
-        Mode L where a window or a VOI table says what to look at, or where 8 bits hold all; else I;16, from 0.
+        Mode L where a window or a VOI table says what to look at, or where 8 bits hold all; else I;16, from
+        0.
     """
     grey = _Grey(words, bits, tags)
     for apply in (grey.by_table, grey.by_window):
@@ -50,7 +51,8 @@ def show_grey(
 
 
 class _Grey:
-    """The values of one frame on their way to the screen: of every code that pixels may have, or of every pixel."""
+    """The values of one frame on their way to the screen: of every code that pixels may have, or of every
+    pixel."""
 
     def __init__(self, words: np.ndarray, bits: Bits, tags: DisplayTags) -> None:
         self.notes: Notes = []
@@ -65,7 +67,8 @@ class _Grey:
         self._values = self._modality(stored)
 
     def image(self, shown: np.ndarray, *, inverted: bool = False) -> Image.Image:
-        """The image whose pixels are the shown value of each stored one; ``inverted`` turns the range that occurs round."""
+        """The image whose pixels are the shown value of each stored one; ``inverted`` turns the range that
+        occurs round."""
         pixels = shown if self._codes is None else read_off(shown, _unsigned(self._words))
         if inverted:
             pixels = (255 if pixels.dtype == np.uint8 else pixels.max()) - pixels
@@ -102,7 +105,8 @@ class _Grey:
         return self._values * rescale[0] + rescale[1]
 
     def by_table(self) -> np.ndarray | None:
-        """The VOI table applied, uint8; its own maximum is white, as tables often declare more bits than they use."""
+        """The VOI table applied, uint8; its own maximum is white, as tables often declare more bits than they
+        use."""
         table = sequence_table(self._tags, "VOILUTSequence", self._values, self._highest)
         if table is None or table.entries.max() <= 0:
             return None
@@ -126,7 +130,8 @@ class _Grey:
         return _grey((values - (center - 0.5)) / (width - 1) + 0.5)
 
     def full_range(self) -> np.ndarray:
-        """All values: as they are where 8 bits hold them, few bits spread over 8, else as uint16 from 0, scaled only if they need it."""
+        """All values: as they are where 8 bits hold them, few bits spread over 8, else as uint16 from 0,
+        scaled only if they need it."""
         inside = occurring = self._full_occurring()
         if self._is_padding is not None:
             # What pads the image to a rectangle is far outside the range of the rest.
@@ -167,9 +172,11 @@ class _Grey:
 def _padding(
     raw: np.ndarray, stored: np.ndarray, bits: Bits, tags: DisplayTags
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Which values only pad the image (None: none is declared), and the stored values with padding as it was meant.
+    """Which values only pad the image (None: none is declared), and the stored values with padding as it was
+    meant.
 
-    The standard lets padding lie outside the range of the bits that hold pixels; cut off, it would be a grey among others.
+    The standard lets padding lie outside the range of the bits that hold pixels; cut off, it would be a grey
+    among others.
     """
     bounds = tags.padding()
     if bounds is None:
@@ -186,7 +193,8 @@ def _between(values: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
 
 
 def _codes(stored: np.ndarray) -> np.ndarray | None:
-    """Every value that pixels of this type can have, by their bits read as an unsigned number; None beyond 16 bits."""
+    """Every value that pixels of this type can have, by their bits read as an unsigned number; None beyond 16
+    bits."""
     if stored.dtype.kind not in "iu" or stored.dtype.itemsize > 2:
         return None
     bits = 8 * stored.dtype.itemsize

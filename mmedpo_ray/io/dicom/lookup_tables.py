@@ -1,4 +1,5 @@
-"""Lookup tables of DICOM (modality, VOI, palette), in every packing that files have (PS3.3 C.11.1, C.11.2, C.7.6.3.1.5)."""
+"""Lookup tables of DICOM (modality, VOI, palette), in every packing that files have (PS3.3 C.11.1, C.11.2,
+C.7.6.3.1.5)."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def palette(dataset: Dataset) -> list[LookupTable] | None:
         if table is None or not table.is_whole:
             return None
         tables.append(table)
-    # Some writers declare more bits than they use; nobody means a palette whose brightest colour is almost black.
+    # Some writers declare more bits than they use; nobody means a palette whose brightest colour is almost
+    # black.
     highest = max(int(table.entries.max()) for table in tables)
     bits = next(bits for bits in (8, 12, 16) if highest < 2**bits)
     return [replace(table, entries=table.entries >> (bits - 8)) for table in tables]
@@ -104,7 +106,8 @@ def _table(item: Dataset, descriptor: str, data: str, is_little: bool, is_signed
 
 
 def _units(value: Any, is_little: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A table's data as words, and as bytes: of two in a word the lower comes first, whatever the order of bytes."""
+    """A table's data as words, and as bytes: of two in a word the lower comes first, whatever the order of
+    bytes."""
     if isinstance(value, bytes | bytearray):
         whole = bytes(value) + b"\0" * (len(value) % 2)
         words = np.frombuffer(whole, "<u2" if is_little else ">u2")
@@ -155,7 +158,8 @@ def _segment(units: list[int], place: int, found: list[int]) -> int:
 
 
 def _repeat(units: list[int], place: int, found: list[int], width: int) -> int:
-    """Adds earlier segments again: their number, and the place of the first in bytes, which has 32 bits, low ones first."""
+    """Adds earlier segments again: their number, and the place of the first in bytes, which has 32 bits, low
+    ones first."""
     end = place + 2 + 4 // width
     start = sum(unit << (8 * width * number) for number, unit in enumerate(units[place + 2 : end])) // width
     for _ in range(units[place + 1]):

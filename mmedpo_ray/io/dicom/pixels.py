@@ -149,7 +149,8 @@ def _complete(dataset: Dataset) -> None:
 
 
 def _settle_subsampling(dataset: Dataset) -> None:
-    """Uncompressed halved differences (YBR_FULL_422): some files have them whole after all, some more frames than they declare."""
+    """Uncompressed halved differences (YBR_FULL_422): some files have them whole after all, some more frames
+    than they declare."""
     pixels = dataset.Rows * dataset.Columns * frames_of(dataset)
     length = len(dataset.PixelData)
     if 0 <= length - 3 * pixels <= 1:
@@ -194,7 +195,10 @@ def _decompressed(dataset: Dataset, name: str, options: dict[str, Any]) -> np.nd
     if not available:
         detail = "no decoder reads it here; export its frames to another transfer syntax"
     else:
-        detail = "damaged, or install a decoder: one for pydicom that reads it (pip install pylibjpeg pylibjpeg-libjpeg) on every node"
+        detail = (
+            "damaged, or install a decoder for pydicom that reads it "
+            "(pip install pylibjpeg pylibjpeg-libjpeg) on every node"
+        )
     raise ImageError("image_undecodable", f"{name}: DICOM compressed by {syntax.name}; {detail}")
 
 

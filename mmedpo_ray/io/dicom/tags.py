@@ -1,4 +1,5 @@
-"""Reading of display tags: numbers that are none, terms in odd spellings, functional groups of enhanced images.
+"""Reading of display tags: numbers that are none, terms in odd spellings, functional groups of enhanced
+images.
 
 Tags hold patient data, so nothing here puts a value into a message.
 """
@@ -19,7 +20,8 @@ _MACROS = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 
 
 class DisplayTags:
-    """The tags that say how stored values of one frame are shown: those of the frame, else the shared ones, else those on top.
+    """The tags that say how stored values of one frame are shown: those of the frame, else the shared ones,
+    else those on top.
 
     Args:
         dataset: of the file.
@@ -31,7 +33,10 @@ class DisplayTags:
         self.places = [*_functional_groups(dataset, frame), dataset]
 
     def rescale(self) -> tuple[float, float] | None:
-        """Slope and intercept; None where neither is a number. A slope of 0 would leave nothing to see and counts as 1."""
+        """Slope and intercept; None where neither is a number.
+
+        A slope of 0 would leave nothing to see and counts as 1.
+        """
         for place in self.places:
             slope, intercept = (_first(numbers(place, name)) for name in ("RescaleSlope", "RescaleIntercept"))
             if slope is not None or intercept is not None:
@@ -60,7 +65,8 @@ class DisplayTags:
         return min(bounds), max(bounds)
 
     def _as_stored(self, value: float) -> float:
-        """A value as pixels of this file would be read: its tag may have the other of the two types (US, SS)."""
+        """A value as pixels of this file would be read: its tag may have the other of the two types (US,
+        SS)."""
         bits = int(self.dataset.get("BitsAllocated") or 16)
         if bits > 16:
             return value
@@ -79,7 +85,8 @@ def _functional_groups(dataset: Dataset, frame: int) -> Iterable[Dataset]:
 
 
 def numbers(dataset: Dataset, name: str) -> list[float | None]:
-    """The numbers of a tag in their order, None for one that is no finite number; empty where the tag is missing or empty."""
+    """The numbers of a tag in their order, None for one that is no finite number; empty where the tag is
+    missing or empty."""
     if name not in dataset:
         return []
     try:
@@ -117,7 +124,8 @@ def frames_of(dataset: Dataset) -> int:
 
 
 def term(dataset: Dataset, name: str) -> str:
-    """A term in capitals with one underscore for each gap; empty where there is none: "Linear exact" is LINEAR_EXACT."""
+    """A term in capitals with one underscore for each gap; empty where there is none: "Linear exact" is
+    LINEAR_EXACT."""
     try:
         value = dataset.get(name)
     except Exception:
@@ -126,7 +134,8 @@ def term(dataset: Dataset, name: str) -> str:
 
 
 def _function(named: str, width: float) -> str:
-    """The window function; one that is not known is linear, and a linear window narrower than 1 is meant exactly."""
+    """The window function; one that is not known is linear, and a linear window narrower than 1 is meant
+    exactly."""
     if named in ("SIGMOID", "LINEAR_EXACT"):
         return named
     return "LINEAR" if width >= 1 else "LINEAR_EXACT"
@@ -139,11 +148,13 @@ _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YB
 
 
 def photometric(dataset: Dataset, *, is_jpeg: bool) -> str:
-    """The photometric interpretation in its standard spelling; what is unknown is grey, or colour as its compression has it.
+    """The photometric interpretation in its standard spelling; what is unknown is grey, or colour as its
+    compression has it.
 
     Args:
         dataset: of the file.
-        is_jpeg: whether it is compressed by JPEG, whose colours are luminance and two differences unless it is known better.
+        is_jpeg: whether it is compressed by JPEG, whose colours are luminance and two differences unless it
+            is known better.
     """
     named = term(dataset, "PhotometricInterpretation")
     if _PALETTE.match(named):
