@@ -55,6 +55,10 @@ AREA_SHARE, GIVEN_MASK, EVEN_MAP, RELEASED_SCRIPT = range(4)
 UNKNOWN, AGREES, DIFFERS, OPPOSITE = -1, 0, 1, 2
 
 
+class NotCheckedError(Exception):
+    """The table lacks what a check needs; the message says what."""
+
+
 @dataclass(frozen=True)
 class Features:
     """Numbers of N pairs, in the table's order.

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmedpo_ray.audit.checks.across_rows import contradictions, later_of_equal
+from mmedpo_ray.audit.checks.rows import contradictions, later_of_equal
 from mmedpo_ray.audit.checks.weights import bad_weight
 from mmedpo_ray.audit.features import Features
 from mmedpo_ray.audit.samples import Samples
