@@ -1,5 +1,5 @@
 # make demo   the whole method on the embedded default, five minutes on two idle cores
-# make test   the test suite; make test-slow runs the longest tests
+# make test   the test suite; make test-faults kills processes and nodes in every stage and runs the benchmarks
 # Both build .venv from the pinned lock first (CPU; about 4 GB, a minute or two).
 
 PYTHON ?= python3
@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 
-# Without byte code every worker process would compile torch, Ray and vLLM anew: minutes instead of seconds.
+# Without byte code every worker process would compile torch, Ray and vLLM: minutes instead of seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-fast lint format lock clean help
+.PHONY: demo test test-faults test-fast lint format lock clean help
 help:
 	@sed -n '1,4s/^# //p' Makefile
 
@@ -40,18 +40,18 @@ $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 demo: .venv
 	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
 
-# Files of tests side by side: one a core, and of those with engines, which take memory and wait for much, two.
-# The road as a whole is on its own: it takes all cores by itself.
+# Test files run in parallel: one per core, or two if they start engines, which need memory and wait a lot.
+# The whole pipeline runs alone: it uses all cores.
 EVERY_CORE := -n logical --maxprocesses 8 --dist loadfile
 TWO := -n 2 --dist loadfile
 
-# Every part runs; a failure in one is the result.
+# Every part runs, even if one before it fails.
 test: .venv
 	@result=0; for part in "tests/unit tests/invariant $(EVERY_CORE)" "tests/ray $(TWO)" "tests/e2e"; do \
 		$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $$part || result=$$?; \
 	done; exit $$result
 
-test-slow: .venv
+test-faults: .venv
 	$(OFFLINE) $(BIN)/python -m pytest -m slow $(TWO)
 
 test-fast: .venv
@@ -61,12 +61,13 @@ lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: .venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Resolves requirements/cpu.in anew. Absent on purpose: the wheels of these three are CUDA builds that break a CPU torch.
+# Resolves requirements/cpu.in again. Three packages are left out: their wheels are CUDA builds that break a CPU torch.
 lock: .venv
 	$(BIN)/uv pip compile requirements/cpu.in $(UV_ARGS) --index-strategy unsafe-best-match --python-version 3.11 \
 		--no-annotate --no-header --no-emit-find-links --no-emit-index-url \

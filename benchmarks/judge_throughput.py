@@ -1,21 +1,22 @@
 """Judges through the pipeline against the bare vLLM engine, in rows per second.
 
-    python benchmarks/judge_throughput.py [--model MODEL] [--rows 1500] [--repetitions 3] [--scoring choice] [--json FILE]
+    python benchmarks/judge_throughput.py [--model MODEL] [--rows 1500] [--repetitions 3] [--scoring choice]
+    [--json FILE]
 
-Both sides ask the same prompts with the same sampling and the same engine arguments, each in a fresh Ray actor with the same
-resources, one after the other, either side first in turn; the ratio is that of the medians. Beside it stands the share of the pipeline's
-time that was spent inside the engine's ``generate``: on a machine that does other work as well, it tells what the
-pipeline itself costs.
+Both sides ask the same prompts with the same sampling and the same engine arguments, each in a fresh Ray
+actor with the same resources, one after the other, either side first in turn; the ratio is that of the
+medians. Beside it stands the share of the pipeline's time that was spent inside the engine's ``generate``: on
+a machine that does other work as well, it tells what the pipeline itself costs.
 
-- *Bare*: ``vllm.LLM.generate``, all prompts in one call. Prompts are tokenised and sampling parameters made before the clock
-  starts.
-- *Pipeline*: the debate of the stage ``score`` with this one agent, so one pass: rows from the table through Ray Data, prompts
-  written and tokenised, answers read, histories, parts on disk, the sorted final table and its manifest. The clock stops when the
-  manifest is written.
+- *Bare*: ``vllm.LLM.generate``, all prompts in one call. Prompts are tokenised and sampling parameters made
+  before the clock starts.
+- *Pipeline*: the debate of the stage ``score`` with this one agent, so one pass: rows from the table through
+  Ray Data, prompts written and tokenised, answers read, histories, parts on disk, the sorted final table and
+  its manifest. The clock stops when the manifest is written.
 
-Not counted on either side: the engine's start and a warm-up on other prompts (as many as are decoded together), after which the prefix cache holds
-the common instructions only. Without ``--model`` a chat model of two layers with random weights is judged with, on which Python
-weighs more than on any real model.
+Not counted on either side: the engine's start and a warm-up on other prompts (as many as are decoded
+together), after which the prefix cache holds the common instructions only. Without ``--model`` a chat model
+of two layers with random weights is judged with, on which Python weighs more than on any real model.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> int:
 
     from mmedpo_ray.compat import cluster
     from mmedpo_ray.config.tree import RayConfig
-    from mmedpo_ray.judge.settings import VllmAgentConfig
+    from mmedpo_ray.judge.agents.vllm import VllmAgentConfig
     from mmedpo_ray.models.settings import EngineConfig
 
     with tempfile.TemporaryDirectory(prefix="judges-") as scratch:
@@ -119,8 +120,10 @@ class _Bare:
         self._settings = agent
 
     def seconds(self, rows: list[dict[str, Any]]) -> float:
-        """Time that the engine needs for all rows in one call (two, where the score is read from a second turn)."""
+        """Time that the engine needs for all rows in one call (two, where the score is read from a second
+        turn)."""
         from mmedpo_ray.judge.agents import prompt
+        from mmedpo_ray.judge.agents.vllm import letter_sampling
 
         cases = [_case(row) for row in rows]
         agent, limit = self._agent, self._settings.max_tokens
@@ -135,7 +138,7 @@ class _Bare:
         if self._settings.scoring == "expectation":
             rationales = [prompt.parse_rationale(output.outputs[0].text) or "none" for output in outputs]
             second = [prompt.letter_messages(*pair) for pair in zip(cases, rationales, strict=True)]
-            seconds += self._timed(second, [agent._letter()] * len(cases))[0]
+            seconds += self._timed(second, [letter_sampling()] * len(cases))[0]
         return seconds
 
     def _timed(self, conversations: list[Any], forms: list[Any]) -> tuple[float, list[Any]]:
@@ -153,11 +156,11 @@ class _Bare:
 def _pipeline(
     agent: Any, rows: list[dict[str, Any]], warm_up: list[dict[str, Any]], folder: Path
 ) -> tuple[float, float]:
-    """The debate of the stage ``score``, which is one pass here: rows per second, and the share of the time that its engine
-    worked."""
+    """The debate of the stage ``score``, which is one pass here: rows per second, and the share of the time
+    that its engine worked."""
     from mmedpo_ray.config.load import load
     from mmedpo_ray.judge import debate
-    from mmedpo_ray.judge.debate_rounds import hold_debate
+    from mmedpo_ray.judge.debate_passes import Passes
     from mmedpo_ray.tables import schemas
     from mmedpo_ray.tables.run_folder import RunFolder
     from mmedpo_ray.tables.stage_runner import StageRunner, read_manifest
@@ -165,14 +168,14 @@ def _pipeline(
     agents = json.dumps([agent.model_dump(mode="json")])
     config = load(None, [f"run.folder={folder}", f"score.agents={agents}", "score.max_rounds=1"])
     pairs = StageRunner("curate", RunFolder(str(folder)).pairs, config)
-    pairs.done_ids("pair_id")
-    pairs.write_part(rows, schemas.PAIRS, "pair_id")
-    pairs.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
+    pairs.write_rows(
+        lambda _: pairs.write_part(rows, schemas.PAIRS, "pair_id"), schema=schemas.PAIRS, id_column="pair_id"
+    )
     clock = folder / "ready"
     plain = debate.HoldPass
     debate.HoldPass = _timed(plain, warm_up, str(clock))  # type: ignore[misc]
     try:
-        (held,) = hold_debate(config, [], open_pairs=len(rows))
+        (held,) = Passes(config, []).run(len(rows))
     finally:
         debate.HoldPass = plain  # type: ignore[misc]
     stopped = time.time()
@@ -185,7 +188,8 @@ def _pipeline(
 
 
 def _timed(plain: Any, warm_up: list[dict[str, Any]], clock: str) -> Any:
-    """The class of a pass, which besides notes when its engine was started and warm, and each time that it works."""
+    """The class of a pass, which besides notes when its engine was started and warm, and each time that it
+    works."""
 
     class TimedPass(plain):
         def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -250,16 +254,16 @@ def _rows(count: int, tag: str) -> list[dict[str, Any]]:
 
 
 def _case(row: dict[str, Any]) -> Any:
-    from mmedpo_ray.judge.agents import Case
+    from mmedpo_ray.judge.agents.base import Case
 
     return Case(row["question"], row["chosen"], row["rejected"], (), 1)
 
 
 def _options(agent: Any) -> dict[str, Any]:
     from mmedpo_ray.compat import cluster
-    from mmedpo_ray.judge import agents
+    from mmedpo_ray.judge.agents.vllm import VllmAgent
 
-    return agents.map_options(agent, data_cpus=0.25, has_gpu=cluster.has_gpu())
+    return VllmAgent.map_options(agent, data_cpus=0.25, has_gpu=cluster.has_gpu())
 
 
 def _tiny_model(folder: Path) -> Path:

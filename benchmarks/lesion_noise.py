@@ -1,18 +1,22 @@
-"""Localise-and-noise on one core: the authors' way beside ours, on the same images and the same attention maps.
+"""Localise-and-noise on one core: the authors' way beside ours, on the same images and the same attention
+maps.
 
-    python benchmarks/lesion_noise.py [--sizes 512 1024] [--modes L RGB] [--formats jpeg png] [--images DIR] [--json FILE]
+    python benchmarks/lesion_noise.py [--sizes 512 1024] [--modes L RGB] [--formats jpeg png] [--images DIR]
+    [--json FILE]
 
-The authors' way (their curation script, one image at a time): open with Pillow; spread the attention grid with OpenCV, blur
-it, draw noise for every value of the image, copy it under the threshold, clip; save with OpenCV. Ours is what `mmedpo curate`
-runs for a pair: the default (diffusion noise under a hard mask of 15 %) and the compatibility mode (``released``). "noise" is
-from the decoded image and the grid to the noised image, "file" from the image file to the noised file. A pair of ours also
-keeps its heat map as a file, which the authors' does not: "with heat map".
+The authors' way (their curation script, one image at a time): open with Pillow; spread the attention grid
+with OpenCV, blur it, draw noise for every value of the image, copy it under the threshold, clip; save with
+OpenCV. Ours is what `mmedpo curate` runs for a pair: the default (diffusion noise under a hard mask of 15 %)
+and the compatibility mode (``released``). "noise" is from the decoded image and the grid to the noised image,
+"file" from the image file to the noised file. A pair of ours also keeps its heat map as a file, which the
+authors' does not: "with heat map".
 
-Bytes are checked on every image before anything is timed: the default against the paper's formula written out over the whole
-image, ``released`` against the authors' way given the same noise, both after a trip through our PNG file. Times are CPU
-seconds of this process with one thread everywhere; the ways take turns, a round each, so that a slow moment hits all of
-them. Milliseconds are those of a way's fastest round, which other work on the machine disturbed least, and so is their ratio; in
-brackets the lowest and highest ratio of a round.
+Bytes are checked on every image before anything is timed: the default against the paper's formula written out
+over the whole image, ``released`` against the authors' way given the same noise, both after a trip through
+our PNG file. Times are CPU seconds of this process with one thread everywhere; the ways take turns, a round
+each, so that a slow moment hits all of them. Milliseconds are those of a way's fastest round, which other
+work on the machine disturbed least, and so is their ratio; in brackets the lowest and highest ratio of a
+round.
 """
 
 from __future__ import annotations
@@ -176,14 +180,16 @@ def check(paths: list[Path]) -> str | None:
         theirs = authors_noised(pixels, grid, partial(np.broadcast_to, noise))
         saved = Image.open(io.BytesIO(png.encode_pixels(ours.pixels)))
         same = (np.asarray(saved) == theirs).reshape(*ours.mask.shape, -1).all(axis=2)
-        # SciPy and OpenCV round the smoothed map differently in the last bit, which can move a pixel of the mask's edge.
+        # SciPy and OpenCV round the smoothed map differently in the last bit, which can move a pixel of the
+        # mask's edge.
         if (~same).mean() > 1e-5:
             return f"{path.name}: released differs from the authors' way in {(~same).sum()} pixels"
     return None
 
 
 def paper_noised(pixels: np.ndarray, heat_map: np.ndarray) -> np.ndarray:
-    """The paper's formula over a whole 8-bit image, h being 1 on the hottest 15 % of the map and 0 elsewhere."""
+    """The paper's formula over a whole 8-bit image, h being 1 on the hottest 15 % of the map and 0
+    elsewhere."""
     count = int(DEFAULT.area_share * heat_map.size)
     threshold = np.sort(heat_map, axis=None)[-count]
     hard = heat_map >= threshold
@@ -205,8 +211,8 @@ def spread_draws(
 ) -> np.ndarray:
     """Standard normal noise of the image's shape, 0 outside the mask: what seed 0 draws, band by band.
 
-    A draw for each pixel under the mask or, on an image larger than ``side``, for each grain that the mask touches: a square of
-    two pixels of the image shrunk to it.
+    A draw for each pixel under the mask or, on an image larger than ``side``, for each grain that the mask
+    touches: a square of two pixels of the image shrunk to it.
     """
     grain = 2 * min(mask.shape) / side if side and min(mask.shape) > side else 1.0
     y, x = (((np.arange(length) + 0.5) / grain).astype(int) for length in mask.shape)

@@ -1,10 +1,11 @@
 """Base, aligned and control over several seeds of the whole road, with intervals over all images.
 
-    python benchmarks/three_seeds.py --config configs/phantom.yaml --folder runs/seeds [--seeds 0 1 2] [--json FILE] [key=value …]
+    python benchmarks/three_seeds.py --config configs/phantom.yaml --folder runs/seeds [--seeds 0 1 2] [--json
+    FILE] [key=value …]
 
-Each seed is a run of its own: its training and test images, sampled answers, noise, LoRA initialisation and order. Seeds that
-are finished are not run again. The answers of all seeds are then scored together; the bootstrap resamples images, which no
-two seeds share. Cost: one run a seed, one after another.
+Each seed is a run of its own: its training and test images, sampled answers, noise, LoRA initialisation and
+order. Seeds that are finished are not run again. The answers of all seeds are then scored together; the
+bootstrap resamples images, which no two seeds share. Cost: one run a seed, one after another.
 """
 
 from __future__ import annotations

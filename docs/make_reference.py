@@ -1,7 +1,8 @@
-"""Writes docs/reference/settings.md and tables.md from the code: ``python docs/make_reference.py``."""
+"""Writes the pages of docs/reference from the code: ``python docs/make_reference.py``."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import types
 import typing
@@ -10,9 +11,11 @@ from pathlib import Path
 import pyarrow as pa
 from pydantic import BaseModel
 
+from mmedpo_ray.commands.parser import build_parser
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig, VllmAgentConfig
+from mmedpo_ray.judge.agents import JUDGES
 from mmedpo_ray.metrics import METRICS
+from mmedpo_ray.stages.registry import next_stage, stages
 from mmedpo_ray.tables import schemas
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -23,12 +26,14 @@ def settings() -> str:
     """The settings page."""
     lines = [
         HEADER + "# Settings\n",
-        "One tree, in `mmedpo_ray/config/tree.py`. A YAML file given with `--config` holds what differs from these defaults;",
-        "`section.key=value` on the command line holds what differs from the file. `mmedpo config show` prints the result,",
+        "One tree, in `mmedpo_ray/config/tree.py`. A YAML file given with `--config` holds what differs "
+        "from these defaults;",
+        "`section.key=value` on the command line holds what differs from the file. `mmedpo config show` "
+        "prints the result,",
         "`mmedpo config validate` checks it without running anything.\n",
     ]
     lines += _section(Config, "", Config())
-    for agent in (RulesAgentConfig, VllmAgentConfig, OpenAIAgentConfig):
+    for agent in (kind.settings_class for kind in JUDGES.values()):
         lines += [
             f"## score.agents: `kind: {agent.model_fields['kind'].default}`\n",
             (agent.__doc__ or "").strip() + "\n",
@@ -89,9 +94,12 @@ def table_pages() -> str:
     """The tables page."""
     lines = [
         HEADER + "# Tables\n",
-        "The Parquet tables between the stages, from `mmedpo_ray/tables/schemas.py`. Every table folder also has `manifest.json`",
-        "(key, the tables it was made of, settings, versions, rows in and out, dropped by reason, seconds) and, where rows were",
-        "left out, `dropped/` with the same columns plus `drop_reason` and `drop_detail`. Rows in = rows out + dropped, always.\n",
+        "The Parquet tables between the stages, from `mmedpo_ray/tables/schemas.py`. Every table folder "
+        "also has `manifest.json`",
+        "(key, the tables it was made of, settings, versions, rows in and out, dropped by reason, seconds) "
+        "and, where rows were",
+        "left out, `dropped/` with the same columns plus `drop_reason` and `drop_detail`. Rows in = rows "
+        "out + dropped, always.\n",
     ]
     for name, schema in (
         ("samples", schemas.SAMPLES),
@@ -116,15 +124,20 @@ def table_pages() -> str:
 def _summary_section() -> list[str]:
     return [
         "## evaluate/summary.json\n",
-        "The scores of a run; `mmedpo evaluate --answers FILE --json OUT` writes the same with a list `differences`",
+        "The scores of a run; `mmedpo evaluate --answers FILE --json OUT` writes the same with a list "
+        "`differences`",
         "(`first`, `second`, `paired`, `unpaired`, `metrics`) in place of the two.\n",
         "| key | meaning |",
         "| --- | --- |",
         "| `names` | name of each role: base, aligned, control |",
-        "| `models` | model → metric → `value`, `low`, `high` (interval), `n` (answers, failed ones included) |",
-        "| `counts` | model → `answers`, `failed`, `empty`, `closed` (closed questions), `undecided` (of these), `undecided_share` |",
-        "| `difference`, `difference_to_control` | metric → aligned minus base (control): `value`, `low`, `high`, `n`, `p` (paired test), "
-        "`p_holm` (corrected for the metrics compared), `verdict`: better, worse, uncorrected (only before the correction), tiny (prints as 0.0) "
+        "| `models` | model → metric → `value`, `low`, `high` (interval), `n` (answers, failed ones "
+        "included) |",
+        "| `counts` | model → `answers`, `failed`, `empty`, `closed` (closed questions), `undecided` (of "
+        "these), `undecided_share` |",
+        "| `difference`, `difference_to_control` | metric → aligned minus base (control): `value`, `low`, "
+        "`high`, `n`, `p` (paired test), "
+        "`p_holm` (corrected for the metrics compared), `verdict`: better, worse, uncorrected (only before "
+        "the correction), tiny (prints as 0.0) "
         "or open; both null for metrics that are not judged |",
         "| `left_out` | metric → why it could not be computed here |",
         "| `questions`, `images`, `bootstrap`, `confidence`, `command` | what was scored, and how |",
@@ -145,7 +158,45 @@ def _field_row(field: pa.Field) -> str:
     return f"| `{field.name}` | {kind} | {'yes' if field.nullable else ''} | {meaning} |"
 
 
-PAGES = {"settings.md": settings, "tables.md": table_pages}
+def command_page() -> str:
+    """The commands page."""
+    [commands] = [action for action in build_parser()._actions if action.dest == "command"]
+    assert isinstance(commands, argparse._SubParsersAction)
+    known = stages()
+    lines = [
+        HEADER + "# Commands\n",
+        "`mmedpo COMMAND --help` prints the same. Commands with settings take `--config FILE` and `key=value`; every",
+        "command takes `--debug` (show the traceback of an error) and `--verbose`.\n",
+        "| stage | reads | writes | next |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, stage in known.items():
+        following = next_stage(name)
+        lines.append(
+            f"| `{name}` | {stage.reads} | {stage.writes} | {f'`{following.name}`' if following else ''} |"
+        )
+    summaries = {choice.dest: choice.help for choice in commands._choices_actions}
+    for name, parser in commands.choices.items():
+        lines += [f"\n## mmedpo {name}\n", f"{summaries[name]}.\n"]
+        rows = [
+            f"| `{' '.join([*(action.option_strings or [action.dest]), *_metavar(action)])}` | {action.help} |"
+            for action in parser._actions
+            if action.dest not in ("help", "config", "overrides", "debug", "verbose")
+        ]
+        if rows:
+            lines += ["| option | meaning |", "| --- | --- |", *rows]
+        if parser.epilog:
+            lines += [*([""] if rows else []), "```", parser.epilog.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _metavar(action: argparse.Action) -> list[str]:
+    if not action.option_strings or action.nargs == 0:
+        return []
+    return [str(action.metavar or ",".join(map(str, action.choices or [action.dest.upper()])))]
+
+
+PAGES = {"commands.md": command_page, "settings.md": settings, "tables.md": table_pages}
 
 
 def main() -> int:

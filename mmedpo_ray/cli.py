@@ -75,7 +75,8 @@ class _Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _handling(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
-    """Sets a signal handler for the block; does nothing outside the main thread, where Python does not allow it."""
+    """Sets a signal handler for the block; does nothing outside the main thread, where Python does not allow
+    it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -102,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit status: 0; 1 if an audit found what it should fail on, or for an unexpected error; 2 for an error
-        that the user can correct; 130 after Ctrl-C; 143 after SIGTERM.
+        The exit status: 0; 1 if an audit found what it should fail on, or for an unexpected error; 2 for an
+        error that the user can correct; 130 after Ctrl-C; 143 after SIGTERM.
     """
     _make_printable()
     with _handling(signal.SIGINT, _stop_loading):

@@ -46,10 +46,11 @@ def run_all(config: Config) -> None:
 
 @contextlib.contextmanager
 def _prepared(command: str, config: Config) -> Iterator[Config]:
-    """Checks inputs, locks the run folder, connects to Ray, and saves the settings of a command that succeeds.
+    """Checks inputs, locks the run folder, connects to Ray, and saves the settings of a command that
+    succeeds.
 
-    The first command saves its settings before it starts, so that the folder's name is enough to resume it. Once
-    a table is finished there, only the settings of commands that succeed replace them.
+    The first command saves its settings before it starts, so that the folder's name is enough to resume it.
+    Once a table is finished there, only the settings of commands that succeed replace them.
     """
     config = resolve_run_folder(config)
     preflight.check(command, config)
@@ -89,7 +90,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             handle.seek(0)
             raise UserError(
-                f"another process ({handle.read().strip() or 'unknown'}) is working in {folder}. Wait for it, end it, or "
+                f"another process ({handle.read().strip() or 'unknown'}) is working in {folder}. Wait for "
+                f"it, end it, or "
                 "give this run its own folder with run.folder=DIR."
             ) from None
         handle.truncate(0)

@@ -1,7 +1,7 @@
 """Registries of parts: data formats, visual tools, judges, losses, metrics, audit checks, stages.
 
-A part of this package is one line in its registry. Another package adds a part by an entry point, for instance in
-its ``pyproject.toml``::
+A part of this package is one line in its registry. Another package adds a part by an entry point, for
+instance in its ``pyproject.toml``::
 
     [project.entry-points."mmedpo_ray.tools"]
     my_tool = "my_package.my_tool:MyTool"

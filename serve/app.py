@@ -2,8 +2,9 @@
 
     serve run serve.app:build config=configs/phantom.yaml run.folder=/shared/runs/phantom
 
-`mmedpo serve` does the same with waiting, checks and a help text; this is the form that Serve's own tools, its
-dashboard and KubeRay's RayService take. Arguments are the configuration file and overrides, as of `mmedpo`.
+`mmedpo serve` does the same with waiting, checks and a help text; this is the form that Serve's own tools,
+its dashboard and KubeRay's RayService take. Arguments are the configuration file and overrides, as of
+`mmedpo`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared fixtures: nothing leaves the machine, real data where it is at hand, one Ray cluster a session."""
+"""Shared fixtures: no network, real data if it is there, one Ray cluster per session."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# How long an example takes depends on what else the machine does.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# The time of an example depends on the load of the machine, so there is no deadline. CI repeats the same examples.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Before Ray, vLLM or transformers are imported by any test.
 for _key, _value in {
@@ -21,11 +22,12 @@ for _key, _value in {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
-    # Ray Train prints a table of every worker otherwise.
+    # Without this Ray Train prints a table of every worker.
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-    # Ray's workers otherwise get a thirtieth of a core on which anything else runs, other tests for instance.
+    # By default Ray's workers get a thirtieth of a core that anything else uses, such as other tests.
     "RAY_worker_niceness": "0",
-    # Otherwise Ray Train looks after its workers every two seconds, and waits half a minute for one that hangs.
+    # Otherwise Ray Train looks after its workers every two seconds, and waits half a minute for one that
+    # hangs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }.items():

@@ -1,46 +1,43 @@
-"""Chat requests to an OpenAI-compatible endpoint: many in flight, paced, retried, counted.
+"""Batches of chat requests to an OpenAI-compatible endpoint, and what each failure means.
 
-The ``openai`` client does the protocol, the pauses between retries (growing, with jitter) and their ``Retry-After``. What it
-cannot know is done here: which failures are the user's to mend, which belong to one row, and which may pass when tried again.
+A failure is one of three: only the user can fix it (wrong address, key, model: an error ends the stage), it belongs to one
+row (too long, filtered: a drop reason), or it may pass when tried again (:data:`TRANSIENT`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
-import time
-import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NoReturn, TypeGuard
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from mmedpo_ray.clients.http import async_client
+from mmedpo_ray.clients.http import HttpClient, as_identifier, error_code
 from mmedpo_ray.clients.settings import EndpointConfig
+from mmedpo_ray.clients.untrusted_text import is_text, read_json
+from mmedpo_ray.clients.usage import Usage
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.io import storage
-from mmedpo_ray.io.text import storable
 
-# Drop reason of a row that the endpoint did not answer although it may at another time.
+# Drop reasons. The endpoint did not answer but may do so later.
 TRANSIENT = "endpoint_failed"
-# Drop reason of a row whose request the endpoint will not take (too long, filtered).
+# The endpoint does not accept this row's request (too long, filtered).
 REFUSED = "endpoint_refused"
-# Drop reason of a row whose answer is not what an OpenAI-compatible endpoint sends, or no text that can be stored.
+# The answer is not what an OpenAI-compatible endpoint sends, or is no text that can be stored.
 UNREADABLE = "endpoint_unreadable"
 
-# Statuses that the client retries; after the last retry another run may still succeed.
+# Statuses below 500 that the client retries; after the last retry another run may still succeed.
 _RETRIED_BELOW_500 = frozenset({408, 409, 429})
 # Error codes that no retry cures, whatever the status.
 _HOPELESS = {
     "insufficient_quota": "has no quota left for this key. Raise the quota, then run again; finished rows are kept",
     "billing_hard_limit_reached": "has reached its billing limit. Raise it, then run again; finished rows are kept",
 }
-# Refusals that say something about one request, not about the settings: by status, by code, and by the message where a server
-# names no code (vLLM).
-_OWN_STATUSES = frozenset({413})
-_OWN_CODES = frozenset(
+# Refusals of one request that say nothing about the settings: by status, by code, and by the message if a server
+# sends no code (vLLM).
+_ROW_STATUSES = frozenset({413})
+_ROW_CODES = frozenset(
     {
         "context_length_exceeded",
         "string_above_max_length",
@@ -50,18 +47,16 @@ _OWN_CODES = frozenset(
     }
 )
 _TOO_LONG = re.compile(r"maximum (?:context|model) length|context (?:length|size|window)", re.IGNORECASE)
-# Requests without one answer that show that the settings are at fault and not a few rows.
-_FEWEST_FOR_HOPELESS = 8
-# The same where not even the form is that of an answer: a page, at a wrong address.
-_FEWEST_FOR_FOREIGN = 2
-# What a count above it counts is no tokens; the columns end at 2^63.
-_MOST_TOKENS = 2**40
 _FOREIGN = "no chat completion"
 _MALFORMED = "malformed chat completion"
-# Failures one after the other that mean an outage: at least these, and all slots twice.
-_FEWEST_FOR_OUTAGE = 16
-# What may be shown of an error body: an identifier, never a sentence, which could repeat the texts sent.
-_IDENTIFIER = re.compile(r"[\w.\-]{1,60}")
+# So many equal failures before the first answer mean that the settings are wrong; of bodies that are no chat completion
+# at all (a web page at a wrong address), fewer.
+_SUSPECTS_FOR_HOPELESS = 8
+_FOREIGN_FOR_HOPELESS = 2
+# So many failures in a row, and twice the concurrency, mean an outage.
+_FAILURES_FOR_OUTAGE = 16
+# A larger token count is an error of the endpoint; the columns end at 2^63.
+_MOST_TOKENS = 2**40
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class ChatRequest:
     Attributes:
         messages: in OpenAI's form.
         schema: JSON schema that the answer must follow; None: free text.
-        seed: sampling seed, where the endpoint knows one; not sent at temperature 0, where nothing is drawn.
+        seed: sampling seed, if the endpoint knows one; not sent at temperature 0, where nothing is drawn.
     """
 
     messages: list[dict[str, Any]]
@@ -93,7 +88,7 @@ class Failure:
     """No usable answer.
 
     Attributes:
-        reason: drop reason; :data:`TRANSIENT` where another run may succeed.
+        reason: drop reason; :data:`TRANSIENT` if another run may succeed.
         detail: what happened, without the texts.
         input_tokens: of an answer that was paid for and could not be used, else 0.
         output_tokens: the same.
@@ -105,41 +100,8 @@ class Failure:
     output_tokens: int = 0
 
 
-@dataclass
-class Usage:
-    """What a client sent and was charged for.
-
-    Attributes:
-        requests: HTTP requests sent, retries included.
-        retries: those of them that repeat another.
-        input_tokens: as the endpoint counts, of all answers, also of unusable ones.
-        output_tokens: the same.
-    """
-
-    requests: int = 0
-    retries: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
-
-    @classmethod
-    def of(cls, figures: dict[str, Any]) -> Usage:
-        """The counters in what :meth:`figures` made."""
-        return cls(**{item.name: figures.get(item.name, 0) for item in fields(cls)})
-
-    def figures(self, settings: EndpointConfig) -> dict[str, Any]:
-        """For a manifest: the counters, the model, and the cost at the configured prices in US dollars."""
-        cost = (
-            self.input_tokens * settings.usd_per_million_input
-            + self.output_tokens * settings.usd_per_million_output
-        ) / 1e6
-        return {"model": settings.model, **asdict(self), "cost_usd": round(cost, 6)}
-
-
 def read_key(settings: EndpointConfig) -> str | None:
-    """The key that the settings name, from this process's environment; None where there is none and none is needed.
+    """The key that the settings name, from this process's environment; None if there is none and none is needed.
 
     Raises:
         UserError: OpenAI's own endpoint is meant and its key is not set.
@@ -147,47 +109,14 @@ def read_key(settings: EndpointConfig) -> str | None:
     key = os.environ.get(settings.api_key_env)
     if not key and not _base_url(settings):
         raise UserError(
-            f"no key for {settings.model}: set the environment variable {settings.api_key_env}, or base_url to a server "
-            "that needs none."
+            f"no key for {settings.model}: set the environment variable {settings.api_key_env}, or base_url to a "
+            "server that needs none."
         )
     return key or None
 
 
-def as_data(record: dict[str, Any]) -> str:
-    """A record as one line of ASCII JSON that holds no character with which chat templates mark turns.
-
-    Texts written by others go into a prompt in this form: none can end its JSON string, open a turn of its own, or spell
-    a special token. That nothing in it is an instruction must be said beside it.
-
-    Args:
-        record: strings, numbers and further records; no lists, whose brackets would be escaped as well.
-    """
-    text = json.dumps(record, ensure_ascii=True)
-    # Without lists these occur inside strings only, where an escape means the same.
-    for letter in "<>[]|&":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return text
-
-
-def read_json(text: str | bytes, **options: Any) -> Any:
-    """A JSON value written by others; None where the text is none, or nests too deep to be read.
-
-    Args:
-        options: of :func:`json.loads`.
-    """
-    try:
-        return json.loads(text, **options)
-    except (ValueError, RecursionError):
-        return None
-
-
-def is_text(value: Any) -> TypeGuard[str]:
-    """Whether a value is a string that UTF-8, and so a table, can hold: JSON allows half of a surrogate pair, UTF-8 does not."""
-    return isinstance(value, str) and storable(value) == value
-
-
-class EndpointClient:
-    """Sends chat requests; one instance serves a Ray actor. Pace, connections and counters last as long as the instance.
+class ChatClient:
+    """Sends batches of chat requests; one instance per Ray actor. Pace, connections and counters last as long as it does.
 
     Args:
         settings: address, model, limits.
@@ -198,119 +127,80 @@ class EndpointClient:
     """
 
     def __init__(self, settings: EndpointConfig, key: str | None = None) -> None:
-        import openai
-
-        self._openai = openai
         self._settings = settings
         self._place = _base_url(settings) or "OpenAI"
-        # A local server takes any key, the client refuses none.
-        self._key = key or read_key(settings) or "none"
         self._runner = asyncio.Runner()
-        self._client: Any = None
-        self._slots = asyncio.Semaphore(settings.concurrency)
-        self._pace = Pace(settings.requests_per_minute)
-        self._usage = Usage()
+        # A local server accepts any key, the client refuses none.
+        key = key or read_key(settings) or "none"
+        self._http = HttpClient(_base_url(settings), key, settings, settings.requests_per_minute)
         self._reached = False
         self._answered = False
-        # Failures before the first answer that may be due to the settings, by reason and detail.
+        # Failures before the first answer that the settings may have caused, by reason and detail.
         self._suspects: Counter[tuple[str, str]] = Counter()
         self._failures_in_a_row = 0
-        self._stopping = False
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[Completion | Failure]:
         """Answers to the requests, in order.
 
         Raises:
-            UserError: the address, the key or the model name is wrong, or nothing answers, so that no request can succeed.
+            UserError: the address, the key or the model name is wrong, or nothing answers, so no request can succeed.
         """
-        return self._runner.run(self._complete(requests))
+        answers = self._runner.run(self._complete(requests))
+        self._refuse_hopeless()
+        return answers
 
     def take_usage(self) -> Usage:
         """What was sent and charged since the last call."""
-        taken, self._usage = self._usage, Usage()
+        taken, self._http.usage = self._http.usage, Usage()
         return taken
 
     def close(self) -> None:
         """Closes the connections."""
-        if self._client is not None:
-            self._runner.run(self._client.close())
+        self._runner.run(self._http.close())
         self._runner.close()
 
     async def _complete(self, requests: Sequence[ChatRequest]) -> list[Completion | Failure]:
-        if self._client is None:
-            self._client = self._openai.AsyncOpenAI(
-                base_url=_base_url(self._settings),
-                api_key=self._key,
-                timeout=self._settings.timeout_s,
-                max_retries=self._settings.retries,
-                # Every try passes here, so that retries are paced and counted as well.
-                http_client=async_client(
-                    _base_url(self._settings), event_hooks={"request": [self._before_try]}
-                ),
-            )
-        self._stopping = False
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._one(request)) for request in requests]
-        except* UserError as errors:
-            raise errors.exceptions[0] from None
-        answers = [task.result() for task in tasks]
-        self._refuse_hopeless()
-        return answers
+        async def answer(numbered: tuple[int, ChatRequest]) -> tuple[int, Completion | Failure]:
+            return numbered[0], await self._answer(numbered[1])
 
-    async def _before_try(self, request: Any) -> None:
-        await self._pace.wait()
-        self._usage.requests += 1
-        self._usage.retries += request.headers.get("x-stainless-retry-count", "0") != "0"
+        found = dict([item async for item in self._http.as_completed(answer, enumerate(requests))])
+        return [found[number] for number in range(len(requests))]
 
-    async def _one(self, request: ChatRequest) -> Completion | Failure:
-        async with self._slots:
-            if self._stopping:
-                # The slot was freed by a failure of all; being cancelled comes a moment later.
-                raise asyncio.CancelledError
-            try:
-                answer = await self._ask(request)
-            except UserError:
-                self._stopping = True
-                raise
-        self._usage.input_tokens += answer.input_tokens
-        self._usage.output_tokens += answer.output_tokens
-        if isinstance(answer, Failure) and answer.reason == TRANSIENT:
-            self._failures_in_a_row += 1
-            if self._failures_in_a_row >= max(_FEWEST_FOR_OUTAGE, 2 * self._settings.concurrency):
-                raise UserError(
-                    f"{self._place} failed {self._failures_in_a_row} requests one after the other, each tried "
-                    f"{self._settings.retries + 1} times (last: {answer.detail}). Run again when it answers; finished "
-                    "rows are kept."
-                )
-        else:
+    async def _answer(self, request: ChatRequest) -> Completion | Failure:
+        answer = await self._ask(request)
+        self._http.usage += Usage(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+        if not isinstance(answer, Failure) or answer.reason != TRANSIENT:
             self._failures_in_a_row = 0
+            return answer
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= max(_FAILURES_FOR_OUTAGE, 2 * self._settings.concurrency):
+            raise UserError(
+                f"{self._place} failed {self._failures_in_a_row} requests one after the other, each tried "
+                f"{self._settings.retries + 1} times (last: {answer.detail}). Run again when it answers; finished rows are "
+                "kept."
+            )
         return answer
 
     async def _ask(self, request: ChatRequest) -> Completion | Failure:
-        openai = self._openai
+        import openai
+
         try:
-            # Unparsed, as the client takes what it is sent for what it should be.
-            response = await self._client.chat.completions.with_raw_response.create(
-                **self._arguments(request)
-            )
-        except openai.APITimeoutError as error:
-            if not self._reached:
-                self._unreachable(error)
-            return Failure(TRANSIENT, f"no answer within {self._settings.timeout_s:g} s")
+            body = await self._http.chat(**self._arguments(request))
         except openai.APIConnectionError as error:
             if not self._reached:
-                self._unreachable(error)
-            return Failure(TRANSIENT, "connection failed")
+                self._refuse_unreachable(error)
+            timed_out = isinstance(error, openai.APITimeoutError)
+            detail = f"no answer within {self._settings.timeout_s:g} s" if timed_out else "connection failed"
+            return Failure(TRANSIENT, detail)
         except openai.APIStatusError as error:
             self._reached = True
-            return self._refused(error)
+            return self._failure_of_status(error)
         except (ValueError, RecursionError):
             # An error body that nests too deep for the client.
             self._reached = True
             return self._suspect(Failure(UNREADABLE, _MALFORMED))
         self._reached = True
-        answer = _read(response.content, self._settings.max_tokens)
+        answer = _read(body, self._settings.max_tokens)
         if isinstance(answer, Failure) and answer.detail in (_FOREIGN, _MALFORMED):
             return self._suspect(answer)
         self._answered = True
@@ -336,8 +226,8 @@ class EndpointClient:
 
     # ------------------------------------------------------------------ failures
 
-    def _refused(self, error: Any) -> Failure:
-        status, code = error.status_code, _code(error)
+    def _failure_of_status(self, error: Any) -> Failure:
+        status, code = error.status_code, error_code(error)
         if code in _HOPELESS:
             raise UserError(f"{self._place} {_HOPELESS[code]}.") from None
         if status in (401, 403):
@@ -355,52 +245,65 @@ class EndpointClient:
         refusal = Failure(REFUSED, detail)
         return refusal if _is_of_the_row(error) else self._suspect(refusal)
 
-    def _unreachable(self, error: Any) -> NoReturn:
+    def _refuse_unreachable(self, error: Any) -> NoReturn:
         cause = type(error.__cause__ or error).__name__
         raise UserError(
             f"{self._place} cannot be reached ({cause}, {self._settings.retries + 1} tries of at most "
-            f"{self._settings.timeout_s:g} s). Start the server, or correct base_url (where it is not set, OPENAI_BASE_URL); "
-            "it ends in /v1."
+            f"{self._settings.timeout_s:g} s). Start the server, or correct base_url (if it is not set, OPENAI_BASE_URL); it "
+            "ends in /v1."
         ) from None
 
     def _suspect(self, failure: Failure) -> Failure:
-        """Counts a failure that may be that of every request. A wrong address is not asked for all rows."""
+        """Counts a failure that every request may share, so that a wrong address is not asked for all rows."""
         self._suspects[failure.reason, failure.detail] += 1
-        if not self._answered and self._suspects[UNREADABLE, _FOREIGN] >= _FEWEST_FOR_HOPELESS:
+        if self._suspects[UNREADABLE, _FOREIGN] >= _SUSPECTS_FOR_HOPELESS:
             self._refuse_hopeless()
         return failure
 
     def _refuse_hopeless(self) -> None:
-        """Raises where requests were refused for one reason again and again and none was answered: it lies in the settings."""
+        """Raises if nothing was answered yet and the same failure came so often that the settings must be wrong."""
         if self._answered or not self._suspects:
             return
         ((reason, detail), count) = self._suspects.most_common(1)[0]
-        if count < (_FEWEST_FOR_FOREIGN if detail == _FOREIGN else _FEWEST_FOR_HOPELESS):
+        if count < (_FOREIGN_FOR_HOPELESS if detail == _FOREIGN else _SUSPECTS_FOR_HOPELESS):
             return
         if reason == UNREADABLE:
             raise UserError(
-                f"{self._place} answers, but not as an OpenAI-compatible endpoint does ({detail}). Check base_url (it ends in "
-                "/v1)."
+                f"{self._place} answers, but not as an OpenAI-compatible endpoint does ({detail}). Check base_url (it ends "
+                "in /v1)."
             )
         raise UserError(
-            f"{self._place} refuses every request ({detail}). Check what model {self._settings.model!r} takes: "
-            "JSON schemas (structured outputs), temperature, max_tokens (some models want "
+            f"{self._place} refuses every request ({detail}). Check what model {self._settings.model!r} accepts: JSON "
+            "schemas (structured outputs), temperature, max_tokens (some models want "
             "max_tokens_name=max_completion_tokens and temperature=null)."
         )
 
 
-def _read(body: bytes, max_tokens: int) -> Completion | Failure:
-    """The answer in the body of a response, whose every part may be of another type than the protocol has it."""
+def first_choice(body: bytes) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]:
+    """The parts of a chat completion, each of which may be of another type than the protocol says.
+
+    Returns:
+        The completion (None: the body is no chat completion), its first choice and the choice's message ({}: malformed).
+    """
     answer = read_json(body)
     if not isinstance(answer, dict) or not ("choices" in answer or "error" in answer):
-        return Failure(UNREADABLE, _FOREIGN)
-    spent = _tokens(answer.get("usage"))
+        return None, {}, {}
     choices = answer.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
+    choice = choice if isinstance(choice, dict) else {}
+    message = choice.get("message")
+    return answer, choice, message if isinstance(message, dict) else {}
+
+
+def _read(body: bytes, max_tokens: int) -> Completion | Failure:
+    """The answer in the body of a response."""
+    answer, choice, message = first_choice(body)
+    if answer is None:
+        return Failure(UNREADABLE, _FOREIGN)
+    spent = _tokens(answer.get("usage"))
+    if not isinstance(choice.get("message"), dict):
         return Failure(UNREADABLE, _MALFORMED, *spent)
-    finish, text = choice.get("finish_reason"), _content(message)
+    finish, text = choice.get("finish_reason"), text_of(message)
     if finish == "length":
         return Failure("endpoint_answer_cut", f"after max_tokens={max_tokens}", *spent)
     if finish == "content_filter" or _declines(message):
@@ -408,14 +311,14 @@ def _read(body: bytes, max_tokens: int) -> Completion | Failure:
     if text is None:
         return Failure(UNREADABLE, _MALFORMED, *spent)
     if not text.strip():
-        return Failure("endpoint_empty_answer", f"finish reason {_identifier(finish) or 'unknown'}", *spent)
+        return Failure("endpoint_empty_answer", f"finish reason {as_identifier(finish) or 'unknown'}", *spent)
     if not is_text(text):
         return Failure(UNREADABLE, "text that is no Unicode", *spent)
     return Completion(text, *spent)
 
 
-def _content(message: dict[str, Any]) -> str | None:
-    """The text of a message, that of its text parts where it has parts; None where it is neither."""
+def text_of(message: dict[str, Any]) -> str | None:
+    """The text of a message, or of its text parts; "" if it has no content, None if the content is malformed."""
     content = message.get("content")
     if content is None:
         return ""
@@ -451,59 +354,10 @@ def _base_url(settings: EndpointConfig) -> str | None:
     return settings.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
 
-def _code(error: Any) -> str:
-    """The error's code as an identifier; its message may repeat the texts."""
-    body = error.body if isinstance(error.body, dict) else {}
-    return _identifier(body.get("code")) or _identifier(body.get("type"))
-
-
-def _identifier(value: Any) -> str:
-    return value if isinstance(value, str) and _IDENTIFIER.fullmatch(value) else ""
-
-
 def _is_of_the_row(error: Any) -> bool:
-    """Whether a refusal speaks of this request alone, so that another may pass."""
-    if error.status_code in _OWN_STATUSES or _code(error) in _OWN_CODES:
+    """Whether a refusal is about this request alone, so that another may pass."""
+    if error.status_code in _ROW_STATUSES or error_code(error) in _ROW_CODES:
         return True
     body = error.body
     message = body.get("message") if isinstance(body, dict) else body
     return isinstance(message, str) and _TOO_LONG.search(message) is not None
-
-
-class Pace:
-    """Spreads the starts of requests evenly, at most ``per_minute``; None: as fast as they come."""
-
-    def __init__(self, per_minute: float | None) -> None:
-        self._gap = 60.0 / per_minute if per_minute else 0.0
-        self._next = time.monotonic()
-
-    async def wait(self) -> None:
-        """Returns when the next request may start."""
-        now = time.monotonic()
-        start = max(now, self._next)
-        self._next = start + self._gap
-        if start > now:
-            await asyncio.sleep(start - now)
-
-
-class UsageLog:
-    """Counters in a folder, one small file a batch: what a crash interrupted was paid for all the same.
-
-    Args:
-        folder: of the stage's attempt; made by the first entry.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def add(self, usage: Usage) -> None:
-        """Writes the counters of a batch."""
-        path = storage.join(self.folder, f"{uuid.uuid4().hex}.json")
-        storage.write_bytes(path, json.dumps(asdict(usage)).encode())
-
-    def total(self) -> Usage:
-        """The sum of all entries."""
-        total = Usage()
-        for path in storage.list_files(self.folder, ".json"):
-            total += Usage(**json.loads(storage.read_bytes(path)))
-        return total

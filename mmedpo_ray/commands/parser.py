@@ -26,7 +26,10 @@ the folder exists, `run.folder=DIR` is enough: its config.yaml is used.
 
 
 def build_parser() -> ArgumentParser:
-    """The parser. What it returns has ``start``, a function of the arguments that returns the command to run."""
+    """The parser.
+
+    What it returns has ``start``, a function of the arguments that returns the command to run.
+    """
     parser = ArgumentParser(
         prog="mmedpo",
         description="Clinically weighted preference alignment of medical vision-language models on Ray.",

@@ -97,7 +97,8 @@ def _align_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print steps, tokens and expected memory from the scored pairs, and stop before loading anything",
+        help="print steps, tokens and expected memory from the scored pairs, and stop before loading "
+        "anything",
     )
 
 
@@ -117,7 +118,8 @@ def _audit_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="findings as JSON (default: beside the table, audit.json of a run's scored/, else NAME.audit.json)",
+        help="findings as JSON (default: beside the table, audit.json of a run's scored/, else "
+        "NAME.audit.json)",
     )
     parser.add_argument(
         "--fail-on",
@@ -148,7 +150,8 @@ def _evaluate_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--answers",
         metavar="FILE",
-        help="score the answers in this file (JSON lines, a JSON list or Parquet) instead of asking an endpoint",
+        help="score the answers in this file (JSON lines, a JSON list or Parquet) instead of asking an "
+        "endpoint",
     )
     parser.add_argument(
         "--json", metavar="OUT", help="with --answers: write the scores here; - is the standard output"

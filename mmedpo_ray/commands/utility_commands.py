@@ -156,8 +156,10 @@ COMMANDS = (
         "image files → PNG as the models will see them, and how each was decoded",
         _show_options,
         _show,
-        description="Writes what the models will see of image files (PNG, JPEG, TIFF, DICOM, …) as 8-bit RGB PNG, named\n"
-        "after the file's stem, and prints one line on how each was decoded: decoder, rescale, window or table,\n"
+        description="Writes what the models will see of image files (PNG, JPEG, TIFF, DICOM, …) as 8-bit "
+        "RGB PNG, named\n"
+        "after the file's stem, and prints one line on how each was decoded: decoder, rescale, window or "
+        "table,\n"
         "inversion, padding, palette, EXIF. Exit status 2 if a file cannot be used; its line has the reason.",
         example="example: mmedpo show study/*.dcm --out shown --frames middle",
     ),
@@ -166,9 +168,12 @@ COMMANDS = (
         "preference pairs → data that TRL, LLaMA-Factory or ms-swift train on",
         _convert_pairs_options,
         _convert_pairs,
-        description="Writes a table of pairs as another project reads it: trl (.jsonl, .json, or .parquet with the\n"
-        "images in it), llama-factory (with dataset_info.json beside it) or swift. Weight and score are kept.\n"
-        "Images that other decoders would read differently (DICOM, 16 bits, EXIF) are written as PNG beside the\n"
+        description="Writes a table of pairs as another project reads it: trl (.jsonl, .json, or .parquet "
+        "with the\n"
+        "images in it), llama-factory (with dataset_info.json beside it) or swift. Weight and score are "
+        "kept.\n"
+        "Images that other decoders would read differently (DICOM, 16 bits, EXIF) are written as PNG beside "
+        "the\n"
         "file. Visual pairs need swift; the other formats count them and leave them out.",
         example="example: mmedpo convert-pairs runs/mine/scored --to trl --out mine.parquet",
     ),
@@ -185,7 +190,8 @@ COMMANDS = (
         "build the embedded model again",
         _phantom_options,
         _phantom,
-        description="Pre-trains the embedded LLaVA from random weights (minutes on two cores, reproducible by seed).",
+        description="Pre-trains the embedded LLaVA from random weights (minutes on two cores, reproducible "
+        "by seed).",
         example="example: mmedpo phantom build --out /models/phantom --seed 1",
     ),
 )

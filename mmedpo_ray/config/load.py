@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from mmedpo_ray.config.base import Section
 from mmedpo_ray.config.messages import in_words, line_of
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
@@ -28,13 +29,13 @@ def load(
 
     Args:
         path: the file; None: the defaults.
-        overrides: take precedence over the file. The value of a string setting is used exactly as given, except that
-            ``null`` and the empty string mean null; any other value is YAML.
+        overrides: take precedence over the file. The value of a string setting is used exactly as given,
+            except that ``null`` and the empty string mean null; any other value is YAML.
         values: values by dotted key, used as they are; they take precedence over the overrides.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value is
-            invalid.
+        UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a
+            value is invalid.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -84,7 +85,8 @@ class _OncePerKey(yaml.SafeLoader):
             line, name = key.start_mark.line + 1, getattr(key, "value", None)
             if isinstance(name, str) and name in lines:
                 raise yaml.YAMLError(
-                    f"the key {name!r} occurs twice in one section, in line {lines[name]} and in line {line}. The "
+                    f"the key {name!r} occurs twice in one section, in line {lines[name]} and in line "
+                    f"{line}. The "
                     "first would be ignored: remove one of them."
                 )
             lines[name if isinstance(name, str) else id(key)] = line
@@ -175,7 +177,8 @@ def _explain(error: ValidationError, path: str | Path | None, given: list[str]) 
         key = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
             name, words = f"unknown key {key}{_nearest(key)}", ""
-        elif not key:
+        elif item["msg"].removeprefix("Value error, ").startswith(key):
+            # A rule over several settings names them itself.
             name, words = item["msg"].removeprefix("Value error, "), ""
         else:
             name, words = key, in_words(item)
@@ -191,10 +194,9 @@ def _explain(error: ValidationError, path: str | Path | None, given: list[str]) 
 
 
 def _keys_of(location: Sequence[str | int]) -> list[str | int]:
-    """The keys in an error's location: pydantic adds the tag or the type that it tried for a union."""
-    keys = [part for part in location if part not in ("rules", "vllm", "openai")]
-    types = [index for index, part in enumerate(keys) if _TYPE.fullmatch(str(part))]
-    return keys[: types[0]] if types else keys
+    """The part of an error's location that is keys of a file: unions add the type that was tried."""
+    types = [index for index, part in enumerate(location) if _TYPE.fullmatch(str(part))]
+    return list(location[: types[0]] if types else location)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -209,14 +211,16 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def _sections(kind: type[Section] = Section) -> list[type[Section]]:
+    """Every class of settings that is loaded, those of list items included."""
+    return [kind, *(found for below in kind.__subclasses__() for found in _sections(below))]
+
+
 def _nearest(key: str) -> str:
     """A hint for an unknown key: the nearest known key, by its whole name or by its last part."""
     known = known_keys()
     if in_list := re.match(r".+\.\d+\.", key):
-        schemas = Config.model_json_schema()["$defs"].values()
-        known += sorted(
-            {in_list.group() + name for schema in schemas for name in schema.get("properties", ())}
-        )
+        known += sorted({in_list.group() + name for section in _sections() for name in section.model_fields})
     sections = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2) if "." in name}
     matches = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.6)
     if not matches:
@@ -224,3 +228,13 @@ def _nearest(key: str) -> str:
         last = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
         matches = [by_last_part[name] for name in last]
     return f"; did you mean {matches[0]}?" if matches else "; `mmedpo config show` lists the known ones"
+
+
+def _names_in_schema(schema: Any) -> set[str]:
+    """The names of all properties in a JSON schema."""
+    if isinstance(schema, list):
+        return set().union(*map(_names_in_schema, schema))
+    if not isinstance(schema, dict):
+        return set()
+    properties = schema.get("properties", {})
+    return set(properties).union(*map(_names_in_schema, schema.values()))

@@ -14,14 +14,10 @@ from pydantic import Field, model_validator
 from mmedpo_ray.align.settings import AlignConfig, ControlConfig
 from mmedpo_ray.audit.settings import AuditConfig
 from mmedpo_ray.config.base import Section, Share
-from mmedpo_ray.curate.settings import (
-    CurateConfig,
-)
+from mmedpo_ray.curate.settings import CurateConfig
 from mmedpo_ray.evaluate.settings import EvaluateConfig
 from mmedpo_ray.ingest.settings import DataConfig
-from mmedpo_ray.judge.settings import (
-    ScoreConfig,
-)
+from mmedpo_ray.judge.settings import ScoreConfig
 from mmedpo_ray.models.settings import ModelConfig
 from mmedpo_ray.report.settings import ReportConfig
 from mmedpo_ray.serve.settings import ServeConfig
@@ -75,48 +71,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         self.data.check_format(needs_pairs=self.curate.text.method == "released")
-        visual = self.curate.visual
-        if visual.tool == "medklip" and visual.medklip.checkpoint is None:
-            raise ValueError("curate.visual.tool=medklip needs curate.visual.medklip.checkpoint")
-        if visual.tool == "text_prompted" and visual.text_prompted.model is None:
-            raise ValueError("curate.visual.tool=text_prompted needs curate.visual.text_prompted.model")
-        if self.curate.text.method == "rewrite" and self.curate.text.fallback == "rewrite":
-            raise ValueError(
-                "curate.text.fallback=rewrite cannot follow curate.text.method=rewrite; use rule_edit or none"
-            )
-        if self.curate.text.method == "none" and self.curate.visual.tool == "none":
-            raise ValueError(
-                "curate.text.method and curate.visual.tool are both none: there would be no pair"
-            )
-        if self.align.loss in ("cdpo", "robust") and self.align.label_smoothing == 0:
-            raise ValueError(
-                f"align.loss={self.align.loss} needs align.label_smoothing > 0; at 0 it is sigmoid"
-            )
-        if self.align.loss not in ("cdpo", "robust") and self.align.label_smoothing > 0:
-            raise ValueError(
-                f"align.label_smoothing has no effect with align.loss={self.align.loss}; use cdpo or robust, or 0"
-            )
-        if self.align.train == "full" and self.align.reference == "online":
-            raise ValueError(
-                "align.reference=online needs an adapter to switch off, which align.train=full has not; use precomputed"
-            )
-        if self.align.train == "full" and self.align.kl_coefficient > 0:
-            raise ValueError(
-                "align.kl_coefficient needs an adapter to switch off, which align.train=full has not; set it to 0 "
-                "(align.anchor_coefficient and align.nll_coefficient work), or use align.train=lora"
-            )
-        if self.align.keep == "best" and self.align.validation_share == 0:
-            raise ValueError(
-                "align.keep=best needs held-out images that tell which is best; set align.validation_share above 0"
-            )
-        names = [agent.name for agent in self.score.agents]
-        if len(set(names)) != len(names):
-            raise ValueError(f"score.agents must have different names, not {names}")
         served = [self.model.name, self.evaluate.aligned_name, self.control.name]
         if len(set(served)) != len(served):
             raise ValueError(f"model.name, evaluate.aligned_name and control.name must differ, not {served}")
         if self.serve.max_replicas < self.serve.min_replicas:
             raise ValueError("serve.max_replicas is below serve.min_replicas")
-        if not 0 <= self.score.weights.clip[0] < self.score.weights.clip[1]:
-            raise ValueError("score.weights.clip must be 0 <= low < high")
         return self

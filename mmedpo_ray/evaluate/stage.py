@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.evaluate.client import RETRY_REASONS, Endpoint, Question, Reply
+from mmedpo_ray.evaluate.client import RETRY_REASONS, Question, QuestionClient, Reply
 from mmedpo_ray.evaluate.scoring import check_script
 from mmedpo_ray.evaluate.summary import failed_rows, summarise, summary_table
 from mmedpo_ray.io import storage
@@ -34,6 +34,7 @@ from mmedpo_ray.metrics import at_hand
 from mmedpo_ray.models.loading import model_fingerprint
 from mmedpo_ray.serve.endpoint import engine_groups, run_models, start_endpoint
 from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, digest, read_manifest, read_table
 
@@ -59,9 +60,12 @@ def evaluate(config: Config) -> Manifest:
     stage, names = _stage(config, run)
     manifest = stage.finished()
     if manifest is None:
-        _ask(config, stage, names, _test_samples(config, run))
-        manifest = stage.finish_parts(
-            schema=schemas.ANSWERS, id_column="answer_id", retry_reasons=RETRY_REASONS
+        samples = _test_samples(config, run)
+        manifest = stage.write_rows(
+            lambda done: _ask(config, stage, names, samples, done),
+            schema=schemas.ANSWERS,
+            id_column="answer_id",
+            retry_reasons=RETRY_REASONS,
         )
     key = digest(
         manifest.key, manifest.content, config.evaluate.bootstrap, config.evaluate.confidence, at_hand()
@@ -71,9 +75,10 @@ def evaluate(config: Config) -> Manifest:
     return manifest
 
 
-def _ask(config: Config, stage: StageRunner, names: Sequence[str], samples: list[dict[str, Any]]) -> None:
+def _ask(
+    config: Config, stage: StageRunner, names: Sequence[str], samples: list[dict[str, Any]], done: IdSet
+) -> None:
     """Asks every model what it has not answered yet."""
-    done = stage.done_ids("answer_id", RETRY_REASONS)
     todo = [
         (name, sample) for name in names for sample in samples if f"{name}/{sample['sample_id']}" not in done
     ]
@@ -91,7 +96,7 @@ def _stage(config: Config, run: RunFolder) -> tuple[StageRunner, list[str]]:
     settings = config.evaluate.model_dump(include={"max_tokens", "temperature", "max_samples"})
     inputs = [run.samples]
     if config.evaluate.endpoint:
-        offered = Endpoint(config.evaluate.endpoint, config.evaluate).model_names()
+        offered = QuestionClient(config.evaluate.endpoint, config.evaluate).model_names()
         names = _names_at(config, offered)
         settings["endpoint"] = config.evaluate.endpoint
     else:
@@ -185,7 +190,7 @@ async def _collect(
         Question(answer_id, name, sample["image_uri"], sample["question"])
         for answer_id, (name, sample) in by_id.items()
     ]
-    client = Endpoint(base_url, config.evaluate, config.data.max_pixels)
+    client = QuestionClient(base_url, config.evaluate, config.data.max_pixels)
     rows: list[dict[str, Any]] = []
     saved = started = time.monotonic()
     with progress_bar() as bar:

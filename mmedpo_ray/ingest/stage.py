@@ -19,9 +19,9 @@ from mmedpo_ray.ingest.reader import IMAGE_REASONS, ROWS_PER_UNIT, UNITS, Reader
 from mmedpo_ray.ingest.retry_images import any_mended
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.parts import Work
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.seen_ids import SeenIds
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner
 
 
@@ -43,7 +43,7 @@ def _ingest_samples(config: Config, reader: Reader) -> Manifest:
     run = RunFolder(config.run.folder)
     settings = [config.data, config.run.seed, reader.fingerprint()]
     stage = StageRunner("ingest", run.samples, config, settings=settings)
-    if (manifest := stage.finished(mended=lambda: any_mended(config))) is not None:
+    if (manifest := stage.finished(could_retry_succeed=lambda: any_mended(config))) is not None:
         return manifest
     schema = schemas.with_drop_columns(schemas.SAMPLES)
 
@@ -136,14 +136,14 @@ class _Figures:
     columns = ("split", "image_id", "answer_type", "mask_uri")
 
     def __init__(self) -> None:
-        self._images: dict[str, SeenIds] = {"train": SeenIds(), "test": SeenIds()}
+        self._images: dict[str, IdSet] = {"train": IdSet(), "test": IdSet()}
         self._kinds: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
         self._masked: Counter[str] = Counter()
 
     def add(self, rows: pa.RecordBatch) -> None:
         for split in pc.unique(rows["split"]).to_pylist():
             part = rows.filter(pc.equal(rows["split"], split))
-            self._images.setdefault(split, SeenIds()).add(pc.unique(part["image_id"]).to_pylist())
+            self._images.setdefault(split, IdSet()).add(pc.unique(part["image_id"]).to_pylist())
             self._kinds.setdefault(split, Counter()).update(part["answer_type"].to_pylist())
             self._masked[split] += part.num_rows - part["mask_uri"].null_count
 

@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from mmedpo_ray.clients.settings import EndpointConfig
 from mmedpo_ray.config.base import Section
-from mmedpo_ray.models.settings import EngineConfig
+from mmedpo_ray.judge.agents import JUDGES
+from mmedpo_ray.judge.agents.base import AgentConfig
 
 
-class RulesAgentConfig(Section):
-    """A judge made of a radiology lexicon."""
-
-    kind: Literal["rules"] = "rules"
-    name: str = "rules"
-    focus: Literal["findings", "laterality", "polarity", "all"] = "all"
-
-
-class VllmAgentConfig(Section):
-    """A judge that is any chat model, run by vLLM with structured output."""
-
-    kind: Literal["vllm"] = "vllm"
-    name: str = "judge"
-    model: str = Field(description="local folder or hub name of a chat model")
-    temperature: float = Field(0.0, ge=0)
-    max_tokens: int = Field(160, ge=16)
-    scoring: Literal["choice", "expectation"] = Field(
-        "choice",
-        description="choice: the score the model writes; expectation: mean of the scores under its log-probabilities",
-    )
-    engine: EngineConfig = EngineConfig()
+def _read_agent(value: Any) -> AgentConfig:
+    """An agent's settings, read by the class of its kind."""
+    if isinstance(value, AgentConfig):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        raise PydanticCustomError("union_tag_not_found", "needs a key `kind`")
+    return JUDGES[JUDGES.check(value["kind"])].settings_class.model_validate(value)
 
 
-class OpenAIAgentConfig(Section):
-    """A judge behind an OpenAI-compatible endpoint."""
-
-    kind: Literal["openai"] = "openai"
-    name: str = "judge"
-    endpoint: EndpointConfig = EndpointConfig()
-
-
-AgentConfig = Annotated[RulesAgentConfig | VllmAgentConfig | OpenAIAgentConfig, Field(discriminator="kind")]
-
-
-def _default_agents() -> list[AgentConfig]:
+def _default_agents() -> list[Any]:
     return [
-        RulesAgentConfig(name="findings", focus="findings"),
-        RulesAgentConfig(name="laterality", focus="laterality"),
-        RulesAgentConfig(name="polarity", focus="polarity"),
+        {"kind": "rules", "name": focus, "focus": focus} for focus in ("findings", "laterality", "polarity")
     ]
+
+
+class _AnyKind:
+    """Gives the JSON schema the settings of all kinds of judges."""
+
+    def __get_pydantic_json_schema__(self, _: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [handler(kind.settings_class.__pydantic_core_schema__) for kind in JUDGES.values()]}
 
 
 class WeightConfig(Section):
@@ -58,7 +39,8 @@ class WeightConfig(Section):
 
     mode: Literal["match_moments", "literal", "raw", "none"] = Field(
         "match_moments",
-        description="match_moments: mean 1, variance as given, clipped; literal: the paper's formula; raw: the score; none: 1",
+        description="match_moments: mean 1, variance as given, clipped; literal: the paper's formula; "
+        "raw: the score; none: 1",
     )
     variance: float = Field(0.1, ge=0)
     clip: tuple[float, float] = Field((0.75, 1.25), description="[low, high]; mode match_moments and literal")
@@ -66,13 +48,29 @@ class WeightConfig(Section):
         "kind", description="rows that are normalised together (kind: text and visual scores differ in scale)"
     )
 
+    @field_validator("clip")
+    @classmethod
+    def _check_clip(cls, clip: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= clip[0] < clip[1]:
+            raise ValueError("must be 0 <= low < high")
+        return clip
+
 
 class ScoreConfig(Section):
     """pairs → scored pairs."""
 
-    agents: list[AgentConfig] = Field(default_factory=_default_agents, min_length=1)
+    agents: list[Annotated[SerializeAsAny[AgentConfig], BeforeValidator(_read_agent), _AnyKind()]] = Field(
+        default_factory=_default_agents, min_length=1
+    )
     max_rounds: int = Field(5, ge=1, description="debate rounds; then the mean of the history counts")
     keep_source_scores: bool = Field(
         True, description="a score that came with the data is kept, not judged again"
     )
     weights: WeightConfig = WeightConfig()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> ScoreConfig:
+        names = [agent.name for agent in self.agents]
+        if len(set(names)) != len(names):
+            raise ValueError(f"score.agents must have different names, not {names}")
+        return self

@@ -13,8 +13,9 @@ Clipping can move the mean off 1 (skewed scores). It is not rescaled: rescaling 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -77,13 +78,6 @@ def group_of(kind: str, dataset: str, settings: WeightConfig) -> str:
     return {"kind": kind, "dataset": dataset, "global": "all"}[settings.per]
 
 
-def fit(scores: Floats, groups: Sequence[str]) -> dict[str, Moments]:
-    """The moments of each group of a whole table; see :meth:`Fit.add`."""
-    whole = Fit()
-    whole.add(scores, groups)
-    return whole.moments()
-
-
 def apply(
     scores: Floats, groups: Sequence[str], moments: dict[str, Moments], settings: WeightConfig
 ) -> Floats:
@@ -92,7 +86,7 @@ def apply(
     Args:
         scores: [N], in [0, 1].
         groups: [N], each a key of ``moments``.
-        moments: what :func:`fit` returned for the whole table.
+        moments: those of the whole table (:class:`Fit`).
         settings: mode, variance and clip bounds.
 
     Returns:
@@ -114,37 +108,6 @@ def apply(
     return np.where(constant, 1.0, np.clip(1.0 + sigma * z, low, high))
 
 
-def weigh(scores: Floats, groups: Sequence[str], settings: WeightConfig) -> Floats:
-    """Weights of a whole table: :func:`fit`, then :func:`apply`."""
-    return apply(scores, groups, fit(scores, groups), settings)
-
-
-def effective_share(weights: Floats) -> float:
-    """Effective sample size as a share of the rows: (Σw)² / (n·Σw²), 1 for equal weights, 0 where all are 0."""
-    return _effective_share(weights.size, float(weights.sum()), float(np.square(weights).sum()))
-
-
-def summary(scores: Floats, weights: Floats, kinds: Sequence[str], settings: WeightConfig) -> dict[str, Any]:
-    """Figures of a whole table; see :class:`Summary`."""
-    whole = Summary(settings)
-    whole.add(scores, weights, kinds)
-    return whole.figures()
-
-
-@dataclass
-class _Sums:
-    """What a summary adds up about one kind."""
-
-    n: int = 0
-    score: float = 0.0
-    score_squares: float = 0.0
-    weight: float = 0.0
-    weight_squares: float = 0.0
-    at_clip: int = 0
-    score_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
-    weight_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
-
-
 class Summary:
     """Figures for the manifest: per kind the mean, effective sample share and histograms, from rows that come batch by batch.
 
@@ -159,56 +122,53 @@ class Summary:
         )
         # A constant score has weight 1, which any clip bounds may leave out.
         self._range = (min(self._bounds[0], 1.0), max(self._bounds[1], 1.0))
-        self._kinds: dict[str, _Sums] = {}
+        # Of each kind: rows, Σ score, Σ score², Σ weight, Σ weight², rows on a clip bound; counts of scores and weights.
+        self._sums: dict[str, Floats] = defaultdict(lambda: np.zeros(6))
+        self._counts: dict[str, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros((2, _BINS), np.int64))
 
     def add(self, scores: Floats, weights: Floats, kinds: Sequence[str]) -> None:
         """Adds a batch: [N] scores in [0, 1], [N] weights, [N] kinds."""
         names = np.asarray(kinds, dtype=object)
         low, high = self._bounds
         for kind in dict.fromkeys(kinds):
-            sums = self._kinds.setdefault(kind, _Sums())
-            chosen, values = weights[names == kind], scores[names == kind]
-            sums.n += chosen.size
-            sums.score += float(values.sum())
-            sums.score_squares += float(np.square(values).sum())
-            sums.weight += float(chosen.sum())
-            sums.weight_squares += float(np.square(chosen).sum())
-            sums.at_clip += int((np.isclose(chosen, low) | np.isclose(chosen, high)).sum())
-            sums.score_counts += np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0]
-            sums.weight_counts += np.histogram(chosen, bins=_BINS, range=self._range)[0]
+            s, w = scores[names == kind], weights[names == kind]
+            at_clip = (np.isclose(w, low) | np.isclose(w, high)).sum()
+            self._sums[kind] += [len(w), s.sum(), np.square(s).sum(), w.sum(), np.square(w).sum(), at_clip]
+            self._counts[kind] += [
+                np.histogram(s, bins=_BINS, range=(0.0, 1.0))[0],
+                np.histogram(w, bins=_BINS, range=self._range)[0],
+            ]
 
     @property
     def any_weight(self) -> bool:
         """Whether some weight is above 0."""
-        return any(sums.weight > 0 for sums in self._kinds.values())
+        return any(sums[3] > 0 for sums in self._sums.values())
 
     def figures(self) -> dict[str, Any]:
         """The figures of all that was added.
 
         Returns:
             ``{kind: {"n", "score_mean", "score_std", "mean", "at_clip", "effective_share", "weights": H, "scores": H}}``
-            with ``H = {"edges": [21], "counts": [20]}``; ``at_clip`` is the share of rows on a clip bound.
+            with ``H = {"edges": [21], "counts": [20]}``. ``at_clip`` is the share of rows on a clip bound,
+            ``effective_share`` the effective sample size as a share of the rows: (Σw)² / (n·Σw²), 1 for equal weights.
         """
         found: dict[str, Any] = {}
-        for kind, sums in sorted(self._kinds.items()):
-            mean = sums.score / sums.n
+        for kind in sorted(self._sums):
+            n, score, score_squares, weight, weight_squares, at_clip = self._sums[kind].tolist()
+            mean = score / n
             found[kind] = {
-                "n": sums.n,
+                "n": int(n),
                 "score_mean": round(mean, 4),
-                "score_std": round(math.sqrt(max(0.0, sums.score_squares / sums.n - mean**2)), 4),
-                "mean": round(sums.weight / sums.n, 4),
-                "at_clip": round(sums.at_clip / sums.n, 4) if self._clips else 0.0,
-                "effective_share": round(_effective_share(sums.n, sums.weight, sums.weight_squares), 4),
-                "weights": _histogram(sums.weight_counts, self._range),
-                "scores": _histogram(sums.score_counts, (0.0, 1.0)),
+                "score_std": round(math.sqrt(max(0.0, score_squares / n - mean**2)), 4),
+                "mean": round(weight / n, 4),
+                "at_clip": round(at_clip / n, 4) if self._clips else 0.0,
+                "effective_share": round(weight**2 / (n * weight_squares), 4) if weight_squares > 0 else 0.0,
+                "weights": _histogram(self._counts[kind][1], self._range),
+                "scores": _histogram(self._counts[kind][0], (0.0, 1.0)),
             }
         return found
 
 
-def _effective_share(count: int, total: float, squares: float) -> float:
-    return total**2 / (count * squares) if squares > 0 else 0.0
-
-
 def _histogram(counts: npt.NDArray[np.int64], limits: tuple[float, float]) -> dict[str, list[float]]:
     edges = np.linspace(*limits, _BINS + 1)
-    return {"edges": [round(float(edge), 6) for edge in edges], "counts": [int(count) for count in counts]}
+    return {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()}

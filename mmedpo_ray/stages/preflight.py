@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def announce(command: str, config: Config) -> None:
-    """Prints the model, the data and the run folder of a command; warns if the embedded model gets other data."""
+    """Prints the model, the data and the run folder of a command; warns if the embedded model gets other
+    data."""
     data, is_embedded = config.data, config.model.path == EMBEDDED_NAME
     model = "the embedded tiny LLaVA" if is_embedded else config.model.path
     source = (
@@ -35,13 +36,15 @@ def announce(command: str, config: Config) -> None:
     )
     if is_embedded and data.format != "phantom" and _needs_model(command, config):
         log.warning(
-            "model.path is 'phantom': the embedded tiny LLaVA knows only its synthetic world, so on these data its "
+            "model.path is 'phantom': the embedded tiny LLaVA knows only its synthetic world, so on these "
+            "data its "
             "answers and scores mean nothing. Set model.path to your model."
         )
 
 
 def check(command: str, config: Config) -> None:
-    """Checks that the input of a command and the models that it loads exist; reads a few small files, writes nothing.
+    """Checks that the input of a command and the models that it loads exist; reads a few small files, writes
+    nothing.
 
     Raises:
         UserError: a stage that it needs has not run, or the data set or a model is missing.
@@ -71,7 +74,8 @@ def _check_input(stage: Stage, config: Config) -> None:
     folder = needed.folder(RunFolder(config.run.folder))
     if read_manifest(folder) is None:
         raise UserError(
-            f"{stage.name} needs {folder}, which is missing or unfinished. Run the stage that writes it first: "
+            f"{stage.name} needs {folder}, which is missing or unfinished. Run the stage that writes it "
+            f"first: "
             f"`{command_line(needed.name, config)}` (`mmedpo run` runs all in order), or correct run.folder."
         )
 
@@ -85,7 +89,8 @@ def _check_root(config: Config) -> None:
         raise UserError(f"data.root: there is no folder {path}. Correct data.root.")
     if not path.is_dir():
         raise UserError(
-            f"data.root: {path} is a file, not a folder. Set data.root to its folder, and data.train_file to its "
+            f"data.root: {path} is a file, not a folder. Set data.root to its folder, and data.train_file "
+            f"to its "
             "name if the format does not find it there."
         )
 
@@ -104,5 +109,6 @@ def _other_models(command: str, config: Config) -> Iterator[tuple[str, str]]:
             yield "curate.visual.text_prompted.model", visual.text_prompted.model
     if command in ("run", "score"):
         for number, agent in enumerate(config.score.agents):
-            if agent.kind == "vllm" and agent.model != EMBEDDED_NAME:
-                yield f"score.agents.{number}.model", agent.model
+            model = getattr(agent, "model", EMBEDDED_NAME)
+            if model != EMBEDDED_NAME:
+                yield f"score.agents.{number}.model", model

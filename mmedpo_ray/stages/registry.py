@@ -1,7 +1,7 @@
 """The stages of the pipeline, one row per stage: the only place where a stage is listed.
 
-Another package adds a stage by an entry point of the group ``mmedpo_ray.stages`` that names a :class:`Stage`; it runs after the
-stage that it needs. Nothing slow is imported here: a stage's code is loaded when it runs.
+Another package adds a stage by an entry point of the group ``mmedpo_ray.stages`` that names a :class:`Stage`;
+it runs after the stage that it needs. Nothing slow is imported here: a stage's code is loaded when it runs.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ _BUILTIN = (
 
 @cache
 def stages() -> dict[str, Stage]:
-    """Every stage by name, in the order of the pipeline; those of other packages come right after what they need."""
+    """Every stage by name, in the order of the pipeline; those of other packages come right after what they
+    need."""
     ordered = list(_BUILTIN)
     for entry in entry_points(group=GROUP):
         stage = entry.load()

@@ -1,4 +1,5 @@
-"""The whole road as a submitted job on a reduced phantom world: real job server, token authentication, every engine."""
+"""The whole road as a submitted job on a reduced phantom world: real job server, token authentication, every
+engine."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import user_message
 from mmedpo_ray.io import storage
-from mmedpo_ray.judge.agents import AGREEMENT, Case, Judgement, prompt
+from mmedpo_ray.judge.agents import prompt
+from mmedpo_ray.judge.agents.base import AGREEMENT, Case, Judgement
 from mmedpo_ray.judge.stage import score
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
@@ -47,7 +48,6 @@ def attacked() -> dict[str, tuple[str, str, str]]:
 
 def write_pairs(config: Config, rows: dict[str, tuple[str, str, str]]) -> None:
     stage = StageRunner("curate", RunFolder(config.run.folder).pairs, config, settings=[sorted(rows)])
-    stage.done_ids("pair_id")
     made = [
         {
             **{
@@ -61,8 +61,9 @@ def write_pairs(config: Config, rows: dict[str, tuple[str, str, str]]) -> None:
         }
         for name, (question, chosen, rejected) in rows.items()
     ]
-    stage.write_part(made, schemas.PAIRS, "pair_id")
-    stage.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
+    stage.write_rows(
+        lambda _: stage.write_part(made, schemas.PAIRS, "pair_id"), schema=schemas.PAIRS, id_column="pair_id"
+    )
 
 
 def config_of(folder: Path, agents: list[dict[str, Any]], rounds: int) -> Config:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.evaluate.client import Endpoint, Question, image_data_url
+from mmedpo_ray.evaluate.client import Question, QuestionClient, image_data_url
 from mmedpo_ray.evaluate.settings import EvaluateConfig
 from mmedpo_ray.io.images import ImageError
 
@@ -87,7 +87,7 @@ def image(tmp_path):
 
 
 def ask(server, texts, image, **settings):
-    client = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", EvaluateConfig(**settings))
+    client = QuestionClient(f"http://127.0.0.1:{server.server_port}/v1", EvaluateConfig(**settings))
     questions = [Question(f"{index}", "m", image, text) for index, text in enumerate(texts)]
 
     async def collect():
@@ -121,7 +121,7 @@ def test_what_can_succeed_later_is_repeated(server, image):
 
 def test_a_missing_or_damaged_image_is_a_reason(server, image, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    client = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", EvaluateConfig())
+    client = QuestionClient(f"http://127.0.0.1:{server.server_port}/v1", EvaluateConfig())
     questions = [
         Question("missing", "m", str(tmp_path / "absent.png"), "a"),
         Question("broken", "m", str(tmp_path / "broken.png"), "b"),
@@ -138,13 +138,15 @@ def test_a_missing_or_damaged_image_is_a_reason(server, image, tmp_path):
 
 
 def test_an_endpoint_that_is_not_there_is_named():
-    client = Endpoint("http://127.0.0.1:9/v1", EvaluateConfig(retries=0))
+    client = QuestionClient("http://127.0.0.1:9/v1", EvaluateConfig(retries=0))
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         client.model_names()
 
 
 def test_models_are_listed(server):
-    assert Endpoint(f"http://127.0.0.1:{server.server_port}/v1", EvaluateConfig()).model_names() == ["m"]
+    assert QuestionClient(f"http://127.0.0.1:{server.server_port}/v1", EvaluateConfig()).model_names() == [
+        "m"
+    ]
 
 
 def decoded(url: str) -> tuple[str, Image.Image]:

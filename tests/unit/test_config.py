@@ -239,7 +239,7 @@ def test_relative_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         ("curate:\n\n  text: rewrite\n", "curate.text: is a section: set its keys, not itself (got 'rewrite') (line 3)"),
         ("score:\n  agents:\n  - {kind: rules, foccus: x}\n", "did you mean score.agents.0.focus? (line 3)"),
         ("score:\n  agents:\n  - {focus: x}\n", "score.agents.0: needs a key `kind` (got {'focus': 'x'}) (line 3)"),
-        ("score:\n  agents:\n  - {kind: rulez}\n", "kind must be one of 'rules', 'vllm', 'openai'"),
+        ("score:\n  agents:\n  - {kind: rulez}\n", "there is no kind of judge 'rulez'. Known: rules, vllm, openai"),
         ("align:\n  num_workers: two\n", "(got 'two'), or must be a valid tuple (got 'two') (line 2)"),
         ("align:\n  beta: x\n", "align.beta: must be a valid number, unable to parse string as a number (got 'x') (line 2)"),
     ],

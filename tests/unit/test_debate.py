@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedpo_ray.judge import debate
-from mmedpo_ray.judge.agents import Case, Judgement, Refusal, build
-from mmedpo_ray.judge.settings import RulesAgentConfig, ScoreConfig, VllmAgentConfig
+from mmedpo_ray.judge.agents.base import Case, Judgement, Refusal
+from mmedpo_ray.judge.agents.rules import RulesAgent, RulesAgentConfig
+from mmedpo_ray.judge.agents.vllm import VllmAgentConfig
+from mmedpo_ray.judge.settings import ScoreConfig
 from mmedpo_ray.tables import schemas
 
 
@@ -231,7 +233,7 @@ def test_many_passes_equal_one() -> None:
         ("Which side?", "left", "right"),
         ("What modality?", "CT", "MRI"),
     ]
-    speakers = [build(agent) for agent in config.agents]
+    speakers = [RulesAgent(agent) for agent in config.agents]
     cases = [Case(*row, (), 1) for row in rows]
     whole = [history for history, _ in debate.hold(cases, range(15), speakers, 5)]
     # At least one of these must be a real debate, or the comparison says nothing.
@@ -266,7 +268,7 @@ def test_many_passes_equal_one() -> None:
 @pytest.mark.parametrize("max_rounds", [1, 2, 5])
 def test_no_debate_exceeds_its_rounds(max_rounds: int) -> None:
     config = ScoreConfig(max_rounds=max_rounds)
-    speakers = [build(agent) for agent in config.agents]
+    speakers = [RulesAgent(agent) for agent in config.agents]
     case = Case("Describe.", "Large left pleural effusion.", "Right pneumothorax, no effusion.", (), 1)
     ((history, _),) = debate.hold([case], range(3 * max_rounds), speakers, max_rounds)
     assert len(history) <= 3 * max_rounds

@@ -61,23 +61,24 @@ def test_the_tutorial_shows_samples_that_are_in_use_only(
 
 
 def test_the_page_on_judges_shows_a_kind_that_judges() -> None:
-    from mmedpo_ray.judge.agents import Case, Judgement
-    from mmedpo_ray.judge.settings import RulesAgentConfig
+    from mmedpo_ray.judge.agents.base import Case, Judgement
 
     page = (ROOT / "docs/how-to/own-judge.md").read_text(encoding="utf-8")
     section = page.split("## Write your own kind")[1]
     kind: dict[str, Any] = {}
-    exec(next(iter(re.findall(r"```python\n(.+?)```", section, re.DOTALL))), kind)
-    settings = RulesAgentConfig(name="words")
-    agent = kind["build"](settings)
+    code = next(iter(re.findall(r"```python\n(.+?)```", section, re.DOTALL)))
+    exec(compile(code, "own-judge.md", "exec", dont_inherit=True), kind)
+    agent_class = kind["LengthAgent"]
+    settings = agent_class.settings_class(name="words")
+    agent = agent_class(settings)
     [first] = agent.judge([Case("What is seen?", "Mass", "No mass at all", (), 1)])
     assert first == Judgement("words", 1, 0.15, "+3 words")
     before = Judgement("other", 1, 0.1, "")
     [agrees] = agent.judge([Case("What is seen?", "Mass", "No mass at all", (before,), 1)])
     assert agrees.score == before.score
-    assert kind["CHEAP"] is True
-    assert kind["key"](settings)
-    assert "num_cpus" in kind["map_options"](settings, data_cpus=1.0, has_gpu=False)
+    assert agent_class.holds_model is False
+    assert agent_class.key(settings)
+    assert "num_cpus" in agent_class.map_options(settings, data_cpus=1.0, has_gpu=False)
 
 
 def test_every_command_is_in_the_table() -> None:

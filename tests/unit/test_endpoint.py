@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from mmedpo_ray.clients.chat import (
     REFUSED,
     TRANSIENT,
+    ChatClient,
     ChatRequest,
     Completion,
-    EndpointClient,
     Failure,
-    Usage,
-    UsageLog,
-    as_data,
     read_key,
 )
 from mmedpo_ray.clients.settings import EndpointConfig
+from mmedpo_ray.clients.untrusted_text import as_data
+from mmedpo_ray.clients.usage import Usage
+from mmedpo_ray.clients.usage_log import UsageLog
 from mmedpo_ray.errors import UserError
 
 
@@ -34,9 +34,9 @@ def server() -> Iterator[ChatServer]:
         yield state
 
 
-def client(server: ChatServer, **settings: Any) -> EndpointClient:
+def client(server: ChatServer, **settings: Any) -> ChatClient:
     values = {"base_url": server.url, "model": MODEL, "retries": 2, "timeout_s": 5} | settings
-    return EndpointClient(EndpointConfig(**values))
+    return ChatClient(EndpointConfig(**values))
 
 
 def ask(*texts: str) -> list[ChatRequest]:
@@ -293,7 +293,7 @@ def test_a_wrong_key_is_named(server: ChatServer, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MY_KEY", "right")
     assert isinstance(client(server, api_key_env="MY_KEY").complete(ask("a"))[0], Completion)
     assert isinstance(
-        EndpointClient(EndpointConfig(base_url=server.url, model=MODEL), key="right").complete(ask("a"))[0],
+        ChatClient(EndpointConfig(base_url=server.url, model=MODEL), key="right").complete(ask("a"))[0],
         Completion,
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmedpo_ray.clients.http import async_client, is_loopback
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.evaluate.client import Endpoint
+from mmedpo_ray.evaluate.client import QuestionClient
 from mmedpo_ray.evaluate.settings import EvaluateConfig
 
 
@@ -64,7 +64,7 @@ def test_an_endpoint_on_this_machine_is_asked_directly(servers, monkeypatch):
     endpoint, proxy = servers
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
-    client = Endpoint(f"http://localhost:{endpoint.server_port}/v1", EvaluateConfig())
+    client = QuestionClient(f"http://localhost:{endpoint.server_port}/v1", EvaluateConfig())
     assert client.model_names() == ["m"]
     assert endpoint.asked == ["/v1/models"]
     assert not proxy.asked
@@ -84,7 +84,7 @@ def test_a_server_that_starts_is_greeted_directly(servers, monkeypatch):
 def test_an_endpoint_elsewhere_is_asked_through_the_proxy(servers, monkeypatch):
     _, proxy = servers
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
-    assert Endpoint("http://models.example.org/v1", EvaluateConfig()).model_names() == ["m"]
+    assert QuestionClient("http://models.example.org/v1", EvaluateConfig()).model_names() == ["m"]
     assert proxy.asked == ["http://models.example.org/v1/models"]
 
 

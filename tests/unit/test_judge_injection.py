@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from judge_attacks import ATTACKS, SPECIAL
 from tiny_chat import save_tokenizer
 
-from mmedpo_ray.clients.chat import as_data
-from mmedpo_ray.judge import agents, debate
-from mmedpo_ray.judge.agents import Case, Judgement, Refusal, build, prompt
-from mmedpo_ray.judge.settings import OpenAIAgentConfig, ScoreConfig, VllmAgentConfig
+from mmedpo_ray.clients.untrusted_text import as_data
+from mmedpo_ray.judge import debate
+from mmedpo_ray.judge.agents import JUDGES, prompt
+from mmedpo_ray.judge.agents.base import Case, Judgement, Refusal
+from mmedpo_ray.judge.agents.openai import OpenAIAgentConfig
+from mmedpo_ray.judge.agents.rules import RulesAgent, RulesAgentConfig
+from mmedpo_ray.judge.agents.vllm import VllmAgent, VllmAgentConfig
+from mmedpo_ray.judge.settings import ScoreConfig
 
 TEXTS = st.one_of(st.sampled_from(sorted(ATTACKS.values())), st.text(max_size=200))
 
@@ -236,7 +240,7 @@ def test_every_agent_speaks_in_turn_whatever_the_texts_say(
     question: str, reference: str, answer: str
 ) -> None:
     names = [agent.name for agent in ScoreConfig().agents]
-    speakers = [build(agent) for agent in ScoreConfig().agents]
+    speakers = [JUDGES[agent.kind](agent) for agent in ScoreConfig().agents]
     ((history, refusal),) = debate.hold([case_of(question, reference, answer)], range(15), speakers, 5)
     assert refusal is None and len(history) >= len(names)
     for turn, item in enumerate(history):
@@ -246,7 +250,7 @@ def test_every_agent_speaks_in_turn_whatever_the_texts_say(
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_an_instruction_appended_to_an_answer_does_not_raise_the_lexicons_score(attack: str) -> None:
-    lexicon = build(ScoreConfig().agents[0])
+    lexicon = RulesAgent(RulesAgentConfig())
     (plain,) = lexicon.judge([case_of("Which side is the effusion on?", "left", "left")])
     (attacked,) = lexicon.judge([case_of("Which side is the effusion on?", "left", attack)])
     assert isinstance(plain, Judgement) and isinstance(attacked, Judgement)
@@ -255,8 +259,8 @@ def test_an_instruction_appended_to_an_answer_does_not_raise_the_lexicons_score(
 
 def test_the_prompt_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [VllmAgentConfig(model="m"), OpenAIAgentConfig()]
-    before = [agents.key(agent) for agent in settings]
+    before = [JUDGES[agent.kind].key(agent) for agent in settings]
     monkeypatch.setattr(prompt, "_DATA", "Do what it says.")
-    assert all(agents.key(agent) != old for agent, old in zip(settings, before, strict=True))
+    assert all(JUDGES[agent.kind].key(agent) != old for agent, old in zip(settings, before, strict=True))
     choice, expectation = (VllmAgentConfig(model="m", scoring=kind) for kind in ("choice", "expectation"))
-    assert agents.key(choice) != agents.key(expectation)
+    assert VllmAgent.key(choice) != VllmAgent.key(expectation)

@@ -11,12 +11,16 @@ import pyarrow as pa
 import pytest
 from chat_server import INPUT_TOKENS, MODEL, OUTPUT_TOKENS, ChatServer, Reply, running
 
-from mmedpo_ray.clients.chat import REFUSED, TRANSIENT, Usage, UsageLog
+from mmedpo_ray.clients.chat import REFUSED, TRANSIENT
 from mmedpo_ray.clients.settings import EndpointConfig
+from mmedpo_ray.clients.usage import Usage
+from mmedpo_ray.clients.usage_log import UsageLog
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.judge import agents, debate
-from mmedpo_ray.judge.agents import Case, Judgement, Refusal, prompt
-from mmedpo_ray.judge.settings import OpenAIAgentConfig, RulesAgentConfig
+from mmedpo_ray.judge import debate
+from mmedpo_ray.judge.agents import prompt
+from mmedpo_ray.judge.agents.base import Case, Judgement, Refusal
+from mmedpo_ray.judge.agents.openai import OpenAIAgent, OpenAIAgentConfig
+from mmedpo_ray.judge.agents.rules import RulesAgentConfig
 from mmedpo_ray.tables import schemas
 
 
@@ -48,7 +52,7 @@ def case_of(answer: str, *history: Judgement) -> Case:
 def test_it_sends_the_same_prompt_and_form_as_every_model_judge(server: ChatServer) -> None:
     server.answer = judging(lambda record: "same")
     case = case_of("right", Judgement("before", 1, 0.35, "wrong side"))
-    assert agents.build(settings_of(server)).judge([case]) == [Judgement("strong", 2, 0.35, "because")]
+    assert OpenAIAgent(settings_of(server)).judge([case]) == [Judgement("strong", 2, 0.35, "because")]
     (body,) = server.requests
     assert body["messages"] == prompt.messages(case)
     form = body["response_format"]
@@ -62,7 +66,7 @@ def test_answers_come_back_in_order(server: ChatServer) -> None:
         json.dumps({"rationale": asked_about(body)["dispreferred_answer"], "score": "0.5"}),
         delay=0.02 * (len(server.requests) % 3),
     )
-    answers = agents.build(settings_of(server, concurrency=4)).judge([case_of(f"{n}") for n in range(20)])
+    answers = OpenAIAgent(settings_of(server, concurrency=4)).judge([case_of(f"{n}") for n in range(20)])
     assert [answer.rationale for answer in answers if isinstance(answer, Judgement)] == [
         f"{n}" for n in range(20)
     ]
@@ -73,7 +77,7 @@ def test_a_seed_is_sent_where_chance_decides_and_differs_between_rows(server: Ch
     server.answer = judging(lambda record: "0.5")
     cases = [case_of("right"), case_of("both")]
     for _ in range(2):
-        agents.build(settings_of(server, temperature=0.7)).judge(cases)
+        OpenAIAgent(settings_of(server, temperature=0.7)).judge(cases)
     seeds = {asked_about(body)["dispreferred_answer"]: set() for body in server.requests}
     for body in server.requests:
         seeds[asked_about(body)["dispreferred_answer"]].add(body["seed"])
@@ -94,7 +98,7 @@ def test_a_failed_request_is_a_refusal_that_says_whether_to_try_again(server: Ch
         "no text": Reply(message={"content": 7}),
     }
     server.answer = lambda body, before: replies[asked_about(body)["dispreferred_answer"]]
-    agent = agents.build(settings_of(server, max_tokens=64))
+    agent = OpenAIAgent(settings_of(server, max_tokens=64))
     answers = dict(zip(replies, agent.judge([case_of(name) for name in replies]), strict=True))
     assert answers["good"] == Judgement("strong", 1, 0.9, "because")
     assert answers["busy"] == Refusal(TRANSIENT, "HTTP 503 an_error")
@@ -119,7 +123,7 @@ def test_a_wrong_key_or_model_is_the_users_to_mend(
     monkeypatch.setenv("OPENAI_API_KEY", "right")
     monkeypatch.setenv("WRONG_KEY", "wrong")
     with pytest.raises(UserError, match=message):
-        agents.build(settings_of(server, **values)).judge([case_of("right")])
+        OpenAIAgent(settings_of(server, **values)).judge([case_of("right")])
 
 
 def test_the_key_is_read_where_the_run_starts_and_before_anything_is_sent(
@@ -129,9 +133,9 @@ def test_the_key_is_read_where_the_run_starts_and_before_anything_is_sent(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     hosted = OpenAIAgentConfig(name="hosted")
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        agents.map_options(hosted, data_cpus=0.25, has_gpu=False)
+        OpenAIAgent.map_options(hosted, data_cpus=0.25, has_gpu=False)
     monkeypatch.setenv("OPENAI_API_KEY", "right")
-    options = agents.map_options(settings_of(server), data_cpus=0.25, has_gpu=False)
+    options = OpenAIAgent.map_options(settings_of(server), data_cpus=0.25, has_gpu=False)
     assert options["concurrency"] == 1, "requests are in flight together inside one actor"
     monkeypatch.delenv("OPENAI_API_KEY")
     server.key, server.answer = "right", judging(lambda record: "0.5")
@@ -214,7 +218,7 @@ def test_agents_that_cost_nothing_leave_no_counters(tmp_path: Path) -> None:
 
 
 def test_pace_patience_place_and_prices_do_not_change_the_key(server: ChatServer) -> None:
-    plain = agents.key(settings_of(server))
+    plain = OpenAIAgent.key(settings_of(server))
     other = {
         "concurrency": 2,
         "timeout_s": 5,
@@ -222,7 +226,7 @@ def test_pace_patience_place_and_prices_do_not_change_the_key(server: ChatServer
         "requests_per_minute": 10,
         "base_url": "http://other/v1",
     }
-    assert agents.key(settings_of(server, **other, usd_per_million_input=3.0)) == plain
+    assert OpenAIAgent.key(settings_of(server, **other, usd_per_million_input=3.0)) == plain
     for values in ({"temperature": 0.5}, {"max_tokens": 100}, {"model": "weak"}):
-        assert agents.key(settings_of(server, **values)) != plain
-    assert agents.key(settings_of(server, "another name")) != plain
+        assert OpenAIAgent.key(settings_of(server, **values)) != plain
+    assert OpenAIAgent.key(settings_of(server, "another name")) != plain

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedpo_ray.judge import debate
-from mmedpo_ray.judge.agents import Case, Judgement, build
-from mmedpo_ray.judge.settings import RulesAgentConfig, ScoreConfig
+from mmedpo_ray.judge.agents.base import Case, Judgement
+from mmedpo_ray.judge.agents.rules import RulesAgent, RulesAgentConfig
+from mmedpo_ray.judge.settings import ScoreConfig
 
 Focus = Literal["findings", "laterality", "polarity", "all"]
 
@@ -23,7 +24,7 @@ def judge(
     previous: float | None = None,
 ) -> Judgement:
     history = (Judgement("other", 1, previous, ""),) if previous is not None else ()
-    (answer_given,) = build(RulesAgentConfig(focus=focus)).judge(
+    (answer_given,) = RulesAgent(RulesAgentConfig(focus=focus)).judge(
         [Case(question, reference, answer, history, 1)]
     )
     assert isinstance(answer_given, Judgement)
@@ -115,11 +116,11 @@ def test_every_debate_of_the_default_agents_ends_in_agreement(
 ) -> None:
     agents = ScoreConfig().agents
     case = Case(question, reference, answer, (), 1)
-    ((history, refusal),) = debate.hold([case], range(15), [build(agent) for agent in agents], 5)
+    ((history, refusal),) = debate.hold([case], range(15), [RulesAgent(agent) for agent in agents], 5)
     assert refusal is None
     assert all(0 <= item.score <= 1 and item.rationale for item in history)
     assert debate.outcome(history, len(agents)).consensus
-    ((again, _),) = debate.hold([case], range(15), [build(agent) for agent in agents], 5)
+    ((again, _),) = debate.hold([case], range(15), [RulesAgent(agent) for agent in agents], 5)
     assert again == history
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +18,8 @@ from tiny_llava import build_tiny_llava
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.settings import VisualCurationConfig
-from mmedpo_ray.curate.visual.tools import TOOLS, VisualTool
-from mmedpo_ray.curate.visual.tools.base import upsample
+from mmedpo_ray.curate.tool_registry import TOOLS
+from mmedpo_ray.curate.visual.tools.base import VisualTool, upsample
 from mmedpo_ray.curate.visual.tools.dataset_mask import DatasetMask
 from mmedpo_ray.curate.visual.tools.pretrained import path_fingerprint
 from mmedpo_ray.curate.visual.tools.self_attention import SelfAttention, concentration, crop_box, patch_grid
@@ -33,12 +33,11 @@ def sample(mask_uri: Path | None = None, question: str = "Is there a nodule?") -
 
 
 def test_every_tool_of_the_settings_exists() -> None:
-    named = set(get_args(VisualCurationConfig.model_fields["tool"].annotation)) - {"none"}
-    assert named == set(TOOLS)
-    assert len(TOOLS) == len(named)
     for name in TOOLS:
         assert issubclass(TOOLS[name], VisualTool)
-    assert {name for name in TOOLS if TOOLS[name].has_model} == named - {"dataset_mask"}
+        values = {"medklip": {"checkpoint": "x"}, "text_prompted": {"model": "x"}}
+        assert VisualCurationConfig.model_validate({"tool": name, **values}).tool == name
+    assert {name for name in TOOLS if TOOLS[name].has_model} == set(TOOLS) - {"dataset_mask"}
     assert TOOLS["dataset_mask"].fingerprint(Config()) == []
     assert len(TOOLS["self_attention"].fingerprint(Config())) == 1
     assert "none" not in TOOLS
@@ -49,7 +48,7 @@ def test_asking_for_a_tool_imports_no_model_library() -> None:
     code = (
         "import sys\n"
         "from mmedpo_ray.config.tree import Config\n"
-        "from mmedpo_ray.curate.visual.tools import TOOLS\n"
+        "from mmedpo_ray.curate.tool_registry import TOOLS\n"
         "assert 'mmedpo_ray.curate.visual.tools.dataset_mask' not in sys.modules\n"
         "TOOLS['dataset_mask'](Config())\n"
         "assert 'mmedpo_ray.curate.visual.tools.medklip' not in sys.modules\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,26 @@ def of(**settings: object) -> WeightConfig:
 
 
 def weigh(scores: np.ndarray, settings: WeightConfig, groups: list[str] | None = None) -> np.ndarray:
-    return weights.weigh(scores, groups or ["text"] * len(scores), settings)
+    groups = groups or ["text"] * len(scores)
+    return weights.apply(scores, groups, moments_of(scores, groups), settings)
+
+
+def moments_of(scores: np.ndarray, groups: list[str]) -> dict[str, weights.Moments]:
+    fit = weights.Fit()
+    fit.add(scores, groups)
+    return fit.moments()
+
+
+def summary_of(
+    scores: np.ndarray, values: np.ndarray, kinds: list[str], settings: WeightConfig
+) -> dict[str, Any]:
+    summary = weights.Summary(settings)
+    summary.add(scores, values, kinds)
+    return summary.figures()
+
+
+def effective_share(values: np.ndarray) -> float:
+    return summary_of(values, values, ["text"] * len(values), of(mode="raw"))["text"]["effective_share"]
 
 
 @settings(deadline=None)
@@ -78,12 +99,12 @@ def test_groups_are_normalised_apart() -> None:
 @given(SCORES, st.integers(1, 10))
 def test_applied_in_batches_equals_the_whole(scores: np.ndarray, size: int) -> None:
     groups = ["a" if index % 3 else "b" for index in range(len(scores))]
-    moments = weights.fit(scores, groups)
+    moments = moments_of(scores, groups)
     parts = [
         weights.apply(scores[at : at + size], groups[at : at + size], moments, of())
         for at in range(0, len(scores), size)
     ]
-    assert np.concatenate(parts).tolist() == weights.weigh(scores, groups, of()).tolist()
+    assert np.concatenate(parts).tolist() == weigh(scores, of(), groups).tolist()
 
 
 @settings(deadline=None)
@@ -100,12 +121,12 @@ def test_moments_and_summary_from_batches_are_those_of_the_whole(
         values = scores[np.array(groups) == name]
         assert found[name].mean == pytest.approx(values.mean(), abs=1e-12)
         assert found[name].std == pytest.approx(values.std(), abs=1e-9)
-    values = weights.weigh(scores, groups, chosen)
+    values = weigh(scores, chosen, groups)
     summary = weights.Summary(chosen)
     for at in range(0, len(scores), size):
         part = slice(at, at + size)
         summary.add(scores[part], values[part], groups[part])
-    whole = weights.summary(scores, values, groups, chosen)
+    whole = summary_of(scores, values, groups, chosen)
     for kind, figures in summary.figures().items():
         for name, value in figures.items():
             expected = whole[kind][name]
@@ -115,15 +136,15 @@ def test_moments_and_summary_from_batches_are_those_of_the_whole(
 @settings(deadline=None)
 @given(hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0.01, 10)), st.floats(0.1, 10))
 def test_effective_share_is_scale_free_and_at_most_one(values: np.ndarray, factor: float) -> None:
-    share = weights.effective_share(values)
-    assert 1 / len(values) - 1e-9 <= share <= 1 + 1e-9
-    assert weights.effective_share(values * factor) == pytest.approx(share)
+    share = effective_share(values)
+    assert 1 / len(values) - 1e-4 <= share <= 1
+    assert effective_share(values * factor) == pytest.approx(share, abs=1e-4)
 
 
 def test_effective_share_of_known_weights() -> None:
-    assert weights.effective_share(np.ones(7)) == 1.0
-    assert weights.effective_share(np.array([1.0, 0.0, 0.0, 0.0])) == 0.25
-    assert weights.effective_share(np.zeros(3)) == 0.0
+    assert effective_share(np.ones(7)) == 1.0
+    assert effective_share(np.array([1.0, 0.0, 0.0, 0.0])) == 0.25
+    assert effective_share(np.zeros(3)) == 0.0
 
 
 @settings(deadline=None)
@@ -131,8 +152,8 @@ def test_effective_share_of_known_weights() -> None:
 def test_summary_counts_every_row(scores: np.ndarray, mode: str) -> None:
     chosen = of(mode=mode)
     kinds = ["text" if index % 2 else "visual" for index in range(len(scores))]
-    values = weights.weigh(scores, kinds, chosen)
-    found = weights.summary(scores, values, kinds, chosen)
+    values = weigh(scores, chosen, kinds)
+    found = summary_of(scores, values, kinds, chosen)
     assert sum(kind["n"] for kind in found.values()) == len(scores)
     for kind in found.values():
         for histogram in (kind["weights"], kind["scores"]):

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmedpo_ray.io import storage
-from mmedpo_ray.tables.seen_ids import SeenIds
+from mmedpo_ray.tables.id_set import IdSet
 
 Writer = Literal["candidates", "rewrites", "rule_edits"]
 _SCHEMA = pa.schema([("pair_id", pa.string()), ("writer", pa.string()), ("reason", pa.string())])
@@ -45,7 +45,7 @@ def write(folder: str, found: dict[str, tuple[TurnedDown, ...]]) -> None:
 
 def count(folder: str) -> dict[str, dict[str, int]]:
     """Writer → reason → answers turned down; both in the order of their names."""
-    seen = SeenIds()
+    seen = IdSet()
     counted: Counter[tuple[str, str]] = Counter()
     for path in storage.list_files(folder, ".parquet"):
         rows = storage.read_parquet(path)
@@ -63,9 +63,7 @@ def in_words(counted: dict[str, dict[str, int]]) -> str:
     """One line for the terminal: "3 sampled answers turned down (same_answer 2, meta_text 1)"; empty where there is none."""
     said = []
     for writer, reasons in counted.items():
-        total = sum(reasons.values())
-        named = ", ".join(
-            f"{reason} {number:,}" for reason, number in sorted(reasons.items(), key=lambda item: -item[1])
-        )
+        total, ordered = sum(reasons.values()), Counter(reasons).most_common()
+        named = ", ".join(f"{reason} {number:,}" for reason, number in ordered)
         said.append(f"{total:,} {_SINGULAR[writer]}{'' if total == 1 else 's'} turned down ({named})")
     return ", ".join(said)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mmedpo_ray.judge.agents import AGREEMENT, Case, Judgement, Refusal
-from mmedpo_ray.judge.settings import RulesAgentConfig
-from mmedpo_ray.radiology import lexicon
+from mmedpo_ray.judge.agents.base import AGREEMENT, Agent, AgentConfig, Case, Judgement, Refusal
 
-CHEAP = True
+if TYPE_CHECKING:
+    from mmedpo_ray.radiology import lexicon
 
 # What a conflict outside the agent's focus counts for.
 _OUTSIDE_SHARE = 0.5
@@ -29,16 +28,28 @@ _OPENNESS = (0.25, 0.75)
 _AXES: dict[str, tuple[str, ...]] = {"laterality": ("side", "zone"), "polarity": ("polarity",)}
 
 
-class RulesAgent:
-    """Scores by lexicon; deterministic.
+class RulesAgentConfig(AgentConfig):
+    """A judge made of a radiology lexicon."""
 
-    Args:
-        settings: name and focus.
-    """
+    kind: Literal["rules"] = "rules"
+    name: str = "rules"
+    focus: Literal["findings", "laterality", "polarity", "all"] = "all"
 
-    def __init__(self, settings: RulesAgentConfig) -> None:
+
+class RulesAgent(Agent):
+    """Scores by lexicon; deterministic."""
+
+    settings_class = RulesAgentConfig
+    holds_model = False
+
+    def __init__(self, settings: RulesAgentConfig, secret: str | None = None) -> None:  # noqa: ARG002
         self._name = settings.name
         self._focus = settings.focus
+
+    @classmethod
+    def map_options(cls, settings: RulesAgentConfig, *, data_cpus: float, has_gpu: bool) -> dict[str, Any]:  # noqa: ARG003
+        """Stateless tasks on a share of a CPU."""
+        return {"num_cpus": data_cpus, "batch_size": 1024}
 
     def judge(self, cases: Sequence[Case]) -> list[Judgement | Refusal]:
         """Judges each case; never refuses."""
@@ -63,6 +74,8 @@ class RulesAgent:
 @lru_cache(maxsize=8192)
 def _view(focus: str, reference: str, answer: str, question: str) -> tuple[float, float, str]:
     """An agent's own score, the share of the evidence that lies in its focus (0..1), and the evidence in words."""
+    from mmedpo_ray.radiology import lexicon
+
     every = lexicon.conflicts(reference, answer, question)
     found = lexicon.without_wider(reference, answer, every)
     if not found:
@@ -96,18 +109,3 @@ def _words(conflict: lexicon.Conflict) -> str:
     change = f" ({conflict.expected or 'nothing'} → {conflict.stated or 'nothing'})"
     subject = "" if conflict.subject in (conflict.expected, conflict.axis) else f" {conflict.subject}"
     return f"{conflict.axis}{subject} {conflict.kind}{change}"
-
-
-def build(settings: RulesAgentConfig, secret: str | None = None) -> RulesAgent:  # noqa: ARG001
-    """Makes the agent."""
-    return RulesAgent(settings)
-
-
-def map_options(settings: RulesAgentConfig, *, data_cpus: float, has_gpu: bool) -> dict[str, Any]:  # noqa: ARG001
-    """Stateless tasks on a share of a CPU."""
-    return {"num_cpus": data_cpus, "batch_size": 1024}
-
-
-def key(settings: RulesAgentConfig) -> list[Any]:
-    """All settings."""
-    return [settings.model_dump(mode="json")]

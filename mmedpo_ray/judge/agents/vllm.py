@@ -1,40 +1,55 @@
 """A judge that is any chat model, run by vLLM with structured output. Prompt, form and safety: ``prompt.py``.
 
 With ``scoring: expectation`` the score is read from the model's log-probabilities instead of its words. vLLM returns them
-after the constraint on the answer has been applied (``logprobs_mode: raw_logprobs`` means "before temperature and the like", not
+after the constraint on the answer was applied (``logprobs_mode: raw_logprobs`` means "before temperature and the like", not
 "before the grammar"; seen on 0.32), so the letters of the scale are all there and sum to one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from mmedpo_ray.compat.cluster import MODEL_RESTARTS
+from pydantic import Field
+
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.judge.agents import Case, Judgement, Refusal, prompt
-from mmedpo_ray.judge.settings import VllmAgentConfig
+from mmedpo_ray.judge.agents import prompt
+from mmedpo_ray.judge.agents.base import Agent, AgentConfig, Case, Judgement, Refusal
+from mmedpo_ray.models.settings import EngineConfig
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
 
-CHEAP = False
-
-# Rows of a batch, at least, as a multiple of those decoded together: once a batch the engine runs empty, waiting for its last
-# answers, and answers differ in length.
+# Rows of a batch, at least, as a multiple of those decoded together: at the end of each batch the engine waits for its
+# last answers, which differ in length.
 _ROUNDS = 8
 _TOO_LONG = Refusal("judge_prompt_too_long")
 
 
-class VllmAgent:
-    """A chat model on a vLLM engine in this process.
+class VllmAgentConfig(AgentConfig):
+    """A judge that is any chat model, run by vLLM with structured output."""
 
-    Args:
-        settings: model, sampling and engine.
+    kind: Literal["vllm"] = "vllm"
+    model: str = Field(description="local folder or hub name of a chat model")
+    temperature: float = Field(0.0, ge=0)
+    max_tokens: int = Field(160, ge=16)
+    scoring: Literal["choice", "expectation"] = Field(
+        "choice",
+        description="choice: the score the model writes; "
+        "expectation: mean of the scores under its log-probabilities",
+    )
+    engine: EngineConfig = EngineConfig()
+
+
+class VllmAgent(Agent):
+    """A chat model on a vLLM engine in this process: a Ray actor with the resources of :meth:`map_options`.
 
     Raises:
         UserError: the model's tokenizer has no chat template.
     """
 
-    def __init__(self, settings: VllmAgentConfig) -> None:
+    settings_class = VllmAgentConfig
+
+    def __init__(self, settings: VllmAgentConfig, secret: str | None = None) -> None:  # noqa: ARG002
+        import ray
         from transformers import AutoTokenizer
         from vllm import LLM
 
@@ -42,11 +57,45 @@ class VllmAgent:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
         if not self._tokenizer.chat_template:
             raise UserError(
-                f"score.agents: {settings.model} has no chat template, so it cannot judge. Use an instruction-tuned model."
+                f"score.agents: {settings.model} has no chat template, so it cannot judge. Use an instruction-tuned "
+                "model."
             )
-        engine = _engine(settings, has_gpu=_gpu_here())
+        engine = _engine(settings, has_gpu=bool(ray.get_gpu_ids()))
         self._llm = LLM(model=settings.model, **engine_arguments(engine))
         self._longest = engine.engine_kwargs["max_model_len"]
+
+    @classmethod
+    def map_options(cls, settings: VllmAgentConfig, *, data_cpus: float, has_gpu: bool) -> dict[str, Any]:  # noqa: ARG003
+        """A pool of actors, one engine each.
+
+        Raises:
+            UserError: the model folder or the engine settings do not fit.
+        """
+        from mmedpo_ray.compat.cluster import MODEL_RESTARTS
+
+        engine = _engine(settings, has_gpu=has_gpu)
+        longest = engine.engine_kwargs["max_model_len"]
+        if longest - settings.max_tokens < 1:
+            raise UserError(
+                f"score.agents, {settings.name}: max_tokens={settings.max_tokens} leaves no room for a prompt in "
+                f"{longest} tokens. Lower max_tokens or raise engine.max_model_len."
+            )
+        return {
+            "concurrency": settings.engine.replicas,
+            "batch_size": max(settings.engine.batch_rows, _ROUNDS * settings.engine.max_num_seqs),
+            "num_cpus": engine.num_cpus,
+            "num_gpus": engine.num_gpus,
+            **MODEL_RESTARTS,
+            # The engine lives in the actor itself: it starts faster and ends with it.
+            "runtime_env": {"env_vars": {**engine.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}},
+        }
+
+    @classmethod
+    def key(cls, settings: VllmAgentConfig) -> list[Any]:
+        """Model, sampling, numerics and prompt; not how many engines run how large batches."""
+        chosen = settings.model_dump(mode="json", exclude={"engine"})
+        engine = settings.engine
+        return [chosen, engine.dtype, engine.max_model_len, engine.extra, prompt.fingerprint()]
 
     def judge(self, cases: Sequence[Case]) -> list[Judgement | Refusal]:
         """Judges a batch of cases; too long prompts and answers that are no valid judgement become refusals."""
@@ -83,7 +132,7 @@ class VllmAgent:
                 asked.append((index, rationale))
         outputs = self._generate(
             [prompt.letter_messages(cases[index], rationale) for index, rationale in asked],
-            [self._letter()] * len(asked),
+            [letter_sampling()] * len(asked),
         )
         for (index, rationale), output in zip(asked, outputs, strict=True):
             if output is not None:
@@ -122,25 +171,10 @@ class VllmAgent:
         return outputs
 
     def _form(self, schema: dict[str, Any], conversation: list[dict[str, str]]) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
-        return SamplingParams(
-            temperature=self._settings.temperature,
-            max_tokens=self._settings.max_tokens,
-            seed=prompt.seed(conversation) if self._settings.temperature else None,
-            structured_outputs=StructuredOutputsParams(json=schema),
-        )
-
-    def _letter(self) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
-        return SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            logprobs=len(prompt.LETTERS),
-            structured_outputs=StructuredOutputsParams(choice=list(prompt.LETTERS)),
+        temperature = self._settings.temperature
+        seed = prompt.seed(conversation) if temperature else None
+        return _sampling(
+            {"json": schema}, temperature=temperature, max_tokens=self._settings.max_tokens, seed=seed
         )
 
 
@@ -156,47 +190,14 @@ def _engine(settings: VllmAgentConfig, has_gpu: bool) -> EngineSettings:
     return engine_settings(settings.engine, has_gpu=has_gpu, model=settings.model)
 
 
-def _gpu_here() -> bool:
-    import ray
-
-    return bool(ray.get_gpu_ids())
-
-
-def build(settings: VllmAgentConfig, secret: str | None = None) -> VllmAgent:  # noqa: ARG001
-    """Starts the engine; inside a Ray actor with the resources of :func:`map_options`."""
-    return VllmAgent(settings)
+def letter_sampling() -> Any:
+    """Sampling parameters of one letter of the scale, with the log-probabilities of all."""
+    letters = prompt.LETTERS
+    return _sampling({"choice": list(letters)}, temperature=0.0, max_tokens=1, logprobs=len(letters))
 
 
-def map_options(settings: VllmAgentConfig, *, data_cpus: float, has_gpu: bool) -> dict[str, Any]:  # noqa: ARG001
-    """A pool of actors, one engine each.
+def _sampling(structure: dict[str, Any], **options: Any) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
-    Raises:
-        UserError: the model folder or the engine settings do not fit.
-    """
-    engine = _engine(settings, has_gpu=has_gpu)
-    if engine.engine_kwargs["max_model_len"] - settings.max_tokens < 1:
-        raise UserError(
-            f"score.agents, {settings.name}: max_tokens={settings.max_tokens} leaves no room for a prompt in "
-            f"{engine.engine_kwargs['max_model_len']} tokens. Lower max_tokens or raise engine.max_model_len."
-        )
-    return {
-        "concurrency": settings.engine.replicas,
-        "batch_size": max(settings.engine.batch_rows, _ROUNDS * settings.engine.max_num_seqs),
-        "num_cpus": engine.num_cpus,
-        "num_gpus": engine.num_gpus,
-        **MODEL_RESTARTS,
-        # The engine lives in the actor itself: it starts faster and ends with it.
-        "runtime_env": {"env_vars": {**engine.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}},
-    }
-
-
-def key(settings: VllmAgentConfig) -> list[Any]:
-    """Model, sampling, numerics and prompt; not how many engines run how large batches."""
-    chosen = settings.model_dump(mode="json", exclude={"engine"})
-    return [
-        chosen,
-        settings.engine.dtype,
-        settings.engine.max_model_len,
-        settings.engine.extra,
-        prompt.fingerprint(),
-    ]
+    return SamplingParams(structured_outputs=StructuredOutputsParams(**structure), **options)
