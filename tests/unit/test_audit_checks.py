@@ -15,10 +15,10 @@ from audit_tables import found, leak, pair, run, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmedpo_ray import cli_parser
 from mmedpo_ray.audit.checks import CHECKS
 from mmedpo_ray.audit.features import features_of
 from mmedpo_ray.audit.hashing import normalised
+from mmedpo_ray.commands.parser import build_parser
 from mmedpo_ray.config.load import known_keys, load
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.datasets.pair_table import open_pairs
@@ -253,7 +253,7 @@ def test_what_messages_and_remedies_name_exists() -> None:
     """Settings (also their values), commands and options."""
     sections = "|".join(Config.model_fields)
     keys = {key.rsplit(".", depth)[0] for key in known_keys() for depth in range(3)}
-    parser = cli_parser.build_parser()
+    parser = build_parser()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     options = {name: set(command._option_string_actions) for name, command in commands.choices.items()}
     seen: set[str] = set()
