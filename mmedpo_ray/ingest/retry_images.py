@@ -7,7 +7,8 @@ import pyarrow.compute as pc
 import ray
 
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.ingest.reader import IMAGE_REASONS, UNREADABLE, ImageChecker, UnusableError
+from mmedpo_ray.datasets.unusable import UnusableError
+from mmedpo_ray.ingest.image_checker import IMAGE_REASONS, UNREADABLE, ImageChecker
 from mmedpo_ray.ingest.settings import DataConfig
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas

@@ -14,8 +14,9 @@ import ray
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.ingest.formats import FORMATS
+from mmedpo_ray.ingest.image_checker import IMAGE_REASONS
 from mmedpo_ray.ingest.preference_reader import SAMPLE_COLUMNS, PreferenceReader, SortedSamples
-from mmedpo_ray.ingest.reader import IMAGE_REASONS, ROWS_PER_UNIT, UNITS, Reader, Unit
+from mmedpo_ray.ingest.reader import ROWS_PER_UNIT, UNITS, Reader, Unit
 from mmedpo_ray.ingest.retry_images import any_mended
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
