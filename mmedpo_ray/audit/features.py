@@ -55,6 +55,10 @@ AREA_SHARE, GIVEN_MASK, EVEN_MAP, RELEASED_SCRIPT = range(4)
 UNKNOWN, AGREES, DIFFERS, OPPOSITE = -1, 0, 1, 2
 
 
+class NotCheckedError(Exception):
+    """The table lacks what a check needs; the message says what."""
+
+
 @dataclass(frozen=True)
 class Features:
     """Numbers of N pairs, in the table's order.
@@ -298,23 +302,9 @@ def _noise_bound(batch: pa.Table) -> np.ndarray:
 
 def _noise_parameter(batch: pa.Table, key: str) -> np.ndarray:
     """A number of the column ``noise``, float64; NaN where it has none."""
-    found = pc.extract_regex(_text(batch, "noise"), rf'"{key}":\s*(?P<value>[0-9][0-9.eE+-]*)')
-    return _numbers(pc.struct_field(found, [0]))
-
-
-def _numbers(texts: pa.Array) -> np.ndarray:
-    try:
-        return _numpy(pc.fill_null(pc.cast(texts, pa.float64()), np.nan))
-    except pa.ArrowInvalid:
-        # A malformed number somewhere: row by row.
-        return np.array([_number(text) for text in texts.to_pylist()], np.float64)
-
-
-def _number(text: str | None) -> float:
-    try:
-        return float(text) if text is not None else float("nan")
-    except ValueError:
-        return float("nan")
+    pattern = rf'"{key}":\s*(?P<value>[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*[,}}]'
+    found = pc.struct_field(pc.extract_regex(_text(batch, "noise"), pattern), [0])
+    return _numpy(pc.fill_null(pc.cast(found, pa.float64()), np.nan))
 
 
 def _against_samples(

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmedpo_ray.audit.checks.across_rows import contradictions, later_of_equal
+from mmedpo_ray.audit.checks.rows import contradictions, later_of_equal
 from mmedpo_ray.audit.checks.weights import bad_weight
 from mmedpo_ray.audit.features import Features
 from mmedpo_ray.audit.samples import Samples
@@ -243,16 +243,18 @@ def _trimmed(batch: pa.Table) -> tuple[pa.Table, list[np.ndarray]]:
 
 def _kept(batch: pa.Table, stays: np.ndarray) -> pa.Table:
     """The rows that stay ((rows,) bool), whatever the types of the columns."""
-    mask = pa.array(stays)
-    columns = []
-    for column in map(_widely_indexed, batch.columns):
-        try:
-            columns.append(column.filter(mask))
-        except pa.ArrowNotImplementedError:
-            # Views, and what holds some, cannot be filtered, but cut and put together.
-            columns.append(_put_together(column, stays))
+    columns = [_widely_indexed(column) for column in batch.columns]
     fields = [field.with_type(column.type) for field, column in zip(batch.schema, columns, strict=True)]
-    return pa.table(columns, schema=pa.schema(fields, batch.schema.metadata))
+    table = pa.table(columns, schema=pa.schema(fields, batch.schema.metadata))
+    try:
+        return table.filter(pa.array(stays))
+    except pa.ArrowNotImplementedError:
+        # Views, and what holds some, cannot be filtered, but sliced.
+        edges = np.flatnonzero(np.diff(stays, prepend=False, append=False)).tolist()
+        runs = zip(edges[::2], edges[1::2], strict=True)
+        return pa.concat_tables(
+            [table.slice(0, 0), *(table.slice(start, stop - start) for start, stop in runs)]
+        )
 
 
 def _widely_indexed(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -266,13 +268,6 @@ def _widely_indexed(column: pa.ChunkedArray) -> pa.ChunkedArray:
         for chunk in column.chunks
     ]
     return pa.chunked_array(chunks, wide)
-
-
-def _put_together(column: pa.ChunkedArray, stays: np.ndarray) -> pa.ChunkedArray:
-    whole = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    edges = np.flatnonzero(np.diff(stays, prepend=False, append=False)).tolist()
-    runs = [whole.slice(start, stop - start) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-    return pa.chunked_array([pa.concat_arrays(runs)] if runs else [], column.type)
 
 
 def _values(column: pa.ChunkedArray | None, rows: np.ndarray) -> list[str | None]:

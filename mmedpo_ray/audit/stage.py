@@ -11,8 +11,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from mmedpo_ray.audit.check import SEVERITIES, Count
 from mmedpo_ray.audit.extract import extract
-from mmedpo_ray.audit.finding import SEVERITIES, noun
 from mmedpo_ray.audit.fix import CHANGES, Fixed, check_folder, write_fixed
 from mmedpo_ray.audit.run_checks import audit_key, examine
 from mmedpo_ray.audit.samples import open_samples
@@ -149,8 +149,8 @@ def show(result: dict[str, Any], out: str, *, fix_offered: bool = True) -> None:
     """
     samples = f"samples {result['samples']}" if result["samples"] else "no samples table"
     console.print(
-        f"[bold]audit[/bold] {escape(result['table'])}: {noun(result['text_pairs'], 'text pair')}, "
-        f"{noun(result['visual_pairs'], 'visual pair')}, {escape(samples)}",
+        f"[bold]audit[/bold] {escape(result['table'])}: {Count(result['text_pairs']):text pair}, "
+        f"{Count(result['visual_pairs']):visual pair}, {escape(samples)}",
         soft_wrap=True,
     )
     if result["findings"]:
@@ -159,8 +159,8 @@ def show(result: dict[str, Any], out: str, *, fix_offered: bool = True) -> None:
     counts = ", ".join(f"{count} {level}" for level, count in result["counts"].items() if count)
     skipped = len(result["not_checked"])
     console.print(
-        (f"{noun(found, 'finding')}: {counts}" if found else "no finding")
-        + f"; {noun(len(result['passed']), 'check')} passed"
+        (f"{Count(found):finding}: {counts}" if found else "no finding")
+        + f"; {Count(len(result['passed'])):check} passed"
         + (f", {skipped} not possible on this table" if skipped else "")
         + f"; next step: {_next_step(result, fix_offered)}. All figures: {escape(out)}",
         soft_wrap=True,
@@ -199,7 +199,7 @@ def _show_fixed(fixed: Fixed, source: str) -> None:
     console.print(
         f"[bold]fixed[/bold] {escape(fixed.folder)}: {fixed.rows_in:,} in, {fixed.rows_out:,} out, {total:,} removed"
         + (f" ({reasons})" if reasons else "")
-        + f"; {noun(fixed.trimmed, 'pair')} trimmed. Every change: {escape(storage.join(fixed.folder, CHANGES))}",
+        + f"; {Count(fixed.trimmed):pair} trimmed. Every change: {escape(storage.join(fixed.folder, CHANGES))}",
         soft_wrap=True,
     )
     if step := _step_after(fixed.folder, source):

@@ -41,19 +41,14 @@ class Separation:
         return max(self.accuracy, self.pair_accuracy)
 
 
-def separation(chosen: np.ndarray, rejected: np.ndarray) -> Separation | None:
+def separation(chosen: np.ndarray, rejected: np.ndarray) -> Separation:
     """Measures one feature.
 
     Args:
-        chosen: (N,) values of the chosen responses, counts of something (integers >= 0).
+        chosen: (N,) values of the chosen responses, counts of something (integers >= 0); N is at least 1.
         rejected: (N,) values of the rejected responses, in the same order.
-
-    Returns:
-        The figures, or None without pairs.
     """
     size = len(chosen)
-    if size == 0:
-        return None
     values, of_chosen, of_rejected = _counts(chosen, rejected)
     below_chosen, below_rejected = np.cumsum(of_chosen) / size, np.cumsum(of_rejected) / size
     gap = below_chosen - below_rejected

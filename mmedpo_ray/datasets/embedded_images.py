@@ -1,18 +1,14 @@
-"""Images that lie in the rows of a data set, as bytes or as base64 text: written once each under the run's ``raw/``."""
+"""Images that lie in the rows of a data set, as bytes or as base64 text."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 from typing import Any
 from urllib.parse import unquote
 
-from mmedpo_ray.config.tree import Config
 from mmedpo_ray.datasets.unusable import UnusableError
-from mmedpo_ray.io import images, storage
-from mmedpo_ray.tables.run_folder import RunFolder
 
 _DATA_URL = re.compile(r"\s*data:[^,]{0,200},", re.IGNORECASE)
 # How base64 begins of PNG, JPEG, GIF, TIFF, WebP, BMP and DICOM, and how short no picture is.
@@ -70,60 +66,3 @@ def bytes_or_name(value: Any) -> Any:
         value = value.decode("latin-1")
     embedded = embedded_bytes(value) if isinstance(value, str) else None
     return value if embedded is None else embedded
-
-
-class EmbeddedImages:
-    """Writes images and masks of rows as files, each distinct one once.
-
-    Args:
-        config: all settings.
-        dataset: name of the data set, a folder under ``raw/``.
-    """
-
-    def __init__(self, config: Config, dataset: str) -> None:
-        self._data = config.data
-        self._raw = storage.absolute(storage.join(RunFolder(config.run.folder).raw, dataset))
-        self._written: dict[str, str | UnusableError] = {}
-        self._masks: dict[str, str] = {}
-
-    def write(self, data: bytes, place: str) -> tuple[str, str]:
-        """Address and SHA-256 of the file of an image that can be decoded.
-
-        Args:
-            data: the image's bytes.
-            place: what messages call it.
-
-        Raises:
-            UnusableError: it is broken or too large.
-        """
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 not in self._written:
-            self._written[sha256] = self._checked_file(data, sha256, place)
-        written = self._written[sha256]
-        if isinstance(written, UnusableError):
-            raise UnusableError(written.reason)
-        return written, sha256
-
-    def write_mask(self, data: bytes) -> str | None:
-        """Address of the file of a mask, which is judged where it is used; None for one without bytes."""
-        if not data:
-            return None
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 not in self._masks:
-            self._masks[sha256] = self._file(data, sha256, "mask")
-        return self._masks[sha256]
-
-    def _checked_file(self, data: bytes, sha256: str, place: str) -> str | UnusableError:
-        if len(data) > self._data.max_image_bytes:
-            return UnusableError("image_too_large")
-        try:
-            image, _ = images.decode_wanted(data, place, self._data)
-        except images.ImageError as error:
-            return UnusableError(error.reason)
-        return self._file(data, sha256, "dcm" if images.is_dicom(data) else (image.format or "image").lower())
-
-    def _file(self, data: bytes, sha256: str, suffix: str) -> str:
-        uri = storage.join(self._raw, sha256[:2], f"{sha256}.{suffix}")
-        if not storage.exists(uri):
-            storage.write_bytes(uri, data)
-        return uri

@@ -43,8 +43,8 @@ class Run:
     Attributes:
         section: name of the list in an object of lists, else None.
         position: of the first row in its list, from 0.
-        start: first byte of the run in the file; its first row of Parquet.
-        stop: byte, or row, after it.
+        start: first byte of the run in the file; its first row group of Parquet.
+        stop: byte, or row group, after it.
         rows: the decoded rows; `BROKEN` for a line that is no JSON.
     """
 
@@ -62,15 +62,15 @@ def layout_of(uri: str, layout: Layout) -> Layout:
     return "lines" if uri.lower().endswith(_LINES_SUFFIXES) else layout
 
 
-def scan(uri: str, layout: Layout, rows_per_run: int, id_key: str = "id") -> Iterator[Run]:
+def scan(uri: str, layout: Layout, rows_per_run: int, id_key: str | None = "id") -> Iterator[Run]:
     """Cuts a file into runs, holding one at a time; rows of Parquet have their id alone.
 
     Raises:
-        UserError: the file is missing, no JSON, of another layout, or without a row.
+        UserError: the file is missing, no JSON, of another layout, or (JSON) without a row.
     """
     if layout == "parquet":
-        for start, stop, rows in parquet_rows.scan(uri, rows_per_run, id_key):
-            yield Run(None, start, start, stop, rows)
+        for start, stop, position, rows in parquet_rows.scan(uri, rows_per_run, id_key):
+            yield Run(None, position, start, stop, rows)
         return
     empty = True
     with open_stream(uri) as stream:
@@ -92,8 +92,6 @@ def read_run(uri: str, layout: Layout, start: int, stop: int) -> list[Any]:
     Raises:
         UserError: the file is gone or was changed meanwhile.
     """
-    if layout == "parquet":
-        return parquet_rows.read(uri, start, stop)
     filesystem, path = storage.resolve(uri)
     try:
         with filesystem.open_input_file(path) as file:

@@ -40,9 +40,3 @@ def _number_name(given: float | Decimal | UUID) -> str | None:
     if given == int(given) and (isinstance(given, Decimal) or abs(given) < _EXACT):
         return str(int(given))
     return f"{given.normalize():f}" if isinstance(given, Decimal) else str(given)
-
-
-def row_name(given: Any, position: int) -> str:
-    """A row's own id, or its position."""
-    name = given_name(given)
-    return f"~r{position}" if name is None else name

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from mmedpo_ray.datasets import json_rows
-from mmedpo_ray.datasets.embedded_images import LONGEST_NAME, EmbeddedImages, bytes_or_name, only_element
+from mmedpo_ray.datasets import json_rows, parquet_rows
+from mmedpo_ray.datasets.embedded_images import LONGEST_NAME, bytes_or_name, only_element
+from mmedpo_ray.datasets.row_names import given_name
 from mmedpo_ray.datasets.texts import clean
-from mmedpo_ray.ingest.reader import (
-    ROWS_PER_UNIT,
-    ImageChecker,
-    ImageFacts,
-    Reader,
-    Unit,
-    UnusableError,
-    row_name,
-)
+from mmedpo_ray.datasets.unusable import UnusableError
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.ingest.image_checker import ImageChecker, ImageFacts
+from mmedpo_ray.ingest.reader import ROWS_PER_UNIT, Reader, Unit
 from mmedpo_ray.io import storage
 from mmedpo_ray.io.text import storable
 from mmedpo_ray.tables.id_set import IdSet
@@ -47,23 +43,25 @@ class AnnotationReader(Reader):
 
     Attributes:
         layout: of its annotation file.
-        id_key: member of a row that holds its id.
+        id_key: member of a row that holds its id; None: rows have none.
         image_key: member that holds the image's name.
         image_folders: where the images are, the first that exists.
         train_name: default annotation file.
         test_name: default file of the test part, where it is there.
         validate_name: file of the validation part, where it is there.
         sections: split of each list, where one file holds several; others have their own name.
+        columns: columns that are read of a Parquet file; None: all.
     """
 
     layout: json_rows.Layout = "list"
-    id_key = "id"
+    id_key: str | None = "id"
     image_key = "image"
     image_folders: tuple[str, ...] = ("images",)
     train_name: str | None = None
     test_name: str | None = None
     validate_name: str | None = None
     sections: ClassVar[Mapping[str, str]] = {}
+    columns: list[str] | None = None
 
     # ------------------------------------------------------------------ what a format may say
 
@@ -94,6 +92,10 @@ class AnnotationReader(Reader):
         """
         return split
 
+    def position_name(self, file: str, position: int) -> str:  # noqa: ARG002 - a default
+        """What a row without an id is called."""
+        return f"~r{position}"
+
     def image(self, row: dict[str, Any], folder: str, checker: ImageChecker) -> ImageFacts:
         """The image of a row.
 
@@ -119,7 +121,7 @@ class AnnotationReader(Reader):
         """
         value = bytes_or_name(value)
         if isinstance(value, bytes):
-            uri, sha256 = EmbeddedImages(self.config, self.dataset).write(value, "an image in a row")
+            uri, sha256 = checker.write(value)
             return ImageFacts(uri, sha256, sha256)
         relative = image_name(value)
         uri = self.image_address(relative, folder, checker)
@@ -128,34 +130,51 @@ class AnnotationReader(Reader):
     # ------------------------------------------------------------------ what all share
 
     def units(self) -> Iterator[Unit]:
+        is_empty = True
         seen: dict[str | None, IdSet] = {}
         for file, file_split in self.files():
             for run in json_rows.scan(self.file(file), self._layout(file), ROWS_PER_UNIT, self.id_key):
+                is_empty = False
                 split = file_split if run.section is None else self._split_of_section(run.section)
-                names = [self._row_name(row, position) for position, row in enumerate(run.rows, run.position)]
+                names = [self._name(file, row, place) for place, row in enumerate(run.rows, run.position)]
                 repeated = seen.setdefault(split, IdSet()).add(names)
                 positions = [run.position + index for index, again in enumerate(repeated) if again]
                 section = None if run.section is None else storable(run.section)
                 yield Unit(file, section, split, run.start, run.stop, run.position, len(run.rows), positions)
+        if is_empty:
+            raise UserError(
+                f"the annotation files under {self.data.root} have no row: there is nothing to read."
+            )
 
     def fingerprint(self) -> list[str]:
-        return [json_rows.file_sha256(self.file(name)) for name, _ in self.files()]
+        files = [self.file(name) for name, _ in self.files()]
+        return [
+            parquet_rows.footer_sha256(file)
+            if self._layout(file) == "parquet"
+            else json_rows.file_sha256(file)
+            for file in files
+        ]
 
     def rows(self, unit: Unit) -> Iterator[tuple[int, str, Any]]:
         """Position, unique name and content of every row of a unit."""
-        rows = json_rows.read_run(self.file(unit.file), self._layout(unit.file), unit.start, unit.stop)
+        uri, layout = self.file(unit.file), self._layout(unit.file)
+        rows: Iterable[Any]
+        if layout == "parquet":
+            rows = parquet_rows.read(uri, unit.start, unit.stop, unit.position, unit.rows, self.columns)
+        else:
+            rows = json_rows.read_run(uri, layout, unit.start, unit.stop)
         for position, row in enumerate(rows, unit.position):
-            name = self._row_name(row, position)
+            name = self._name(unit.file, row, position)
             yield position, f"{name}~r{position}" if position in unit.again else name, row
 
     def samples(self, unit: Unit, done: Container[str] = ()) -> Iterator[dict[str, Any]]:
-        checker, folder = ImageChecker(self.data), self._image_folder()
+        checker, folder = ImageChecker(self.data, self.raw_folder()), self._image_folder()
         for position, name, row in self.rows(unit):
             place, split = unit.place(position), unit.split
             try:
                 if position in unit.again:
-                    raise repeated_id(self, self._row_name(row, position), split)
-                row = checked_row(row)
+                    raise _repeated_id(self, self._name(unit.file, row, position), split)
+                row = checked_row(row, unit)
                 split = self.split_of(row, unit.split)
                 turns = self.turns(row)
                 names = [name] if len(turns) == 1 else [f"{name}~t{index}" for index in range(len(turns))]
@@ -175,8 +194,9 @@ class AnnotationReader(Reader):
                         error.detail = f"turn {index}" if len(turns) > 1 else error.detail
                         yield self.dropped(turn_name, split, place, error)
 
-    def _row_name(self, row: Any, position: int) -> str:
-        return row_name(row.get(self.id_key) if isinstance(row, dict) else None, position)
+    def _name(self, file: str, row: Any, position: int) -> str:
+        given = given_name(row.get(self.id_key)) if isinstance(row, dict) else None
+        return self.position_name(file, position) if given is None else given
 
     def _split_of_section(self, section: str) -> str:
         return self.sections.get(section, storable(section) or "unnamed")
@@ -195,7 +215,7 @@ class AnnotationReader(Reader):
         return self.file(next(found, self.image_folders[-1]))
 
 
-def repeated_id(reader: Reader, name: str, split: str | None) -> UnusableError:
+def _repeated_id(reader: Reader, name: str, split: str | None) -> UnusableError:
     """The reason to drop a row whose id an earlier row has, which keeps it even if its image turns out to be unusable.
 
     Ids are known before any image is looked at, and an image that is mended later must not take a kept sample's place.
@@ -209,7 +229,7 @@ def repeated_id(reader: Reader, name: str, split: str | None) -> UnusableError:
     return UnusableError("duplicate_id", f"its id is that of an earlier row, {' or '.join(found)}")
 
 
-def checked_row(row: Any) -> dict[str, Any]:
+def checked_row(row: Any, unit: Unit) -> dict[str, Any]:
     """The row, if it is an object.
 
     Raises:
@@ -217,6 +237,8 @@ def checked_row(row: Any) -> dict[str, Any]:
     """
     if row is json_rows.BROKEN:
         raise UnusableError("invalid_json")
+    if row is parquet_rows.DAMAGED:
+        raise UnusableError("unreadable_row_group", f"row groups {unit.start} to {unit.stop - 1}")
     if not isinstance(row, dict):
         raise UnusableError("not_an_object", f"a {type(row).__name__}")
     return row

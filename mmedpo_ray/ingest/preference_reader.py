@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import bisect
 from abc import abstractmethod
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from mmedpo_ray.datasets.preferences import Preference
 from mmedpo_ray.datasets.texts import clean
+from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.ingest.annotations import AnnotationReader, Turn, checked_row
-from mmedpo_ray.ingest.reader import ImageChecker, Unit, UnusableError
+from mmedpo_ray.ingest.image_checker import ImageChecker
+from mmedpo_ray.ingest.reader import Unit
 
 GENERATOR = "released"
 # What a pair takes over from its sample.
@@ -76,14 +78,14 @@ class PreferenceReader(AnnotationReader):
             done: ids of pairs that are written already; they are left out.
         """
         splits = (unit.split,) if unit.split else ("train", "test")
-        checker, folder = ImageChecker(self.data), self._image_folder()
+        checker, folder = ImageChecker(self.data, self.raw_folder()), self._image_folder()
         for position, name, row in self.rows(unit):
             found = (samples.get(self.sample_id(split, name)) for split in splits)
             sample = next((item for item in found if item is not None), None)
             try:
                 if sample is None:
                     raise UnusableError("sample_dropped")
-                pair = self._pair(sample, self.preference(checked_row(row)), folder, checker)
+                pair = self._pair(sample, self.preference(checked_row(row, unit)), folder, checker)
             except UnusableError as error:
                 pair = self.dropped(name, unit.split, unit.place(position), error)
                 pair["pair_id"] = f"{pair['sample_id']}:text"
@@ -121,26 +123,14 @@ class SortedSamples:
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
-        self._ids = _Strings(table["sample_id"])
+        self._ids = table["sample_id"]
 
     def get(self, sample_id: str, /) -> dict[str, Any] | None:
-        index = bisect.bisect_left(self._ids, sample_id)
-        if index == len(self._ids) or self._ids[index] != sample_id:
+        # Arrow sorts strings as Python does.
+        index = bisect.bisect_left(range(len(self._ids)), sample_id, key=lambda row: self._ids[row].as_py())
+        if index == len(self._ids) or self._ids[index].as_py() != sample_id:
             return None
         return self._table.slice(index, 1).to_pylist()[0]
-
-
-class _Strings(Sequence[str]):
-    """A column of strings as a sequence; Arrow's order of them is Python's."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._column[index].as_py()
 
 
 def score(value: Any) -> float | None:

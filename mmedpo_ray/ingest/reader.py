@@ -17,48 +17,17 @@ from typing import Any, ClassVar
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
-from PIL import Image
 
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.datasets.embedded_images import EmbeddedImages, bytes_or_name
-from mmedpo_ray.datasets.json_rows import read_json_list
-from mmedpo_ray.datasets.row_names import given_name, row_name
-from mmedpo_ray.datasets.texts import clean, infer_answer_type, text_problem
+from mmedpo_ray.datasets.embedded_images import bytes_or_name
+from mmedpo_ray.datasets.texts import infer_answer_type, text_problem
 from mmedpo_ray.datasets.unusable import UnusableError
-from mmedpo_ray.ingest.settings import DataConfig
+from mmedpo_ray.ingest.image_checker import ImageChecker, ImageFacts
 from mmedpo_ray.io import images, storage
 from mmedpo_ray.io.text import storable
+from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 
-__all__ = [
-    "IMAGE_REASONS",
-    "ROWS_PER_UNIT",
-    "UNITS",
-    "UNREADABLE",
-    "ImageChecker",
-    "ImageFacts",
-    "Reader",
-    "Unit",
-    "UnusableError",
-    "address",
-    "clean",
-    "draw_split",
-    "given_name",
-    "read_json_list",
-    "row_name",
-    "storable",
-]
-
-UNREADABLE = images.UNREADABLE
-# Drop reasons that copying, mending or uploading an image file ends, or a store that answers again.
-IMAGE_REASONS = (
-    "image_missing",
-    UNREADABLE,
-    "image_undecodable",
-    "image_too_large",
-    "image_multi_frame",
-    "image_no_such_frame",
-)
 _LONGEST_DETAIL = 400
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:\\")
 # Few tasks: each new worker process costs a second of imports. Not fewer: their images are decoded one after another.
@@ -114,23 +83,6 @@ UNITS = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class ImageFacts:
-    """What ingest knows of an image file that can be decoded.
-
-    Attributes:
-        uri: its address.
-        sha256: of its bytes, hex.
-        image_id: name of the image (or study) inside the data set.
-        mask_uri: lesion mask that lies beside it or that its row names.
-    """
-
-    uri: str
-    sha256: str
-    image_id: str
-    mask_uri: str | None = None
-
-
 class Reader(ABC):
     """One data format. Instances travel to the tasks, so they hold settings only.
 
@@ -181,6 +133,10 @@ class Reader(ABC):
     def file(self, name: str) -> str:
         """Address of a file of the data set that the settings or the format name."""
         return address(storage.home_expanded(name), storage.absolute(self.data.root or "."))
+
+    def raw_folder(self) -> str:
+        """Folder of the images that ingest writes."""
+        return storage.absolute(storage.join(RunFolder(self.config.run.folder).raw, self.dataset))
 
     def sample_id(self, split: str, name: str) -> str:
         return f"{self.dataset}/{split}/{name}"
@@ -248,7 +204,8 @@ class Reader(ABC):
         """
         value = bytes_or_name(value)
         if isinstance(value, bytes):
-            return EmbeddedImages(self.config, self.dataset).write_mask(value)
+            # A mask is judged where it is used.
+            return checker.write_file(value, "mask")[0] if value else None
         if not isinstance(value, str) or not value.strip():
             return None
         name = storable(value).strip()
@@ -309,100 +266,11 @@ class Reader(ABC):
         return all(any(self.sample_id(each, name) in done for each in splits) for name in names)
 
 
-class ImageChecker:
-    """Decodes images to know that they can be used, each file once in its life, which is that of a unit.
-
-    Args:
-        data: its limits on the size of images, and which frames are wanted.
-    """
-
-    def __init__(self, data: DataConfig) -> None:
-        self._data = data
-        self._known: dict[str, tuple[str, tuple[int, ...]] | UnusableError] = {}
-        self._present: dict[str, bool] = {}
-        self._patience = images.Patience()
-
-    def sha256(self, uri: str) -> str:
-        """SHA-256 of an image file that can be decoded.
-
-        Raises:
-            UnusableError: it is missing, cannot be read, or is broken or too large.
-        """
-        return self._facts(uri)[0]
-
-    def frames(self, uri: str) -> tuple[int, ...]:
-        """The frames of an image file that are wanted, from 1; none where it is one picture.
-
-        Raises:
-            UnusableError: as for :meth:`sha256`.
-        """
-        return self._facts(uri)[1]
-
-    def _facts(self, uri: str) -> tuple[str, tuple[int, ...]]:
-        if uri not in self._known:
-            try:
-                self._known[uri] = self._load(uri)[1:]
-            except UnusableError as error:
-                self._known[uri] = error
-        known = self._known[uri]
-        if isinstance(known, UnusableError):
-            raise UnusableError(known.reason, known.detail, known.image_uri)
-        return known
-
-    def load(self, uri: str) -> Image.Image:
-        """An image in its own mode; of a file of several frames the one that is wanted.
-
-        Raises:
-            UnusableError: as for :meth:`sha256`; or several frames are wanted.
-        """
-        image, _, frames = self._load(uri)
-        if len(frames) > 1:
-            raise UnusableError("image_multi_frame", f"{uri}: {len(frames)} frames", uri)
-        return image
-
-    def _load(self, uri: str) -> tuple[Image.Image, str, tuple[int, ...]]:
-        try:
-            data = images.read_file(uri, self._data.max_image_bytes, self._patience.waits)
-            image, frames = self._decoded(data, uri)
-        except images.ImageError as error:
-            raise _unusable(error, uri) from None
-        except OSError as error:
-            raise _unusable(self._patience.withheld(uri, error), uri) from None
-        return image, hashlib.sha256(data).hexdigest(), frames
-
-    def _decoded(self, data: bytes, uri: str) -> tuple[Image.Image, tuple[int, ...]]:
-        """The image, and which frames of its file are wanted where the address names none."""
-        _, frame = images.file_and_frame(uri)
-        if frame is None:
-            return images.decode_wanted(data, uri, self._data)
-        limits = self._data
-        return images.decode(data, uri, limits.max_pixels, frame=frame, max_bytes=limits.max_image_bytes), ()
-
-    def exists(self, uri: str) -> bool:
-        """Whether there is such a file.
-
-        Raises:
-            UnusableError: the store does not say.
-        """
-        if uri not in self._present:
-            try:
-                self._present[uri] = images.exists(uri, self._patience.waits)
-            except OSError as error:
-                raise _unusable(self._patience.withheld(uri, error), uri) from None
-        return self._present[uri]
-
-
 def _shortened(detail: str) -> str:
     """The detail without its middle where it is long: what is no name at all may stand in the place of one."""
-    return (
-        detail
-        if len(detail) <= _LONGEST_DETAIL
-        else f"{detail[: _LONGEST_DETAIL // 2]} … {detail[-_LONGEST_DETAIL // 4 :]}"
-    )
-
-
-def _unusable(error: images.ImageError, uri: str) -> UnusableError:
-    return UnusableError(error.reason, error.detail, uri)
+    if len(detail) <= _LONGEST_DETAIL:
+        return detail
+    return f"{detail[: _LONGEST_DETAIL // 2]} … {detail[-_LONGEST_DETAIL // 4 :]}"
 
 
 def address(name: str, folder: str) -> str:

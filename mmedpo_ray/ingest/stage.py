@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -14,9 +14,10 @@ import ray
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.ingest.formats import FORMATS
+from mmedpo_ray.ingest.image_checker import IMAGE_REASONS
 from mmedpo_ray.ingest.preference_reader import SAMPLE_COLUMNS, PreferenceReader, SortedSamples
-from mmedpo_ray.ingest.reader import IMAGE_REASONS, ROWS_PER_UNIT, UNITS, Reader, Unit
-from mmedpo_ray.ingest.retry_images import any_mended
+from mmedpo_ray.ingest.reader import ROWS_PER_UNIT, UNITS, Reader, Unit
+from mmedpo_ray.ingest.retry_images import could_retry_succeed
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.id_set import IdSet
@@ -43,7 +44,7 @@ def _ingest_samples(config: Config, reader: Reader) -> Manifest:
     run = RunFolder(config.run.folder)
     settings = [config.data, config.run.seed, reader.fingerprint()]
     stage = StageRunner("ingest", run.samples, config, settings=settings)
-    if (manifest := stage.finished(could_retry_succeed=lambda: any_mended(config))) is not None:
+    if (manifest := stage.finished(could_retry_succeed=lambda: could_retry_succeed(config))) is not None:
         return manifest
     schema = schemas.with_drop_columns(schemas.SAMPLES)
 
@@ -136,15 +137,15 @@ class _Figures:
     columns = ("split", "image_id", "answer_type", "mask_uri")
 
     def __init__(self) -> None:
-        self._images: dict[str, IdSet] = {"train": IdSet(), "test": IdSet()}
-        self._kinds: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
+        self._images: defaultdict[str, IdSet] = defaultdict(IdSet)
+        self._kinds: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._masked: Counter[str] = Counter()
 
     def add(self, rows: pa.RecordBatch) -> None:
         for split in pc.unique(rows["split"]).to_pylist():
             part = rows.filter(pc.equal(rows["split"], split))
-            self._images.setdefault(split, IdSet()).add(pc.unique(part["image_id"]).to_pylist())
-            self._kinds.setdefault(split, Counter()).update(part["answer_type"].to_pylist())
+            self._images[split].add(pc.unique(part["image_id"]).to_pylist())
+            self._kinds[split].update(part["answer_type"].to_pylist())
             self._masked[split] += part.num_rows - part["mask_uri"].null_count
 
     def figures(self) -> dict[str, Any]:

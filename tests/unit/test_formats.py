@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmedpo_ray.config.load import load
+from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.ingest.formats import FORMATS
 from mmedpo_ray.ingest.formats.r2gen import side_by_side
-from mmedpo_ray.ingest.reader import Reader, UnusableError
+from mmedpo_ray.ingest.reader import Reader
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
 

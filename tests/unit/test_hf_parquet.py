@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmedpo_ray.config.load import load
+from mmedpo_ray.datasets import parquet_rows
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.ingest.formats import FORMATS, hf_parquet
+from mmedpo_ray.ingest import annotations
+from mmedpo_ray.ingest.formats import FORMATS
 from mmedpo_ray.ingest.reader import Reader, Unit
 from mmedpo_ray.io.images import load_image
 from mmedpo_ray.tables import schemas
@@ -216,7 +218,7 @@ def test_one_image_is_in_one_split_only(tmp_path: Path) -> None:
 def test_units_are_row_groups_and_nothing_done_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_parquet, "ROWS_PER_UNIT", 4)
+    monkeypatch.setattr(annotations, "ROWS_PER_UNIT", 4)
     write(tmp_path / "train.parquet", [row(number) for number in range(11)], row_group_size=2)
     reader = reader_of(tmp_path)
     units = list(reader.units())
@@ -236,13 +238,13 @@ def test_a_large_row_group_is_shared_and_read_a_few_rows_at_a_time(
     source = [row(number % 7, question=f"Is it {number}?", key=number % 90) for number in range(100)]
     write(tmp_path / "train.parquet", source, row_group_size=60)
     keyed = "data.columns.sample_id=key"
-    monkeypatch.setattr(hf_parquet, "ROWS_PER_UNIT", 10)
+    monkeypatch.setattr(annotations, "ROWS_PER_UNIT", 10)
     whole = read(tmp_path, keyed)
     assert len(list(reader_of(tmp_path, keyed).units())) == 2
     assert sum(item.get("drop_reason") == "duplicate_id" for item in whole) == 10
     for least, most, units in ((20, 8, [20, 20, 20, 20, 20]), (1, 3, [20, 20, 20, 13, 13, 14])):
-        monkeypatch.setattr(hf_parquet, "_ROWS_OF_A_SHARE", least)
-        monkeypatch.setattr(hf_parquet, "_MOST_SHARES", most)
+        monkeypatch.setattr(parquet_rows, "_ROWS_OF_A_SHARE", least)
+        monkeypatch.setattr(parquet_rows, "_MOST_SHARES", most)
         reader = reader_of(tmp_path, keyed)
         found = list(reader.units())
         assert [unit.rows for unit in found] == units
@@ -291,7 +293,7 @@ def test_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.Mon
     def opened(uri: str) -> Iterator[Any]:
         yield pa.PythonFile(Failing(Path(uri).read_bytes()), mode="r")
 
-    monkeypatch.setattr(hf_parquet, "open_file", opened)
+    monkeypatch.setattr(parquet_rows, "open_file", opened)
     with pytest.raises(UserError, match=r"storage failed\. Run again"):
         [list(reader.samples(unit)) for unit in units or reader.units()]
 

@@ -2,131 +2,133 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from mmedpo_ray.audit.features import FORMATS, Features
-from mmedpo_ray.audit.finding import CHANCE, Check, Finding, Severity, percent, text_pairs
-from mmedpo_ray.audit.settings import AuditConfig
+from mmedpo_ray.audit.check import CHANCE, Audited, Check, Measured, Severity, percent
 from mmedpo_ray.audit.statistics import Separation, separation
 
-_STRONG_SHORTCUT = 0.9
-_WEAK_SHORTCUT = 0.6
+_STRONG = 0.9
+_WEAK = 0.6
+_TRIM = "trim both sides (--fix)"
+_BALANCE = "balance the answers: as many pairs that prefer yes as no, for each question form"
 
 
-def _shortcut_severity(found: Separation, settings: AuditConfig) -> Severity | None:
+def _severity(found: Separation, shortcut_accuracy: float) -> Severity | None:
     if found.p_value >= CHANCE:
         return None
-    limit = settings.shortcut_accuracy
-    if found.strength >= max(_STRONG_SHORTCUT, limit):
+    if found.strength >= max(_STRONG, shortcut_accuracy):
         return "high"
-    if found.strength >= limit:
+    if found.strength >= shortcut_accuracy:
         return "medium"
-    return "low" if found.strength >= _WEAK_SHORTCUT else None
+    return "low" if found.strength >= _WEAK else None
 
 
-def length_shortcut(features: Features, settings: AuditConfig) -> Finding:
-    """One length threshold tells the sides apart."""
-    text = text_pairs(features)
-    measured: dict[str, Separation] = {}
-    for unit in ("words", "characters"):
-        short = "words" if unit == "words" else "chars"
-        chosen, rejected = (getattr(features, f"{short}_{side}")[text] for side in ("chosen", "rejected"))
-        found = separation(chosen, rejected)
-        assert found is not None  # there is a text pair
-        measured[unit] = found
+def _length(audited: Audited) -> Measured:
+    """One length threshold, in words or characters, tells the sides apart."""
+    features = audited.features
+    text = features.text
+    measured = {
+        "words": separation(features.words_chosen[text], features.words_rejected[text]),
+        "characters": separation(features.chars_chosen[text], features.chars_rejected[text]),
+    }
     unit = max(measured, key=lambda name: measured[name].accuracy)
     best = measured[unit]
-    strongest = max(measured.values(), key=lambda item: item.strength)
-    longer = "longer" if best.rejected_is == "more" else "shorter"
     difference = features.chars_rejected.astype(np.int64) - features.chars_chosen
     told = text & ((difference > 0) if best.rejected_is == "more" else (difference < 0))
-    order = np.flatnonzero(told)[np.argsort(-np.abs(difference[told]), kind="stable")]
-    return Finding(
-        check="length_shortcut",
-        severity=_shortcut_severity(strongest, settings),
-        figure=round(best.accuracy, 6),
-        says=(
-            f"one threshold ({best.threshold:.0f} {unit}) tells {percent(best.accuracy)} of the responses apart (AUC "
-            f"{best.auc:.3f}); the rejected one is {longer} in {percent(best.pair_accuracy)} of the pairs"
+    medians = {
+        "median_words_chosen": float(np.median(features.words_chosen[text])),
+        "median_words_rejected": float(np.median(features.words_rejected[text])),
+    }
+    return Measured(
+        np.flatnonzero(told)[np.argsort(-np.abs(difference[told]), kind="stable")],
+        best.pairs,
+        figure=best.accuracy,
+        severity=_severity(
+            max(measured.values(), key=lambda item: item.strength), audited.settings.shortcut_accuracy
         ),
-        count=len(order),
-        of=best.pairs,
-        rows=order,
-        remedy="match lengths: rewrite the rejected side as a minimal edit (curate.text.method=rewrite or "
-        "curate.text.method=rule_edit), or lower curate.text.max_length_ratio",
-        details={name: _separation_dict(item) for name, item in measured.items()}
-        | {
-            "median_words_chosen": float(np.median(features.words_chosen[text])),
-            "median_words_rejected": float(np.median(features.words_rejected[text])),
+        values={
+            "threshold": best.threshold,
+            "unit": unit,
+            "told": percent(best.accuracy),
+            "auc": best.auc,
+            "longer": "longer" if best.rejected_is == "more" else "shorter",
+            "within": percent(best.pair_accuracy),
         },
+        details={name: _rounded(item) for name, item in measured.items()} | medians,
     )
 
 
-# Format → how it is said, and what to do about it.
-_FORMAT_WORDS = {
-    "leading_space": ("begin with a space", "trim both sides (--fix)"),
-    "trailing_space": ("end with a space", "trim both sides (--fix)"),
-    "capital": ("begin with a capital", "write both sides with the same capitalisation"),
-    "final_period": ("end with a period", "end both sides alike: add or drop the final period"),
-    "newline": ("have several lines", "write both sides as one paragraph, or drop what follows the answer"),
-    "quotes": ("contain quotation marks", "drop the quotation marks, or the pairs"),
-    "says_yes": (
-        "begin with yes",
-        "balance the answers: as many pairs that prefer yes as no, for each question form",
-    ),
-    "says_no": (
-        "begin with no",
-        "balance the answers: as many pairs that prefer yes as no, for each question form",
-    ),
-}
-
-
-def format_shortcut(name: str, features: Features, settings: AuditConfig) -> Finding:
+def _format(name: str, audited: Audited) -> Measured:
     """One property of the form tells the sides apart.
 
     Args:
-        name: key of `FORMATS`.
-        features: the table.
-        settings: thresholds.
+        name: key of `mmedpo_ray.audit.features.FORMATS`.
+        audited: the table.
     """
-    text = text_pairs(features)
-    chosen, rejected = features.has_format(name)
+    text = audited.features.text
+    chosen, rejected = audited.features.has_format(name)
     found = separation(chosen[text].astype(np.int8), rejected[text].astype(np.int8))
-    assert found is not None  # there is a text pair
-    words, remedy = _FORMAT_WORDS[name]
     told = text & (chosen != rejected) & (rejected if found.rejected_is == "more" else chosen)
-    return Finding(
-        check=f"{name}_shortcut",
-        severity=_shortcut_severity(found, settings),
-        figure=round(found.accuracy, 6),
-        says=(
-            f"{percent(float(chosen[text].mean()))} of the chosen and {percent(float(rejected[text].mean()))} of the rejected "
-            f"answers {words}: {percent(found.accuracy)} told apart (AUC {found.auc:.3f})"
-        ),
-        count=int(told.sum()),
-        of=found.pairs,
-        rows=np.flatnonzero(told),
-        remedy=remedy,
-        fixed=name in ("leading_space", "trailing_space"),
-        details=_separation_dict(found),
+    return Measured(
+        np.flatnonzero(told),
+        found.pairs,
+        figure=found.accuracy,
+        severity=_severity(found, audited.settings.shortcut_accuracy),
+        values={
+            "chosen": percent(float(chosen[text].mean())),
+            "rejected": percent(float(rejected[text].mean())),
+            "told": percent(found.accuracy),
+            "auc": found.auc,
+        },
+        details=_rounded(found),
     )
 
 
-def _separation_dict(found: Separation) -> dict[str, Any]:
-    return {
-        "accuracy": round(found.accuracy, 6),
-        "threshold": found.threshold,
-        "auc": round(found.auc, 6),
-        "pair_accuracy": round(found.pair_accuracy, 6),
-        "rejected_is": found.rejected_is,
-        "p_value": found.p_value,
-    }
+def _rounded(found: Separation) -> dict[str, Any]:
+    figures = asdict(found)
+    del figures["pairs"]
+    return figures | {key: round(figures[key], 6) for key in ("accuracy", "auc", "pair_accuracy")}
 
 
-SHORTCUT_CHECKS: dict[str, Check] = {
-    "length_shortcut": length_shortcut,
-    **{f"{name}_shortcut": partial(format_shortcut, name) for name in FORMATS},
+# Format → what such answers do, what to do about it, and whether --fix does it.
+_FORMATS = {
+    "leading_space": ("begin with a space", _TRIM, True),
+    "trailing_space": ("end with a space", _TRIM, True),
+    "capital": ("begin with a capital", "write both sides with the same capitalisation", False),
+    "final_period": ("end with a period", "end both sides alike: add or drop the final period", False),
+    "newline": (
+        "have several lines",
+        "write both sides as one paragraph, or drop what follows the answer",
+        False,
+    ),
+    "quotes": ("contain quotation marks", "drop the quotation marks, or the pairs", False),
+    "says_yes": ("begin with yes", _BALANCE, False),
+    "says_no": ("begin with no", _BALANCE, False),
 }
+CHECKS = (
+    Check(
+        "length_shortcut",
+        "one threshold ({threshold:.0f} {unit}) tells {told} of the responses apart (AUC {auc:.3f}); the rejected one is "
+        "{longer} in {within} of the pairs",
+        "match lengths: rewrite the rejected side as a minimal edit (curate.text.method=rewrite or "
+        "curate.text.method=rule_edit), or lower curate.text.max_length_ratio",
+        _length,
+        kind="text",
+    ),
+    *(
+        Check(
+            f"{name}_shortcut",
+            f"{{chosen}} of the chosen and {{rejected}} of the rejected answers {words}: {{told}} told apart "
+            "(AUC {auc:.3f})",
+            remedy,
+            partial(_format, name),
+            kind="text",
+            fixable=fixable,
+        )
+        for name, (words, remedy, fixable) in _FORMATS.items()
+    ),
+)

@@ -4,41 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmedpo_ray.audit.features import QUESTION_FORMS, Features
-from mmedpo_ray.audit.finding import (
-    CHANCE,
-    Check,
-    Finding,
-    NotCheckedError,
-    Severity,
-    finding_of_rows,
-    noun,
-    percent,
-    share_severity,
-)
-from mmedpo_ray.audit.settings import AuditConfig
-from mmedpo_ray.audit.statistics import Explained, explained
-
-
-def _weights(features: Features) -> np.ndarray:
-    if "weight" not in features.columns:
-        raise NotCheckedError("the table has no weights yet")
-    return features.weight
-
-
-def invalid_weight(features: Features, _: AuditConfig) -> Finding:
-    """Weights that are missing, negative or no finite number."""
-    weight = _weights(features)
-    mask = bad_weight(weight)
-    return finding_of_rows(
-        "invalid_weight",
-        mask,
-        len(features),
-        "high" if mask.any() else None,
-        f"{noun(int(mask.sum()), 'weight')} missing, negative or no finite number",
-        "remove these rows (--fix), or give the pairs weights (`mmedpo score`)",
-        fixed=True,
-    )
+from mmedpo_ray.audit.check import CHANCE, Audited, Check, Measured, NotCheckedError, Severity, percent
+from mmedpo_ray.audit.features import QUESTION_FORMS
+from mmedpo_ray.audit.statistics import explained
 
 
 def bad_weight(weight: np.ndarray) -> np.ndarray:
@@ -46,118 +14,90 @@ def bad_weight(weight: np.ndarray) -> np.ndarray:
     return ~(np.isfinite(weight) & (np.nan_to_num(weight, nan=-1.0) >= 0))
 
 
-def zero_weight(features: Features, _: AuditConfig) -> Finding:
-    """Rows that weigh nothing."""
-    mask, of = _weights(features) == 0, len(features)
-    return finding_of_rows(
-        "zero_weight",
-        mask,
-        of,
-        share_severity(int(mask.sum()), of, medium=0.05),
-        f"{noun(int(mask.sum()), 'pair')} of weight 0: they cost computation and teach nothing",
-        "score.weights.mode=match_moments gives every pair a weight; or leave the pairs out",
-    )
-
-
-def constant_weight(features: Features, _: AuditConfig) -> Finding:
-    """All weights of a kind are the same."""
-    weight = _weights(features)
+def _constant(audited: Audited) -> Measured:
+    features = audited.features
+    kinds = {
+        name: rows for name, rows in (("text", features.text), ("visual", features.visual)) if rows.any()
+    }
     constant = [
         name
-        for name, rows in (("text", features.text), ("visual", features.visual))
-        if rows.sum() > 1 and np.ptp(np.nan_to_num(weight[rows])) == 0
+        for name, rows in kinds.items()
+        if rows.sum() > 1 and np.ptp(np.nan_to_num(features.weight[rows])) == 0
     ]
-    present = int(features.text.any()) + int(features.visual.any())
-    severity: Severity | None = None
-    if constant:
-        severity = "low" if len(constant) == present else "info"
-    remedies = {
-        "text": "Judge the pairs (score.agents) and let the scores count (score.weights.mode).",
-        "visual": "A tool that is always equally sure (as dataset_mask) gives no other weights; that is fine if it is meant.",
-    }
-    mask = np.zeros(len(features), bool)
-    for name in constant:
-        mask |= features.visual if name == "visual" else features.text
-    return finding_of_rows(
-        "constant_weight",
-        mask,
-        len(features),
-        severity,
-        f"all {' and all '.join(constant)} pairs weigh the same: nothing is known of their relevance"
+    mask = (
+        np.logical_or.reduce([kinds[name] for name in constant])
         if constant
-        else "weights vary",
-        " ".join(remedies[name] for name in constant),
+        else np.zeros(len(features), bool)
+    )
+    severity: Severity | None = "low" if len(constant) == len(kinds) else "info"
+    return Measured(
+        np.flatnonzero(mask),
+        len(features),
+        severity=severity if constant else None,
+        values={"which": f"all {' and all '.join(constant)}" if constant else "not all"},
+        causes=tuple(constant),
         details={"kinds": constant},
     )
 
 
-def effective_sample_size(features: Features, _: AuditConfig) -> Finding:
-    """A few rows carry most of the weight."""
-    weight = _weights(features)
+def _effective(audited: Audited) -> Measured:
+    """Kish's effective sample size: (Σw)²/(n·Σw²)."""
+    weight = audited.features.weight
     usable = weight[~bad_weight(weight)]
     square = float(np.sum(usable**2))
     if square == 0:
         raise NotCheckedError("no pair has a positive weight")
     share = float(np.sum(usable)) ** 2 / (len(usable) * square)
     severity: Severity | None = "medium" if share < 0.5 else "low" if share < 0.8 else None
-    return Finding(
-        check="effective_sample_size",
-        severity=severity,
-        figure=round(share, 6),
-        says=f"the weights leave {percent(share)} of the pairs in effect: (Σw)²/(n·Σw²)",
+    return Measured(
+        np.argsort(-np.nan_to_num(weight), kind="stable")[:100],
+        len(weight),
         count=len(usable),
-        of=len(features),
-        rows=np.argsort(-np.nan_to_num(weight), kind="stable")[:100],
-        remedy="clip the weights (score.weights.clip) or use score.weights.mode=match_moments",
+        figure=share,
+        severity=severity,
+        values={"share": percent(share)},
     )
 
 
-def weights_by_question(features: Features, _: AuditConfig) -> Finding:
-    """The weights follow the kind of question instead of the pair."""
-    weight = _weights(features)
-    usable = features.text & ~bad_weight(weight)
-    answer_types = features.answer_type
+def _by_question(audited: Audited) -> Measured:
+    """Which property of the question explains most of the variance of the text pairs' weights."""
+    features = audited.features
+    usable = features.text & ~bad_weight(features.weight)
     factors: dict[str, tuple[np.ndarray, tuple[str, ...]]] = {
         "question form": (features.question_form, tuple(QUESTION_FORMS)),
         "first word of the question": (features.first_word, features.first_words),
         "chosen answer is yes, no or neither": (features.polarity + 1, ("no", "neither", "yes")),
-        "answer type": (answer_types, features.answer_types),
+        "answer type": (features.answer_type, features.answer_types),
     }
-    measured: dict[str, Explained] = {}
-    for name, (codes, _names) in factors.items():
-        found = explained(weight[usable], codes[usable].astype(np.int64))
-        if found is not None:
-            measured[name] = found
+    measured = {
+        name: found
+        for name, (codes, _) in factors.items()
+        if (found := explained(features.weight[usable], codes[usable].astype(np.int64))) is not None
+    }
     if not measured:
         raise NotCheckedError("the text pairs' weights do not vary, or all questions are of one form")
     best = max(measured, key=lambda name: measured[name].epsilon_squared)
     found = measured[best]
-    severity: Severity | None = None
-    if found.p_value < CHANCE:
-        for level, limit in (("medium", 0.5), ("low", 0.14), ("info", 0.06)):
-            if found.epsilon_squared >= limit:
-                severity = level  # type: ignore[assignment]
-                break
-    means = {factors[best][1][code]: round(mean, 4) for code, mean in found.means.items()}
-    forms = factors["question form"]
-    by_form = (
-        {forms[1][c]: round(m, 4) for c, m in measured["question form"].means.items()}
-        if "question form" in measured
-        else {}
-    )
-    return Finding(
-        check="weights_by_question",
-        severity=severity,
-        figure=round(found.epsilon_squared, 6),
-        says=f"the {best} explains {percent(found.epsilon_squared)} of the weights' variance ({found.groups} groups, p {_p(found.p_value)})",
+    levels: dict[Severity, float] = {"medium": 0.5, "low": 0.14, "info": 0.06}
+    reached = (level for level, least in levels.items() if found.epsilon_squared >= least)
+    # A first word could name a person; the forms of questions are ours.
+    shown = "question form" if best.startswith("first word") else best
+    means = measured[shown].means if shown in measured else {}
+    return Measured(
+        np.zeros(0, np.int64),
+        found.rows,
         count=found.rows,
-        of=found.rows,
-        rows=np.zeros(0, np.int64),
-        remedy="relevance may differ by question; where it should not, take other judges (score.agents), or set score.weights.mode=none",
+        figure=found.epsilon_squared,
+        severity=next(reached, None) if found.p_value < CHANCE else None,
+        values={
+            "factor": best,
+            "share": percent(found.epsilon_squared),
+            "groups": found.groups,
+            "p": "< 0.0001" if found.p_value < 1e-4 else f"= {found.p_value:.4f}",
+        },
         details={
             "factor": best,
-            # A first word could name a person; the forms are ours.
-            "mean_weight": by_form if best.startswith("first word") else means,
+            "mean_weight": {factors[shown][1][code]: round(mean, 4) for code, mean in means.items()},
             "factors": {
                 name: {
                     "groups": item.groups,
@@ -171,14 +111,47 @@ def weights_by_question(features: Features, _: AuditConfig) -> Finding:
     )
 
 
-def _p(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"= {value:.4f}"
-
-
-WEIGHT_CHECKS: dict[str, Check] = {
-    "invalid_weight": invalid_weight,
-    "zero_weight": zero_weight,
-    "constant_weight": constant_weight,
-    "effective_sample_size": effective_sample_size,
-    "weights_by_question": weights_by_question,
-}
+CHECKS = (
+    Check(
+        "invalid_weight",
+        "{n:weight} missing, negative or no finite number",
+        "remove these rows (--fix), or give the pairs weights (`mmedpo score`)",
+        lambda audited: bad_weight(audited.features.weight),
+        {"high": 0},
+        columns=("weight",),
+        fixable=True,
+    ),
+    Check(
+        "zero_weight",
+        "{n:pair} of weight 0: they cost computation and teach nothing",
+        "score.weights.mode=match_moments gives every pair a weight; or leave the pairs out",
+        lambda audited: audited.features.weight == 0,
+        {"medium": 0.05, "low": 0},
+        columns=("weight",),
+    ),
+    Check(
+        "constant_weight",
+        "{which} pairs weigh the same: nothing is known of their relevance",
+        {
+            "text": "judge the pairs (score.agents) and let the scores count (score.weights.mode)",
+            "visual": "a tool that is always equally sure (as dataset_mask) gives no other weights; that is fine if it is meant",
+        },
+        _constant,
+        columns=("weight",),
+    ),
+    Check(
+        "effective_sample_size",
+        "the weights leave {share} of the pairs in effect: (Σw)²/(n·Σw²)",
+        "clip the weights (score.weights.clip) or use score.weights.mode=match_moments",
+        _effective,
+        columns=("weight",),
+    ),
+    Check(
+        "weights_by_question",
+        "the {factor} explains {share} of the weights' variance ({groups} groups, p {p})",
+        "relevance may differ by question; where it should not, take other judges (score.agents), or set "
+        "score.weights.mode=none",
+        _by_question,
+        columns=("weight",),
+    ),
+)

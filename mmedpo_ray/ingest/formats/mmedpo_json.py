@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mmedpo_ray.datasets.preferences import Preference
+from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.ingest.annotations import conversation, talk
 from mmedpo_ray.ingest.preference_reader import PreferenceReader
-from mmedpo_ray.ingest.reader import UnusableError
 
 
 class MMedPOJsonReader(PreferenceReader):

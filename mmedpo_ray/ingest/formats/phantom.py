@@ -17,7 +17,6 @@ from mmedpo_ray.io import storage
 from mmedpo_ray.io.images import encode_png
 from mmedpo_ray.phantom import world
 from mmedpo_ray.phantom.findings import Prior
-from mmedpo_ray.tables.run_folder import RunFolder
 
 _SPLITS: dict[str, world.Split] = {"train": "align", "test": "test"}
 assert set(_SPLITS.values()) <= set(get_args(world.Split))
@@ -45,7 +44,7 @@ class PhantomReader(Reader):
 
     def _image_samples(self, split: str, number: str, seed: int) -> Iterator[dict[str, Any]]:
         case = world.make_phantom(seed, prior=self._prior(split))
-        folder = storage.absolute(storage.join(RunFolder(self.config.run.folder).raw, self.dataset, split))
+        folder = storage.join(self.raw_folder(), split)
         image_uri, mask_uri = (storage.join(folder, f"{number}{suffix}.png") for suffix in ("", "_mask"))
         data = encode_png(Image.fromarray(case.image))
         storage.write_bytes(image_uri, data)

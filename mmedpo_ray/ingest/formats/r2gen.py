@@ -7,7 +7,6 @@ list of them, of which the first counts.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -15,11 +14,11 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from mmedpo_ray.datasets.texts import clean
+from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.ingest.annotations import MASK_KEY, AnnotationReader, Turn
-from mmedpo_ray.ingest.reader import ImageChecker, ImageFacts, UnusableError
-from mmedpo_ray.io import images, storage
-from mmedpo_ray.tables.run_folder import RunFolder
+from mmedpo_ray.ingest.image_checker import ImageChecker, ImageFacts
+from mmedpo_ray.io import images
 
 _GREY = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F")
 
@@ -63,11 +62,7 @@ class R2GenReader(AnnotationReader):
         """Writes all views of a study as one image; its name is the hash of its bytes."""
         views = [checker.load(view.uri) for view in found]
         data = images.encode_png(side_by_side(views, self.data.max_pixels))
-        sha256 = hashlib.sha256(data).hexdigest()
-        folder = storage.absolute(storage.join(RunFolder(self.config.run.folder).raw, self.dataset))
-        target = storage.join(folder, sha256[:2], f"{sha256}.png")
-        storage.write_bytes(target, data)
-        return ImageFacts(target, sha256, found[0].image_id)
+        return ImageFacts(*checker.write_file(data, "png"), found[0].image_id)
 
 
 def side_by_side(views: list[Image.Image], max_pixels: int) -> Image.Image:
