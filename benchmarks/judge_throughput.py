@@ -168,9 +168,9 @@ def _pipeline(
     agents = json.dumps([agent.model_dump(mode="json")])
     config = load(None, [f"run.folder={folder}", f"score.agents={agents}", "score.max_rounds=1"])
     pairs = StageRunner("curate", RunFolder(str(folder)).pairs, config)
-    pairs.done_ids("pair_id")
-    pairs.write_part(rows, schemas.PAIRS, "pair_id")
-    pairs.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
+    pairs.write_rows(
+        lambda _: pairs.write_part(rows, schemas.PAIRS, "pair_id"), schema=schemas.PAIRS, id_column="pair_id"
+    )
     clock = folder / "ready"
     plain = debate.HoldPass
     debate.HoldPass = _timed(plain, warm_up, str(clock))  # type: ignore[misc]

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from mmedpo_ray.config.base import Section
 from mmedpo_ray.config.messages import in_words, line_of
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
@@ -210,11 +211,16 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def _sections(kind: type[Section] = Section) -> list[type[Section]]:
+    """Every class of settings that is loaded, those of list items included."""
+    return [kind, *(found for below in kind.__subclasses__() for found in _sections(below))]
+
+
 def _nearest(key: str) -> str:
     """A hint for an unknown key: the nearest known key, by its whole name or by its last part."""
     known = known_keys()
     if in_list := re.match(r".+\.\d+\.", key):
-        known += sorted(in_list.group() + name for name in _names_in_schema(Config.model_json_schema()))
+        known += sorted({in_list.group() + name for section in _sections() for name in section.model_fields})
     sections = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2) if "." in name}
     matches = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.6)
     if not matches:
@@ -222,13 +228,3 @@ def _nearest(key: str) -> str:
         last = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
         matches = [by_last_part[name] for name in last]
     return f"; did you mean {matches[0]}?" if matches else "; `mmedpo config show` lists the known ones"
-
-
-def _names_in_schema(schema: Any) -> set[str]:
-    """The names of all properties in a JSON schema."""
-    if isinstance(schema, list):
-        return set().union(*map(_names_in_schema, schema))
-    if not isinstance(schema, dict):
-        return set()
-    properties = schema.get("properties", {})
-    return set(properties).union(*map(_names_in_schema, schema.values()))

@@ -9,8 +9,6 @@ any other is YAML.
 
 from __future__ import annotations
 
-import typing
-
 from pydantic import Field, model_validator
 
 from mmedpo_ray.align.settings import AlignConfig, ControlConfig
@@ -72,25 +70,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
-        if self.data.format != "phantom" and self.data.root is None:
-            raise ValueError(f"data.root is required with data.format={self.data.format}")
-        if self.data.format == "phantom" and self.data.root is not None:
-            formats = [
-                name
-                for name in typing.get_args(DataConfig.model_fields["format"].annotation)
-                if name != "phantom"
-            ]
-            raise ValueError(
-                f"data.root={self.data.root} would be ignored with data.format=phantom, which makes its own images: set "
-                f"data.format (--format) to that of your data ({', '.join(formats)}), or data.root=null for phantoms"
-            )
-        brings_pairs = self.data.format in ("mmedpo_json", "trl", "llama_factory", "swift")
-        if (brings_pairs or self.data.format == "llava_json") and self.data.train_file is None:
-            raise ValueError(f"data.train_file is required with data.format={self.data.format}")
-        if self.curate.text.method == "released" and not brings_pairs:
-            raise ValueError(
-                "curate.text.method=released needs data that bring pairs: data.format=mmedpo_json, trl, llama_factory or swift"
-            )
+        self.data.check_format(needs_pairs=self.curate.text.method == "released")
         if self.align.loss in ("cdpo", "robust") and self.align.label_smoothing == 0:
             raise ValueError(
                 f"align.loss={self.align.loss} needs align.label_smoothing > 0; at 0 it is sigmoid"

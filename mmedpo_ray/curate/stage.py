@@ -22,9 +22,8 @@ from mmedpo_ray.curate.text.stage import prepare, text_pairs
 from mmedpo_ray.curate.visual.stage import finished_visual_pairs, make_visual_pairs
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.seen_ids import SeenIds
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
 
 _TURNED_DOWN = ".turned_down"
@@ -56,7 +55,7 @@ def curate(config: Config) -> Manifest:
         return manifest
     counts = storage.join(run.pairs, _TURNED_DOWN, stage.key)
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         made = (text_pairs(config, done, counts), finished_visual_pairs(config, done))
         parts = [part for part in made if part is not None]
         return parts[0].union(*parts[1:]) if len(parts) > 1 else next(iter(parts), None)
@@ -91,7 +90,7 @@ class _Figures:
         self._counts = counts
         self._kinds: Counter[str] = Counter()
         self._generators: Counter[str] = Counter()
-        self._images = SeenIds()
+        self._images = IdSet()
 
     def add(self, rows: pa.RecordBatch) -> None:
         self._kinds.update(rows["kind"].to_pylist())

@@ -25,8 +25,8 @@ from mmedpo_ray.datasets.preferences import PREFERENCE_FORMATS, format_of
 from mmedpo_ray.datasets.table_location import Wanted, why_no_table, why_other_columns
 from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.ingest.reader import storable
 from mmedpo_ray.io import storage
+from mmedpo_ray.io.text import storable
 
 _BATCH_ROWS = 65_536
 # Columns that some check looks at; everything but the first three may be absent.

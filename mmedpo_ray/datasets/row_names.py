@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from mmedpo_ray.datasets.texts import storable
+from mmedpo_ray.io.text import storable
 
 # Whole numbers below it are exact as floats.
 _EXACT = 2**53

@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables.commit import PARTS
-from mmedpo_ray.tables.lineage import verb_of
+from mmedpo_ray.tables.run_folder import command_of
 
 Wanted = Literal["pairs", "samples"]
 
@@ -52,7 +52,7 @@ def why_no_table(path: str, wanted: Wanted) -> str:
 
 def _not_yet(run: str, name: str, wanted: Wanted) -> str:
     return (
-        f"{run} is the folder of a run without {name}/ yet: `mmedpo {verb_of(name)} run.folder={run}` writes it. "
+        f"{run} is the folder of a run without {name}/ yet: `mmedpo {command_of(name)} run.folder={run}` writes it. "
         f"Or another table: {GIVE[wanted][0].lower()}{GIVE[wanted][1:]}"
     )
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from mmedpo_ray.datasets.unusable import UnusableError
+from mmedpo_ray.io.text import storable
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.lexicon.meta_text import is_leaked_prompt
 
@@ -63,11 +64,6 @@ def clean(value: Any) -> str:
             raise UnusableError("several_answers", f"{len(texts)} different texts where one is expected")
         return next(iter(texts), "")
     return str(value) if isinstance(value, int) else ""
-
-
-def storable(text: str) -> str:
-    """The text without lone surrogates, which JSON allows and UTF-8 does not."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def text_problem(question: str, answer: str) -> str | None:

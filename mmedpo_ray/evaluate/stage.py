@@ -34,6 +34,7 @@ from mmedpo_ray.metrics import at_hand
 from mmedpo_ray.models.loading import model_fingerprint
 from mmedpo_ray.serve.endpoint import engine_groups, run_models, start_endpoint
 from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, digest, read_manifest, read_table
 
@@ -59,9 +60,12 @@ def evaluate(config: Config) -> Manifest:
     stage, names = _stage(config, run)
     manifest = stage.finished()
     if manifest is None:
-        _ask(config, stage, names, _test_samples(config, run))
-        manifest = stage.finish_parts(
-            schema=schemas.ANSWERS, id_column="answer_id", retry_reasons=RETRY_REASONS
+        samples = _test_samples(config, run)
+        manifest = stage.write_rows(
+            lambda done: _ask(config, stage, names, samples, done),
+            schema=schemas.ANSWERS,
+            id_column="answer_id",
+            retry_reasons=RETRY_REASONS,
         )
     key = digest(
         manifest.key, manifest.content, config.evaluate.bootstrap, config.evaluate.confidence, at_hand()
@@ -71,9 +75,10 @@ def evaluate(config: Config) -> Manifest:
     return manifest
 
 
-def _ask(config: Config, stage: StageRunner, names: Sequence[str], samples: list[dict[str, Any]]) -> None:
+def _ask(
+    config: Config, stage: StageRunner, names: Sequence[str], samples: list[dict[str, Any]], done: IdSet
+) -> None:
     """Asks every model what it has not answered yet."""
-    done = stage.done_ids("answer_id", RETRY_REASONS)
     todo = [
         (name, sample) for name in names for sample in samples if f"{name}/{sample['sample_id']}" not in done
     ]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from mmedpo_ray.datasets import json_rows
 from mmedpo_ray.datasets.embedded_images import LONGEST_NAME, EmbeddedImages, bytes_or_name, only_element
-from mmedpo_ray.datasets.texts import clean, storable
+from mmedpo_ray.datasets.texts import clean
 from mmedpo_ray.ingest.reader import (
     ROWS_PER_UNIT,
     ImageChecker,
@@ -24,7 +24,8 @@ from mmedpo_ray.ingest.reader import (
     row_name,
 )
 from mmedpo_ray.io import storage
-from mmedpo_ray.tables.seen_ids import SeenIds
+from mmedpo_ray.io.text import storable
+from mmedpo_ray.tables.id_set import IdSet
 
 # Member of a row that names its lesion mask, in every format.
 MASK_KEY = "mask"
@@ -127,12 +128,12 @@ class AnnotationReader(Reader):
     # ------------------------------------------------------------------ what all share
 
     def units(self) -> Iterator[Unit]:
-        seen: dict[str | None, SeenIds] = {}
+        seen: dict[str | None, IdSet] = {}
         for file, file_split in self.files():
             for run in json_rows.scan(self.file(file), self._layout(file), ROWS_PER_UNIT, self.id_key):
                 split = file_split if run.section is None else self._split_of_section(run.section)
                 names = [self._row_name(row, position) for position, row in enumerate(run.rows, run.position)]
-                repeated = seen.setdefault(split, SeenIds()).add(names)
+                repeated = seen.setdefault(split, IdSet()).add(names)
                 positions = [run.position + index for index, again in enumerate(repeated) if again]
                 section = None if run.section is None else storable(run.section)
                 yield Unit(file, section, split, run.start, run.stop, run.position, len(run.rows), positions)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from mmedpo_ray.datasets.preferences import Preference, from_llama_factory, from_swift, from_trl
+from mmedpo_ray.datasets.preferences import Preference
 from mmedpo_ray.datasets.texts import clean
 from mmedpo_ray.ingest.annotations import AnnotationReader, Turn, checked_row
 from mmedpo_ray.ingest.reader import ImageChecker, Unit, UnusableError
@@ -40,6 +40,8 @@ class Samples(Protocol):
 class PreferenceReader(AnnotationReader):
     """Reads rows of preference pairs."""
 
+    needs_train_file = True
+    brings_pairs = True
     image_folders: tuple[str, ...] = ("images", ".")
 
     @abstractmethod
@@ -108,27 +110,6 @@ class PreferenceReader(AnnotationReader):
             "generator": GENERATOR,
             "source_score": score(given.score),
         }
-
-
-class TrlReader(PreferenceReader):
-    """Reads TRL's preference rows."""
-
-    def preference(self, row: dict[str, Any]) -> Preference:
-        return from_trl(row)
-
-
-class LlamaFactoryReader(PreferenceReader):
-    """Reads LLaMA-Factory's ranking rows."""
-
-    def preference(self, row: dict[str, Any]) -> Preference:
-        return from_llama_factory(row)
-
-
-class SwiftReader(PreferenceReader):
-    """Reads ms-swift's rows with a rejected response."""
-
-    def preference(self, row: dict[str, Any]) -> Preference:
-        return from_swift(row)
 
 
 class SortedSamples:

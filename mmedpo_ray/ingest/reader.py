@@ -23,10 +23,11 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.datasets.embedded_images import EmbeddedImages, bytes_or_name
 from mmedpo_ray.datasets.json_rows import read_json_list
 from mmedpo_ray.datasets.row_names import given_name, row_name
-from mmedpo_ray.datasets.texts import clean, infer_answer_type, storable, text_problem
+from mmedpo_ray.datasets.texts import clean, infer_answer_type, text_problem
 from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.ingest.settings import DataConfig
 from mmedpo_ray.io import images, storage
+from mmedpo_ray.io.text import storable
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 
 __all__ = [
@@ -137,10 +138,16 @@ class Reader(ABC):
         config: all settings.
 
     Attributes:
+        needs_root: whether ``data.root`` names the data; False: the reader makes them.
+        needs_train_file: whether ``data.train_file`` must be given.
+        brings_pairs: whether the rows are preference pairs, which :meth:`pairs` reads.
         intended_reasons: drop reasons of rows that the settings leave out on purpose.
         counts_rows: whether a unit counts the rows of `samples`, kept or dropped, that it becomes.
     """
 
+    needs_root: ClassVar[bool] = True
+    needs_train_file: ClassVar[bool] = False
+    brings_pairs: ClassVar[bool] = False
     intended_reasons: ClassVar[tuple[str, ...]] = ()
     counts_rows: bool = True
 

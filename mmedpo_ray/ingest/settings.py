@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mmedpo_ray.config.base import Section, Share
+from mmedpo_ray.ingest.formats import BUILTIN, FORMATS
 
 
 class PhantomDataConfig(Section):
@@ -40,18 +41,10 @@ class ParquetColumnsConfig(Section):
 class DataConfig(Section):
     """Raw data into `samples`."""
 
-    format: Literal[
+    format: Annotated[str, AfterValidator(FORMATS.check)] = Field(
         "phantom",
-        "mmedpo_json",
-        "llava_json",
-        "slake",
-        "vqa_rad",
-        "r2gen",
-        "hf_parquet",
-        "trl",
-        "llama_factory",
-        "swift",
-    ] = "phantom"
+        description=f"layout of the raw data: {', '.join(BUILTIN)}, or the name of another package's format",
+    )
     name: str | None = Field(None, description="name of the data set in the tables; null: the format's own")
     root: str | None = Field(None, description="folder of the data set (path, s3://, gs://)")
     train_file: str | None = Field(
@@ -81,3 +74,29 @@ class DataConfig(Section):
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are dropped undecoded")
     max_image_bytes: int = Field(1_000_000_000, ge=1, description="larger image files are dropped unread")
     phantom: PhantomDataConfig = PhantomDataConfig()
+
+    def check_format(self, *, needs_pairs: bool) -> None:
+        """Compares the settings with what the reader of ``format`` says that it needs.
+
+        Args:
+            needs_pairs: whether curation takes over the pairs of the data.
+
+        Raises:
+            ValueError: a required setting is missing, would be ignored, or the data bring no pairs.
+        """
+        reader = FORMATS[self.format]
+        if reader.needs_root and self.root is None:
+            raise ValueError(f"data.root is required with data.format={self.format}")
+        if not reader.needs_root and self.root is not None:
+            others = ", ".join(name for name in FORMATS if name != self.format)
+            raise ValueError(
+                f"data.root={self.root} would be ignored with data.format={self.format}, which makes its own images: "
+                f"set data.format (--format) to that of your data ({others}), or data.root=null"
+            )
+        if reader.needs_train_file and self.train_file is None:
+            raise ValueError(f"data.train_file is required with data.format={self.format}")
+        if needs_pairs and not reader.brings_pairs:
+            raise ValueError(
+                "curate.text.method=released needs data that bring pairs: data.format=mmedpo_json, trl, llama_factory "
+                f"or swift, not {self.format}"
+            )

@@ -1,7 +1,4 @@
-"""The stage `ingest`: raw data → `samples` (and `released`, where the data brings pairs).
-
-A new format is a file with a :class:`~mmedpo_ray.ingest.reader.Reader` and a line in ``FORMATS``.
-"""
+"""The stage `ingest`: raw data → `samples` (and `released`, where the data brings pairs)."""
 
 from __future__ import annotations
 
@@ -16,43 +13,16 @@ import pyarrow.compute as pc
 import ray
 
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.errors import UserError
-from mmedpo_ray.ingest.formats.hf_parquet import HfParquetReader
-from mmedpo_ray.ingest.formats.llava_json import LlavaJsonReader
-from mmedpo_ray.ingest.formats.mmedpo_json import MMedPOJsonReader
-from mmedpo_ray.ingest.formats.phantom import PhantomReader
-from mmedpo_ray.ingest.formats.r2gen import R2GenReader
-from mmedpo_ray.ingest.formats.slake import SlakeReader
-from mmedpo_ray.ingest.formats.vqa_rad import VqaRadReader
-from mmedpo_ray.ingest.preference_reader import (
-    SAMPLE_COLUMNS,
-    LlamaFactoryReader,
-    PreferenceReader,
-    SortedSamples,
-    SwiftReader,
-    TrlReader,
-)
+from mmedpo_ray.ingest.formats import FORMATS
+from mmedpo_ray.ingest.preference_reader import SAMPLE_COLUMNS, PreferenceReader, SortedSamples
 from mmedpo_ray.ingest.reader import IMAGE_REASONS, ROWS_PER_UNIT, UNITS, Reader, Unit
 from mmedpo_ray.ingest.retry_images import any_mended
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.parts import Work
 from mmedpo_ray.tables.run_folder import RunFolder
-from mmedpo_ray.tables.seen_ids import SeenIds
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner
-
-FORMATS: dict[str, type[Reader]] = {
-    "phantom": PhantomReader,
-    "mmedpo_json": MMedPOJsonReader,
-    "llava_json": LlavaJsonReader,
-    "slake": SlakeReader,
-    "vqa_rad": VqaRadReader,
-    "r2gen": R2GenReader,
-    "hf_parquet": HfParquetReader,
-    "trl": TrlReader,
-    "llama_factory": LlamaFactoryReader,
-    "swift": SwiftReader,
-}
 
 
 def ingest(config: Config) -> Manifest:
@@ -62,9 +32,7 @@ def ingest(config: Config) -> Manifest:
         UserError: the source is missing or not of the given format, or no usable row is left.
         DroppedShareError: too many rows are unusable.
     """
-    if config.data.format not in FORMATS:
-        raise UserError(f"unknown data.format {config.data.format!r}; known are {', '.join(FORMATS)}.")
-    reader = FORMATS[config.data.format](config)
+    reader: Reader = FORMATS[config.data.format](config)
     manifest = _ingest_samples(config, reader)
     if isinstance(reader, PreferenceReader):
         _ingest_released(config, reader)
@@ -75,7 +43,7 @@ def _ingest_samples(config: Config, reader: Reader) -> Manifest:
     run = RunFolder(config.run.folder)
     settings = [config.data, config.run.seed, reader.fingerprint()]
     stage = StageRunner("ingest", run.samples, config, settings=settings)
-    if (manifest := stage.finished(mended=lambda: any_mended(config))) is not None:
+    if (manifest := stage.finished(could_retry_succeed=lambda: any_mended(config))) is not None:
         return manifest
     schema = schemas.with_drop_columns(schemas.SAMPLES)
 
@@ -168,14 +136,14 @@ class _Figures:
     columns = ("split", "image_id", "answer_type", "mask_uri")
 
     def __init__(self) -> None:
-        self._images: dict[str, SeenIds] = {"train": SeenIds(), "test": SeenIds()}
+        self._images: dict[str, IdSet] = {"train": IdSet(), "test": IdSet()}
         self._kinds: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
         self._masked: Counter[str] = Counter()
 
     def add(self, rows: pa.RecordBatch) -> None:
         for split in pc.unique(rows["split"]).to_pylist():
             part = rows.filter(pc.equal(rows["split"], split))
-            self._images.setdefault(split, SeenIds()).add(pc.unique(part["image_id"]).to_pylist())
+            self._images.setdefault(split, IdSet()).add(pc.unique(part["image_id"]).to_pylist())
             self._kinds.setdefault(split, Counter()).update(part["answer_type"].to_pylist())
             self._masked[split] += part.num_rows - part["mask_uri"].null_count
 

@@ -20,7 +20,7 @@ from mmedpo_ray.io import storage
 from mmedpo_ray.judge import debate
 from mmedpo_ray.judge.agents import JUDGES
 from mmedpo_ray.tables import schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
 from mmedpo_ray.tables.stage_runner import StageRunner, digest
@@ -40,7 +40,7 @@ class Retry:
     """
 
     key: str
-    pairs: DoneIds
+    pairs: IdSet
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Passes:
         return folders
 
     def _dataset(
-        self, done: DoneIds, which: debate.Pass, source: str, options: dict[str, Any]
+        self, done: IdSet, which: debate.Pass, source: str, options: dict[str, Any]
     ) -> ray.data.Dataset | None:
         """The open pairs of the previous pass (or of ``pairs``), judged by the agents of this one."""
         settings, first = self.config.score, which.agents[0]

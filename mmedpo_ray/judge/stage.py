@@ -33,9 +33,9 @@ from mmedpo_ray.judge.debate_passes import (
     usage_logs,
 )
 from mmedpo_ray.judge.settings import ScoreConfig, WeightConfig
-from mmedpo_ray.tables import parts, schemas
+from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.merge import DROPPED
-from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, digest, read_manifest
@@ -68,7 +68,7 @@ def score(config: Config) -> Manifest:
     stage = _stage(config, judging, scores)
     moments = _moments(scores, settings.weights)
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         skip = Skip(done, "pair_id")
 
         def weigh(rows: pa.Table) -> pa.Table:
@@ -122,7 +122,7 @@ def _write_scores(config: Config, judging: Sequence[Any], folder: str, total: in
     debatable = storage.dataset(run.pairs).count_rows(filter=needs_debate(keep_source_scores))
     passes = Passes(config, judging, retry).run(len(retry.pairs) if retry else debatable)
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         skip = Skip(done, "pair_id")
 
         def give_scores(rows: pa.Table) -> pa.Table:
@@ -161,7 +161,7 @@ def _pairs_to_retry(before: Manifest, folder: str) -> Retry:
     dropped = storage.dataset(storage.join(folder, DROPPED))
     failed = pc.field(schemas.DROP_REASON).isin(list(RETRY_REASONS))
     pair_ids = dropped.to_table(columns=["pair_id"], filter=failed)["pair_id"].to_pylist()
-    return Retry(digest(before.content, before.finished_at), DoneIds(codes=[parts.encode(pair_ids)]))
+    return Retry(digest(before.content, before.finished_at), IdSet(pair_ids))
 
 
 def _score_undebated(batch: pa.Table, *, keep_source_scores: bool) -> pa.Table:

@@ -1,7 +1,7 @@
-"""A merged table takes the place of the one before it; a crash in the middle is mended by the next attempt.
+"""Publishes a merged table: its files take the place of the old ones, and a crash on the way is completed later.
 
-What is to be moved is written down first (``.merged/publish.json``), so the moves can be repeated from any point. The manifest
-goes first and comes last: a table without one is unfinished.
+The plan is written first (``.merged/publish.json``), so the moves can be repeated from any point. The manifest is
+deleted first and written last: a table without one is unfinished.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from mmedpo_ray.io import storage
 from mmedpo_ray.tables.manifest import MANIFEST, Manifest, write_manifest
 from mmedpo_ray.tables.merge import DROPPED
 
-# Folder of the parts that a table is merged from; they go when it is there.
+# Folder of the parts that a table is merged from; deleted when the table is there.
 PARTS = ".parts"
 
-_MERGED = ".merged"
 _PUBLISH = "publish.json"
 
 
 class _Publication(BaseModel):
-    """What is left to do once a table is merged: these files into its folder, then the manifest."""
+    """What is left to do once a table is merged: move these files into its folder, then write the manifest."""
 
     manifest: Manifest
     files: list[str]
@@ -30,11 +29,11 @@ class _Publication(BaseModel):
 
 def staged(folder: str) -> str:
     """Where the new files of a table are until they are published."""
-    return storage.join(folder, _MERGED)
+    return storage.join(folder, ".merged")
 
 
 def publish(folder: str, manifest: Manifest) -> None:
-    """Puts the staged files in the place of the table's."""
+    """Replaces the files of a table by the staged ones."""
     names = [
         storage.join(*inner, posixpath.basename(path))
         for inner in ((), (DROPPED,))
@@ -46,7 +45,7 @@ def publish(folder: str, manifest: Manifest) -> None:
 
 
 def resume(folder: str, key: str) -> None:
-    """Finishes what an attempt with this key had begun to publish; what one with another key had is deleted."""
+    """Completes the publication that an attempt with this key began; deletes that of an attempt with another key."""
     try:
         plan = _Publication.model_validate_json(storage.read_bytes(storage.join(staged(folder), _PUBLISH)))
     except FileNotFoundError:
@@ -58,15 +57,15 @@ def resume(folder: str, key: str) -> None:
 
 
 def _carry_out(folder: str, plan: _Publication) -> None:
-    """Moves the files, deletes the table's other ones, writes the manifest; may be repeated from any point."""
+    """Moves the files, deletes the table's old ones, writes the manifest; can be repeated from any point."""
     storage.remove(storage.join(folder, MANIFEST))
     for name in plan.files:
         if storage.exists(storage.join(staged(folder), name)):
             storage.move(storage.join(staged(folder), name), storage.join(folder, name))
-    wanted = {storage.join(folder, name) for name in plan.files}
+    current = {storage.join(folder, name) for name in plan.files}
     for inner in (folder, storage.join(folder, DROPPED)):
         for path in storage.list_files(inner, ".parquet"):
-            if path not in wanted:
+            if path not in current:
                 storage.remove(path)
     if not any(name.startswith(DROPPED) for name in plan.files):
         storage.remove(storage.join(folder, DROPPED))

@@ -1,64 +1,46 @@
-"""Whether what a run folder holds still belongs together.
+"""Whether the tables in a run's folder still belong together.
 
-A manifest names the tables that its own was made of, directly or not, by their identities
-(:attr:`~mmedpo_ray.tables.manifest.Manifest.identity`). A table is stale when one of these has been made anew since with another
-outcome. A stage refuses stale inputs, and the report marks them. A table whose folder is gone, as where room was needed,
-makes nothing stale: those before it are named as well.
+A manifest names the tables that its own was made from, directly or not, by their identities
+(:attr:`~mmedpo_ray.tables.manifest.Manifest.identity`). A table is stale if one of them has been replaced since by
+one with another identity. A stage refuses stale inputs, and the report marks them. A deleted table makes nothing
+stale, because the tables before it are named as well.
 """
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables.manifest import Manifest, read_manifest
-
-# First part of a folder's name in the run → the verb that makes it.
-_VERBS = {
-    "samples": "ingest",
-    "released": "ingest",
-    "candidates": "curate",
-    "choices": "curate",
-    "rewrites": "curate",
-    "visual": "curate",
-    "pairs": "curate",
-    "scored": "score",
-    "prepared": "align",
-    "align": "align",
-    "model": "export",
-    "evaluate": "evaluate",
-}
+from mmedpo_ray.tables.run_folder import command_of
 
 
 @dataclass(frozen=True)
 class Stale:
-    """A table that no longer belongs to the one that it was made of.
+    """A table that no longer belongs to one that it was made from.
 
     Attributes:
         folder: of the stale table.
-        made_of: name of the other in the run.
-        unfinished: whether the other one is being made anew, rather than made.
-        verb: makes the stale table again, or finishes the other one.
+        made_from: name of the other in the run.
+        unfinished: whether the other one is being made again and is not finished.
+        command: makes the stale table again, or finishes the other one.
     """
 
     folder: str
-    made_of: str
+    made_from: str
     unfinished: bool
-    verb: str
+    command: str
 
     def __str__(self) -> str:
         if self.unfinished:
-            return (
-                f"{self.folder} was made from {self.made_of}/, which is being made anew and is not finished"
-            )
-        return f"{self.folder} was made from another {self.made_of}/ than the present one"
+            return f"{self.folder} was made from {self.made_from}/, which is being made again and is not finished"
+        return f"{self.folder} was made from another {self.made_from}/ than the present one"
 
 
 def find_stale(root: str, folder: str) -> Stale | None:
-    """The stale table closest to the raw data among those that a table was made of, itself included.
+    """The first stale table, in the order of the pipeline, among those that a table was made from and itself.
 
     Args:
         root: folder of the run.
@@ -67,27 +49,24 @@ def find_stale(root: str, folder: str) -> Stale | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    present: dict[str, Manifest | None] = {}
-
-    def read(name: str) -> Manifest | None:
-        if name not in present:
-            present[name] = read_manifest(storage.join(root, name))
-        return present[name]
-
-    present[name_of(root, folder)] = manifest
+    present: dict[str, Manifest | None] = {name_of(root, folder): manifest}
+    for name in manifest.inputs:
+        present[name] = read_manifest(storage.join(root, name))
     for name in [*manifest.inputs, name_of(root, folder)]:
-        made = read(name)
-        for made_of, identity in (made.inputs if made is not None else {}).items():
-            now = read(made_of)
-            unfinished = now is None and bool(storage.list_files(storage.join(root, made_of)))
+        table = present[name]
+        for made_from, identity in (table.inputs if table is not None else {}).items():
+            if made_from not in present:
+                present[made_from] = read_manifest(storage.join(root, made_from))
+            now = present[made_from]
+            unfinished = now is None and bool(storage.list_files(storage.join(root, made_from)))
             if unfinished or (now is not None and now.identity != identity):
-                verb = verb_of(made_of if unfinished else name)
-                return Stale(storage.join(root, name), made_of, unfinished, verb)
+                command = command_of(made_from if unfinished else name)
+                return Stale(storage.join(root, name), made_from, unfinished, command)
     return None
 
 
 def check(stage: str, root: str, folders: Sequence[str]) -> dict[str, str]:
-    """The tables that something made of these is made of, as its manifest keeps them.
+    """The tables that a table made from these is made from, directly or not: name in the run → identity.
 
     Args:
         stage: its name, for messages.
@@ -112,10 +91,10 @@ def check(stage: str, root: str, folders: Sequence[str]) -> dict[str, str]:
 
 
 def refuse_stale(stage: str, root: str, folder: str) -> None:
-    """Raises a ``UserError`` that names what to run first where a table, if it is there, is stale."""
+    """Raises a ``UserError`` that names the command to run first if a table exists and is stale."""
     if (stale := find_stale(root, folder)) is not None:
         raise UserError(
-            f"{stage}: {stale}. Run `mmedpo {stale.verb}` first (`mmedpo run` runs all in order)."
+            f"{stage}: {stale}. Run `mmedpo {stale.command}` first (`mmedpo run` runs all in order)."
         )
 
 
@@ -126,12 +105,6 @@ def identities(root: str, folders: Sequence[str]) -> dict[str, str]:
 
 
 def name_of(root: str, folder: str) -> str:
-    """The name of a folder in the run; its whole address where it lies elsewhere."""
+    """The name of a folder in the run; its whole address if it lies elsewhere."""
     whole, inner = storage.absolute(root).rstrip("/"), storage.absolute(folder)
     return inner.removeprefix(f"{whole}/")
-
-
-def verb_of(name: str) -> str:
-    """The verb that writes a folder of a run, given the folder's name in it; ``run`` for one that is not known."""
-    first, *rest = name.split(posixpath.sep)
-    return _VERBS.get(rest[0] if first == "control" and rest else first, "run")

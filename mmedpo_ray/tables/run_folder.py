@@ -1,125 +1,110 @@
-"""Where each stage of a run keeps its files."""
+"""The layout of a run's folder: the one list of stages, their folders, their commands and their settings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mmedpo_ray.io.storage import join, local_path
 
 Role = Literal["aligned", "control"]
 
-# What training leaves behind, the one or the other; the first also of an exported model.
+# What training writes, one or the other. An exported model may have an adapter too.
 ADAPTER = "adapter"
 WEIGHTS = "weights"
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """The layout of a run; every stage finds its inputs and outputs here.
+class StageFolder(NamedTuple):
+    """Where a stage of the pipeline writes its manifest.
 
-    The control run (supervised fine-tuning with as many updates) mirrors the aligned one under ``control/``.
+    Attributes:
+        stage: its name in reports.
+        folder: in the run's folder.
+        command: the `mmedpo` command that runs it.
+        sections: the sections of the settings that it introduces.
     """
 
-    root: str
+    stage: str
+    folder: str
+    command: str
+    sections: tuple[str, ...] = ()
 
-    @property
-    def config(self) -> str:
-        return join(self.root, "config.yaml")
 
-    @property
-    def raw(self) -> str:
-        """Images that ingest itself writes (phantoms, images of Parquet files, side-by-side views)."""
-        return join(self.root, "raw")
+# In the order of the pipeline.
+STAGES = (
+    StageFolder("ingest", "samples", "ingest", ("data",)),
+    StageFolder("ingest, released pairs", "released", "ingest"),
+    StageFolder("curate, sampled answers", "candidates", "curate"),
+    StageFolder("curate, chosen answers", "choices", "curate"),
+    StageFolder("curate, rewrites", "rewrites", "curate"),
+    StageFolder("curate, visual pairs", "visual", "curate"),
+    StageFolder("curate", "pairs", "curate", ("curate",)),
+    StageFolder("score", "scored", "score", ("score",)),
+    StageFolder("prepare", "prepared", "align"),
+    StageFolder("align", "align", "align", ("model", "align")),
+    StageFolder("align, control", "control/align", "align", ("control",)),
+    StageFolder("export", "model", "export"),
+    StageFolder("export, control", "control/model", "export"),
+    StageFolder("evaluate", "evaluate", "evaluate", ("evaluate",)),
+)
 
-    @property
-    def samples(self) -> str:
-        return join(self.root, "samples")
 
-    @property
-    def released(self) -> str:
-        """Pairs that came with the data, in the `pairs` schema."""
-        return join(self.root, "released")
+def command_of(folder: str) -> str:
+    """The command that writes a folder, given by its name in the run; ``run`` if it is unknown."""
+    inside = (item.command for item in STAGES if f"{folder}/".startswith(f"{item.folder}/"))
+    return next(inside, "run")
 
-    @property
-    def candidates(self) -> str:
-        return join(self.root, "candidates")
 
-    @property
-    def choices(self) -> str:
-        """What a judge behind an endpoint picked among the candidates."""
-        return join(self.root, "choices")
+class RunFolder:
+    """The addresses of everything in a run's folder. Creates nothing.
 
-    @property
-    def rewrites(self) -> str:
-        """Counterfactual edits that a model behind an endpoint wrote."""
-        return join(self.root, "rewrites")
+    Attributes:
+        root: the folder.
+        config: settings of the last command.
+        raw: images that ingest itself writes (phantoms, images of Parquet files, side-by-side views).
+        samples: table of questions with reference answers.
+        released: pairs that came with the data, in the `pairs` schema.
+        candidates: answers sampled from the target model.
+        choices: what a judge behind an endpoint picked among the candidates.
+        rewrites: counterfactual edits that a model behind an endpoint wrote.
+        visual: the visual half of `pairs`, in the same schema.
+        pairs: preference pairs.
+        noised: noised images and heat maps, in folders by the first two digits of their names.
+        scored: pairs with relevance scores and weights.
+        audit: findings about the scored pairs.
+        prepared: tokenised pairs with their reference log-probabilities, as training reads them.
+        evaluate: answers and their scores.
+        report: the report, one HTML file.
+        stages: stage → folder of its manifest, in the order of the pipeline.
+    """
 
-    @property
-    def visual(self) -> str:
-        """The visual half of `pairs`, in the same schema."""
-        return join(self.root, "visual")
-
-    @property
-    def pairs(self) -> str:
-        return join(self.root, "pairs")
-
-    @property
-    def noised(self) -> str:
-        """Noised images and heat maps, in folders by the first two digits of their names."""
-        return join(self.root, "noised")
-
-    @property
-    def scored(self) -> str:
-        return join(self.root, "scored")
-
-    @property
-    def audit(self) -> str:
-        """Findings about the scored pairs."""
-        return join(self.root, "audit.json")
-
-    @property
-    def prepared(self) -> str:
-        """Tokenised pairs with their reference log-probabilities, as training reads them."""
-        return join(self.root, "prepared")
-
-    @property
-    def evaluate(self) -> str:
-        return join(self.root, "evaluate")
-
-    @property
-    def report(self) -> str:
-        return join(self.root, "report.html")
-
-    @property
-    def stages(self) -> dict[str, str]:
-        """Stage → folder of its manifest, in the order of the road. Asking creates no folder."""
-        control = join(self.root, "control")
-        return {
-            "ingest": self.samples,
-            "ingest, released pairs": self.released,
-            "curate, sampled answers": self.candidates,
-            "curate, chosen answers": self.choices,
-            "curate, rewrites": self.rewrites,
-            "curate, visual pairs": self.visual,
-            "curate": self.pairs,
-            "score": self.scored,
-            "prepare": self.prepared,
-            "align": join(self.root, "align"),
-            "align, control": join(control, "align"),
-            "export": join(self.root, "model"),
-            "export, control": join(control, "model"),
-            "evaluate": self.evaluate,
-        }
-
-    def _of(self, role: Role) -> str:
-        return self.root if role == "aligned" else join(self.root, "control")
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.config = join(root, "config.yaml")
+        self.raw = join(root, "raw")
+        self.samples = join(root, "samples")
+        self.released = join(root, "released")
+        self.candidates = join(root, "candidates")
+        self.choices = join(root, "choices")
+        self.rewrites = join(root, "rewrites")
+        self.visual = join(root, "visual")
+        self.pairs = join(root, "pairs")
+        self.noised = join(root, "noised")
+        self.scored = join(root, "scored")
+        self.audit = join(root, "audit.json")
+        self.prepared = join(root, "prepared")
+        self.evaluate = join(root, "evaluate")
+        self.report = join(root, "report.html")
+        self.stages = {item.stage: join(root, item.folder) for item in STAGES}
 
     def align(self, role: Role = "aligned") -> Path:
-        """Checkpoints, metrics and what came out of a training run: ``adapter/`` or ``weights/``."""
+        """Checkpoints, metrics and the result of a training run: ``adapter/`` or ``weights/``."""
         return local_path(join(self._of(role), "align"), "training")
 
     def model(self, role: Role = "aligned") -> Path:
-        """The exported model: ``merged/`` (transformers and vLLM) and, where it is all that was trained, ``adapter/`` (peft)."""
+        """The exported model: ``merged/`` (transformers, vLLM) and, if only an adapter was trained, ``adapter/`` (peft)."""
         return local_path(join(self._of(role), "model"), "export")
+
+    def _of(self, role: Role) -> str:
+        """The control run (supervised fine-tuning with as many updates) mirrors the aligned one in ``control/``."""
+        return self.root if role == "aligned" else join(self.root, "control")

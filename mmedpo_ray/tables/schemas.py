@@ -18,35 +18,33 @@ def _field(name: str, kind: pa.DataType, meaning: str, nullable: bool = False) -
     return pa.field(name, kind, nullable=nullable, metadata={"meaning": meaning})
 
 
+def _text(name: str, meaning: str, nullable: bool = False) -> pa.Field:
+    return _field(name, pa.string(), meaning, nullable)
+
+
 SAMPLES = pa.schema(
     [
-        _field("sample_id", pa.string(), "unique id of the question about the image"),
-        _field("image_id", pa.string(), "unique name of the image or study; all its questions share it"),
-        _field("dataset", pa.string(), "name of the data set"),
-        _field(
-            "split",
-            pa.string(),
-            "train (pairs are made of these), test (evaluation only) or validate (kept, used by neither)",
-        ),
-        _field("task", pa.string(), "vqa or report"),
-        _field("answer_type", pa.string(), "closed (yes/no or a choice), open, or report"),
-        _field("image_uri", pa.string(), "image file: absolute path, s3:// or gs://"),
-        _field("image_sha256", pa.string(), "SHA-256 of the image file's bytes, hex"),
-        _field("question", pa.string(), "question or instruction, without image placeholder"),
-        _field("answer", pa.string(), "reference answer"),
-        _field(
-            "mask_uri", pa.string(), "lesion mask (image of the same size, non-zero = lesion)", nullable=True
-        ),
+        _text("sample_id", "unique id of the question about the image"),
+        _text("image_id", "unique name of the image or study; all its questions share it"),
+        _text("dataset", "name of the data set"),
+        _text("split", "train (makes pairs), test (evaluation only) or validate (kept, used by neither)"),
+        _text("task", "vqa or report"),
+        _text("answer_type", "closed (yes/no or a choice), open, or report"),
+        _text("image_uri", "image file: absolute path, s3:// or gs://"),
+        _text("image_sha256", "SHA-256 of the image file's bytes, hex"),
+        _text("question", "question or instruction, without image placeholder"),
+        _text("answer", "reference answer"),
+        _text("mask_uri", "lesion mask (image of the same size, non-zero = lesion)", nullable=True),
     ]
 )
 
 CANDIDATES = pa.schema(
     [
-        _field("candidate_id", pa.string(), "<sample_id>#<k>, k-th answer sampled from the target model"),
-        _field("sample_id", pa.string(), "row of `samples`"),
-        _field("candidate", pa.string(), "generated answer, stripped"),
-        _field("generator", pa.string(), "model that answered"),
-        _field("prompt_sha256", pa.string(), "SHA-256 of the rendered prompt text, hex"),
+        _text("candidate_id", "<sample_id>#<k>, k-th answer sampled from the target model"),
+        _text("sample_id", "row of `samples`"),
+        _text("candidate", "generated answer, stripped"),
+        _text("generator", "model that answered"),
+        _text("prompt_sha256", "SHA-256 of the rendered prompt text, hex"),
         _field("seed", pa.int64(), "sampling seed of this candidate"),
         _field("temperature", pa.float64(), "sampling temperature of this candidate"),
         _field("num_tokens", pa.int32(), "generated tokens"),
@@ -55,15 +53,14 @@ CANDIDATES = pa.schema(
 
 CHOICES = pa.schema(
     [
-        _field("sample_id", pa.string(), "row of `samples`"),
-        _field(
+        _text("sample_id", "row of `samples`"),
+        _text(
             "candidate_id",
-            pa.string(),
-            "the plausible candidate most in conflict with the reference; null: none is wrong",
+            "plausible candidate most in conflict with the reference; null: none",
             nullable=True,
         ),
-        _field("model", pa.string(), "judge that chose"),
-        _field("prompt_sha256", pa.string(), "SHA-256 of the prompt, hex"),
+        _text("model", "judge that chose"),
+        _text("prompt_sha256", "SHA-256 of the prompt, hex"),
         _field("input_tokens", pa.int64(), "tokens of the prompt, as the endpoint counts"),
         _field("output_tokens", pa.int64(), "tokens of the answer, as the endpoint counts"),
     ]
@@ -71,13 +68,13 @@ CHOICES = pa.schema(
 
 REWRITES = pa.schema(
     [
-        _field("sample_id", pa.string(), "row of `samples`"),
-        _field("rewritten", pa.string(), "the reference answer with one clinical fact changed"),
-        _field("changed", pa.string(), "what was changed: finding, negation, side, severity or location"),
-        _field("original_span", pa.string(), "the words of the reference that were replaced"),
-        _field("new_span", pa.string(), "the words that replaced them"),
-        _field("model", pa.string(), "model that wrote it"),
-        _field("prompt_sha256", pa.string(), "SHA-256 of the prompt, hex"),
+        _text("sample_id", "row of `samples`"),
+        _text("rewritten", "the reference answer with one clinical fact changed"),
+        _text("changed", "what was changed: finding, negation, side, severity or location"),
+        _text("original_span", "the words of the reference that were replaced"),
+        _text("new_span", "the words that replaced them"),
+        _text("model", "model that wrote it"),
+        _text("prompt_sha256", "SHA-256 of the prompt, hex"),
         _field("input_tokens", pa.int64(), "tokens of the prompts, retries included, as the endpoint counts"),
         _field("output_tokens", pa.int64(), "tokens of the answers, retries included"),
     ]
@@ -85,45 +82,31 @@ REWRITES = pa.schema(
 
 PAIRS = pa.schema(
     [
-        _field("pair_id", pa.string(), "<sample_id>:<kind>"),
-        _field("sample_id", pa.string(), "row of `samples`"),
-        _field("image_id", pa.string(), "all pairs of one image form one tree"),
-        _field("dataset", pa.string(), "name of the data set"),
-        _field("task", pa.string(), "vqa or report"),
-        _field("answer_type", pa.string(), "closed, open or report"),
-        _field("kind", pa.string(), "text (dispreferred answer) or visual (dispreferred image)"),
-        _field("image_uri", pa.string(), "image of the chosen response"),
-        _field(
-            "rejected_image_uri", pa.string(), "image of the rejected response; = image_uri for text pairs"
-        ),
-        _field("question", pa.string(), "question or instruction"),
-        _field("chosen", pa.string(), "preferred answer"),
-        _field("rejected", pa.string(), "dispreferred answer; = chosen for visual pairs"),
-        _field(
+        _text("pair_id", "<sample_id>:<kind>"),
+        _text("sample_id", "row of `samples`"),
+        _text("image_id", "all pairs of one image form one tree"),
+        _text("dataset", "name of the data set"),
+        _text("task", "vqa or report"),
+        _text("answer_type", "closed, open or report"),
+        _text("kind", "text (dispreferred answer) or visual (dispreferred image)"),
+        _text("image_uri", "image of the chosen response"),
+        _text("rejected_image_uri", "image of the rejected response; = image_uri for text pairs"),
+        _text("question", "question or instruction"),
+        _text("chosen", "preferred answer"),
+        _text("rejected", "dispreferred answer; = chosen for visual pairs"),
+        _text(
             "generator",
-            pa.string(),
-            "what wrote the rejected side: model, rewrite, rule_edit, released, or the visual tool",
+            "writer of the rejected side: model, rewrite, rule_edit, released, or the visual tool",
         ),
-        _field("prompt_sha256", pa.string(), "SHA-256 of the generator's prompt, hex", nullable=True),
+        _text("prompt_sha256", "SHA-256 of the generator's prompt, hex", nullable=True),
         _field("seed", pa.int64(), "seed of the sampling or of the noise", nullable=True),
         _field("source_score", pa.float64(), "relevance score that came with the data, 0..1", nullable=True),
-        _field("tool", pa.string(), "visual tool", nullable=True),
-        _field(
-            "tool_confidence",
-            pa.float64(),
-            "the tool's confidence that it found the lesion, 0..1",
-            nullable=True,
-        ),
-        _field(
-            "heat_map_uri",
-            pa.string(),
-            "heat map as 8-bit PNG, 255 = 1.0; a model's may be smaller than the image",
-            nullable=True,
-        ),
-        _field(
+        _text("tool", "visual tool", nullable=True),
+        _field("tool_confidence", pa.float64(), "that the tool found the lesion, 0..1", nullable=True),
+        _text("heat_map_uri", "8-bit PNG, 255 = 1.0; a model's may be smaller than the image", nullable=True),
+        _text(
             "noise",
-            pa.string(),
-            "noise parameters as JSON (mode, strength, mask share, changed share, lesion covered), and what the tool chose",
+            "noise parameters as JSON (mode, strength, mask share, changed share, lesion covered), the tool's choice",
             nullable=True,
         ),
     ]
@@ -156,24 +139,18 @@ _TOKEN_WEIGHTS = pa.list_(pa.float32())
 
 PREPARED = pa.schema(
     [
-        _field(
-            "tree_key",
-            pa.string(),
-            "image_id, U+001F, pair_id; the table's order keeps an image's pairs together",
-        ),
-        _field("pair_id", pa.string(), "row of `scored`; reversed pairs are <visual pair_id>:reversed"),
-        _field("image_id", pa.string(), "all pairs of one image form one tree"),
-        _field("kind", pa.string(), "text, visual or reversed"),
-        _field("image_uri", pa.string(), "image of the chosen response"),
-        _field("rejected_image_uri", pa.string(), "image of the rejected response"),
+        _text("tree_key", "image_id, U+001F, pair_id; the table's order keeps an image's pairs together"),
+        _text("pair_id", "row of `scored`; reversed pairs are <visual pair_id>:reversed"),
+        _text("image_id", "all pairs of one image form one tree"),
+        _text("kind", "text, visual or reversed"),
+        _text("image_uri", "image of the chosen response"),
+        _text("rejected_image_uri", "image of the rejected response"),
         _field("prompt", _TOKENS, "token ids up to the answer; the image stands as a single image token"),
         _field("image_position", pa.int32(), "tokens of prompt before the image"),
         _field("chosen", _TOKENS, "token ids of the preferred answer with its end, cut at align.max_length"),
         _field("rejected", _TOKENS, "token ids of the dispreferred answer with its end, cut likewise"),
-        _field(
-            "chosen_weights", _TOKEN_WEIGHTS, "weights of the chosen tokens, 0..1; null: all 1", nullable=True
-        ),
-        _field("rejected_weights", _TOKEN_WEIGHTS, "the same of the rejected tokens", nullable=True),
+        _field("chosen_weights", _TOKEN_WEIGHTS, "of the chosen tokens, 0..1; null: all 1", nullable=True),
+        _field("rejected_weights", _TOKEN_WEIGHTS, "of the rejected tokens, likewise", nullable=True),
         _field("prompt_tokens", pa.int32(), "tokens of the prompt, all image tokens counted"),
         _field("chosen_tokens", pa.int32(), "tokens of chosen"),
         _field("rejected_tokens", pa.int32(), "tokens of rejected"),
@@ -182,26 +159,24 @@ PREPARED = pa.schema(
         _field(
             "ref_chosen_logp",
             pa.float64(),
-            "sum of token log-probabilities of chosen under the reference, nats; null: the objective needs none",
+            "log-probability of chosen under the reference, nats; null: the objective needs none",
             nullable=True,
         ),
-        _field("ref_rejected_logp", pa.float64(), "the same of rejected", nullable=True),
+        _field("ref_rejected_logp", pa.float64(), "of rejected, likewise", nullable=True),
     ]
 )
 
 ANSWERS = pa.schema(
     [
-        _field("answer_id", pa.string(), "<model>/<sample_id>"),
-        _field("model", pa.string(), "served model name"),
-        _field("sample_id", pa.string(), "row of `samples`"),
-        _field("image_id", pa.string(), "cluster of the bootstrap"),
-        _field("task", pa.string(), "vqa or report"),
-        _field("answer_type", pa.string(), "closed, open or report"),
-        _field("reference", pa.string(), "reference answer"),
-        _field(
-            "prediction",
-            pa.string(),
-            "the endpoint's answer; a request that brought none is in `dropped/` and scored as an empty answer",
+        _text("answer_id", "<model>/<sample_id>"),
+        _text("model", "served model name"),
+        _text("sample_id", "row of `samples`"),
+        _text("image_id", "cluster of the bootstrap"),
+        _text("task", "vqa or report"),
+        _text("answer_type", "closed, open or report"),
+        _text("reference", "reference answer"),
+        _text(
+            "prediction", "the endpoint's answer; failed requests are in `dropped/`, scored as empty answers"
         ),
         _field("seconds", pa.float64(), "latency of the request"),
     ]
@@ -211,8 +186,8 @@ ANSWERS = pa.schema(
 DROP_REASON = "drop_reason"
 DROP_DETAIL = "drop_detail"
 DROP_FIELDS = [
-    _field(DROP_REASON, pa.string(), "short machine-readable reason; null = the row is kept", nullable=True),
-    _field(DROP_DETAIL, pa.string(), "where and what, without patient text", nullable=True),
+    _text(DROP_REASON, "short machine-readable reason; null = the row is kept", nullable=True),
+    _text(DROP_DETAIL, "where and what, without patient text", nullable=True),
 ]
 
 
@@ -221,18 +196,25 @@ def with_drop_columns(schema: pa.Schema) -> pa.Schema:
     return pa.schema([field.with_nullable(True) for field in schema] + DROP_FIELDS)
 
 
+def fill(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema from a table, in the schema's types; those that the table lacks are null."""
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=pa.schema([field.with_nullable(True) for field in schema]))
+
+
 def to_table(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Builds a table from dictionaries; absent keys become null.
 
     Raises:
         UserError: a value does not fit its field.
     """
-    rows = list(rows)
     try:
-        return pa.table(
-            {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in schema},
-            schema,
-        )
+        return pa.Table.from_pylist(list(rows), schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise UserError(
             f"a row does not fit its table: {error}. See mmedpo_ray/tables/schemas.py for the fields."

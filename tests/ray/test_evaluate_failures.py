@@ -58,8 +58,11 @@ def make(root: Path, server: ChatServer, *, dropped_share: float = 0.9, referenc
         for number in range(COUNT)
     ]
     stage = StageRunner("ingest", RunFolder(config.run.folder).samples, config)
-    stage.write_part(rows, schemas.SAMPLES, "sample_id")
-    stage.finish_parts(schema=schemas.SAMPLES, id_column="sample_id")
+    stage.write_rows(
+        lambda _: stage.write_part(rows, schemas.SAMPLES, "sample_id"),
+        schema=schemas.SAMPLES,
+        id_column="sample_id",
+    )
     return config
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import DroppedShareError, UserError, user_message
-from mmedpo_ray.ingest.stage import FORMATS, ingest
+from mmedpo_ray.ingest.formats import FORMATS
+from mmedpo_ray.ingest.stage import ingest
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas, stage_runner
 from mmedpo_ray.tables.run_folder import RunFolder

@@ -48,7 +48,6 @@ def attacked() -> dict[str, tuple[str, str, str]]:
 
 def write_pairs(config: Config, rows: dict[str, tuple[str, str, str]]) -> None:
     stage = StageRunner("curate", RunFolder(config.run.folder).pairs, config, settings=[sorted(rows)])
-    stage.done_ids("pair_id")
     made = [
         {
             **{
@@ -62,8 +61,9 @@ def write_pairs(config: Config, rows: dict[str, tuple[str, str, str]]) -> None:
         }
         for name, (question, chosen, rejected) in rows.items()
     ]
-    stage.write_part(made, schemas.PAIRS, "pair_id")
-    stage.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
+    stage.write_rows(
+        lambda _: stage.write_part(made, schemas.PAIRS, "pair_id"), schema=schemas.PAIRS, id_column="pair_id"
+    )
 
 
 def config_of(folder: Path, agents: list[dict[str, Any]], rounds: int) -> Config:

@@ -64,9 +64,9 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 def write_pairs(config: Config, rows: list[dict[str, Any]]) -> None:
     stage = StageRunner("curate", RunFolder(config.run.folder).pairs, config, settings=[len(rows)])
-    stage.done_ids("pair_id")
-    stage.write_part(rows, schemas.PAIRS, "pair_id")
-    stage.finish_parts(schema=schemas.PAIRS, id_column="pair_id")
+    stage.write_rows(
+        lambda _: stage.write_part(rows, schemas.PAIRS, "pair_id"), schema=schemas.PAIRS, id_column="pair_id"
+    )
 
 
 def scored(config: Config) -> dict[str, dict[str, Any]]:

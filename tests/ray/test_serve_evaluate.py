@@ -83,8 +83,11 @@ def write_samples(config: Config, root: Path) -> None:
             )
     (root / "3.png").write_bytes(b"\x89PNG damaged")
     stage = StageRunner("ingest", RunFolder(config.run.folder).samples, config)
-    stage.write_part(rows, schemas.SAMPLES, "sample_id")
-    stage.finish_parts(schema=schemas.SAMPLES, id_column="sample_id")
+    stage.write_rows(
+        lambda _: stage.write_part(rows, schemas.SAMPLES, "sample_id"),
+        schema=schemas.SAMPLES,
+        id_column="sample_id",
+    )
 
 
 def with_port(config: Config, port: int) -> Config:

@@ -17,7 +17,7 @@ from mmedpo_ray.cli import main
 from mmedpo_ray.config.load import load
 from mmedpo_ray.convert.preference_pairs import convert_pairs
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.ingest.stage import FORMATS
+from mmedpo_ray.ingest.formats import FORMATS
 from mmedpo_ray.io import images
 from mmedpo_ray.tables import schemas
 

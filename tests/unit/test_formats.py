@@ -15,9 +15,9 @@ from PIL import Image
 
 from mmedpo_ray.config.load import load
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.ingest.formats import FORMATS
 from mmedpo_ray.ingest.formats.r2gen import side_by_side
 from mmedpo_ray.ingest.reader import Reader, UnusableError
-from mmedpo_ray.ingest.stage import FORMATS
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
 

@@ -19,9 +19,8 @@ from PIL import Image
 
 from mmedpo_ray.config.load import load
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.ingest.formats import hf_parquet
+from mmedpo_ray.ingest.formats import FORMATS, hf_parquet
 from mmedpo_ray.ingest.reader import Reader, Unit
-from mmedpo_ray.ingest.stage import FORMATS
 from mmedpo_ray.io.images import load_image
 from mmedpo_ray.tables import schemas
 

@@ -24,9 +24,9 @@ from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.datasets.texts import infer_answer_type
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.ingest.formats import FORMATS
 from mmedpo_ray.ingest.preference_reader import SortedSamples
 from mmedpo_ray.ingest.reader import Reader, draw_split, given_name
-from mmedpo_ray.ingest.stage import FORMATS
 from mmedpo_ray.io import images, storage
 from mmedpo_ray.io.images import load_image, load_rgb
 from mmedpo_ray.phantom import world

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from mmedpo_ray.datasets import json_rows
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.tables.seen_ids import SeenIds
 
 _JSON = st.recursive(
     st.none()
@@ -140,15 +139,3 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="no annotation file"):
         json_rows.read_run(str(path), "list", run.start, run.stop)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.text(max_size=2) | st.integers(0, 40).map(str), max_size=20), max_size=12))
-def test_seen_ids_are_those_of_a_set(batches: list[list[str]]) -> None:
-    ids, seen = SeenIds(), set()
-    for batch in batches:
-        expected = []
-        for name in batch:
-            expected.append(name in seen)
-            seen.add(name)
-        assert ids.add(batch) == expected

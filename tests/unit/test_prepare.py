@@ -20,7 +20,7 @@ from mmedpo_ray.align.packing.trees import Forest
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_processor
 from mmedpo_ray.tables import schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.slices import plan_slices
 
 tokens = st.lists(st.integers(0, 5), min_size=1, max_size=12)
@@ -128,7 +128,7 @@ def test_the_reference_keeps_to_the_limits_of_a_forward_pass(
     found = []
     for limits in ({"pairs_per_forward": 99}, {"pairs_per_forward": 99, "tokens_per_forward": 100}):
         align = align_settings(reduction="mean", **limits)
-        reader = _Reader(model, Preparation.of(align), str(tmp_path / "scored"), DoneIds())
+        reader = _Reader(model, Preparation.of(align), str(tmp_path / "scored"), IdSet())
         (slice_,) = plan_slices([str(tmp_path / "scored")], rows=99)
         found.append(ReferenceScorer(reader, align)(slice_).sort_by("tree_key").to_pylist())
     assert sizes[0] > 100 and len(sizes) > 3 and all(size <= 100 for size in sizes[1:])

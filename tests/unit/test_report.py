@@ -136,13 +136,12 @@ def build_run(config: Config, *, side: int = 64, count: int = 8) -> None:
     ingest = StageRunner("ingest", run.samples, config)
     ingest.finish(rows_in=12, rows_out=9, dropped={"image_missing": 3})
     stage = StageRunner("score", run.scored, config)
-    stage.done_ids("pair_id")
-    stage.write_part(rows, schemas.SCORED, "pair_id")
     kinds = [row["kind"] for row in rows]
     scores = np.array([row["score"] for row in rows])
     summary = weights.Summary(config.score.weights)
     summary.add(scores, np.array([row["weight"] for row in rows]), kinds)
-    stage.finish_parts(
+    stage.write_rows(
+        lambda _: stage.write_part(rows, schemas.SCORED, "pair_id"),
         schema=schemas.SCORED,
         id_column="pair_id",
         extra=lambda table: {

@@ -12,7 +12,7 @@ from PIL import Image
 from mmedpo_ray.cli import main
 from mmedpo_ray.config.load import load
 from mmedpo_ray.evaluate.client import image_data_url
-from mmedpo_ray.ingest.stage import FORMATS
+from mmedpo_ray.ingest.formats import FORMATS
 from mmedpo_ray.io import images
 from mmedpo_ray.io.image_error import ImageError
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from mmedpo_ray.config.load import load
@@ -46,17 +48,15 @@ def finished_run(folder: Path) -> Config:
                     schemas.DROP_REASON: "http_400" if failed else None,
                 }
             )
-    for name, path, schema, rows, key in (
-        ("ingest", run.samples, schemas.SAMPLES, samples, "sample_id"),
-        ("evaluate", run.evaluate, schemas.ANSWERS, answers, "answer_id"),
-    ):
-        stage = StageRunner(name, path, config)
-        stage.done_ids(key)
-        stage.write_part(rows, schema, key)
-        stage.finish_parts(schema=schema, id_column=key)
+    write_table(StageRunner("ingest", run.samples, config), samples, schemas.SAMPLES, "sample_id")
+    write_table(StageRunner("evaluate", run.evaluate, config), answers, schemas.ANSWERS, "answer_id")
     summary = {"models": {model: {"closed_accuracy": {"value": 0.5}} for model in MODELS}}
     storage.write_bytes(storage.join(run.evaluate, "summary.json"), json.dumps(summary).encode())
     return config
+
+
+def write_table(stage: StageRunner, rows: list[dict[str, Any]], schema: pa.Schema, id_column: str) -> None:
+    stage.write_rows(lambda _: stage.write_part(rows, schema, id_column), schema=schema, id_column=id_column)
 
 
 def test_seeds_are_pooled(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, model_files
 from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.joins import BySample
-from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.provenance import MADE_WITH, MODEL_FILES, SCORED, changes
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import map_slices, plan_slices, read_slices
@@ -157,7 +157,7 @@ def _rows(folder: str) -> int:
     return manifest.rows_out if manifest else 0
 
 
-def _pipeline(config: Config, done: DoneIds) -> ray.data.Dataset | None:
+def _pipeline(config: Config, done: IdSet) -> ray.data.Dataset | None:
     align, run = config.align, RunFolder(config.run.folder)
     total = _rows(run.scored)
     if len(done) >= total and not align.reversed_visual_coefficient:
@@ -199,7 +199,7 @@ class _Reader:
         done: keys of rows that are already written.
     """
 
-    def __init__(self, model: str, how: Preparation, scored: str, done: DoneIds) -> None:
+    def __init__(self, model: str, how: Preparation, scored: str, done: IdSet) -> None:
         self.model = model
         self._how = how
         self._done = done

@@ -25,9 +25,9 @@ from mmedpo_ray.audit.finding import (
 )
 from mmedpo_ray.audit.samples import Samples
 from mmedpo_ray.audit.settings import AuditConfig
-from mmedpo_ray.curate.visual.tools.dataset_mask import marked_pixels
 from mmedpo_ray.datasets.pair_table import PairTable
 from mmedpo_ray.io import images
+from mmedpo_ray.io.masks import marked_pixels
 from mmedpo_ray.radiology.labelled_boxes import asked_region
 
 SAMPLE = 64

@@ -24,7 +24,7 @@ from mmedpo_ray.io import images as image_files
 from mmedpo_ray.models.loading import PromptWriter, load_processor, model_fingerprint, resolve_model
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings, start_engine
 from mmedpo_ray.tables import schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner
@@ -61,7 +61,7 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
     planned = plan(samples.select(COLUMNS), text.num_candidates)
     engine = engine_settings(config.model.engine, has_gpu=has_gpu(), model=resolve_model(config.model.path))
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         remaining = done.leave_out(planned, "candidate_id")
         if remaining.num_rows == 0:
             return None

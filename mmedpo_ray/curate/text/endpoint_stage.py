@@ -21,7 +21,7 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.io import storage
 from mmedpo_ray.tables import schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, digest, read_manifest
 
@@ -138,7 +138,7 @@ def ask_endpoint(
     # A block is asked about and written as one: it is what a crash can cost, and the step of the progress bar.
     block_rows = min(config.ray.rows_per_part, ROUNDS * endpoint.concurrency)
 
-    def asked(done: DoneIds) -> ray.data.Dataset | None:
+    def asked(done: IdSet) -> ray.data.Dataset | None:
         found = rows(done=done)
         if found is None:
             return None

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmedpo_ray.io import storage
-from mmedpo_ray.tables.seen_ids import SeenIds
+from mmedpo_ray.tables.id_set import IdSet
 
 Writer = Literal["candidates", "rewrites", "rule_edits"]
 _SCHEMA = pa.schema([("pair_id", pa.string()), ("writer", pa.string()), ("reason", pa.string())])
@@ -45,7 +45,7 @@ def write(folder: str, found: dict[str, tuple[TurnedDown, ...]]) -> None:
 
 def count(folder: str) -> dict[str, dict[str, int]]:
     """Writer → reason → answers turned down; both in the order of their names."""
-    seen = SeenIds()
+    seen = IdSet()
     counted: Counter[tuple[str, str]] = Counter()
     for path in storage.list_files(folder, ".parquet"):
         rows = storage.read_parquet(path)

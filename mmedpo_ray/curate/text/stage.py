@@ -23,7 +23,7 @@ from mmedpo_ray.curate.text.choices import ChoiceTask
 from mmedpo_ray.curate.text.endpoint_stage import ask_endpoint
 from mmedpo_ray.curate.text.rewrites import RewriteTask
 from mmedpo_ray.tables import joins, schemas
-from mmedpo_ray.tables.parts import DoneIds
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
 
@@ -72,7 +72,7 @@ def prepare(config: Config, train_samples: Callable[[], pa.Table]) -> list[str]:
     return inputs
 
 
-def text_pairs(config: Config, done: DoneIds, counts: str) -> ray.data.Dataset | None:
+def text_pairs(config: Config, done: IdSet, counts: str) -> ray.data.Dataset | None:
     """The text pairs, kept and dropped, of the train samples that have none yet; None without a method.
 
     Args:
@@ -100,7 +100,7 @@ def text_pairs(config: Config, done: DoneIds, counts: str) -> ray.data.Dataset |
 
 
 def _samples(
-    config: Config, task: Callable[..., pa.Table], columns: Sequence[str], *tables: str, done: DoneIds
+    config: Config, task: Callable[..., pa.Table], columns: Sequence[str], *tables: str, done: IdSet
 ) -> ray.data.Dataset | None:
     """The samples that a task of :mod:`tasks` selects to ask about, given some of the other tables."""
     task = partial(

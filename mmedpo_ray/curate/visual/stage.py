@@ -25,8 +25,8 @@ from mmedpo_ray.curate.visual.visual_pairs import RETRY_REASONS, VisualPairs
 from mmedpo_ray.io import storage
 from mmedpo_ray.radiology.finding_prompts import names_finding
 from mmedpo_ray.tables import schemas
+from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.manifest import counts_in_words
-from mmedpo_ray.tables.parts import DoneIds
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip, map_slices
 from mmedpo_ray.tables.stage_runner import MANIFEST, Manifest, StageRunner
@@ -57,7 +57,7 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
         _warn_of_none(manifest, config)
         return [run.visual]
 
-    def build(done: DoneIds) -> ray.data.Dataset | None:
+    def build(done: IdSet) -> ray.data.Dataset | None:
         if not done:
             _make_room(run, stage.key)
         return _planned_pairs(config, train_samples(), done)
@@ -100,7 +100,7 @@ def _warn_of_none(manifest: Manifest, config: Config) -> None:
     )
 
 
-def finished_visual_pairs(config: Config, done: DoneIds) -> ray.data.Dataset | None:
+def finished_visual_pairs(config: Config, done: IdSet) -> ray.data.Dataset | None:
     """The rows of the table `visual`, kept and dropped, but for those that are there; None without a tool or a row."""
     if config.curate.visual.tool == "none":
         return None
@@ -158,7 +158,7 @@ def _key_settings(config: Config) -> list[Any]:
     return [chosen, config.run.seed, TOOLS[settings.tool].fingerprint(config)]
 
 
-def _planned_pairs(config: Config, samples: pa.Table, done: DoneIds) -> ray.data.Dataset | None:
+def _planned_pairs(config: Config, samples: pa.Table, done: IdSet) -> ray.data.Dataset | None:
     settings = config.curate.visual
     planned = draw_visual_samples(samples, settings, config.run.seed)
     pair_ids = pc.binary_join_element_wise(planned["sample_id"], ":visual", "")

@@ -37,7 +37,7 @@ from mmedpo_ray.ingest.reader import (
     given_name,
 )
 from mmedpo_ray.io import storage
-from mmedpo_ray.tables.seen_ids import SeenIds
+from mmedpo_ray.tables.id_set import IdSet
 
 _FOLDERS = ("", "data")
 # The words by which the Hub's `datasets` tells the splits of files, and one more of ours: validate.
@@ -64,7 +64,7 @@ class HfParquetReader(Reader):
     """Reads Parquet files; a unit is a few row groups, one, or a share of a very large one."""
 
     def units(self) -> Iterator[Unit]:
-        seen: dict[str | None, SeenIds] = {}
+        seen: dict[str | None, IdSet] = {}
         empty = True
         for name, split in self._files():
             with self._open(name) as file:
@@ -74,7 +74,7 @@ class HfParquetReader(Reader):
                     ids = self._ids(name, file, start, stop, first, total)
                     for position, rows in _shares(first, total):
                         named = list(islice(ids, rows))
-                        repeated = seen.setdefault(split, SeenIds()).add(named) if named else []
+                        repeated = seen.setdefault(split, IdSet()).add(named) if named else []
                         positions = [position + index for index, again in enumerate(repeated) if again]
                         yield Unit(name, None, split, start, stop, position, rows, positions)
         if empty:

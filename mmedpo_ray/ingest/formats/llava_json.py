@@ -14,6 +14,7 @@ from mmedpo_ray.ingest.annotations import AnnotationReader, Turn, conversation, 
 class LlavaJsonReader(AnnotationReader):
     """Reads LLaVA conversations, of one turn or several."""
 
+    needs_train_file = True
     # A turn is a row of `samples`, and how many a conversation has is seen when it is read.
     counts_rows = False
 

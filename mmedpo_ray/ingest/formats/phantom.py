@@ -25,6 +25,7 @@ assert set(_SPLITS.values()) <= set(get_args(world.Split))
 class PhantomReader(Reader):
     """Draws phantoms; a unit is a range of images."""
 
+    needs_root = False
     counts_rows = False
 
     def units(self) -> Iterator[Unit]:

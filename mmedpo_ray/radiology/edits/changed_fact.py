@@ -14,26 +14,12 @@ import re
 from collections import Counter
 
 from mmedpo_ray.radiology import lexicon
+from mmedpo_ray.radiology.word_lists import word_set
 
 # Words with which a report says that it speaks of what is seen, and how sure it is.
-_SEEING = lexicon.INTRODUCING | frozenset(
-    re.findall(
-        r"\w+",
-        "identify observe note visualized visualize detect appreciated find depicted displayed exhibited "
-        "exhibit exhibits revealed indicated recognized discernible discerned perceived appearing look "
-        "suggested possible probable most area region clearly currently existing exist existence occurring "
-        "imaged",
-    )
-)
-_NEGATORS = frozenset(
-    re.findall(r"\w+", "no not without absent absence never none neither nor cannot free lack lacks lacking")
-)
-# Said of what is as it should be or was: to deny a change says no more.
-_WELL = frozenset(
-    re.findall(
-        r"\w+", "normal clear unremarkable healthy intact stable unchanged benign patent symmetric sharp"
-    )
-)
+_SEEING = lexicon.INTRODUCING | word_set("seeing")
+_NEGATORS = word_set("negators")
+_WELL = word_set("well")
 _SUFFIXES = re.compile(r"(?<=\w{4})(?:ifications?|ified|ications?|ements?|ments?|ations?|ions?|ated|ed|ly)$")
 _ALL_NORMAL = re.compile(
     r"\b(?:unremarkable|(?:no|not|without)(?: any| an)?(?: \w+)? (?:abnormality|abnormalities|abnormal))\b",

@@ -22,6 +22,7 @@ from mmedpo_ray.radiology.edits.edit import (
 )
 from mmedpo_ray.radiology.edits.normality import CLEAR_LUNGS, WHOLE_NORMAL_WORDS
 from mmedpo_ray.radiology.lexicon.vocabulary import Mention, mentions
+from mmedpo_ray.radiology.word_lists import SEEN
 
 _DEGREE = r"(?:mild|mildly|moderate|moderately|severe|severely|minimal|slight|trace|marked|massive|extensive)"
 # What a denial leaves out: how sure, how many, how large, since when. "There is no likely a small effusion" says nothing.
@@ -59,13 +60,10 @@ _EVIDENCE = re.compile(
     r"^(?:\w+ )?(?:evidence|signs?|suggestion|findings? suggestive|indication) (?:of|for|to suggest) (?:an? )?",
     re.IGNORECASE,
 )
-_SEEN = (
-    r"(?:seen|identified|present|noted|visuali[sz]ed|demonstrated|evident|visible|appreciated|detected|found)"
-)
-_PREDICATE = re.compile(rf" (?:is|are|was|were) (?:\w+ )?{_SEEN}\b.*$", re.IGNORECASE)
-_IS_SEEN = re.compile(rf"\b(is|are|was|were) (?!not\b)(?=(?:again |also )?{_SEEN}\b)", re.IGNORECASE)
-_IS_NOT_SEEN = re.compile(rf"\b(is|are|was|were) not (?={_SEEN}\b)", re.IGNORECASE)
-_NO_LONGER_SEEN = re.compile(rf"\b(is|are|was|were) no longer (?={_SEEN}\b)", re.IGNORECASE)
+_PREDICATE = re.compile(rf" (?:is|are|was|were) (?:\w+ )?{SEEN}\b.*$", re.IGNORECASE)
+_IS_SEEN = re.compile(rf"\b(is|are|was|were) (?!not\b)(?=(?:again |also )?{SEEN}\b)", re.IGNORECASE)
+_IS_NOT_SEEN = re.compile(rf"\b(is|are|was|were) not (?={SEEN}\b)", re.IGNORECASE)
+_NO_LONGER_SEEN = re.compile(rf"\b(is|are|was|were) no longer (?={SEEN}\b)", re.IGNORECASE)
 _IS_ABSENT = re.compile(r"\b(is|are|was|were) absent\b", re.IGNORECASE)
 _RESOLVED = re.compile(r"\b(has|have) (?:\w+ )?resolved\b", re.IGNORECASE)
 _ABSENCE_OF = re.compile(r"\b(absence)(?= of )", re.IGNORECASE)

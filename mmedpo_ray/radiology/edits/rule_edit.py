@@ -21,10 +21,11 @@ from mmedpo_ray.radiology.edits.negation import bare_denial_edits, negation_edit
 from mmedpo_ray.radiology.edits.normality import abnormality_edits, clear_lung_edits, statement_edits
 from mmedpo_ray.radiology.edits.swaps import MIDLINE, swap_edits
 from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS, mentions
+from mmedpo_ray.radiology.word_lists import NUMBER_WORDS
 
 GENERATOR = "rule_edit"
 
-_NUMBER_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBER_NAMES = tuple(NUMBER_WORDS)
 _COUNT = re.compile(
     r"(?<![\w./])(\d{1,3}|"
     + "|".join(_NUMBER_NAMES)

@@ -15,8 +15,8 @@ from mmedpo_ray.radiology.edits.edit import (
     like,
     plural,
 )
-from mmedpo_ray.radiology.lexicon.counterparts import ALIGNED_FORMS, COUNTERPARTS
 from mmedpo_ray.radiology.lexicon.vocabulary import Concept, Mention
+from mmedpo_ray.radiology.word_lists import load
 
 # What has a degree rather than a size: "moderate edema" is mild or severe, "a moderate effusion" small or large.
 _GRADED = frozenset(
@@ -332,15 +332,16 @@ class Slot:
             and _AT_AN_END.match(self._after)
         ):
             return f"{target.name}-sided"
-        if (low, target.name) in COUNTERPARTS:
-            return COUNTERPARTS[low, target.name]
+        counterparts = load("counterparts").get(target.name, {})
+        if low in counterparts:
+            return counterparts[low]
         if self._many and target.axis == "zone":
             return None
         if low == "middle" and self._after.startswith(" of"):
             return "top" if target.name == "upper" else "bottom"
         if low == "moderate" and self._is_a_degree:
             return "mild" if target.name == "small" else "severe"
-        aligned = min(ALIGNED_FORMS.get(target.group, 0), len(target.forms))
+        aligned = min(target.aligned, len(target.forms))
         return target.forms[self._mention.form if self._mention.form < aligned else 0]
 
     @property

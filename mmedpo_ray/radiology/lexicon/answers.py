@@ -13,6 +13,7 @@ from mmedpo_ray.radiology.lexicon.synonyms import abbreviates, canonical, sense,
 from mmedpo_ray.radiology.lexicon.tokens import tokens
 from mmedpo_ray.radiology.lexicon.vocabulary import mentions
 from mmedpo_ray.radiology.lexicon.words import INTRODUCING, Term, content_words, terms, words
+from mmedpo_ray.radiology.word_lists import IMAGE, NUMBER_WORDS, word_set
 
 _CHOICE = re.compile(r"([\w-]+),? or (?:an? |the )?([\w-]+)", re.IGNORECASE)
 
@@ -24,19 +25,13 @@ _ASKS_BACK = re.compile(r"\?\W*\Z|\A\W*if\b", re.IGNORECASE)
 # Few texts have any of these, and to look for them is quick.
 _MAY_COUNT = re.compile(
     r"[\d<>+~±%°↑↓½¼¾]|(?:\A|[\s(])[-−–]|[-−–](?:\Z|[,;.)])|[^\x00-\x7f]|"
-    r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b",
+    rf"\b(?:{'|'.join(NUMBER_WORDS)})\b",
     re.IGNORECASE,
 )
 _HAS_SIGN = re.compile(r"\d|[<>+~±%°↑↓-]")
 _ITEMS = re.compile(r",|/|\b(?:or|and|nor)\b", re.IGNORECASE)
 # Words of questions and denials that name nothing.
-_DENYING = frozenset(
-    re.findall(
-        r"[\w']+",
-        "no not nor neither without absent absence negative free never cannot isn't aren't rather than instead unlike opposed or "
-        "but such only it they i you can will should isn aren doesn don didn wasn weren t s",
-    )
-)
+_DENYING = word_set("denying")
 # "No significant abnormality" is what is said of a normal image.
 _FEW_WORDS = 4
 _WEAK = frozenset({"significant", "other", "acute", "gross", "major", "noticeable"})
@@ -46,7 +41,7 @@ _ASKS_OVERALL = re.compile(
     re.IGNORECASE,
 )
 _LOOKS_NORMAL = re.compile(
-    r"\b(?:image|scan|study|film|radiograph|x-ray|picture|ct|mri|it)(?: (?:of|in) the \w+)?,? "
+    rf"\b(?:{IMAGE}|it)(?: (?:of|in) the \w+)?,? "
     r"(?:is|appears|looks|seems)(?: to be| described as)?(?: an?)?(?: (?:completely|perfectly|entirely|essentially))?"
     r" (?:normal|unremarkable)\b",
     re.IGNORECASE,

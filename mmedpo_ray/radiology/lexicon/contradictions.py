@@ -30,75 +30,21 @@ from mmedpo_ray.radiology.lexicon.facts import (
 from mmedpo_ray.radiology.lexicon.polarity import polarity, stated_polarity
 from mmedpo_ray.radiology.lexicon.quantities import are_apart, asks_count, count, lengths, shares, shown
 from mmedpo_ray.radiology.lexicon.synonyms import abbreviates, canonical
-from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS, Axis, mentions
+from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS, Axis, concepts_of, mentions
 from mmedpo_ray.radiology.lexicon.words import INTRODUCING, Term, folded, terms, words
+from mmedpo_ray.radiology.word_lists import IMAGE, load, word_set
 
-# A wider finding and those that it may stand for.
-_NARROWER: dict[str, frozenset[str]] = {
-    "lesion": frozenset(
-        concept.name
-        for concept in CONCEPTS.values()
-        if concept.axis == "finding" and concept.group != "device"
-    ),
-    "mass": frozenset({"cancer", "metastasis", "glioma", "cyst", "abscess"}),
-    "cancer": frozenset({"metastasis", "glioma"}),
-    "opacity": frozenset(
-        {
-            "consolidation",
-            "pneumonia",
-            "atelectasis",
-            "pulmonary edema",
-            "nodule",
-            "tuberculosis",
-            "granuloma",
-        }
-        | {"interstitial lung disease"}
-    ),
-    "consolidation": frozenset({"pneumonia"}),
-    "hemorrhage": frozenset({"subdural hematoma", "epidural hematoma", "subarachnoid hemorrhage"}),
-    "edema": frozenset({"pulmonary edema"}),
-    "fracture": frozenset({"rib fracture", "skull fracture"}),
-    "obstruction": frozenset({"bowel obstruction"}),
-    "inflammation": frozenset({"appendicitis", "diverticulitis", "pancreatitis", "pneumonia", "abscess"}),
-    "mass effect": frozenset({"midline shift"}),
-}
+_RELATIONS = load("relations")
+# A finding in a wider word and those that it may stand for; a place and those that lie in it.
+_NARROWER = {name: concepts_of(names) for name, names in _RELATIONS["narrower"].items()}
+_PARTS = {name: concepts_of(names) for name, names in _RELATIONS["parts"].items()}
+_ADJECTIVES: dict[str, str] = _RELATIONS["place_adjectives"]
 # Findings of every kind.
 _ANY_FINDING = frozenset({"abnormality", "lung abnormality"})
-# A place and those that lie in it.
-_PARTS: dict[str, frozenset[str]] = {
-    "chest": frozenset(
-        {"lung", "heart", "trachea", "mediastinum", "diaphragm", "esophagus", "aorta", "spine", "liver"}
-    ),
-    "mediastinum": frozenset({"heart", "trachea", "esophagus", "aorta"}),
-    "abdomen": frozenset(concept.name for concept in CONCEPTS.values() if concept.group == "organ")
-    | {"diaphragm", "spine", "pelvis"},
-    "pelvis": frozenset({"bladder", "colon", "small bowel", "rectum", "spine"}),
-    "neck": frozenset({"trachea", "esophagus", "spine"}),
-    "brain": frozenset(
-        concept.name for concept in CONCEPTS.values() if concept.group in ("lobe", "brain part", "matter")
-    ),
-    # They are found in all parts of the brain.
-    "white matter": frozenset(
-        concept.name for concept in CONCEPTS.values() if concept.group in ("lobe", "brain part")
-    ),
-    "grey matter": frozenset(
-        concept.name for concept in CONCEPTS.values() if concept.group in ("lobe", "brain part")
-    ),
-}
-# Adjectives for a place that the vocabulary has as a noun.
-_ADJECTIVES = {
-    "abdominal": "abdomen",
-    "thoracic": "chest",
-    "cranial": "brain",
-    "intracranial": "brain",
-    "cerebral": "brain",
-    "pelvic": "pelvis",
-    "cervical": "neck",
-}
 _SIDES = frozenset({"left", "right", "bilateral"})
 _ALL_WELL = re.compile(
-    r"^\W*(?:(?:it|this|everything) (?:is|looks|appears) |(?:the|this) (?:\w+ )?(?:image|scan|study|film|radiograph|x-ray|picture|"
-    r"ct|mri|chest|brain|abdomen|patient) (?:is|looks|appears) )?(?:nothing|normal|unremarkable|clear)\b",
+    rf"^\W*(?:(?:it|this|everything) (?:is|looks|appears) |(?:the|this) (?:\w+ )?(?:{IMAGE}|chest|brain|abdomen|patient) "
+    r"(?:is|looks|appears) )?(?:nothing|normal|unremarkable|clear)\b",
     re.IGNORECASE,
 )
 # "The right upper lobe", "zone" and "lung" are one place.
@@ -110,18 +56,7 @@ _ROMAN_ONE = re.compile(
     r"(?! (?:see|think|can|cannot|am|would|do|don|have|could|believe)\b)"
 )
 # Words of place and kind, and of caution, that name nothing.
-_VAGUE = (
-    frozenset(
-        re.findall(
-            r"\w+",
-            "abnormality abnormal area region part portion structure organ tissue body thoracic abdominal cranial pelvic cavity "
-            "finding type kind form level section study could would may might can likely possibly probably appear suggest "
-            "suggesting indicate indicating consistent which because using used not or but also some one more most such other "
-            "specifically somewhere within given based here only just i you he she we they",
-        )
-    )
-    | INTRODUCING
-)
+_VAGUE = word_set("vague") | INTRODUCING
 
 
 @lru_cache(maxsize=4096)

@@ -6,8 +6,9 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from mmedpo_ray.radiology.lexicon.synonyms import canonical, respelled, spellings
-from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS, Concept, Mention, mentions
+from mmedpo_ray.radiology.lexicon.synonyms import canonical, respelled, rules
+from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS, Concept, Mention, concepts_of, mentions
+from mmedpo_ray.radiology.word_lists import SEEN, load
 
 # Texts, and sentences, whose findings are kept.
 _KEPT = 2048
@@ -24,8 +25,7 @@ NEGATION = re.compile(
 )
 _IS_CONTRAST = re.compile(_CONTRAST, re.IGNORECASE)
 _AFTER_NEGATION = re.compile(
-    r"\b(?:is|are|was|were)?\s*(?:absent|(?:not|no longer) (?:clearly |definitely )?(?:seen|present|identified|visible|evident|noted|visuali[sz]ed|"
-    r"observed|detected|found|demonstrated|appreciated|apparent|shown|displayed|depicted|featured|included|there)|ruled out|"
+    rf"\b(?:is|are|was|were)?\s*(?:absent|(?:not|no longer) (?:clearly |definitely )?{SEEN}|ruled out|"
     r"excluded|unlikely|improbable|doubtful|(?<!not )resolved)\b",
     re.IGNORECASE,
 )
@@ -45,74 +45,14 @@ _NOT_EXCLUDED = re.compile(
 )
 _JOINT = re.compile(r",|\band\b|\bwith\b", re.IGNORECASE)
 # Statements about the heart and the lungs that amount to a finding or to its absence.
-_REWRITES = spellings(
-    (
-        ("heart", "cardi"),
-        r"\b(?:heart|cardiac|cardio-?mediastinal)(?: size| silhouette| shadow| contours?)*"
-        r"(?: and (?:the )?mediastin\w+(?: contours?| silhouette)?)?(?: (?:is|are|appears?|remains?))?"
-        r"(?: (?:of|within))? (?:normal(?: size| limits)?|not enlarged|unremarkable)(?: in size)?\b",
-        "no cardiomegaly",
-    ),
-    (
-        ("normal ",),
-        r"\bnormal (?:heart|cardiac|cardiomediastinal)(?: size| silhouette)*\b",
-        "no cardiomegaly",
-    ),
-    (
-        ("enlarged",),
-        r"\b(?:heart|cardiac|cardio-?mediastinal)(?: size| silhouette| shadow| contours?)*"
-        r"(?: and (?:the )?mediastin\w+(?: contours?| silhouette)?)?(?: (?:is|are|appears?|remains?))?"
-        r"(?: (?:mildly|moderately|severely|markedly))? enlarged\b",
-        "cardiomegaly",
-    ),
-    (
-        ("enlarged ", "increased "),
-        r"\b(?:enlarged|increased) (?:heart|cardiac|cardiomediastinal)(?: size| silhouette| shadow| contours?)*\b",
-        "cardiomegaly",
-    ),
-    (
-        ("enlargement",),
-        r"\b(?:enlargement of (?:the )?(?:heart|cardiac)(?: silhouette| shadow)?|(?:heart|cardiac) enlargement)\b",
-        "cardiomegaly",
-    ),
-    (
-        ("lung",),
-        r"\blungs?(?: fields?)?(?: (?:is|are|appear|remain))? (?:clear|normal)(?: bilaterally)?\b",
-        "no lung abnormality",
-    ),
-    (("lung",), r"\b(?:clear|normal) lungs?\b", "no lung abnormality"),
-    (
-        ("normal ", "unremarkable "),
-        r"\b(?:normal|unremarkable) (?:chest )?(?:radiograph|x-ray|xray|film|study|image|scan)\b",
-        "no abnormality",
-    ),
-    (
-        ("normal", "unremarkable"),
-        r"\b(?:chest )?(?:radiograph|x-ray|image|scan|study) (?:is|appears|looks) (?:normal|unremarkable)\b",
-        "no abnormality",
-    ),
-    (
-        ("no ",),
-        r"\bno (?:acute )?(?:cardiopulmonary )?(?:abnormality|abnormalities|process|disease|findings?)\b",
-        "no abnormality",
-    ),
-    (
-        ("acute ",),
-        r"\bacute (?:cardiopulmonary |cardiac |pulmonary |osseous |bony |intracranial )?"
-        r"(?:process|disease|findings?)\b",
-        "abnormality",
-    ),
-)
+_STATEMENTS = rules("statements")
 # A statement of overall normality; not part of the vocabulary because no finding can stand in for it.
 _OVERALL = {
     "lung abnormality": Concept("lung abnormality", "finding", "overall", ("lung abnormality",), 0.7),
     "abnormality": Concept("abnormality", "finding", "overall", ("abnormality",), 0.8),
 }
 _OVERALL_PATTERN = re.compile(r"\b(lung abnormality|abnormality|abnormalities)\b", re.IGNORECASE)
-LUNG_FINDINGS = frozenset(c.name for c in CONCEPTS.values() if c.group == "chest") - {
-    "cardiomegaly",
-    "hernia",
-}
+LUNG_FINDINGS = concepts_of(["@chest"]).difference(load("relations")["outside_lungs"])
 
 
 class Fact(NamedTuple):
@@ -155,7 +95,7 @@ def restated(text: str) -> str:
 
 @lru_cache(maxsize=_KEPT_SENTENCES)
 def _restated(sentence: str) -> str:
-    return respelled(sentence, _REWRITES)
+    return respelled(sentence, _STATEMENTS)
 
 
 @lru_cache(maxsize=_KEPT_SENTENCES)

@@ -12,6 +12,8 @@ import re
 import unicodedata
 from functools import lru_cache
 
+from mmedpo_ray.radiology.word_lists import word_set
+
 _KEPT = 4096
 
 _SIGNS = str.maketrans(
@@ -94,18 +96,9 @@ HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]
 # ---------------------------------------------------------------------- "a" as a letter
 
 # After these an "a" names a kind: hepatitis a, vitamin a, group a.
-_KINDS = frozenset(
-    re.findall(
-        r"\w+",
-        "hepatitis vitamin group type grade stage class level option answer choice segment category factor influenza stanford "
-        "zone area part view image figure panel letter protein hemoglobin haemoglobin lesion series phase child pugh plan case "
-        "item column row label strep streptococcus",
-    )
-)
+_KINDS = word_set("kinds")
 # No noun begins with these, so an "a" before them is none of its articles.
-_NO_NOUNS = frozenset(
-    re.findall(r"\w+", "is was are were and or but because seems would to of in for with not")
-)
+_NO_NOUNS = word_set("no_nouns")
 _WORD_BEFORE = re.compile(r"([^\W_]+)[^\w]*\Z")
 _NOUN_AFTER = re.compile(r"\s+[(\"']?([^\W_]+)")
 _BEGINS = re.compile(r"(?:\A|[.!?:;\n])[^\w]*\Z")

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from mmedpo_ray.radiology.lexicon.normalisation import final_answer, has_han, same_characters
+from mmedpo_ray.radiology.word_lists import IMAGE, SEEN, load
 
 Polarity = Literal["yes", "no"]
 
@@ -22,13 +23,7 @@ _KEPT = 4096
 
 # A word stands on its own before punctuation or at the end.
 _END = r"(?=\s*(?:[.,;:!?)\]}\"'*\n]|-|$))"
-_SEEN = (
-    r"(?:seen|present|visible|identified|noted|detected|found|evident|observed|demonstrated|appreciated|apparent|"
-    r"visuali[sz]ed|shown|noticed|there)"
-)
-_IN_THE_IMAGE = (
-    r"(?: (?:in|on) (?:the|this|that) (?:\w+ )?(?:image|scan|study|film|radiograph|x-ray|picture))?"
-)
+_IN_THE_IMAGE = rf"(?: (?:in|on) (?:the|this|that) (?:\w+ )?{IMAGE})?"
 # What may come before the word that decides.
 _LEAD = (
     r"\W*(?:(?:(?:the |my |your )?(?:(?:final|correct|short) )?answer(?: to (?:the|this|your) question)?(?: is| would be|(?=\W))"
@@ -39,13 +34,13 @@ _LEAD = (
 _YES_WORDS = r"(?:yes|yeah|yea|yep|yup|yah|aye|affirmative)"
 _NO_WORDS = r"(?:no|nope|nah|nay)"
 _YES_ALONE = (
-    rf"(?:true|correct|positive|{_SEEN}{_IN_THE_IMAGE}|certainly|definitely|absolutely|surely|sure|indeed|of course|exactly|"
+    rf"(?:true|correct|positive|{SEEN}{_IN_THE_IMAGE}|certainly|definitely|absolutely|surely|sure|indeed|of course|exactly|"
     r"agreed|probably|(?:most |very )?likely)"
 )
 _NO_ALONE = (
     r"(?:false|incorrect|untrue|wrong|absent|negative|none|nil|nothing|never|neither|unlikely|"
     r"not(?: (?:at all|really|true|correct|right|so|likely|any))?|"
-    rf"(?:not|none|nothing|never)(?: (?:\w+ly|been|is|are|was|were))*(?: {_SEEN}){_IN_THE_IMAGE})"
+    rf"(?:not|none|nothing|never)(?: (?:\w+ly|been|is|are|was|were))*(?: {SEEN}){_IN_THE_IMAGE})"
 )
 _LEADING = re.compile(
     rf"{_LEAD}(?:(?P<yes>{_YES_WORDS}\b|(?:{_YES_ALONE}){_END})"
@@ -101,37 +96,15 @@ _NAMED_ANSWER = re.compile(
     re.IGNORECASE,
 )
 
-# ---------------------------------------------------------------------- Chinese
-
-_ZH_OPEN = re.compile(
-    r"是不是|有没有|有沒有|是否|是或否|是或不是|是还是(?:不是|否)|是還是(?:不是|否)|对不对|對不對|能不能"
+_ZH = {name: "|".join(words) for name, words in load("chinese_answers").items()}
+_ZH_YES_OR_NO = rf"(?:(?P<yes>{_ZH['yes']})|(?P<no>{_ZH['no']}))(?=\W|$)"
+_ZH_ALONE = re.compile(rf"\W*(?:答案(?:应该|應該)?(?:是|为|為)?\W*)?{_ZH_YES_OR_NO}")
+_ZH_STANDING = re.compile(rf"(?:^|[\s.,;:!?]|答案(?:是|为|為)){_ZH_YES_OR_NO}")
+_ZH_OPEN, _ZH_UNDECIDED, _ZH_DENIES, _ZH_UNLIKELY, _ZH_ASSERTS, _ZH_CLAUSE, _ZH_FUNCTION = (
+    re.compile(_ZH[name])
+    for name in ("open", "undecided", "denies", "unlikely", "asserts", "clause_ends", "function_words")
 )
-_ZH_UNDECIDED = re.compile(
-    r"无法|無法|不确定|不確定|不清楚|不知道|难以|難以|看不清|看不出来|不能(?:确定|判断|判定|確定|判斷|排除)|不除外|不好说|不好說|未知|不明确|不明確"
-)
-_ZH_YES = r"是的|是|对的|对|對的|對|有的|有|存在|正确|正確|可以|能|会|會|没错|沒錯|嗯|当然|當然|肯定|可见|可見|属于|屬於|真|阳性|陽性"
-_ZH_NO = (
-    r"不是的|不是|不对|不對|不存在|不正确|不正確|不能|不可以|不会|不會|不可见|不可見|不属于|不屬於|没有的?|沒有的?|没|沒|无|無|否|"
-    r"未见|未見|未发现|未發現|未显示|未顯示|错误|錯誤|错|錯|并非|並非|并没有|並沒有|并不是|並不是|不|假|阴性|陰性"
-)
-_ZH_ALONE = re.compile(
-    rf"\W*(?:答案(?:应该|應該)?(?:是|为|為)?\W*)?(?:(?P<yes>{_ZH_YES})|(?P<no>{_ZH_NO}))(?=\W|$)"
-)
-_ZH_STANDING = re.compile(
-    rf"(?:^|[\s.,;:!?]|答案(?:是|为|為))(?:(?P<yes>{_ZH_YES})|(?P<no>{_ZH_NO}))(?=\W|$)"
-)
-_ZH_DENIES = re.compile(
-    r"没有|沒有|不是|不存在|不属于|不屬於|不包含|不显示|不顯示|不可见|不可見|未见|未見|未发现|未發現|未显示|未顯示|未检出|并非|並非|"
-    r"并不|並不|并没|並沒|不能|不会|不會|不在|未有|不具|未检测|未檢測|看不到|看不见|见不到|没(?!错)|沒(?!錯)|无(?![名疑])|無(?![名疑])"
-)
-_ZH_UNLIKELY = re.compile(r"不太?可能|不大可能|可能性不大|可能性(?:很|较)?小")
 _ZH_NO_ABNORMALITY = re.compile(r"(?:无|無|未见|未見|没有|沒有|未发现|未發現)(?:明显)?异常")
-_ZH_CLAUSE = re.compile(r"[,.;!?\n]+|但是|但|而是|而|可是|不过|然而")
-_ZH_FUNCTION = re.compile(
-    r"图像|圖像|图片|圖片|影像|图中|圖中|图里|这张|這張|这个|这是|這是|这|這|该|此|是否|是不是|有没有|有沒有|能否|存在|可见|可見|显示|顯示|属于|屬於|"
-    r"请问|请|一个|一张|一種|一种|任何|[的吗嗎呢么有是在中里否?？,.，。!！ ]"
-)
-_ZH_ASSERTS = re.compile(r"有|是|存在|可见|可見|显示|顯示|属于|屬於|包含|能|会|會|位于|位於")
 
 
 @lru_cache(maxsize=_KEPT)

@@ -16,6 +16,7 @@ from mmedpo_ray.radiology.lexicon.polarity import Polarity
 from mmedpo_ray.radiology.lexicon.quantities import are_apart, asks_count, count, disjoint, lengths
 from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS
 from mmedpo_ray.radiology.lexicon.words import INTRODUCING, terms
+from mmedpo_ray.radiology.word_lists import NUMBER_WORDS, load
 
 _DEFINITE = re.compile(
     r"^\W*(?:is|are|was|were|has|have|had|does|do|did)\s+(?:the|this|that|these|those|his|her)\b",
@@ -23,48 +24,7 @@ _DEFINITE = re.compile(
 )
 _FINDINGS = frozenset({"lesion", "finding", "abnormality", "tumor", "tumour", "growth", "structure"})
 _AUXILIARIES = frozenset({"does", "do", "did", "had", "been", "being", "any", "more", "than"})
-_OPPOSITES = tuple(
-    frozenset(pair.split())
-    for pair in (
-        "malignant benign",
-        "increased decreased",
-        "increase decrease",
-        "larger smaller",
-        "bigger smaller",
-        "worse better",
-        "worsened improved",
-        "homogeneous heterogeneous",
-        "homogenous heterogeneous",
-        "spiculated smooth",
-        "irregular smooth",
-        "ruptured intact",
-        "viral bacterial",
-        "acute old",
-        "acute chronic",
-        "new old",
-        "solid cystic",
-        "symmetric asymmetric",
-        "complete partial",
-        "central peripheral",
-        "open closed",
-        "single multiple",
-        "unilateral bilateral",
-        "grown decreased",
-        "grown smaller",
-        "grown shrunk",
-        "regular irregular",
-        "focal diffuse",
-        "hyperdense hypodense",
-        "hyperintense hypointense",
-        "primary metastatic",
-        "stable unstable",
-        "large small",
-        "large moderate",
-        "moderate small",
-        "normal abnormal",
-        "normal enlarged",
-    )
-)
+_OPPOSITES = tuple(map(frozenset, load("relations")["opposites"]))
 _CHANGES = re.compile(
     r"\b(?:chang\w*|gr[eo]wn?|increas\w*|decreas\w*|progress\w*|worse\w*|improv\w*|larger|bigger|smaller|shrunk)\b",
     re.IGNORECASE,
@@ -74,7 +34,8 @@ _UNCHANGED = re.compile(
 )
 # A question that counts: two, multiple, more than one.
 _COUNTS = re.compile(
-    r"\b(?:two|three|four|five|six|seven|eight|nine|ten|multiple|several|many|single|solitary|more than|at least|fewer than|only one)\b|[<>]=?\s?(?:\d|one|two|three|four|five)",
+    rf"\b(?:{'|'.join(list(NUMBER_WORDS)[2:])}|multiple|several|many|single|solitary|more than|at least|fewer than|"
+    r"only one)\b|[<>]=?\s?(?:\d|one|two|three|four|five)",
     re.IGNORECASE,
 )
 _FEWEST_LETTERS = 5

@@ -17,42 +17,19 @@ from mmedpo_ray.radiology.lexicon.normalisation import same_characters
 from mmedpo_ray.radiology.lexicon.polarity import polarity
 from mmedpo_ray.radiology.lexicon.vocabulary import lowered, mentions
 from mmedpo_ray.radiology.lexicon.words import folded
+from mmedpo_ray.radiology.word_lists import IMAGE, NUMBER_WORDS, SEEN, load, pattern_of
 
 _KEPT = 4096
-_SIDES = {"R": "right", "L": "left"}
-_LEVELS = {"U": "upper", "M": "middle", "L": "lower"}
-_ABBREVIATIONS = {
-    **{f"{side}{level}L": f"{_SIDES[side]} {_LEVELS[level]} lobe" for side in "RL" for level in "UML"},
-    **{f"{side}{level}Q": f"{_SIDES[side]} {_LEVELS[level]} quadrant" for side in "RL" for level in "UL"},
-    "CXR": "chest x-ray",
-    "PTX": "pneumothorax",
-    "SDH": "subdural hematoma",
-    "EDH": "epidural hematoma",
-    "SAH": "subarachnoid hemorrhage",
-    "WNL": "normal",
-    "ICH": "intracranial hemorrhage",
-    "CVA": "stroke",
-    "TB": "tuberculosis",
-    "ETT": "endotracheal tube",
-    "GI": "gastrointestinal",
-    "US": "ultrasound",
-    "XR": "x-ray",
-    "B/L": "bilateral",
-}
-# Only where they are all that an answer says.
-_LETTERS = {**_SIDES, "F": "female", "M": "male"}
+_LISTS = load("spellings")
+_ABBREVIATIONS: dict[str, str] = _LISTS["abbreviations"]
 _ABBREVIATED = re.compile(rf"(?<![\w-])(?:{'|'.join(_ABBREVIATIONS)})(?![\w-])")
 # Many times as fast to look for.
 _MAY_ABBREVIATE = re.compile(r"[A-Z][A-Z/]")
-_WHOLE = {**_ABBREVIATIONS, **_LETTERS}
+_WHOLE = {**_ABBREVIATIONS, **_LISTS["whole_answers"]}
 _WHOLE_ABBREVIATION = re.compile(rf"\W*(?P<short>{'|'.join(_WHOLE)})\W*", re.IGNORECASE)
-_AMOUNT = (
-    r"(?=\d+\b(?!(?:st|nd|rd|th))|\d+ ?(?:mm|cm|%)|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)"
-)
-_TWO_SIDES = (" and right", " and left", " and the right", " and the left", " as well as ", " & ")
 
 
-class Spelling(NamedTuple):
+class Rule(NamedTuple):
     """What is said, and what is put in its place.
 
     Attributes:
@@ -66,15 +43,20 @@ class Spelling(NamedTuple):
     replacement: str
 
 
-def spellings(*rules: tuple[tuple[str, ...], str, str]) -> tuple[Spelling, ...]:
-    """The rules (needed, pattern, replacement), made ready; capitals do not count."""
+def rules(name: str) -> tuple[Rule, ...]:
+    """The rules of a list of ``data/spellings.yaml``; capitals do not count."""
+    pieces = {"NUMBER": list(NUMBER_WORDS), **_LISTS["pieces"]}
     return tuple(
-        Spelling(needed, re.compile(pattern, re.IGNORECASE), replacement)
-        for needed, pattern, replacement in rules
+        Rule(
+            tuple(entry["needed"]),
+            re.compile(pattern_of(entry["pattern"], pieces), re.IGNORECASE),
+            entry["write"],
+        )
+        for entry in _LISTS[name]
     )
 
 
-def respelled(text: str, rules: tuple[Spelling, ...]) -> str:
+def respelled(text: str, rules: tuple[Rule, ...]) -> str:
     """The text after one rule after the other."""
     low = lowered(text)
     for needed, pattern, replacement in rules:
@@ -87,111 +69,26 @@ def respelled(text: str, rules: tuple[Spelling, ...]) -> str:
     return text
 
 
-_SPELLINGS = spellings(
-    (("healthy",), r"\bhealthy\b", "normal"),
-    (("normal limits", "normal range"), r"\bwithin (?:the )?normal (?:limits|range)\b", "normal"),
-    (("nothing",), r"\bnothing (?:is )?abnormal\b", "no abnormality"),
-    (("cerebrovascular accident",), r"\bcerebrovascular accident\b", "stroke"),
-    (("chronic obstructive",), r"\bchronic obstructive (?:pulmonary|lung|airways?) disease\b", "COPD"),
-    (("posterior-anterior", "posterior anterior"), r"\bposterior[- ]anterior\b", "posteroanterior"),
-    (("anterior-posterior", "anterior posterior"), r"\banterior[- ]posterior\b", "anteroposterior"),
-    (("not abnormal",), r"\bnot abnormal\b", "normal"),
-    (
-        _TWO_SIDES,
-        r"\b(?:both )?(?:the )?(?:left (lung|side)s? and (?:the )?right \1s?|right (lung|side)s? and (?:the )?left \2s?)\b",
-        r"both \1\2s",
-    ),
-    (
-        _TWO_SIDES,
-        r"\b(?:both )?(?:the )?(?:left(?:-sided)?(?: and|,? as well as| &) (?:the )?right|"
-        r"right(?:-sided)?(?: and|,? as well as| &) (?:the )?left)(?: (?:lung|side)s?)?\b",
-        "bilateral",
-    ),
-    (("both lung",), r"\bboth lung\b", "both lungs"),
-    (("both the ",), r"\bboth the (?=(?:lung|side)s\b)", "both "),
-    (
-        ("both",),
-        r"\bboth (?:the )?(?=(?:kidneys|hemispheres|breasts|hips|knees|hila|ventricles|orbits|eyes|adrenals?|"
-        r"apices|bases|hemithoraces|hemidiaphragms)\b)",
-        "bilateral ",
-    ),
-    (
-        ("both",),
-        r"\A\W*(?:(?:it is|they are|on|in|at|the answer is) )*both(?: of them)?\W*\Z",
-        "bilateral",
-    ),
-    (
-        (" than ", "under ", "below "),
-        rf"\b(?:(?:less|smaller|lower|fewer|shorter) than|under|below) {_AMOUNT}",
-        "<",
-    ),
-    (
-        (" than ", "over ", "above ", "exceeding "),
-        rf"\b(?:(?:more|greater|larger|bigger|higher|longer) than|over|above|exceeding) {_AMOUNT}",
-        ">",
-    ),
-    (("at least ",), rf"\bat least {_AMOUNT}", ">="),
-    (("at most ", "up to "), rf"\b(?:at most|up to) {_AMOUNT}", "<="),
-    (("≥",), "≥", ">="),
-    (("≤",), "≤", "<="),
-    (("< ", "> ", "= "), r"([<>]=?) +(?=\d)", r"\1"),
-    (("\u2212", "\u2013"), r"(?<![\w.])[\u2212\u2013](?=\d)", "-"),
-    (("+",), r"\A[\s(\[]*\+[\s)\].]*\Z", "positive"),
-    (("-", "\u2212", "\u2013"), r"\A[\s(\[]*[-\u2212\u2013][\s)\].]*\Z", "negative"),
-)
-
-# Words of one meaning that the vocabulary lacks; the first of a group is the name, that of a concept where there is one.
-_SYNONYMS: dict[str, str] = {
-    word: group.split()[0]
-    for group in (
-        "yes yeah yep true correct",
-        "expanded inflated aerated ventilated",
-        "fracture broken break",
-        "brain cerebral",
-        "bone bony osseous skeletal",
-        "vessel vascular",
-        "stone calculus calculi",
-        "hemorrhage hemorrhagic",
-        "mass neoplastic",
-        "edema swelling swollen",
-        "disease disorder illness",
-        "stable unchanged",
-        "large big sizable sizeable",
-        "small little",
-        "bilateral both",
-        "increased elevated raised",
-        "decreased reduced diminished",
-        "enlarged distended widened",
-        "quickly rapidly",
-        "image picture photograph",
-        "middle midline",
-        "unlikely improbable",
-    )
-    for word in group.split()
-}
+_PHRASES = rules("phrases")
+_SYNONYMS: dict[str, str] = {word: group.split()[0] for group in _LISTS["synonyms"] for word in group.split()}
 _BRITISH_S = re.compile(r"is(?=ed?$|ation)")
 _BRITISH_E = re.compile(r"(?:ae|oe)(?=[a-z]{2})")
-_PICTURE = r"(?:image|scan|study|film|radiograph|x-ray|picture|examination|exam|ct|mri)"
 _SUBJECT = (
-    rf"(?:(?:it|this|that|everything|all|(?:the|this) (?:\w+ )?{_PICTURE}) "
+    rf"(?:(?:it|this|that|everything|all|(?:the|this) (?:\w+ )?{IMAGE}) "
     r"(?:is|are|appears?|looks?|seems?|shows?|demonstrates?|reveals?|has|have)(?: to be)? |there (?:is|are) )?"
 )
-_SEEN = (
-    r"(?:,? (?:(?:is|are|was|were|can be) )?"
-    r"(?:seen|present|visible|identified|noted|detected|found|evident|observed|demonstrated|there))?"
-)
-_HERE = rf"(?: (?:in|on) (?:this|the) (?:\w+ )?{_PICTURE})?"
+_SEEN_HERE = rf"(?:,? (?:(?:is|are|was|were|can be) )?{SEEN})?(?: (?:in|on) (?:this|the) (?:\w+ )?{IMAGE})?"
 _SENSES: dict[Literal["normal", "none"], re.Pattern[str]] = {
     "normal": re.compile(
         rf"\W*{_SUBJECT}(?:an? )?(?:completely |entirely |essentially |otherwise |grossly )?(?:"
-        rf"(?:normal|unremarkable)(?: (?:\w+ )?(?:{_PICTURE}|findings?|anatomy|appearance|limits))?|"
+        rf"(?:normal|unremarkable)(?: (?:\w+ )?(?:{IMAGE}|findings?|anatomy|appearance|limits))?|"
         r"(?:no|without|not any) (?:any |(?:evidence|signs?) of |an? |acute |significant |obvious |visible |gross )*"
         r"(?:abnormalit(?:y|ies)|abnormal findings?|diseases?|patholog(?:y|ies)|pathological findings?))"
-        rf"{_SEEN}{_HERE}\W*",
+        rf"{_SEEN_HERE}\W*",
         re.IGNORECASE,
     ),
     "none": re.compile(
-        rf"\W*(?:there (?:is|are) )?(?:no|none|nil|zero|0|not any){_SEEN}{_HERE}\W*", re.IGNORECASE
+        rf"\W*(?:there (?:is|are) )?(?:no|none|nil|zero|0|not any){_SEEN_HERE}\W*", re.IGNORECASE
     ),
 }
 _LONGEST_SENSE = 100
@@ -210,7 +107,7 @@ def canonical(text: str) -> str:
             return _WHOLE[whole["short"].upper()]
     if _MAY_ABBREVIATE.search(text):
         text = _ABBREVIATED.sub(lambda match: _ABBREVIATIONS[match.group()], text)
-    return respelled(text, _SPELLINGS)
+    return respelled(text, _PHRASES)
 
 
 def sense(text: str) -> Literal["normal", "none"] | None:

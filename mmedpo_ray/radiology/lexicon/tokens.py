@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from mmedpo_ray.radiology.lexicon.normalisation import HAN, is_letter, same_characters
+from mmedpo_ray.radiology.word_lists import NUMBER_WORDS
 
 _KEPT = 8192
 _HAN = HAN.pattern[1:-1]
@@ -51,12 +52,6 @@ _TOKEN = re.compile(
     r"|(?P<alone>(?<=[A-Z\d]\s)[+-]+(?=\s*(?:$|[,;.)\]]))|(?<=\s)[<>]=?(?=\s+[^\W\d])|[↑↓])"
     r"|(?P<unit>[%°])"
 )
-_NUMBER_WORDS = {
-    word: str(value)
-    for value, word in enumerate(
-        re.findall(r"\w+", "zero one two three four five six seven eight nine ten eleven twelve")
-    )
-}
 _ARTICLES = frozenset({"an", "the"})
 
 
@@ -89,7 +84,7 @@ def _spelled(match: re.Match[str]) -> str:
     if match["number"]:
         return "".join(match["sign"].split()) + _plain(match["number"])
     token = match.group().strip().casefold()
-    return _NUMBER_WORDS.get(token, token)
+    return str(NUMBER_WORDS.get(token, token))
 
 
 def _plain(number: str) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from mmedpo_ray.radiology.lexicon.normalisation import is_letter
 from mmedpo_ray.radiology.lexicon.vocabulary import mentions
+from mmedpo_ray.radiology.word_lists import NUMBER_WORDS, word_set
 
 # Texts whose words are kept.
 _KEPT = 2048
@@ -29,25 +30,13 @@ _UNSPACED = (
 _MARKS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"
 _LETTER = rf"(?:[^\W_{_UNSPACED}]|[{_MARKS}])"
 _ANY_WORD = re.compile(rf"[{_UNSPACED}]|{_BOUND}{_LETTER}+(?:[./-]{_LETTER}+)*")
-_NUMBER_WORDS = {
-    word: value
-    for value, word in enumerate(
-        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    )
-}
 _NUMBER = re.compile(
     r"(?<![\w.])(\d{1,3}|"
-    + "|".join(_NUMBER_WORDS)
+    + "|".join(NUMBER_WORDS)
     + r")(?:st|nd|rd|th)?(?![\w]|\.\d|\s*(?:%|cm|mm|ml|hu)\b|%)",
     re.IGNORECASE,
 )
-_FILLER = frozenset(
-    re.findall(
-        r"\w+",
-        "a an the is are was were be it its this that there these those of in on at to for and as has have with by from "
-        "image images picture scan shows show showing seen see shown present visible located side answer patient",
-    )
-)
+_FILLER = word_set("filler")
 
 
 class Term(NamedTuple):
@@ -127,24 +116,15 @@ def folded(word: str) -> str:
     singular = word
     if is_plural:
         singular = word[:-3] + "y" if len(word) > 4 and word.endswith("ies") else word[:-1]
-    return str(_NUMBER_WORDS.get(singular, singular))
+    return str(NUMBER_WORDS.get(singular, singular))
 
 
 @lru_cache(maxsize=_KEPT)
 def numbers(text: str) -> frozenset[int]:
     """Counts and ordinals of a text, in digits or words; measurements with units are left out."""
     named = (match.group(1).lower() for match in _NUMBER.finditer(text))
-    return frozenset(_NUMBER_WORDS[name] if name in _NUMBER_WORDS else int(name) for name in named)
+    return frozenset(NUMBER_WORDS[name] if name in NUMBER_WORDS else int(name) for name in named)
 
 
 # Words that only introduce what is said: to show it, to see it, to be more or less sure of it.
-INTRODUCING = frozenset(
-    folded(word)
-    for word in re.findall(
-        r"\w+",
-        "any evidence sign signs finding findings consistent compatible suggestive suggest suggests suggesting indicate "
-        "indicates indicating indicative appear appears likely probably possibly also some here you we i can could may might "
-        "would do does did noted identified demonstrated observed detected found evident demonstrate demonstrates reveal "
-        "reveals contain contains seem seems display displays depict depicts represent represents representing definite obvious apparent which really",
-    )
-)
+INTRODUCING = frozenset(map(folded, word_set("introducing")))
