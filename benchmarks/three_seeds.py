@@ -101,7 +101,7 @@ def markdown(summary: dict[str, Any], config: Config) -> str:
     header = ["metric", *names, f"aligned − {names[0]}", f"aligned − {names[-1]}"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for key, metric in METRICS.items():
-        if metric.official or not summary["models"][names[0]].get(key, {}).get("n"):
+        if metric.role == "official" or not summary["models"][names[0]].get(key, {}).get("n"):
             continue
         cells = [f"{summary['models'][name][key]['value']:.3f}" for name in names]
         for difference in ("difference", "difference_to_control"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.metrics import METRICS, Answer, Metric, UnavailableError, statistics
-from mmedpo_ray.metrics.answer_words import unsupported_script
+from mmedpo_ray.metrics.answer_texts import unsupported_script
 from mmedpo_ray.metrics.base import is_empty
 from mmedpo_ray.metrics.closed_questions import verdict
 from mmedpo_ray.metrics.verdict import judge

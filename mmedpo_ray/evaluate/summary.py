@@ -149,7 +149,7 @@ def score_table(
         table.add_column(Text(f"{first} −\n{second}"), justify="right", overflow="fold")
     for key, metric in METRICS.items():
         values = [summary["models"].get(name, {}).get(key) for name in models]
-        if metric.official or not any(value and value["n"] for value in values):
+        if metric.role == "official" or not any(value and value["n"] for value in values):
             continue
         cells = [_cell(value) for value in values]
         cells += [

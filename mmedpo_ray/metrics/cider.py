@@ -17,8 +17,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from mmedpo_ray.metrics.base import Answer, Array, as_means
-from mmedpo_ray.metrics.ngram_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.answer_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.base import Answer, Array, Metric, as_means
 
 _ORDERS = (1, 2, 3, 4)
 _SIGMA = 6.0
@@ -71,3 +71,6 @@ def _ngrams(text: str) -> _Ngrams:
     return Counter(
         tuple(found[start : start + order]) for order in _ORDERS for start in range(len(found) - order + 1)
     )
+
+
+CIDER = Metric("report_cider", "report CIDEr (0–10)", "report", cider)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mmedpo_ray.metrics.base import Answer
+from mmedpo_ray.metrics.base import Answer, Metric, mean_of
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.lexicon import chinese_negation, final_answer, has_han, same_characters
 from mmedpo_ray.radiology.lexicon.options import chosen, stated_sentences
@@ -72,3 +72,6 @@ def _states(answer: Answer) -> bool:
         conflict.kind == "swapped" and conflict.axis != "size"
         for conflict in lexicon.conflicts(reference, prediction, answer.question)
     )
+
+
+CLOSED_ACCURACY = Metric("closed_accuracy", "closed accuracy", "closed", mean_of(closed_correct))

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from mmedpo_ray.metrics.base import Answer, Array, UnavailableError, as_means
-from mmedpo_ray.metrics.ngram_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.answer_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.base import Answer, Array, Metric, UnavailableError, as_means
 
 
 def meteor(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
@@ -89,3 +89,7 @@ class _Stemmer:
         from nltk.stem.porter import PorterStemmer
 
         self.stem = cache(PorterStemmer().stem)
+
+
+METEOR = Metric("report_meteor", "report METEOR", "report", meteor)
+METEOR_EXACT = Metric("report_meteor_exact", "report meteor-exact (no synonyms)", "report", meteor_exact)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from mmedpo_ray.metrics.base import Answer
+from mmedpo_ray.metrics.base import Answer, Metric, mean_of
 from mmedpo_ray.radiology.lexicon import final_answer
 from mmedpo_ray.radiology.lexicon.tokens import same_text, tokens
 
@@ -22,3 +22,7 @@ def token_f1(answer: Answer) -> float:
         return float(same_text(text, answer.reference))
     common = sum((Counter(prediction) & Counter(reference)).values())
     return 2 * common / (len(prediction) + len(reference))
+
+
+EXACT_MATCH = Metric("open_exact", "open exact match", "open", mean_of(exact_match))
+TOKEN_F1 = Metric("open_f1", "open token F1", "open", mean_of(token_f1))

@@ -28,9 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from mmedpo_ray.metrics.base import Answer, Array, UnavailableError, as_means, is_empty
-
-_CHEXBERT_SHARED, _CHEXBERT_INVENTED, _CHEXBERT_MISSED, _CHEXBERT_COUNT = range(4)
+from mmedpo_ray.metrics.base import Answer, Array, Metric, UnavailableError, as_means, is_empty, micro_f1
 
 
 def installed() -> str | None:
@@ -78,24 +76,13 @@ def chexbert(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
         expected = np.array(scorer.get_labels([answer.reference for answer in answers]), dtype=bool)
         said = np.array(scorer.get_labels([answer.prediction or "." for answer in answers]), dtype=bool)
     said[[is_empty(answer.prediction) for answer in answers]] = False
-    return np.stack(
-        [
-            (said & expected).sum(axis=1),
-            (said & ~expected).sum(axis=1),
-            (expected & ~said).sum(axis=1),
-            np.ones(len(answers)),
-        ],
-        axis=1,
-    ).astype(np.float64)
+    labels = [said & expected, said & ~expected, expected & ~said]
+    return np.stack([*(label.sum(axis=1) for label in labels), np.ones(len(answers))], axis=1)
 
 
 def chexbert_value(sums: Array) -> Array:
-    """Micro-averaged F1; 0 where neither side has a label, as scikit-learn gives it."""
-    shared, count = sums[..., _CHEXBERT_SHARED], sums[..., _CHEXBERT_COUNT]
-    total = 2 * shared + sums[..., _CHEXBERT_INVENTED] + sums[..., _CHEXBERT_MISSED]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = np.where(total > 0, 2 * shared / total, 0.0)
-    return np.where(count > 0, value, np.nan)
+    """Micro-averaged F1; 0 if neither side has a label, as scikit-learn gives it."""
+    return micro_f1(sums, empty=0.0)
 
 
 def ratescore(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
@@ -201,3 +188,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         nltk.download = download
+
+
+RADGRAPH_F1 = Metric("report_radgraph_f1", "report RadGraph F1", "report", radgraph)
+CHEXBERT_F1 = Metric("report_chexbert_f1", "report CheXbert F1", "report", chexbert, chexbert_value)
+RATESCORE = Metric("report_ratescore", "report RaTEScore", "report", ratescore)

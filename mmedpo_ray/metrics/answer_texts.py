@@ -1,4 +1,4 @@
-"""The texts of answers as metrics take them: the final answer, Chinese characters apart, scripts that can be scored."""
+"""The texts of answers as metrics read them: the final answer, Chinese characters apart, scripts that can be scored."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from functools import lru_cache
 
+from mmedpo_ray.metrics.base import is_empty
 from mmedpo_ray.radiology.lexicon import final_answer, same_characters
 from mmedpo_ray.radiology.lexicon.normalisation import HAN
 
@@ -13,9 +14,19 @@ _KEPT = 8192
 
 
 @lru_cache(maxsize=_KEPT)
-def spaced(text: str) -> str:
-    """The final answer in one form of characters, with blanks around every Chinese one, as BLEU and ROUGE expect words."""
+def reference_text(text: str) -> str:
+    """The final answer in one form of characters, with blanks around each Chinese one, as BLEU and ROUGE expect words."""
     return " ".join(HAN.sub(r" \g<0> ", same_characters(final_answer(text))).split())
+
+
+def prediction_text(prediction: str) -> str:
+    """The same for a prediction; "" if it has no word, so that "." matches no full stop."""
+    return "" if is_empty(prediction) else reference_text(prediction)
+
+
+def words(text: str) -> list[str]:
+    """The words between blanks, in lower case, with their punctuation, as in nltk's and pycocoevalcap's plain use."""
+    return text.lower().split()
 
 
 # Of the letters of a text, this share may be of another script: a name, a symbol.
