@@ -1,7 +1,7 @@
 """The stage `curate`: `samples` → `pairs`, of text (a dispreferred answer) and visual (a dispreferred image).
 
-Each train sample is planned for one text pair, each train image for some visual pairs; every planned pair ends in the
-table or in `dropped/`.
+Each train sample is planned for one text pair, each train image for some visual pairs; every planned pair
+ends in the table or in `dropped/`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _TURNED_DOWN = ".turned_down"
 def curate(config: Config) -> Manifest:
     """Makes the preference pairs of the run's train samples. Ray must be initialised.
 
-    First come the tables that the pairs are made of: `candidates` sampled from the target model, `choices` and `rewrites`
-    of a model behind an endpoint, and the `visual` pairs.
+    First come the tables that the pairs are made of: `candidates` sampled from the target model, `choices`
+        and `rewrites` of a model behind an endpoint, and the `visual` pairs.
 
     Raises:
         UserError: `samples` is missing, has no train row, or no pair is left.
@@ -47,7 +47,8 @@ def curate(config: Config) -> Manifest:
     settings = key_settings(config)
     for folder in (run.choices, run.rewrites):
         if folder in inputs and (asked := read_manifest(folder)) is not None:
-            # The reasons of dropped rows decide about their pairs too, and are not part of the table's identity.
+            # The reasons of dropped rows decide about their pairs too, and are not part of the table's
+            # identity.
             settings.append(asked.dropped)
     inputs += make_visual_pairs(config, partial(train_samples, config))
     stage = StageRunner("curate", run.pairs, config, settings=settings, inputs=inputs)
@@ -70,7 +71,8 @@ def curate(config: Config) -> Manifest:
 def key_settings(config: Config) -> list[Any]:
     """What the pairs depend on besides the tables they are made of.
 
-    Not the endpoint, whose answers are tables with keys of their own, and not the visual pairs, which are one too.
+    Not the endpoint, whose answers are tables with keys of their own, and not the visual pairs, which are one
+    too.
     """
     return [config.curate.text.model_dump(mode="json", exclude={"endpoint"}), config.run.seed]
 

@@ -46,7 +46,8 @@ def pair(given: Sequence[Given], uri: str) -> Pairing:
         lacking = [row for row in given if name not in row.names]
         if lacking and len(lacking) < len(given):
             raise UserError(
-                f"{uri}, {lacking[0].where}: {name} is missing, though other rows have it. Give it in all rows or in "
+                f"{uri}, {lacking[0].where}: {name} is missing, though other rows have it. Give it in all "
+                "rows or in "
                 "none."
             )
     clustered = "image_id" in given[0].names
@@ -55,7 +56,8 @@ def pair(given: Sequence[Given], uri: str) -> Pairing:
     for row, key in zip(given, keys, strict=True):
         if asked.setdefault(key, (row.answer_type, row.reference)) != (row.answer_type, row.reference):
             raise UserError(
-                f"{uri}, {row.where}{row.id_in_words}: another model's row with this {by} has another reference or "
+                f"{uri}, {row.where}{row.id_in_words}: another model's row with this {by} has another "
+                "reference or "
                 f"answer_type. Give rows about one question one {by}, or leave it out."
             )
     rows = [
@@ -85,7 +87,8 @@ def _keys(given: Sequence[Given], uri: str) -> tuple[str, list[str]]:
             for row, key in zip(given, zip(models, ids, strict=True), strict=True):
                 if key in seen:
                     raise UserError(
-                        f"{uri}, {row.where}: {name} occurs twice for one model, so its rows cannot be paired. Make it "
+                        f"{uri}, {row.where}: {name} occurs twice for one model, so its rows cannot be "
+                        "paired. Make it "
                         "unique, or leave it out."
                     )
                 seen.add(key)
@@ -99,7 +102,7 @@ def _keys(given: Sequence[Given], uri: str) -> tuple[str, list[str]]:
 
 
 def _numbered(models: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Makes keys unique within each model; equal rows meet in order if every model that has them has as many."""
+    """Makes keys unique within each model; pairs equal rows in order if all models have as many of them."""
     often = Counter(zip(models, texts, strict=True))
     ambiguous = {text for text in set(texts) if len({often[model, text] for model in set(models)} - {0}) > 1}
     seen: Counter[tuple[str, str]] = Counter()

@@ -1,4 +1,4 @@
-"""The debate as a chain of tables: one per pass, over the text pairs that are still open (:mod:`mmedpo_ray.judge.debate`)."""
+"""The debate (:mod:`mmedpo_ray.judge.debate`) as tables: one per pass, over the pairs still open."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ class Passes:
                 settings=[self.judging, settings.keep_source_scores, which.name, *retry],
                 inputs=[source],
             )
-            # A pass is over when all pairs have had their turn: pairs that failed return in a debate of their own.
+            # A pass is over when all pairs have had their turn: pairs that failed return in a debate of their
+            # own.
             manifest = stage.finished(accept_failed=True) or stage.write_rows(
                 partial(
                     self._dataset, which=which, source=source, options=dict(options[which.agents[0].name])

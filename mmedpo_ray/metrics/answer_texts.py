@@ -1,4 +1,4 @@
-"""The texts of answers as metrics read them: the final answer, Chinese characters apart, scripts that can be scored."""
+"""The texts of answers as metrics read them, and the scripts that can be scored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEPT = 8192
 
 @lru_cache(maxsize=_KEPT)
 def reference_text(text: str) -> str:
-    """The final answer in one form of characters, with blanks around each Chinese one, as BLEU and ROUGE expect words."""
+    """The final answer with blanks around each Chinese character, as BLEU and ROUGE expect words."""
     return " ".join(HAN.sub(r" \g<0> ", same_characters(final_answer(text))).split())
 
 
@@ -25,7 +25,7 @@ def prediction_text(prediction: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words between blanks, in lower case, with their punctuation, as in nltk's and pycocoevalcap's plain use."""
+    """The words between blanks, in lower case, punctuation kept, as nltk and pycocoevalcap take them."""
     return text.lower().split()
 
 
@@ -35,7 +35,7 @@ _SCRIPTS = frozenset({"LATIN", "GREEK", "CJK", "IDEOGRAPHIC", "MODIFIER"})
 
 
 def unsupported_script(text: str) -> str | None:
-    """The script of a text that the metrics cannot split into words or read a yes or no from, such as "Arabic"; else None.
+    """The script of a text that the metrics cannot read, such as "Arabic"; None if they can.
 
     Latin, Greek letters and Chinese are supported.
     """

@@ -36,7 +36,8 @@ class UnavailableError(Exception):
     """A metric cannot be computed here; the message says what is missing. Empty: nothing to say."""
 
 
-# N answers and the reference of every question of the test set → statistics (N, K). May raise an UnavailableError.
+# N answers and the reference of every question of the test set → statistics (N, K). May raise an
+# UnavailableError.
 Statistics = Callable[[Sequence[Answer], Sequence[str]], Array]
 
 

@@ -1,8 +1,8 @@
 """The rules of the scripts of LLaVA-Med, which the paper used; for comparison with published figures only.
 
-Equal to ``llava/eval`` of microsoft/LLaVA-Med (commit ad758b6) to the last digit, but for one thing: its script leaves a closed
-answer that holds a yes or no and is wrong out of the denominator, so that its accuracy cannot tell models apart. Here, as in the
-paper's figures, every closed question counts.
+Equal to ``llava/eval`` of microsoft/LLaVA-Med (commit ad758b6) to the last digit, but for one thing: its
+script leaves a closed answer that holds a yes or no and is wrong out of the denominator, so that its accuracy
+cannot tell models apart. Here, as in the paper's figures, every closed question counts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def closed_correct_official(answer: Answer) -> bool:
 
 
 def recall_official(answer: Answer) -> float:
-    """Recall of the words: one of the reference counts as often as the *answer* repeats it; 0 where a side is empty."""
+    """Recall of words, each counted as often as the *answer* repeats it; 0 if a side is empty."""
     prediction = Counter(_normalised(answer.prediction).split())
     reference = Counter(_normalised(answer.reference).split())
     if not prediction or not reference:
@@ -49,8 +49,10 @@ def _normalised(text: str) -> str:
 
 
 def _normalised_once(text: str) -> str:
-    """A punctuation mark becomes a blank, or nothing if the text has it beside a blank or has a comma between digits anywhere;
-    apostrophes and decimal points stay; number words up to ten are digits; no articles."""
+    """One pass of the script's normalisation.
+
+    A punctuation mark becomes a blank, or nothing if the text has it beside a blank or has a comma between
+    digits anywhere; apostrophes and decimal points stay; number words up to ten are digits; no articles."""
     drops_all = _NUMBER_COMMA.search(text) is not None
     cleaned = text
     for mark in _PUNCTUATION:

@@ -10,12 +10,12 @@ from mmedpo_ray.radiology.lexicon.tokens import same_text, tokens
 
 
 def exact_match(answer: Answer) -> bool:
-    """Whether both sides have the same :func:`~mmedpo_ray.radiology.lexicon.tokens.tokens` in the same order."""
+    """Whether both sides have the same tokens in the same order."""
     return same_text(final_answer(answer.prediction), answer.reference)
 
 
 def token_f1(answer: Answer) -> float:
-    """Harmonic mean of precision and recall of the tokens, with repetition (as SQuAD counts them); 1 for equal texts."""
+    """F1 of the tokens, with repetition (as SQuAD counts them); 1 for equal texts."""
     text = final_answer(answer.prediction)
     prediction, reference = tokens(text), tokens(answer.reference)
     if not prediction or not reference:

@@ -1,4 +1,4 @@
-"""Clinical scores of reports by trained models, from the package RadEval (``pip install mmedpo-ray[radeval]``).
+"""Clinical scores of reports by trained models, from RadEval (``pip install mmedpo-ray[radeval]``).
 
 - RadGraph F1 (Delbrouck et al., 2022, arXiv 2210.12186): entities and whether they stand in a relation,
   RadGraph-XL, level "partial".
@@ -61,7 +61,7 @@ def radgraph(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
 
 
 def chexbert(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
-    """Statistics of CheXbert F1: labels that both sides have, the answer alone, the reference alone, and 1; (N, 4).
+    """Statistics of CheXbert F1: labels of both sides, the answer alone, the reference alone, and 1; (N, 4).
 
     Raises:
         UnavailableError: RadEval or the weights are missing.
@@ -177,7 +177,7 @@ def _offline() -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps RadEval's prints out of stdout, where --json may write, and its downloads off an offline machine."""
+    """Keeps RadEval's prints out of stdout, where --json may write, and prevents downloads if offline."""
     import nltk
 
     download = nltk.download

@@ -16,7 +16,7 @@ BLEU_ORDER = 4
 
 
 def bleu_statistics(answer: Answer) -> Array:
-    """n-gram matches and totals of orders 1–4 and both lengths, (10,), as sacrebleu counts them (13a, lower case)."""
+    """n-gram matches and totals of orders 1–4, and both lengths, (10,), as sacrebleu counts them."""
     said, expected = prediction_text(answer.prediction), reference_text(answer.reference)
     # The sufficient statistics are not part of sacrebleu's public interface; a test compares the result with
     # its own.
@@ -45,10 +45,10 @@ def rouge_l(answer: Answer) -> float:
 
 
 def finding_statistics(answer: Answer) -> Array:
-    """Findings asserted with their side and zone: shared, in the answer only, in the reference only, and 1; (4,).
+    """Findings with side and zone: shared, in the answer only, in the reference only, and 1; (4,).
 
-    An empty answer misses at least one: of a normal study it does not even say that it is normal. A Chinese reference does not
-    count, as the lexicon reads findings in English alone.
+    An empty answer misses at least one: of a normal study it does not even say that it is normal. A Chinese
+        reference does not count, as the lexicon reads findings in English alone.
     """
     if has_han(answer.reference):
         return np.zeros(4)

@@ -101,7 +101,7 @@ def _call(item: dict[str, Any], corrected: float, confidence: float) -> Call:
 
 
 def takes_part(name: str) -> bool:
-    """Whether differences of this metric are judged; those of official metrics and of parts of others are not."""
+    """Whether differences of this metric are judged: not those of official metrics and of details."""
     return METRICS[name].role == "main" if name in METRICS else not name.endswith("_official")
 
 

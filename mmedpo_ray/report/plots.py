@@ -1,4 +1,4 @@
-"""Plots as SVG text to put into the page: they take the page's text colour, so they suit light and dark, and carry an alt text."""
+"""Plots as SVG text for the page, in its text colour (light or dark), with an alt text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Colours that keep 3:1 contrast against both backgrounds (Okabe–Ito, slightly adapted): text pairs, visual pairs, control.
+# Colours that keep 3:1 contrast against both backgrounds (Okabe–Ito, slightly adapted): text pairs, visual
+# pairs, control.
 BLUE, ORANGE, GREY = "#2f81c4", "#d4760a", "#8a8f98"
 # Stands for the page's text colour until the SVG is written.
 _TEXT = "#010203"
@@ -104,7 +105,8 @@ def differences(
 
     Args:
         metrics: [M] names of the metrics.
-        groups: what the aligned model is compared with, at most two, and [M] differences ``{"value", "low", "high"}``.
+        groups: what the aligned model is compared with, at most two, and [M] differences ``{"value", "low",
+            "high"}``.
     """
     with rc_context({**_STYLE, "svg.hashsalt": "differences"}):
         figure = Figure(figsize=(5.6, 1.1 + 0.5 * len(metrics)), layout="constrained")

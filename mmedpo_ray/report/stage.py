@@ -1,7 +1,7 @@
 """Stage ``report``: what a run did and found, as one HTML file that needs nothing else.
 
-Everything is read from the tables, manifests and figures of the run; what is missing is named in a plain sentence instead. Data goes
-through Jinja's escaping; the page allows no script and loads nothing.
+Everything is read from the tables, manifests and figures of the run; what is missing is named in a plain
+sentence instead. Data goes through Jinja's escaping; the page allows no script and loads nothing.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _STYLE = "report.css"
 
 
 def report(config: Config) -> Manifest:
-    """Writes ``report.html``; parts of the run that are missing are said to be missing, stale tables to be stale.
+    """Writes ``report.html``, which names missing parts of the run and stale tables.
 
-    The settings shown are those that the tables were made with. Scores of another model than the present one are left out.
+    The settings shown are those that the tables were made with. Scores of another model than the present one
+    are left out.
 
     Returns:
         The manifest (in ``.report/``); ``extra`` holds the size of the page in bytes.

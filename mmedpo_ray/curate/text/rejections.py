@@ -1,7 +1,7 @@
 """Which answers were turned down on the way to the text pairs, counted by who wrote them and why.
 
-The tasks write what they turn down beside their rows, so that a stopped run loses no count; a pair that was made twice
-counts once.
+The tasks write what they turn down beside their rows, so that a stopped run loses no count; a pair that was
+made twice counts once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def count(folder: str) -> dict[str, dict[str, int]]:
 
 
 def in_words(counted: dict[str, dict[str, int]]) -> str:
-    """One line for the terminal: "3 sampled answers turned down (same_answer 2, meta_text 1)"; empty where there is none."""
+    """A line such as "3 sampled answers turned down (same_answer 2, meta_text 1)"; empty if there is none."""
     said = []
     for writer, reasons in counted.items():
         total, ordered = sum(reasons.values()), Counter(reasons).most_common()

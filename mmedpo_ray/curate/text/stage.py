@@ -1,8 +1,9 @@
-"""The text half of `curate` as Ray Data maps: slices of `samples` → candidates, choices, rewrites → text pairs.
+"""The text half of `curate` as Ray Data maps: `samples` → candidates, choices, rewrites → text pairs.
 
 The method decides which tables there are. Each is a stage of its own and reads what the one before it wrote:
 
-    on_policy: candidates [→ choices, judge: endpoint] [→ rewrites if no candidate is wrong, fallback: rewrite]
+    on_policy: candidates [→ choices, judge: endpoint] [→ rewrites if no candidate is wrong, fallback:
+        rewrite]
     rewrite:   rewrites
 """
 

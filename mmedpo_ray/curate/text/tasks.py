@@ -48,7 +48,9 @@ _CONCEPT = pa.schema([("concept", pa.string())])
 
 
 class OtherTables:
-    """What the other tables hold about samples. Made on the driver once the tables are finished; travels to the tasks.
+    """What the other tables hold about samples.
+
+    Made on the driver once these tables are finished; travels to the tasks.
 
     Args:
         config: all settings; they decide which of the tables exist.

@@ -1,8 +1,8 @@
-"""Text pairs: which answers are wrong, which of them conflicts most, and who writes a wrong answer if none is.
+"""Text pairs: which answers are wrong, which conflicts most, and who writes one if none is wrong.
 
-The paper lets a strong model pick the candidate that conflicts most with the reference, and write a wrong answer if no
-candidate is wrong. Here ``curate.text.judge`` picks (the lexicon, or a model behind an endpoint) and
-``curate.text.fallback`` writes (a rule edit, or such a model).
+The paper lets a strong model pick the candidate that conflicts most with the reference, and write a wrong
+answer if no candidate is wrong. Here ``curate.text.judge`` picks (the lexicon, or a model behind an endpoint)
+and ``curate.text.fallback`` writes (a rule edit, or such a model).
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class TextPair(NamedTuple):
 def is_wrong(reference: str, answer: str, question: str, answer_type: str) -> bool:
     """Whether an answer conflicts with the reference; False if it cannot be judged or only says less.
 
-    Closed: the polarity differs, or the other option is chosen, on word boundaries. Open: it contradicts the reference by
-    the lexicon, or has another word in the place of one of its words. Report: a fact differs by the lexicon; a report is
-    taken to be complete, so it denies a finding that it leaves out.
+    Closed: the polarity differs, or the other option is chosen, on word boundaries. Open: it contradicts the
+        reference by the lexicon, or has another word in the place of one of its words. Report: a fact differs
+        by the lexicon; a report is taken to be complete, so it denies a finding that it leaves out.
     """
     if answer_type == "closed":
         expected = lexicon.implied_polarity(question, reference) if lexicon.polarity(reference) else None
@@ -152,7 +152,8 @@ def most_conflicting(
 def pick(sample: dict[str, Any], material: Material, settings: TextCurationConfig) -> Pick:
     """The candidate to reject, by the judge that the settings name.
 
-    The reason for none is ``no_wrong_answer``, the most frequent filter if every candidate failed one, or the judge's own.
+    The reason for none is ``no_wrong_answer``, the most frequent filter if every candidate failed one, or the
+    judge's own.
     """
     reference, question = sample["answer"], sample["question"]
     fit, filtered = usable(reference, question, material.candidates, settings.max_length_ratio)
@@ -185,7 +186,8 @@ def text_pair(
 ) -> TextPair:
     """The text pair of a sample, dropped if there is no wrong answer to it.
 
-    If the endpoint may still answer on another run (``endpoint_failed``) the pair is dropped and made in that run.
+    If the endpoint may still answer on another run (``endpoint_failed``) the pair is dropped and made in that
+    run.
 
     Args:
         sample: row of `samples`.

@@ -1,12 +1,13 @@
-"""Models that find in an image what a text names, as a visual tool: CLIPSeg, Grounding DINO, OWL-ViT, OWLv2 and SAM 3.
+"""A visual tool of models that find what a text names: CLIPSeg, Grounding DINO, OWL-ViT, OWLv2, SAM 3.
 
-``curate.visual.text_prompted.model`` names a folder or a hub repository; its configuration says which of these it is. To a model that
-gives boxes a second one can be added, ``segmenter`` (SAM, MedSAM), which turns each box into a mask. The value of the heat map at a
-pixel is the score of what lies there: CLIPSeg's probability, or the best score among the boxes around the pixel, times the mask's
-probability where there are masks. The confidence is the best score in the image.
+``curate.visual.text_prompted.model`` names a folder or a hub repository; its configuration says which of
+these it is. To a model that gives boxes a second one can be added, ``segmenter`` (SAM, MedSAM), which turns
+each box into a mask. The value of the heat map at a
+pixel is the score of what lies there: CLIPSeg's probability, or the best score among the boxes around the
+    pixel, times the mask's probability where there are masks. The confidence is the best score in the image.
 
-Image processing goes through the Pillow forms of transformers' processors, and SAM 3's network is imported from its own module: nothing
-here needs torchvision.
+Image processing goes through the Pillow forms of transformers' processors, and SAM 3's network is imported
+from its own module: nothing here needs torchvision.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class Seen:
     Attributes:
         scores: of the things it found, each in [0, 1]; empty where it found nothing.
         boxes: (N, 4) left, top, right, bottom of each in pixels, inside the image.
-        pixel_scores: (h, w) in [0, 1] over the whole image at the model's own resolution, the best score at each place; None where
-            the boxes are all there is.
+        pixel_scores: (h, w) in [0, 1] over the whole image at the model's own resolution, the best score at
+            each place; None where the boxes are all there is.
     """
 
     scores: list[float]
@@ -132,7 +133,8 @@ class _Loaded:
             self._processor = processor_class.from_pretrained(source, **size)
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"cannot load the image processing of {source}: {first_line(error)} It belongs beside the weights."
+                f"cannot load the image processing of {source}: {first_line(error)} It belongs beside the "
+                "weights."
             ) from error
 
     def _on_device(self, values: Any) -> dict[str, Any]:
@@ -339,7 +341,7 @@ _FINDERS: dict[str, type[Any]] = {
 
 
 def _pixel_scores(scores: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
-    """Scores (N,) and mask logits (N, h, w), N > 0 → the best score times mask probability at each place, (h, w)."""
+    """Scores (N,) and mask logits (N, h, w), N > 0 → the best score times mask probability, (h, w)."""
     return (mask_logits.float().sigmoid() * scores[:, None, None]).amax(0)
 
 
@@ -354,7 +356,8 @@ def _finder(settings: TextPromptedConfig) -> type[Any]:
     if settings.segmenter is not None:
         if not issubclass(finder, _Detector):
             raise UserError(
-                f"{settings.model} gives masks by itself, so the segmenter would be ignored. Set {_SECTION}.segmenter to null."
+                f"{settings.model} gives masks by itself, so the segmenter would be ignored. Set "
+                f"{_SECTION}.segmenter to null."
             )
         _model_type(settings.segmenter, "segmenter", ("sam",))
     return finder
