@@ -46,6 +46,26 @@ def load_pretrained(model_class: Any, source: str, setting: str, **options: Any)
     return model.eval()
 
 
+def load_companion(loader: Any, source: str, what: str, **options: Any) -> Any:
+    """Loads what belongs to a model of transformers, such as its tokenizer.
+
+    Args:
+        loader: class with ``from_pretrained``.
+        source: folder or hub name.
+        what: what it is, for the message.
+        **options: more for ``from_pretrained``.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"cannot load the {what} of {source}: {first_line(error)} It belongs beside the weights."
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, as a sentence."""
     return (str(error).strip().split("\n") or [""])[0].rstrip(". ") + "."

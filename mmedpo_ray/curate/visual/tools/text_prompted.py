@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from mmedpo_ray.curate.visual.tools.base import Localisation, VisualTool
 from mmedpo_ray.curate.visual.tools.pretrained import (
     check_vocabulary,
     first_line,
+    load_companion,
     load_pretrained,
     path_fingerprint,
 )
@@ -121,21 +123,28 @@ def heat_map(seen: Seen, height: int, width: int) -> np.ndarray:
 
 
 class _Loaded:
-    """A model of transformers on the device of this process, and its image processing."""
+    """A model of transformers on the device of this process, and its image processing.
 
-    def __init__(self, model_class: Any, processor_class: Any, source: str, **size: Any) -> None:
+    Attributes:
+        model_class, processor_class: ``module:name``, imported when an instance is made.
+    """
+
+    model_class: str
+    processor_class: str
+
+    def __init__(self, source: str) -> None:
         import torch
 
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = load_pretrained(model_class, source, _SECTION).to(self._device)
-        try:
-            self._processor = processor_class.from_pretrained(source, **size)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"cannot load the image processing of {source}: {first_line(error)} It belongs beside the "
-                "weights."
-            ) from error
+        model: Any = load_pretrained(resolve_name(self.model_class), source, _SECTION)
+        self._model = model.to(self._device)
+        processor = resolve_name(self.processor_class)
+        self._processor = load_companion(processor, source, "image processing", **self._size(source))
+
+    def _size(self, _source: str) -> dict[str, Any]:
+        """What the image processing must be told about the model's input size."""
+        return {}
 
     def _on_device(self, values: Any) -> dict[str, Any]:
         return {name: value.to(self._device) for name, value in values.items()}
@@ -149,31 +158,24 @@ class _Finder(_Loaded, ABC):
         threshold: things of a lower score are ignored.
     """
 
-    def __init__(
-        self, model_class: Any, processor_class: Any, source: str, threshold: float, **size: Any
-    ) -> None:
+    def __init__(self, source: str, threshold: float) -> None:
         from transformers import AutoTokenizer
 
-        super().__init__(model_class, processor_class, source, **size)
+        super().__init__(source)
         self._threshold = threshold
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"cannot load the tokenizer of {source}: {first_line(error)} It belongs beside the weights."
-            ) from error
+        self._tokenizer = load_companion(AutoTokenizer, source, "tokenizer")
         check_vocabulary(self._tokenizer, self._model.config.text_config.vocab_size, source)
 
     @abstractmethod
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
-        """One answer an image; scores and positions refer to that image."""
+        """One answer per image; scores and positions refer to that image."""
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, Any]:
         return self._on_device(self._processor(images, return_tensors="pt"))
 
-    def _tokens(
-        self, prompts: list[str], padding: str | bool = True, length: int | None = None
-    ) -> dict[str, Any]:
+    def _tokens(self, prompts: list[str], length: int | None = None) -> dict[str, Any]:
+        """The prompts padded to ``length`` tokens, or to the longest of them."""
+        padding = True if length is None else "max_length"
         return self._on_device(
             self._tokenizer(prompts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
         )
@@ -182,11 +184,8 @@ class _Finder(_Loaded, ABC):
 class _ClipSeg(_Finder):
     """CLIPSeg: a probability for each pixel of a square copy of the image."""
 
-    def __init__(self, source: str, threshold: float) -> None:
-        from transformers import CLIPSegForImageSegmentation
-        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-        super().__init__(CLIPSegForImageSegmentation, ViTImageProcessorPil, source, threshold)
+    model_class = "transformers:CLIPSegForImageSegmentation"
+    processor_class = "transformers.models.vit.image_processing_pil_vit:ViTImageProcessorPil"
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
         logits = self._model(**self._pixels(images), **self._tokens(prompts)).logits
@@ -198,22 +197,19 @@ class _ClipSeg(_Finder):
 class _Sam3(_Finder):
     """SAM 3: a score and a mask for each instance of what the prompt names."""
 
+    model_class = "transformers.models.sam3.modeling_sam3:Sam3Model"
+    # SAM 3 has no Pillow processor of its own; it resizes, rescales and normalises as this one does.
+    processor_class = "transformers.models.vit.image_processing_pil_vit:ViTImageProcessorPil"
     _PROMPT_TOKENS = 32
 
-    def __init__(self, source: str, threshold: float) -> None:
+    def _size(self, source: str) -> dict[str, Any]:
         from transformers import AutoConfig
-        from transformers.models.sam3.modeling_sam3 import Sam3Model
-
-        # SAM 3 has no Pillow processor of its own; it resizes, rescales and normalises as this one does.
-        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
         side = AutoConfig.from_pretrained(source).vision_config.backbone_config.image_size
-        size = {"height": side, "width": side}
-        super().__init__(Sam3Model, ViTImageProcessorPil, source, threshold, size=size)
+        return {"size": {"height": side, "width": side}}
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
-        tokens = self._tokens(prompts, padding="max_length", length=self._PROMPT_TOKENS)
-        out = self._model(**self._pixels(images), **tokens)
+        out = self._model(**self._pixels(images), **self._tokens(prompts, self._PROMPT_TOKENS))
         scores = out.pred_logits.sigmoid() * out.presence_logits.sigmoid()
         seen = []
         for i, image in enumerate(images):
@@ -241,43 +237,29 @@ class _Detector(_Finder):
         return seen
 
 
-class _Owl(_Detector):
-    """OWL-ViT and OWLv2."""
+class _OwlVit(_Detector):
+    """OWL-ViT."""
+
+    model_class = "transformers:OwlViTForObjectDetection"
+    processor_class = "transformers.models.owlvit.image_processing_pil_owlvit:OwlViTImageProcessorPil"
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
-        length = self._model.config.text_config.max_position_embeddings
-        tokens = self._tokens(prompts, padding="max_length", length=length)
+        tokens = self._tokens(prompts, self._model.config.text_config.max_position_embeddings)
         return self._boxes(self._model(**self._pixels(images), **tokens), images)
 
 
-class _OwlVit(_Owl):
-    def __init__(self, source: str, threshold: float) -> None:
-        from transformers import OwlViTForObjectDetection
-        from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
+class _OwlV2(_OwlVit):
+    """OWLv2."""
 
-        super().__init__(OwlViTForObjectDetection, OwlViTImageProcessorPil, source, threshold)
-
-
-class _OwlV2(_Owl):
-    def __init__(self, source: str, threshold: float) -> None:
-        from transformers import Owlv2ForObjectDetection
-        from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
-
-        super().__init__(Owlv2ForObjectDetection, Owlv2ImageProcessorPil, source, threshold)
+    model_class = "transformers:Owlv2ForObjectDetection"
+    processor_class = "transformers.models.owlv2.image_processing_pil_owlv2:Owlv2ImageProcessorPil"
 
 
 class _GroundingDino(_Detector):
     """Grounding DINO and its MM form: lower-case phrases that end in a full stop."""
 
-    def __init__(self, source: str, threshold: float) -> None:
-        from transformers import AutoModelForZeroShotObjectDetection
-        from transformers.models.grounding_dino.image_processing_pil_grounding_dino import (
-            GroundingDinoImageProcessorPil,
-        )
-
-        super().__init__(
-            AutoModelForZeroShotObjectDetection, GroundingDinoImageProcessorPil, source, threshold
-        )
+    model_class = "transformers:AutoModelForZeroShotObjectDetection"
+    processor_class = "transformers.models.grounding_dino.image_processing_pil_grounding_dino:GroundingDinoImageProcessorPil"
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
         seen: dict[int, Seen] = {}
@@ -295,11 +277,8 @@ class _GroundingDino(_Detector):
 class _Sam(_Loaded):
     """SAM or MedSAM: boxes → masks."""
 
-    def __init__(self, source: str) -> None:
-        from transformers import SamModel
-        from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
-
-        super().__init__(SamModel, SamImageProcessorPil, source)
+    model_class = "transformers:SamModel"
+    processor_class = "transformers.models.sam.image_processing_pil_sam:SamImageProcessorPil"
 
     def __call__(self, images: list[Image.Image], seen: list[Seen]) -> list[Seen]:
         """The same things with their masks; images where nothing was found stay as they are."""
