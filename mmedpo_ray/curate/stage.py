@@ -17,7 +17,7 @@ import ray
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.curate.samples import check_train_split, train_samples
-from mmedpo_ray.curate.text import candidates, rejections
+from mmedpo_ray.curate.text import candidates, discarded
 from mmedpo_ray.curate.text.stage import prepare, text_pairs
 from mmedpo_ray.curate.visual.stage import finished_visual_pairs, make_visual_pairs
 from mmedpo_ray.io import storage
@@ -26,7 +26,7 @@ from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
 
-_TURNED_DOWN = ".turned_down"
+_COUNTS = ".discarded"
 
 
 def curate(config: Config) -> Manifest:
@@ -54,7 +54,7 @@ def curate(config: Config) -> Manifest:
     stage = StageRunner("curate", run.pairs, config, settings=settings, inputs=inputs)
     if (manifest := stage.finished()) is not None:
         return manifest
-    counts = storage.join(run.pairs, _TURNED_DOWN, stage.key)
+    counts = storage.join(run.pairs, _COUNTS, stage.key)
 
     def build(done: IdSet) -> ray.data.Dataset | None:
         made = (text_pairs(config, done, counts), finished_visual_pairs(config, done))
@@ -62,8 +62,8 @@ def curate(config: Config) -> Manifest:
         return parts[0].union(*parts[1:]) if len(parts) > 1 else next(iter(parts), None)
 
     manifest = stage.write_rows(build, schema=schemas.PAIRS, id_column="pair_id", extra=_Figures(counts))
-    storage.remove(storage.join(run.pairs, _TURNED_DOWN))
-    if said := rejections.in_words(manifest.extra["turned_down"]):
+    storage.remove(storage.join(run.pairs, _COUNTS))
+    if said := discarded.in_words(manifest.extra["turned_down"]):
         console.print(f"{'':<12} {said}", soft_wrap=True)
     return manifest
 
@@ -78,12 +78,12 @@ def key_settings(config: Config) -> list[Any]:
 
 
 class _Figures:
-    """For the manifest: pairs of each kind, who wrote the rejected side, images, answers turned down.
+    """For the manifest: pairs of each kind, who wrote the rejected side, images, discarded answers.
 
     A :class:`~mmedpo_ray.tables.stage_runner.Tally`; an image takes eight bytes of memory.
 
     Args:
-        counts: folder of what the tasks turned down.
+        counts: folder of the discarded answers.
     """
 
     columns = ("kind", "generator", "image_id")
@@ -104,5 +104,5 @@ class _Figures:
             "kinds": dict(self._kinds),
             "generators": dict(self._generators),
             "images": len(self._images),
-            "turned_down": rejections.count(self._counts),
+            "turned_down": discarded.count(self._counts),
         }

@@ -2,9 +2,8 @@
 
 Every test question goes to every model through the endpoint, as a user's would. The answers (`answers`
 schema) are kept in ``evaluate/``, requests that failed in ``evaluate/dropped/``, the scores with their
-intervals in ``evaluate/summary.json``. A request that
-failed is scored as an empty answer: it stays in the denominator. The next call tries those again that may
-    pass.
+intervals in ``evaluate/summary.json``. A failed request is scored as an empty answer: it stays in the
+denominator. The next call tries again those that may pass.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Passes:
         settings, run = self.config.score, RunFolder(self.config.run.folder)
         if not open_pairs:
             return []
-        # All agents first: a wrong setting of any of them must not cost a pass.
+        # All agents first: a wrong setting of any of them must show before the first pass.
         data_cpus, has_gpu = self.config.ray.data_cpus, cluster.has_gpu()
         options = {
             agent.name: JUDGES[agent.kind].map_options(agent, data_cpus=data_cpus, has_gpu=has_gpu)

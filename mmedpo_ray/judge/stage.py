@@ -2,7 +2,7 @@
 
 Three steps, each with tables of its own, so that a crash costs little and a new weighting costs no judging:
 
-1. ``scored/.debate/pass-…``: one table a debate pass, over the text pairs still open
+1. ``scored/.debate/pass-…``: one table per debate pass, over the text pairs still open
     (:mod:`mmedpo_ray.judge.debate`).
 2. ``scored/.scores``: every pair with its score, from the debate, from the data, or from the visual tool's
     confidence.

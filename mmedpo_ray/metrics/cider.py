@@ -2,12 +2,12 @@
 
 The variant CIDEr-D (Vedantam et al., 2015, arXiv 1411.5726), equal to ``Cider`` of pycocoevalcap 1.2, which
 image captioning and R2Gen's successors publish. That package is no dependency: it is 100 MB of Java programs
-and computes documents' frequencies anew in each call. Here they come once from the references of the whole
+and computes documents' frequencies again in each call. Here they come once from the references of the whole
 test set, so that each answer has a score of its own and the bootstrap can draw answers; intervals take the
 frequencies as given.
 
 The score depends on the test set: never compare it between data sets, or between a whole set and a part of
-it. What stands in every reference weighs nothing, so where all references agree even exact copies score 0.
+it. What is in every reference weighs nothing, so if all references agree even exact copies score 0.
 The range is 0 to 10, as published.
 """
 

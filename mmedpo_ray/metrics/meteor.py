@@ -1,4 +1,4 @@
-"""METEOR as nltk computes it, and what is left of it where WordNet is not at hand.
+"""METEOR as nltk computes it, and a score without synonyms if there is no WordNet.
 
 METEOR (Lavie and Agarwal, 2007) matches words that are equal, have one stem, or are synonyms in WordNet. nltk
 reads WordNet from ``corpora/wordnet`` in one of its data folders (``python -m nltk.downloader wordnet``, or
@@ -30,7 +30,7 @@ def meteor(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
         raise UnavailableError(
             "METEOR is left out: nltk finds no WordNet (`python -m nltk.downloader wordnet`; offline, copy "
             "its folder "
-            "corpora/ and set NLTK_DATA to where it lies). What stands in, meteor-exact, is another score"
+            "corpora/ and set NLTK_DATA to where it lies). In its place, meteor-exact is another score"
         )
     from nltk.corpus import wordnet
 
@@ -54,7 +54,7 @@ def wordnet_found() -> bool:
 
     try:
         wordnet.ensure_loaded()
-    except Exception:  # A LookupError where there is none; a damaged copy raises anything.
+    except Exception:  # A LookupError if there is none; a damaged copy raises anything.
         return False
     return True
 

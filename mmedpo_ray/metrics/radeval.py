@@ -7,10 +7,10 @@
 - RaTEScore (Zhao et al., 2024, arXiv 2406.16845): similarity of entities by their embeddings.
 
 Each needs weights from the Hugging Face hub: in its cache, or downloaded on first use unless HF_HUB_OFFLINE
-is set. A metric whose weights or package are missing is left out and said to be. The models read English
+is set. A metric whose weights or package are missing is left out, with a message. The models read English
 chest reports; they have no meaning for other texts.
 
-RadEval's own adapters are not used, for three reasons found in 2.2.1: they ask for CUDA where there is none,
+RadEval's own adapters are not used, for three reasons found in 2.2.1: they ask for CUDA on machines without,
 they give the CheXbert score of a whole set only, and in RaTEScore an empty or very short answer shifts the
 pairs of all later ones. Empty answers score 0 here.
 """
@@ -139,7 +139,7 @@ def _ratescore(module: Any) -> Any:
 def _load(label: str, module: str, weights: str, build: Callable[[Any], Any]) -> Any:
     """A scorer of RadEval; kept, since its model takes long to load."""
     if installed() is None:
-        # An extra that nobody asked for is not missed.
+        # An extra that is not installed needs no message.
         raise UnavailableError("")
     with _quiet():
         try:
@@ -161,7 +161,7 @@ def _load(label: str, module: str, weights: str, build: Callable[[Any], Any]) ->
         try:
             return build(found)
         except Exception as error:
-            # RadEval raises a bare Exception where a file is missing.
+            # RadEval raises a bare Exception if a file is missing.
             why = (
                 "the cache lacks them and HF_HUB_OFFLINE is set" if _offline() else "they could not be loaded"
             )

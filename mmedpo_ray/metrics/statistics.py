@@ -1,6 +1,6 @@
 """How sure a score is: intervals by resampling whole images, tests of differences by swapping whole images.
 
-Questions about one image stand and fall together, so resampling single answers would claim too much. Here
+Answers about one image depend on each other, so resampling single answers would claim too much. Here
 images are drawn with replacement and each brings all its answers along (clustered percentile bootstrap).
 Differences between two models are taken on the same images in each resample, so what is hard for both cancels
 out.
@@ -24,7 +24,7 @@ Array = np.ndarray
 _BLOCK = 8_000_000
 # Swaps drawn by the test. Up to as many it takes every one there is.
 PERMUTATIONS = 9_999
-# Differences of sums of the same numbers in another order.
+# Sums of the same numbers in another order differ by less than this.
 _ROUNDING = 1e-12
 
 
@@ -136,7 +136,7 @@ def paired_p_value(
         first: sums of each cluster of the one model, (C, K).
         second: of the other, clusters in the same order.
         seed: of the draws.
-        permutations: drawn at random where there are more swaps than that; then the observed one counts too
+        permutations: drawn at random if there are more swaps than that; then the observed one counts too
             (p is never 0).
 
     Returns:

@@ -112,7 +112,7 @@ def _gather(
         "finished_at": latest.finished_at,
         **_findings(config, summary),
         "stages": [(name, manifest, _adds_up(manifest)) for name, manifest in manifests.items()],
-        "absent": [name for name in run.stages if name not in manifests and name in _ROAD],
+        "absent": [name for name in run.stages if name not in manifests and name in _REQUIRED_STAGES],
         "weights": weighted.get("weights"),
         "debate": weighted.get("debate"),
         "weights_plot": plots.weights_histogram(weighted["weights"]["kinds"])
@@ -130,8 +130,8 @@ def _gather(
     }
 
 
-# Without these the road is not complete.
-_ROAD = ("ingest", "curate", "score", "align", "evaluate")
+# A run without one of these is incomplete.
+_REQUIRED_STAGES = ("ingest", "curate", "score", "align", "evaluate")
 
 
 def _adds_up(manifest: Manifest) -> bool:

@@ -1,6 +1,6 @@
 """The table `candidates`: answers of the target model to the train questions, sampled with vLLM.
 
-One engine an actor, in the actor's own process. The prompts are token for token those of training; the
+One engine per actor, in the actor's own process. The prompts are token for token those of training; the
 questions of an image are neighbours, so the engine processes an image once and computes its prefix once. The
 stages of ``ray.data.llm`` would carry the decoded image in every row, write the prompt of a row that fails
 beside it, and lose the reason why it was dropped.
@@ -30,7 +30,7 @@ from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner
 
-# What sampling needs of a sample.
+# The columns of a sample that sampling needs.
 COLUMNS = ("sample_id", "image_id", "image_uri", "question")
 # Questions whose prompts are kept: candidates of a sample are neighbours, and data sets ask the same of many
 # images.
@@ -148,7 +148,7 @@ class CandidateSampler:
                     {
                         "prompt_token_ids": ids,
                         "multi_modal_data": {"image": image},
-                        # Spares hashing the pixels of an image for each of its questions.
+                        # So vLLM does not hash the pixels of an image for each of its questions.
                         "multi_modal_uuids": {"image": [row["image_uri"]]},
                     }
                 )

@@ -1,4 +1,4 @@
-"""What makes a rejected answer unfit to stand beside a chosen one; every filter has its own drop reason.
+"""Filters: what makes a rejected answer unfit for a pair; every filter has its own drop reason.
 
 | reason | the rejected answer |
 | --- | --- |
@@ -33,7 +33,7 @@ _MODALITIES = frozenset(concept.name for concept in CONCEPTS.values() if concept
 # "No", "not", "without", "denies", "excluded" before it in the same clause.
 _DENIED_IN_CHINESE = re.compile(r"(?:[无無没沒未不非]|否认|否認|排除)[^，。；：！？、,.;:!?]*$")
 
-# Function words of a language that are no words of English, and of English that are none of the others.
+# Function words of each language that are not words of English, and of English that are not words of the others.
 _FUNCTION_WORDS: dict[str, frozenset[str]] = {
     language: frozenset(words.split())
     for language, words in {
@@ -99,9 +99,9 @@ def contains_truth(chosen: str, rejected: str, question: str = "") -> bool:
 
     - A bare yes or no is stated by an answer of the same polarity, never by the word alone ("No, …" may
       contain a "yes").
-    - One option of an "A or B" question is stated where it is named and the other is not: "The liver is
+    - One option of an "A or B" question is stated if it is named and the other is not: "The liver is
       larger than the kidney" names both.
-    - Any other answer is stated where its words occur one after the other, whole and in any spelling that the
+    - Any other answer is stated if its words occur one after the other, whole and in any spelling that the
       lexicon
       knows, and are not denied there: "MRI" is stated by "This is an MRI of the brain", not by "This is a CT,
           not an MRI". Words of the question prove nothing, since every answer may repeat them.
@@ -159,11 +159,11 @@ def _foreign(chosen: str, rejected: str, question: str) -> str | None:
         foreign = sum(count for script, count in written.items() if script not in home)
         if home and foreign > _FOREIGN_LETTERS * written.total():
             return "wrong_script"
-    spoken = language(rejected)
-    if spoken is None:
+    written_in = language(rejected)
+    if written_in is None:
         return None
     expected = language(chosen) or language(f"{question} {chosen}")
-    return "wrong_language" if expected is not None and spoken != expected else None
+    return "wrong_language" if expected is not None and written_in != expected else None
 
 
 def _scripts(text: str) -> Counter[str]:
@@ -179,7 +179,7 @@ def _scripts(text: str) -> Counter[str]:
 
 
 def language(text: str) -> str | None:
-    """The language of a text by its function words; None where it is too short or no language stands out.
+    """The language of a text by its function words; None if it is too short or no language dominates.
 
     Knows seven languages in Latin script. A sentence of jargon ("Stable cardiomegaly.") has none, and is no
     problem.

@@ -79,7 +79,7 @@ def text_pairs(config: Config, done: IdSet, counts: str) -> ray.data.Dataset | N
     Args:
         config: all settings.
         done: ids of the pairs that are there.
-        counts: folder for what is turned down on the way (:mod:`~mmedpo_ray.curate.text.rejections`).
+        counts: folder for the discarded answers (:mod:`~mmedpo_ray.curate.text.discarded`).
     """
     run, settings = RunFolder(config.run.folder), config.curate.text
     if settings.method == "none":

@@ -1,4 +1,4 @@
-"""An image sheet of visual pairs to look at before a data set is curated: ``mmedpo curate --preview N``.
+"""An image sheet of visual pairs to look at before curation: ``mmedpo curate --preview N``.
 
 One process, no Ray, only `samples` is read and only ``preview.png`` is written. The pairs on the sheet are
 those that `curate` would make of the same samples, from the same tool, seed and settings.
@@ -35,8 +35,8 @@ _FONT_SIZE = 12
 _INK, _PAPER, _OUTLINE = (20, 20, 20), (255, 255, 255), (255, 80, 0)
 _HEAT_OPACITY = 0.6
 _MOST_ROWS = 64
-# Samples tried for a row, so that a tool that finds nothing ends.
-_TRIES_A_ROW = 4
+# Samples tried per row of the sheet, so that the search ends if a tool finds nothing.
+_TRIES_PER_ROW = 4
 
 
 def preview(config: Config, count: int) -> Path:
@@ -61,7 +61,7 @@ def preview(config: Config, count: int) -> Path:
     if config.curate.visual.tool == "none":
         raise UserError("curate.visual.tool=none makes no visual pairs to preview. Choose a tool.")
     path = storage.local_path(RunFolder(config.run.folder).root, "the preview sheet") / "preview.png"
-    pairs, dropped = _make(config, _candidates(config, count * _TRIES_A_ROW), count)
+    pairs, dropped = _make(config, _candidates(config, count * _TRIES_PER_ROW), count)
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
     if not pairs:
         raise UserError(
@@ -77,7 +77,7 @@ def preview(config: Config, count: int) -> Path:
 
 
 def draw_sheet(pairs: list[VisualPair], *, show_text: bool) -> Image.Image:
-    """The sheet, RGB: a row of four pictures and its caption for each pair.
+    """The sheet, RGB: for each pair a row of four pictures and a caption.
 
     Args:
         pairs: what to show.
@@ -181,7 +181,7 @@ def _wrapped(line: str, width: int, font: Any) -> list[str]:
 
 
 def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Small images keep their pixels visible, large ones are averaged."""
+    """A resized copy: small images keep their pixels visible, large ones are averaged."""
     enlarged = size[0] > image.width
     return image.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)
 

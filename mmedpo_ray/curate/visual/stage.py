@@ -44,7 +44,7 @@ def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> 
 
     Args:
         config: all settings.
-        train_samples: called for the train rows of `samples` where there is anything to make.
+        train_samples: gives the train rows of `samples`; called only if a pair must be made.
 
     Raises:
         UserError: `samples` is missing, or the tool cannot be used.

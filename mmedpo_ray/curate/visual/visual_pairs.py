@@ -25,7 +25,7 @@ from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 
-# Drop reasons that a store that answers again ends.
+# Drop reasons that pass when the storage answers again.
 RETRY_REASONS = (image_files.UNREADABLE, "mask_unreadable")
 # The shorter side of a stored heat map; the finest grid of a tool's model (CLIPSeg) has 352 patches a side,
 # MedKLIP's 14.
@@ -44,7 +44,7 @@ class VisualPair:
         seed: of the noise.
         noised: the dispreferred image.
         parameters: those of the noise and the tool's choice, JSON-able; with ``lesion_covered`` (share of the
-            lesion mask that came with the sample that the noise lies on) where there is such a mask.
+            sample's own lesion mask that the noise covers) if it has one.
     """
 
     row: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What a visual tool is, and how its patches become a heat map."""
+"""What a visual tool is, and how a patch grid becomes a heat map."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Localisation:
         confidence: 0 to 1, that a lesion was found.
         problem: drop reason if the tool could not work.
         detail: what is wrong, without patient text.
-        choice: what the tool chose about this sample, JSON-able, without patient text; stands in the pair's
+        choice: what the tool chose about this sample, JSON-able, without patient text; goes into the pair's
             column ``noise``.
     """
 
@@ -67,7 +67,7 @@ class VisualTool(ABC):
 
         Args:
             images: decoded images in their own modes and sizes, ``curate.visual.batch_images`` at most; for a
-                tool with a model just as many, the last repeated where there are fewer.
+                tool with a model just as many, the last repeated if there are fewer.
             rows: the samples asked about, with at least ``sample_id``, ``question``, ``answer`` and
                 ``mask_uri``.
         """
@@ -79,7 +79,7 @@ def upsample(
     """Spreads a patch grid bilinearly over the part of the image that it was computed from.
 
     Args:
-        grid: (rows, columns), one value a patch, of any range.
+        grid: (rows, columns), one value per patch, of any range.
         height, width: of the image in pixels.
         box: left, top, right, bottom of that part in pixels; None: the whole image.
 

@@ -8,7 +8,7 @@ how likely a disease is: a normal image can have a confident heat map. As the sc
     therefore ranks pairs by how local their noise is; whether that is clinical relevance is an open question.
 
 The rows of a batch run together. Each layer's weights are averaged as soon as they are there: those of all
-layers of a 7B model would fill about a gigabyte a row.
+layers of a 7B model would fill about a gigabyte per row.
 """
 
 from __future__ import annotations

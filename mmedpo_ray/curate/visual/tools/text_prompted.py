@@ -4,7 +4,7 @@
 these it is. To a model that gives boxes a second one can be added, ``segmenter`` (SAM, MedSAM), which turns
 each box into a mask. The value of the heat map at a
 pixel is the score of what lies there: CLIPSeg's probability, or the best score among the boxes around the
-    pixel, times the mask's probability where there are masks. The confidence is the best score in the image.
+    pixel, times the mask's probability if there are masks. The confidence is the best score in the image.
 
 Image processing goes through the Pillow forms of transformers' processors, and SAM 3's network is imported
 from its own module: nothing here needs torchvision.
@@ -94,7 +94,7 @@ class Seen:
     """What a model sees in one image.
 
     Attributes:
-        scores: of the things it found, each in [0, 1]; empty where it found nothing.
+        scores: of the things it found, each in [0, 1]; empty if it found nothing.
         boxes: (N, 4) left, top, right, bottom of each in pixels, inside the image.
         pixel_scores: (h, w) in [0, 1] over the whole image at the model's own resolution, the best score at
             each place; None where the boxes are all there is.
@@ -106,7 +106,7 @@ class Seen:
 
 
 def heat_map(seen: Seen, height: int, width: int) -> np.ndarray:
-    """Float32 (height, width) in [0, 1]: the best score at each pixel, 0 where nothing was found."""
+    """Float32 (height, width) in [0, 1]: the best score at each pixel, 0 if nothing was found."""
     if seen.pixel_scores is not None:
         from torch.nn.functional import interpolate
 
@@ -259,7 +259,10 @@ class _GroundingDino(_Detector):
     """Grounding DINO and its MM form: lower-case phrases that end in a full stop."""
 
     model_class = "transformers:AutoModelForZeroShotObjectDetection"
-    processor_class = "transformers.models.grounding_dino.image_processing_pil_grounding_dino:GroundingDinoImageProcessorPil"
+    processor_class = (
+        "transformers.models.grounding_dino.image_processing_pil_grounding_dino:"
+        "GroundingDinoImageProcessorPil"
+    )
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
         seen: dict[int, Seen] = {}
