@@ -43,10 +43,10 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
 
-from mmedpo_ray.align.data.batch import Pair, forest_batch, pair_batch
+from mmedpo_ray.align.data.batch import Pair, pack_pairs, pair_batch
 from mmedpo_ray.align.engines.ddp import DdpEngine
-from mmedpo_ray.align.losses import Normaliser, Objective, preference_objective
-from mmedpo_ray.align.packing.logps import make_fast, response_logps
+from mmedpo_ray.align.losses import Normaliser, preference_objective
+from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_processor
@@ -220,7 +220,7 @@ class Ours:
         batch_size: int,
     ) -> None:
         self.policy = load_policy(folder, device, dtype)
-        make_fast(self.policy)
+        use_packed_forward(self.policy)
         writer = PromptWriter(load_processor(str(folder)))
         images: dict[str, Image.Image] = {}
         for row in rows:
@@ -238,7 +238,7 @@ class Ours:
         whole = list(trees.values())
         for start in range(0, len(whole), batch_size):
             pairs = list(itertools.chain.from_iterable(whole[start : start + batch_size]))
-            forest = forest_batch(pairs, load, writer.pad_token_id, both_sides=True)  # type: ignore[arg-type]
+            forest = pack_pairs(pairs, load, writer.pad_token_id, both_sides=True)  # type: ignore[arg-type]
             self.batches.append((forest.to(device), pair_batch(pairs, device=device)))
         tokens = sum(len(pair.chosen) for tree in trees.values() for pair in tree)
         self.total = Normaliser(float(len(rows)), tokens, len(rows))
@@ -248,10 +248,9 @@ class Ours:
             seed=0,
             folder=folder,
             prepared="",
-            stored_reference=False,
             key="",
             use_gpu=device.type == "cuda",
-            attempt="",
+            launch="",
         )
         self.engine = DdpEngine(Policy(self.policy), spec)
 
@@ -271,7 +270,7 @@ class Ours:
         for number, (forest, pairs) in enumerate(self.batches):
             out = self.engine.logps(forest)
             sides = out.sides(len(pairs.weight))
-            loss, _ = preference_objective(*sides, pairs, self.total, Objective(beta=BETA))
+            loss, _ = preference_objective(*sides, pairs, self.total, AlignConfig(beta=BETA))
             self.engine.backward(loss, is_last=number == len(self.batches) - 1)
             value += float(loss.detach())
         self.engine.update(1e-4)

@@ -31,9 +31,9 @@ from align_vs_trl import SHAPES, draw_rows
 from peft import LoraConfig, get_peft_model
 
 from mmedpo_ray.align.engines.ddp import DdpEngine
-from mmedpo_ray.align.losses import Normaliser, Objective, PairBatch, preference_objective
-from mmedpo_ray.align.packing.logps import make_fast
-from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
+from mmedpo_ray.align.losses import Normaliser, PairBatch, preference_objective
+from mmedpo_ray.align.packing.logps import use_packed_forward
+from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, pack
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 from mmedpo_ray.align.settings import AlignConfig
 
@@ -117,13 +117,13 @@ def build_policy(geometry: Geometry, device: torch.device, attention: str, *, ch
         ),
         autocast_adapter_dtype=False,
     )
-    make_fast(peft_model, attention=attention)
+    use_packed_forward(peft_model, attention=attention)
     if checkpointing:
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": True})
     return Policy(peft_model)
 
 
-def draw_forest(images: int, device: torch.device) -> tuple[Forest, int, int]:
+def draw_forest(images: int, device: torch.device) -> tuple[PackedTrees, int, int]:
     """Trees of random tokens in SLAKE's shape: the forest, its pairs and their chosen tokens."""
     generator = torch.Generator().manual_seed(0)
     rows = draw_rows(replace(SHAPES["slake"], images=1), visual=False)
@@ -154,7 +154,7 @@ def matmul_rate(device: torch.device) -> float:
     return best
 
 
-def step_flops(policy: Policy, forest: Forest, geometry: Geometry) -> float:
+def step_flops(policy: Policy, forest: PackedTrees, geometry: Geometry) -> float:
     """FLOPs that a step must compute (a checkpointed forward repeated is not counted as work)."""
     tokens = forest.input_ids.numel()
     linear = [
@@ -195,10 +195,9 @@ def measure(arguments: argparse.Namespace, attention: str, device: torch.device)
         seed=0,
         folder=Path(),
         prepared="",
-        stored_reference=False,
         key="",
         use_gpu=device.type == "cuda",
-        attempt="",
+        launch="",
     )
     engine = DdpEngine(policy, spec)
     zeros, ones = torch.zeros(pairs, device=device), torch.ones(pairs, device=device)
@@ -207,7 +206,7 @@ def measure(arguments: argparse.Namespace, attention: str, device: torch.device)
 
     def step() -> None:
         out = engine.logps(forest)
-        loss, _ = preference_objective(*out.sides(pairs), batch, total, Objective())
+        loss, _ = preference_objective(*out.sides(pairs), batch, total, AlignConfig())
         engine.backward(loss, is_last=True)
         engine.update(1e-6)
 

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from mmedpo_ray.align.data.pair_index import ensure_index
 from mmedpo_ray.align.data.pair_source import StoredPairs
-from mmedpo_ray.align.data.tokenise import COLUMNS, Preparation, prepare_rows
+from mmedpo_ray.align.data.tokenise import COLUMNS, prepare_rows
 from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.loading import EMBEDDED_NAME, PromptWriter, load_processor
@@ -111,7 +111,7 @@ def start_rank(folder: str, queue: Any) -> None:
     for ranks, images in RUNS:
         align = AlignConfig(images_per_step=images, pairs_per_forward=16)
         started = time.process_time()
-        plan = Plan.of(StoredPairs(folder, writer, align), align, seed=0)
+        plan = Plan(StoredPairs(folder, writer, align), align, seed=0)
         plan.micro_batches(0, 0, ranks)
         first = time.process_time()
         steps = range(1, min(STEPS, plan.total_steps))
@@ -172,7 +172,7 @@ def tokenising_microseconds(count: int = 2000) -> float:
     ]
     assert set(rows[0]) == set(COLUMNS)
     started = time.process_time()
-    prepare_rows(rows, writer, Preparation(2048))
+    prepare_rows(rows, writer, AlignConfig())
     return 1e6 * (time.process_time() - started) / count
 
 

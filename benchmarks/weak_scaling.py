@@ -50,10 +50,9 @@ def spec_of(config: Config, folder: Path, ranks: int, arguments: argparse.Namesp
         seed=config.run.seed,
         folder=folder,
         prepared=run.prepared,
-        stored_reference=True,
         key="benchmark",
         use_gpu=False,
-        attempt="benchmark",
+        launch="benchmark",
     )
 
 

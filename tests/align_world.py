@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from mmedpo_ray.align.data.pair_index import ensure_index
-from mmedpo_ray.align.data.tokenise import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
+from mmedpo_ray.align.data.tokenise import COLUMNS, prepare_rows, with_reversed_pairs, wrong_answers
 from mmedpo_ray.align.engines import deepspeed
 from mmedpo_ray.align.packing import lm_head
 from mmedpo_ray.align.policy import TrainingSpec
@@ -101,12 +101,10 @@ def write_prepared(
         seed: of the values.
         chosen: the same value for all chosen answers instead.
     """
-    how = Preparation.of(settings)
     selected: list[Any] = [{name: row[name] for name in COLUMNS} for row in rows]
-    if how.with_reversed:
-        wrong = {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == "text"}
-        selected = with_reversed_pairs(selected, wrong)
-    prepared = prepare_rows(selected, PromptWriter(load_processor(str(model))), how)
+    if settings.reversed_visual_coefficient:
+        selected = with_reversed_pairs(selected, wrong_answers(rows))
+    prepared = prepare_rows(selected, PromptWriter(load_processor(str(model))), settings)
     assert all(schemas.DROP_REASON not in row for row in prepared)
     rng = np.random.default_rng(seed)
     for row in prepared:
@@ -145,10 +143,9 @@ def training_spec(world: Path, model: Path, folder: Path, **changes: Any) -> Tra
         seed=0,
         folder=folder,
         prepared=str(world / "prepared"),
-        stored_reference=settings.objective == "dpo",
         key="test",
         use_gpu=False,
-        attempt="test",
+        launch="test",
         # The tables of these tests hold made-up numbers.
         check_reference=False,
     )
@@ -222,7 +219,7 @@ def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None
             loop.run()
         except _CrashError:
             # The next launch begins as after a real crash: with nothing still being written, and on all ranks at once.
-            loop.keeper.wait()
+            loop.checkpoints.wait()
     torch.distributed.destroy_process_group()
 
 

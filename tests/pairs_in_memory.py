@@ -7,22 +7,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from mmedpo_ray.align.data.batch import Pair
 from mmedpo_ray.align.data.pair_index import (
     KINDS,
     PAIR,
     PairIndex,
-    Totals,
     hash_images,
     index_pairs,
     set_orders,
+    sum_pairs,
 )
-from mmedpo_ray.align.data.tokenise import Preparation, make_pair, prepare_table
+from mmedpo_ray.align.data.pair_source import PairSource
+from mmedpo_ray.align.data.tokenise import make_pair, prepare_table
+from mmedpo_ray.align.losses import Side
+from mmedpo_ray.align.plan.plan import Plan
+from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.loading import PromptWriter
 
 
-class PairsInMemory:
+class PairsInMemory(PairSource):
     """Pairs as objects, for small sets; their weights are the effective ones.
 
     Args:
@@ -57,10 +62,8 @@ class PairsInMemory:
             for name in ("prompt", "chosen", "rejected")
         ]
         set_orders(found, first, *tokens)
-        totals = Totals()
-        totals.add(found, first)
         hashes = hash_images(self._pairs[row].image_id for row in starts)
-        self.index = PairIndex(found, np.append(first, len(found)), hashes, totals)
+        self.index = PairIndex(found, np.append(first, len(found)), hashes, sum_pairs(found, first))
 
     def load(self, numbers: Sequence[int]) -> list[Pair]:
         """The pairs with these row numbers."""
@@ -85,7 +88,8 @@ def prepare_pairs(
         max_length: ``align.max_length``.
         visual_coefficient: factor on the weight of visual pairs.
         reversed_visual_coefficient: factor on the weight of reversed visual pairs; above 0 they are derived.
-        common_token_weight, with_weightless: see :class:`Preparation`.
+        common_token_weight: ``align.common_token_weight``.
+        with_weightless: keep pairs of weight 0, as ``align.reduction=mean`` does.
 
     Returns:
         Pairs by pair_id, their reference log-probabilities 0, and the rows left out with
@@ -94,14 +98,17 @@ def prepare_pairs(
     Raises:
         UserError: a weight is negative or not a number.
     """
-    how = Preparation(
-        max_length,
-        visual_coefficient > 0,
-        reversed_visual_coefficient > 0,
-        common_token_weight,
-        with_weightless,
+    # Not checked: tests cut at fewer tokens than the settings allow.
+    align = AlignConfig().model_copy(
+        update={
+            "max_length": max_length,
+            "visual_coefficient": visual_coefficient,
+            "reversed_visual_coefficient": reversed_visual_coefficient,
+            "common_token_weight": common_token_weight,
+            "reduction": "mean" if with_weightless else "weighted_mean",
+        }
     )
-    table, dropped = prepare_table(scored, writer, how)
+    table, dropped = prepare_table(scored, writer, align)
     index, _ = index_pairs(table)
     coefficients = dict(zip(KINDS, (1.0, visual_coefficient, reversed_visual_coefficient), strict=True))
     pairs = [
@@ -111,3 +118,14 @@ def prepare_pairs(
         for row, entry in zip(table.to_pylist(), index, strict=True)
     ]
     return sorted(pairs, key=lambda pair: pair.pair_id), dropped
+
+
+def plain_side(logps: Tensor, num_tokens: Tensor) -> Side:
+    """A side without span weights and divergence."""
+    return Side(logps, num_tokens, logps, num_tokens)
+
+
+def plan_of(source: PairSource, *, seed: int = 0, both_sides: bool = True, **settings: Any) -> Plan:
+    """The plan under these settings of `align`, which are not checked: limits may be smaller than allowed."""
+    update = {"tokens_per_forward": None, "objective": "dpo" if both_sides else "sft", **settings}
+    return Plan(source, AlignConfig().model_copy(update=update), seed)

@@ -1,8 +1,10 @@
-"""Ray Train workers that save before they stop: on SIGTERM, as a spot machine gets it, and when Ray resizes the group.
+"""Ray Train workers that save before they stop: on SIGTERM, which spot machines send, and when Ray resizes
+the group.
 
-Ray runs the training function in a thread of the worker process, where signals cannot be caught, and its own handler ends the
-process at once. So the handler is put in from outside, on the process's main thread, when the worker group has started. When
-the group of an elastic run changes its size, Ray kills the workers in the middle of a step; here they are asked to save first.
+Ray runs the training function in a thread of the worker process, where signals cannot be caught, and its own
+handler ends the process at once. So the handler is installed from outside, on the process's main thread, when
+the worker group has started. When an elastic run's group changes its size, Ray kills the workers in the
+middle of a step; here they are asked to save first.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from mmedpo_ray.align import loop
+
 log = logging.getLogger(__name__)
 
-# Whether the training function is not running in this process.
+# Set while the training function is not running in this process.
 _idle = threading.Event()
 _idle.set()
 
 
 @contextlib.contextmanager
 def training() -> Iterator[None]:
-    """Marks the time in which this process trains, so that a request to stop is worth waiting for."""
+    """Marks the time in which this process trains: only then is it worth waiting for it to stop."""
     _idle.clear()
     try:
         yield
@@ -37,15 +41,10 @@ def training() -> Iterator[None]:
         _idle.set()
 
 
-def _save_before_dying() -> bool:
-    """Lets SIGTERM set the training loop's flag; returns whether this thread could install that."""
-    from mmedpo_ray.align import loop
-
-    def request(*_: object) -> None:
-        loop.stop_requested.set()
-
+def _save_on_sigterm() -> bool:
+    """Lets SIGTERM set the training loop's flag; returns whether this thread could install the handler."""
     try:
-        signal.signal(signal.SIGTERM, request)
+        signal.signal(signal.SIGTERM, lambda *_: loop.stop_requested.set())
     except ValueError:
         return False
     return True
@@ -53,34 +52,29 @@ def _save_before_dying() -> bool:
 
 def _stop_and_wait(seconds: float) -> bool:
     """Asks this worker's training loop to save and end; returns whether it ended in time."""
-    from mmedpo_ray.align import loop
-
     loop.stop_requested.set()
     return _idle.wait(seconds)
 
 
-class _StoppableBackend(_TorchBackend):
+class _GracefulBackend(_TorchBackend):
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_training_start(worker_group, backend_config)
-        if not all(worker_group.execute(_save_before_dying)):
+        if not all(worker_group.execute(_save_on_sigterm)):
             log.warning(
-                "align: SIGTERM cannot be caught in these workers; a lost machine costs the steps since the last checkpoint"
+                "align: SIGTERM cannot be caught in these workers; a lost machine costs the steps since the last "
+                "checkpoint"
             )
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        if not _has_failed(worker_group):
+        status = worker_group.get_latest_poll_status()
+        # If a rank has failed, the others wait for it in vain.
+        if status is None or not status.errors:
             _stop_group(worker_group, backend_config.stop_seconds)
         super().on_shutdown(worker_group, backend_config)
 
 
-def _has_failed(worker_group: Any) -> bool:
-    """Whether a rank is gone, so that the others wait for it in vain."""
-    status = worker_group.get_latest_poll_status()
-    return status is not None and bool(status.errors)
-
-
 def _stop_group(worker_group: Any, seconds: float) -> None:
-    """Lets running ranks save, all after the same step; those that have ended answer at once."""
+    """Lets running ranks save, all after the same step; ranks that have ended answer at once."""
     answers = worker_group.execute_async(_stop_and_wait, seconds)
     try:
         has_stopped = all(ray.get(answers, timeout=seconds + 5))
@@ -94,15 +88,15 @@ def _stop_group(worker_group: Any, seconds: float) -> None:
 
 
 @dataclass
-class StoppableTorchConfig(TorchConfig):
-    """``TorchConfig`` whose workers save when they get SIGTERM or their group changes its size.
+class GracefulTorchConfig(TorchConfig):
+    """``TorchConfig`` whose workers save on SIGTERM and before their group changes its size.
 
     Attributes:
-        stop_seconds: how long a group that is to be resized may take for the step under way and its checkpoint.
+        stop_seconds: time that a group has for the current step and its checkpoint before it is resized.
     """
 
     stop_seconds: float = 120.0
 
     @property
-    def backend_cls(self) -> type[_StoppableBackend]:
-        return _StoppableBackend
+    def backend_cls(self) -> type[_GracefulBackend]:
+        return _GracefulBackend

@@ -1,7 +1,7 @@
 """The training loop of one rank: plain torch.distributed and DeepSpeed, no Ray.
 
-Every rank builds the same plan, runs its own micro-batches and meets the others in DeepSpeed's collectives, in one
-all-reduce of the step's figures, and when a checkpoint is gathered. Rank 0 writes.
+Every rank builds the same plan and runs its own micro-batches. The ranks meet in DeepSpeed's collectives, in
+one all-reduce of the step's figures, and when a checkpoint is gathered. Rank 0 writes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
-from mmedpo_ray.align.checkpoint.manager import CheckpointKeeper
-from mmedpo_ray.align.checkpoint.run_lock import is_told_to_stop
-from mmedpo_ray.align.data.batch import ImageLoader, forest_batch, pair_batch, read_ahead
-from mmedpo_ray.align.data.pair_source import StoredPairs, hold_out
+from mmedpo_ray.align.checkpoint.manager import CheckpointManager
+from mmedpo_ray.align.checkpoint.run_lock import is_stop_requested
+from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, pair_batch, read_ahead
+from mmedpo_ray.align.data.pair_source import StoredPairs
 from mmedpo_ray.align.engines.base import Engine, make_engine
 from mmedpo_ray.align.losses import (
     SUMS,
@@ -31,17 +31,18 @@ from mmedpo_ray.align.losses import (
     PairBatch,
     Side,
     preference_objective,
+    reference_source,
     sft_objective,
     summarise,
 )
 from mmedpo_ray.align.metrics import MetricsWriter
-from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.plan.plan import MicroBatch, Plan, effective_sample_size
 from mmedpo_ray.align.policy import TrainingSpec, build_policy, learning_rate_factor
+from mmedpo_ray.align.progress import PLAN_FILE
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
 from mmedpo_ray.models.loading import PromptWriter, load_processor
-from mmedpo_ray.tables.manifest import Manifest
 from mmedpo_ray.tables.provenance import check_prepared
 
 log = logging.getLogger(__name__)
@@ -49,45 +50,30 @@ log = logging.getLogger(__name__)
 # All images of a small data set stay in memory; of large images only those of a few steps.
 _IMAGE_CACHE_BYTES = 512 * 1024**2
 
-
-@dataclass(frozen=True)
-class _Tolerance:
-    """Differences between the untrained policy and its reference that are put down to rounding, nats per response token.
-
-    Attributes:
-        mean: over the sides compared.
-        largest: of a single side.
-    """
-
-    mean: float
-    largest: float
-
-
-# By the precision of training. In bf16 the order of sums alone moves a side of a model with 2 B parameters by 0.03 on average,
-# and one in twenty by more than 0.1: a limit on each would refuse what is right. Another model differs by whole nats.
-_REFERENCE_TOLERANCE = {"fp32": _Tolerance(1e-3, 1e-3), "bf16": _Tolerance(0.1, 1.0)}
+# Differences between the untrained policy and its reference that count as rounding, by precision: nats per
+# response token, the mean over sides and the largest of a side. In bf16 the order of sums alone moves a side
+# of a model with 2 B parameters by 0.03 on average, and one in twenty by more than 0.1: a limit on each would
+# refuse correct values. Another model differs by whole nats.
+_REFERENCE_TOLERANCE = {"fp32": (1e-3, 1e-3), "bf16": (0.1, 1.0)}
 
 # Set by a signal: the machine is about to be taken away.
 stop_requested = threading.Event()
 
 
 class InterruptedTrainingError(Exception):
-    """A rank was told to stop; the run can go on from the checkpoint that was written."""
+    """A rank was told to stop; the run can resume from the checkpoint that was written."""
 
 
 # Beside the objective's sums: tokens computed, and whether a rank was told to stop.
 _TOKENS, _STOP = len(SUMS), len(SUMS) + 1
-_EXTRA = 2
 
 # Figures of the held-out images, in the metrics as validation_<name>.
 _VALIDATED = (
-    "loss",
-    "reward_margin",
-    "reward_accuracy",
-    "reward_accuracy_text",
-    "reward_accuracy_visual",
-    "nll",
+    *("loss", "nll", "reward_margin"),
+    *("reward_accuracy", "reward_accuracy_text", "reward_accuracy_visual"),
 )
+
+Batches = list[tuple[MicroBatch, PackedTrees]]
 
 
 class TrainingLoop:
@@ -101,16 +87,21 @@ class TrainingLoop:
         self.spec = spec
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.writer = PromptWriter(load_processor(spec.model))
-        self.both_sides = spec.objective == "dpo"
-        self.images = ImageLoader(self.writer, self._cached_images(), spec.align.image_threads)
+        self.both_sides = spec.align.objective == "dpo"
+        self.stored_reference = reference_source(spec.align) == "precomputed"
+        # Whether the policy in training mode differs from the one that is evaluated.
+        self.has_dropout = spec.align.train == "lora" and spec.align.lora.dropout > 0
+        pixels = self.writer.pixels([Image.new("RGB", (32, 32))])
+        cached_images = max(64, _IMAGE_CACHE_BYTES // (pixels.numel() * pixels.element_size()))
+        self.images = ImageLoader(self.writer, cached_images, spec.align.image_threads)
         self.plan, self.held_out = self._make_plan()
-        self.keeper = CheckpointKeeper(spec)
+        self.checkpoints = CheckpointManager(spec)
         self.engine, self.step = self._make_engine()
         self._disagreements: list[Tensor] = []
         self.metrics = MetricsWriter(spec.folder, self.step, spec.align.trackers) if self.rank == 0 else None
 
     def run(self) -> None:
-        """Trains to the end of the plan and writes what was trained.
+        """Trains to the end of the plan and writes the result.
 
         Raises:
             UserError: the loss is not finite, an image is gone, or the prepared table is of another model.
@@ -119,18 +110,21 @@ class TrainingLoop:
         try:
             self._train()
         finally:
-            # An interrupted run goes on in the same trackers, which must have its last steps.
+            # An interrupted run continues in the same trackers, which must have its last steps.
             if self.metrics is not None:
                 self.metrics.close()
 
     def _train(self) -> None:
-        measured = None
-        for step, batches in self._batches():
+        validation_loss = None
+        steps = range(self.step, self.plan.total_steps)
+        # One step is read ahead in a thread.
+        read = read_ahead(lambda step: list(self._read(self.plan, step, self.images)), steps)
+        for step, batches in zip(steps, read, strict=True):
             started = time.monotonic()
-            if self._checks_reference and self._has_dropout:
+            if self._checks_reference and self.has_dropout:
                 self._compare_without_dropout(batches)
             sums = self._forward_backward(step, batches)
-            self._refuse_non_finite(step, sums)
+            self._refuse_non_finite_loss(step, sums)
             if self._checks_reference:
                 self._check_reference()
             learning_rate = self._learning_rate(step)
@@ -140,44 +134,38 @@ class TrainingLoop:
             seconds = time.monotonic() - started
             is_last = self.step == self.plan.total_steps
             stopping = bool(sums[_STOP]) and not is_last
-            validation = self._validate() if self._validates_now(is_last, stopping) else {}
+            is_due = is_last or self.step % self.spec.align.validate_every == 0
+            # A machine that is about to be taken away has no time for validation.
+            validation = self._validate() if is_due and not stopping else {}
             self._log(step, sums, grad_norm, learning_rate, seconds, validation)
-            measured = validation.get("validation_loss")
-            is_best = self.keeper.is_best(measured)
+            validation_loss = validation.get("validation_loss")
+            is_best = self.checkpoints.is_best(validation_loss)
             if is_last:
                 break
             if stopping or is_best or self.step % self.spec.align.checkpoint_every == 0:
-                self.keeper.save(self.engine, self.step, measured)
+                self.checkpoints.save(self.engine, self.step, validation_loss)
             if stopping:
-                self.keeper.wait()
+                self.checkpoints.wait()
                 raise InterruptedTrainingError(
                     f"told to stop after step {self.step}; the checkpoint is written"
                 )
-        self.keeper.finish(self.engine, self.step, measured)
+        self.checkpoints.finish(self.engine, self.step, validation_loss)
 
     # ------------------------------------------------------------------ a step
 
-    def _batches(self) -> Iterator[tuple[int, list[tuple[MicroBatch, Forest]]]]:
-        """Steps with their micro-batches, one step read ahead in a thread."""
-        steps = range(self.step, self.plan.total_steps)
-        yield from zip(
-            steps, read_ahead(lambda step: list(self._read(self.plan, step, self.images)), steps), strict=True
-        )
-
-    def _read(self, plan: Plan, step: int, images: ImageLoader) -> Iterator[tuple[MicroBatch, Forest]]:
+    def _read(self, plan: Plan, step: int, images: ImageLoader) -> Iterator[tuple[MicroBatch, PackedTrees]]:
         """This rank's micro-batches of a step of a plan."""
         for micro in plan.micro_batches(step, self.rank, self.world_size):
-            yield (
-                micro,
-                forest_batch(micro.pairs, images, self.writer.pad_token_id, both_sides=self.both_sides),
-            )
+            packed = pack_pairs(micro.pairs, images, self.writer.pad_token_id, both_sides=self.both_sides)
+            yield micro, packed
 
-    def _forward_backward(self, step: int, batches: list[tuple[MicroBatch, Forest]]) -> Tensor:
-        """Accumulates the step's gradients; returns its sums over all ranks (:data:`SUMS`, then :data:`_STOP` and others)."""
+    def _forward_backward(self, step: int, batches: Batches) -> Tensor:
+        """Accumulates the step's gradients; returns its sums over all ranks (:data:`SUMS`, then tokens and stop)."""
         total = self.plan.normaliser(step)
-        # Dropout of a step is its own: the same in a run that resumes there, another on every rank.
-        torch.manual_seed(_step_seed(self.spec.seed, step, self.rank))
-        sums = torch.zeros(len(SUMS) + _EXTRA, dtype=torch.float64, device=self.engine.device)
+        # Each step has its own dropout: the same in a run that resumes there, a different one on every rank.
+        seeds = np.random.SeedSequence([self.spec.seed, step, self.rank])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        sums = torch.zeros(len(SUMS) + 2, dtype=torch.float64, device=self.engine.device)
         self._suspects: list[str] = []
         for number, (micro, batch) in enumerate(batches):
             batch = batch.to(self.engine.device)
@@ -188,15 +176,15 @@ class TrainingLoop:
             self.engine.backward(share, is_last=number == len(batches) - 1)
             sums[: len(SUMS)] += part
             sums[_TOKENS] += 0 if micro.is_filler else batch.input_ids.numel()
-        driver_ends = self.rank == 0 and is_told_to_stop(self.spec.folder, self.spec.attempt)
+        driver_ends = self.rank == 0 and is_stop_requested(self.spec.folder, self.spec.launch)
         sums[_STOP] = float(stop_requested.is_set() or driver_ends)
         dist.all_reduce(sums)
         return sums
 
     def _objective(
-        self, micro: MicroBatch, batch: Forest, total: Normaliser
+        self, micro: MicroBatch, batch: PackedTrees, total: Normaliser
     ) -> tuple[Tensor, Tensor, list[bool]]:
-        """A micro-batch's share of the loss, its sums, and which pairs' log-probabilities are finite."""
+        """A micro-batch's share of the loss, its sums, and which pairs have finite log-probabilities."""
         out = self.engine.logps(batch)
         pairs = pair_batch(micro.pairs, is_filler=micro.is_filler, device=self.engine.device)
         count = len(micro.pairs)
@@ -204,51 +192,46 @@ class TrainingLoop:
         if not self.both_sides:
             share, sums = sft_objective(chosen, pairs, total)
             return share, sums, torch.isfinite(chosen.likelihood).tolist()
-        if out.ref_logps is not None and not self.spec.stored_reference:
+        if out.ref_logps is not None and not self.stored_reference:
             pairs = replace(pairs, ref_chosen=out.ref_logps[:count], ref_rejected=out.ref_logps[count:])
-        if self._checks_reference and not self._has_dropout and not micro.is_filler:
+        if self._checks_reference and not self.has_dropout and not micro.is_filler:
             self._disagreements.append(_disagreements(chosen, rejected, pairs))
-        share, sums = preference_objective(chosen, rejected, pairs, total, self.spec.align_objective)
+        share, sums = preference_objective(chosen, rejected, pairs, total, self.spec.align)
         values = torch.stack([chosen.logps, rejected.logps, pairs.ref_chosen, pairs.ref_rejected])
         if chosen.kl is not None:
             values = torch.cat([values, chosen.kl[None]])
         return share, sums, torch.isfinite(values).all(dim=0).tolist()
 
-    def _refuse_non_finite(self, step: int, sums: Tensor) -> None:
-        """Stops all ranks before an update with a loss that is no number."""
+    def _refuse_non_finite_loss(self, step: int, sums: Tensor) -> None:
+        """Stops all ranks before an update with a loss that is not finite."""
         if sums[SUMS.index("non_finite")] == 0 and torch.isfinite(sums[SUMS.index("loss")]):
             return
         found: list[list[str]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(found, self._suspects)
         ids = sorted({pair_id for part in found for pair_id in part})
         named = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        cause = f"; log-probabilities or their reference overflow for pairs {named}" if ids else ""
         raise UserError(
-            f"align: the loss of step {step + 1} is not finite"
-            + (f"; log-probabilities or their reference overflow for pairs {named}" if ids else "")
-            + ". Lower align.learning_rate, use align.precision=fp32, or take these pairs out. The last checkpoint is "
-            f"in {self.spec.folder / 'checkpoints'}."
+            f"align: the loss of step {step + 1} is not finite{cause}. Lower align.learning_rate, use "
+            "align.precision=fp32, or remove these pairs. The last checkpoint is in "
+            f"{self.spec.folder / 'checkpoints'}."
         )
 
     def _refuse_non_finite_gradient(self, step: int, grad_norm: float) -> None:
-        """Stops all ranks before weights that are no numbers become a checkpoint: a finite loss may have such a gradient."""
+        """Stops all ranks before NaN weights become a checkpoint: the gradient of a finite loss may be infinite."""
         if not math.isfinite(grad_norm):
             raise UserError(
-                f"align: the gradient of step {step + 1} is not finite though its loss is. Lower align.learning_rate or use "
-                f"align.precision=fp32. The last checkpoint is in {self.spec.folder / 'checkpoints'}."
+                f"align: the gradient of step {step + 1} is not finite though its loss is. Lower align.learning_rate or "
+                f"use align.precision=fp32. The last checkpoint is in {self.spec.folder / 'checkpoints'}."
             )
 
     @property
     def _checks_reference(self) -> bool:
-        """Whether nothing has been trained yet, so that the policy is the reference, and the reference is the table's."""
-        return self.step == 0 and self.spec.check_reference and self.spec.stored_reference
+        """Whether nothing is trained yet, so that the policy is the reference whose values are in the table."""
+        return self.step == 0 and self.spec.check_reference and self.stored_reference
 
-    @property
-    def _has_dropout(self) -> bool:
-        """Whether the policy under training is another one than that which is evaluated."""
-        return self.spec.align.train == "lora" and self.spec.align.lora.dropout > 0
-
-    def _compare_without_dropout(self, batches: list[tuple[MicroBatch, Forest]]) -> None:
-        """Compares the first micro-batch with the reference; as many forwards on every rank, so that sharded ones meet."""
+    def _compare_without_dropout(self, batches: Batches) -> None:
+        """Compares the first micro-batch with the reference; one forward on every rank, because sharded ranks meet."""
         micro, batch = batches[0]
         self.engine.train(False)
         with torch.no_grad():
@@ -267,14 +250,14 @@ class TrainingLoop:
         dist.all_reduce(total)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         mean = float(total[0] / total[1].clamp(min=1))
-        tolerance = _REFERENCE_TOLERANCE[self.spec.align.precision]
-        # Written so that a value that is no number is refused too.
-        if not (mean <= tolerance.mean and float(largest) <= tolerance.largest):
+        most_mean, most = _REFERENCE_TOLERANCE[self.spec.align.precision]
+        # Written so that NaN is refused too.
+        if not (mean <= most_mean and float(largest) <= most):
             raise UserError(
-                f"align: the reference log-probabilities in {self.spec.prepared} differ from those of {self.spec.model} by "
-                f"{mean:.3g} nats per token on average (at most {tolerance.mean} is rounding) and by up to {float(largest):.3g} "
-                f"(at most {tolerance.largest}): they were made with another model, image processing or precision. Delete that "
-                "folder and run align again."
+                f"align: the reference log-probabilities in {self.spec.prepared} differ from those of {self.spec.model} "
+                f"by {mean:.3g} nats per token on average (at most {most_mean} is rounding) and by up to "
+                f"{float(largest):.3g} (at most {most}): they were computed with another model, image processing or "
+                "precision. Delete that folder and run align again."
             )
 
     def _learning_rate(self, step: int) -> float:
@@ -283,18 +266,14 @@ class TrainingLoop:
             align.scheduler, step, self.plan.total_steps, align.warmup_ratio
         )
 
-    # ------------------------------------------------------------------ held-out images
-
-    def _validates_now(self, is_last: bool, stopping: bool) -> bool:
-        # A machine that is about to be taken away has no time for it.
-        due = is_last or self.step % self.spec.align.validate_every == 0
-        return self.held_out is not None and due and not stopping
+    # ------------------------------------------------------------------ figures
 
     def _validate(self) -> dict[str, float | None]:
-        """The objective and its figures on the held-out images; the same on every rank and for any number of ranks."""
-        assert self.held_out is not None
+        """The objective and its figures on the held-out images, if any; the same for any number of ranks."""
+        if self.held_out is None:
+            return {}
         total = self.held_out.whole
-        # Apart from the training images, which a thread reads ahead meanwhile.
+        # Not the loader of the training images, which a thread uses meanwhile.
         images = ImageLoader(self.writer, threads=self.spec.align.image_threads)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.engine.device)
         self.engine.train(False)
@@ -341,40 +320,33 @@ class TrainingLoop:
             }
         )
 
-    # ------------------------------------------------------------------ before, between and after
+    # ------------------------------------------------------------------ start
 
     def _make_plan(self) -> tuple[Plan, Plan | None]:
         """The order of training, and one pass over the held-out images if there are any."""
-        manifest = self._prepared()
-        align = self.spec.align
-        source = StoredPairs(self.spec.prepared, self.writer, align)
-        trained_on, apart = hold_out(source, align.validation_share, self.spec.seed)
-        plan = Plan.of(trained_on, align, self.spec.seed)
+        spec, align = self.spec, self.spec.align
+        manifest = check_prepared(spec.prepared, spec.prepared_key, spec.prepared_with)
+        source = StoredPairs(spec.prepared, self.writer, align)
+        trained_on, apart = source.hold_out(align.validation_share, spec.seed)
+        plan = Plan(trained_on, align, spec.seed)
         held_out = None
         if apart is not None:
-            once = align.model_copy(update={"epochs": 1, "max_steps": None})
-            held_out = Plan.of(apart, once, self.spec.seed)
+            held_out = Plan(apart, align.model_copy(update={"epochs": 1, "max_steps": None}), spec.seed)
         if self.rank == 0:
-            self._write_json(
-                "plan.json",
-                {
-                    "rows_in": manifest.rows_in,
-                    "dropped": manifest.dropped,
-                    **plan.summary(plan.forwards(self.world_size)),
-                    "validation_images": held_out.num_images if held_out else 0,
-                    "validation_pairs": held_out.num_pairs if held_out else 0,
-                },
-            )
+            figures = {
+                "rows_in": manifest.rows_in,
+                "dropped": manifest.dropped,
+                **plan.summary(plan.forwards(self.world_size)),
+                "validation_images": held_out.num_images if held_out else 0,
+                "validation_pairs": held_out.num_pairs if held_out else 0,
+            }
+            storage.write_bytes(str(spec.folder / PLAN_FILE), json.dumps(figures, indent=2).encode())
         return plan, held_out
 
-    def _prepared(self) -> Manifest:
-        """The manifest of the pairs, which must be those that the driver prepared."""
-        return check_prepared(self.spec.prepared, self.spec.prepared_key, self.spec.prepared_with)
-
     def _make_engine(self) -> tuple[Engine, int]:
-        """The engine, as the last checkpoint left it if there is one, and the next step."""
+        """The engine in the state of the last checkpoint, if there is one, and the next step."""
         policy = build_policy(self.spec)
-        found = self.keeper.resume()
+        found = self.checkpoints.resume()
         if found is None:
             return make_engine(policy, self.spec), 0
         policy.load_parameters(found.parameter)
@@ -382,17 +354,6 @@ class TrainingLoop:
         engine.restore(found)
         log.info("align: resuming after step %d of %d", found.step, self.plan.total_steps)
         return engine, found.step
-
-    def _cached_images(self) -> int:
-        pixels = self.writer.pixels([_blank()])
-        return max(64, _IMAGE_CACHE_BYTES // (pixels.numel() * pixels.element_size()))
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        storage.write_bytes(str(self.spec.folder / name), json.dumps(content, indent=2).encode())
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def _disagreements(chosen: Side, rejected: Side, pairs: PairBatch) -> Tensor:
@@ -403,9 +364,3 @@ def _disagreements(chosen: Side, rejected: Side, pairs: PairBatch) -> Tensor:
 
 def _peak_gpu_memory(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
-
-
-def _blank() -> Any:
-    from PIL import Image
-
-    return Image.new("RGB", (32, 32))

@@ -1,4 +1,4 @@
-"""The figures of every optimizer step: ``metrics.jsonl``, what writes it and what reads it."""
+"""The figures of every optimizer step: writing and reading ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends a line a step; a resumed run first takes out the lines it will write again.
+    """Appends a line per step; a resumed run first removes the lines that it will write again.
 
     Args:
         folder: of the run.
@@ -42,35 +42,31 @@ class MetricsWriter:
             for name, value in row.items()
             if name not in ("step", "seconds") and value is not None
         }
-        self._tell("log", figures, row["step"])
-        # Last: what is in the file is in the trackers.
+        self._notify("log", figures, row["step"])
+        # Last: a step in the file is in the trackers too.
         self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         """Writes out what is buffered."""
         self._file.close()
-        self._tell("close")
+        self._notify("close")
 
-    def _tell(self, verb: str, *arguments: Any) -> None:
-        """Calls all trackers; one that fails, as a server that is gone, is left out from then on and training goes on."""
+    def _notify(self, method: str, *arguments: Any) -> None:
+        """Calls a method of all trackers; one that fails, such as a lost server, gets no more calls."""
         for name, tracker in list(self._trackers.items()):
             try:
-                getattr(tracker, verb)(*arguments)
+                getattr(tracker, method)(*arguments)
             except Exception as error:  # each client raises its own
                 del self._trackers[name]
-                log.warning(
-                    "align: %s failed (%s) and gets no more figures; %s has them all",
-                    name,
-                    error,
-                    METRICS_FILE,
-                )
+                message = "align: %s failed (%s) and gets no more figures; %s has them all"
+                log.warning(message, name, error, METRICS_FILE)
 
 
 class MetricsTail:
-    """The lines that were added to ``metrics.jsonl`` since the last look; the file is not read twice.
+    """Reads the lines that were added to ``metrics.jsonl`` since the last call.
 
     Args:
-        folder: of the run; the file need not be there yet.
+        folder: of the run; the file need not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +75,7 @@ class MetricsTail:
         self._position = 0
 
     def read(self) -> list[dict[str, Any]]:
-        """The new complete lines; all lines where the workers resumed and wrote the file anew."""
+        """The new complete lines; all lines if the workers resumed and wrote the file again."""
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -94,7 +90,7 @@ class MetricsTail:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The figures of all complete steps so far; a line cut off by a crash is left out."""
+    """The figures of all complete steps so far; a line cut off by a crash is skipped."""
     path = folder / METRICS_FILE
     return _rows(path.read_text()) if path.is_file() else []
 

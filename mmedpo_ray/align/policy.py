@@ -1,28 +1,27 @@
-"""The policy: a LLaVA with what is trained of it, and what a training worker must know to build it."""
+"""The policy: a LLaVA with its trainable part, and the description of a run from which a worker builds it."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmedpo_ray.align.losses import Objective
-from mmedpo_ray.align.packing.logps import make_fast, response_logps
+from mmedpo_ray.align.losses import reference_source
+from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
 from mmedpo_ray.align.packing.tree_attention import check_family
-from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PROJECTOR, load_model, resolve_model
 
-# Of a name of a layer to one that may have been meant, as difflib measures it.
+# How like an existing layer (by difflib's ratio) a wrong name must be for "did you mean".
 _LEAST_LIKENESS = 0.6
 # Names of probabilities in transformers: attention_dropout, resid_pdrop, attention_probs_dropout_prob.
 _DROPOUT = re.compile(r"dropout|pdrop")
@@ -33,18 +32,17 @@ class TrainingSpec:
     """Everything a training worker needs to know; it travels to every rank.
 
     Attributes:
-        align: the settings, ``objective`` and ``learning_rate`` being those of the role.
-        model: model path as in ``model.path``.
+        align: the settings, with ``objective`` and ``learning_rate`` of the role.
+        model: as ``model.path``.
         seed: of LoRA initialisation, order and dropout.
-        folder: where checkpoints, metrics and the trained weights go (shared by all nodes).
+        folder: receives checkpoints, metrics and the trained weights (shared by all nodes).
         prepared: folder of the `prepared` table.
-        stored_reference: whether the reference log-probabilities are those of the table.
         key: identity of the run; checkpoints of another key are not resumed.
-        use_gpu: whether ranks have a GPU each.
-        attempt: identity of this launch, so that an error is told from one of an earlier launch.
-        prepared_key: of the `prepared` table; ``None``: any.
-        prepared_with: what the table of that key is made with (:mod:`~mmedpo_ray.tables.provenance`), for messages.
-        check_reference: compare the table with the untrained policy in the first step.
+        use_gpu: whether each rank has a GPU.
+        launch: identity of this launch, see :mod:`mmedpo_ray.align.checkpoint.run_lock`.
+        prepared_key: of the `prepared` table; ``None`` accepts any.
+        prepared_with: settings of that table (:mod:`~mmedpo_ray.tables.provenance`), for messages.
+        check_reference: whether the first step compares the table with the untrained policy.
     """
 
     align: AlignConfig
@@ -52,10 +50,9 @@ class TrainingSpec:
     seed: int
     folder: Path
     prepared: str
-    stored_reference: bool
     key: str
     use_gpu: bool
-    attempt: str
+    launch: str
     prepared_key: str | None = None
     prepared_with: dict[str, Any] | None = None
     check_reference: bool = True
@@ -65,34 +62,12 @@ class TrainingSpec:
         """Of the frozen weights and of the computation."""
         return torch.bfloat16 if self.align.precision == "bf16" else torch.float32
 
-    @property
-    def objective(self) -> Literal["dpo", "sft"]:
-        return self.align.objective
-
-    @property
-    def align_objective(self) -> Objective:
-        """What is minimised with ``objective: dpo``."""
-        return objective_of(self.align)
-
-    @property
-    def with_reference(self) -> bool:
-        """Whether every forward is followed by one with the adapter off."""
-        if self.objective == "sft":
-            return False
-        online = self.align_objective.needs_reference and self.align.reference == "online"
-        return online or self.align.kl_coefficient > 0
-
-
-def objective_of(align: AlignConfig) -> Objective:
-    """The objective that the settings describe."""
-    names = [field.name for field in dataclasses.fields(Objective)]
-    return Objective(**{name: getattr(align, name) for name in names})
-
 
 class Policy(nn.Module):
     """The model under training; ``forward`` is :func:`~mmedpo_ray.align.packing.logps.response_logps`.
 
-    DeepSpeed gathers sharded weights in hooks of ``forward``, so everything that touches weights happens inside it.
+    DeepSpeed gathers sharded weights in hooks of ``forward``, so everything that touches weights happens
+    inside it.
     """
 
     def __init__(
@@ -100,19 +75,14 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._with_reference = with_reference
-        self._kl_forward_share = kl_forward_share
+        self._options: dict[str, Any] = {
+            "with_reference": with_reference,
+            "kl_forward_share": kl_forward_share,
+        }
 
-    def forward(self, batch: Forest) -> tuple[Any, ...]:
+    def forward(self, batch: PackedTrees) -> tuple[Any, ...]:
         """See :class:`~mmedpo_ray.align.packing.logps.LogpOutput`; a plain tuple, because hooks rebuild it."""
-        return tuple(
-            response_logps(
-                self.model,
-                batch,
-                with_reference=self._with_reference,
-                kl_forward_share=self._kl_forward_share,
-            )
-        )
+        return tuple(response_logps(self.model, batch, **self._options))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by their name in the model, sorted."""
@@ -120,7 +90,7 @@ class Policy(nn.Module):
         return dict(sorted(named.items()))
 
     def load_parameters(self, read: Callable[[str], Tensor]) -> None:
-        """Sets the trainable parameters, read by their name one at a time; before they are sharded."""
+        """Sets the trainable parameters, which ``read`` returns by name; call it before they are sharded."""
         with torch.no_grad():
             for name, value in self.trained_parameters().items():
                 value.copy_(read(name))
@@ -129,31 +99,32 @@ class Policy(nn.Module):
 def build_policy(spec: TrainingSpec) -> Policy:
     """Loads the model and makes trainable what ``align.train`` and ``align.train_projector`` say.
 
-    Equal on every rank and for every number of ranks. The vision tower is always frozen. The only dropout is that of LoRA: the
-    reference is computed without any.
+    The result is the same on every rank and for every number of ranks. The vision tower is always frozen. The
+    only dropout is that of LoRA, because the reference is computed without any.
 
     Raises:
-        UserError: the language model lacks one of ``align.lora.target_modules``, or is of a family that is not supported.
+        UserError: the language model lacks one of ``align.lora.target_modules``, or its family is not
+            supported.
     """
+    align = spec.align
     model = load_model(spec.model, spec.dtype)
-    _check_window(model, spec.align, spec.model)
+    _check_window(model, align, spec.model)
     _disable_dropout(model)
-    trained = _with_lora(model, spec) if spec.align.train == "lora" else _unfrozen(model, spec)
-    make_fast(trained, attention=spec.align.attention, sharded=spec.align.strategy == "zero3")
-    if spec.align.gradient_checkpointing:
+    trained = _with_lora(model, spec) if align.train == "lora" else _unfreeze(model, align)
+    use_packed_forward(trained, attention=align.attention, sharded=align.strategy == "zero3")
+    if align.gradient_checkpointing:
         # Non-reentrant checkpointing checks saved tensors that ZeRO-3 has meanwhile released.
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": True})
+    with_kl = align.objective == "dpo" and align.kl_coefficient > 0
     return Policy(
         trained,
-        with_reference=spec.with_reference,
-        kl_forward_share=spec.align.kl_forward_share
-        if spec.align.kl_coefficient and spec.with_reference
-        else None,
+        with_reference=with_kl or reference_source(align) == "online",
+        kl_forward_share=align.kl_forward_share if with_kl else None,
     )
 
 
 def _disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability of a transformers model to 0: of its layers, its attention and its configurations."""
+    """Sets every dropout probability of a transformers model to 0: in layers, attention and configurations."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -165,7 +136,7 @@ def _disable_dropout(model: nn.Module) -> None:
 
 
 def check_model(model: str, align: AlignConfig) -> None:
-    """Says before any weight is loaded what :func:`build_policy` would refuse.
+    """Raises the errors of :func:`build_policy` before any weight is loaded.
 
     Args:
         model: as ``model.path``.
@@ -186,7 +157,7 @@ def check_model(model: str, align: AlignConfig) -> None:
 
 
 def _with_lora(model: Any, spec: TrainingSpec) -> Any:
-    """A peft model with LoRA on the language model and, if wanted, a trained copy of the projector beside the original."""
+    """A peft model with LoRA on the language model and, if wanted, a trained copy of the projector."""
     from peft import LoraConfig, get_peft_model
 
     lora = spec.align.lora
@@ -204,31 +175,49 @@ def _with_lora(model: Any, spec: TrainingSpec) -> Any:
             task_type="CAUSAL_LM",
             base_model_name_or_path=resolve_model(spec.model),
         ),
-        # ZeRO-3 wants one dtype; the exact fp32 copy lives in the optimizer.
+        # ZeRO-3 needs one dtype; the exact fp32 copy lives in the optimizer.
         autocast_adapter_dtype=False,
     )
 
 
+def _unfreeze(model: Any, align: AlignConfig) -> Any:
+    """Makes all weights of the language model trainable, with embeddings, norms and lm_head; returns the model."""
+    trained = [model.model.language_model, model.lm_head]
+    trained += [getattr(model.model, PROJECTOR)] if align.train_projector else []
+    for module in trained:
+        module.requires_grad_(True)
+    return model
+
+
 def _target_pattern(names: Sequence[str]) -> str:
-    """What the full names of the layers match; CLIP towers have a q_proj too, so it keeps to the language model."""
+    """A pattern of full names of layers; CLIP towers have a q_proj too, so it is limited to the language model."""
     return rf".*\.language_model\..*\.({'|'.join(names)})"
 
 
 def _check_targets(model: Any, names: Sequence[str], model_name: str) -> None:
-    """Every name must be that of linear layers of the language model, and of nothing else in it.
+    """Every name must match linear layers of the language model, and nothing else in it.
 
     Raises:
-        UserError: names the wrong ones and those they may stand for.
+        UserError: lists the wrong names and similar correct ones.
     """
-    inside = {
+    layers = {
         name: isinstance(module, nn.Linear)
         for name, module in model.named_modules()
         if ".language_model." in name
     }
-    known = sorted({name.rpartition(".")[2] for name, is_linear in inside.items() if is_linear})
-    wrong = [name for name in names if not _is_target(name, inside)]
+
+    def is_target(name: str) -> bool:
+        try:
+            pattern = re.compile(_target_pattern([name]))
+        except re.error:
+            return False
+        found = [is_linear for layer, is_linear in layers.items() if pattern.fullmatch(layer)]
+        return bool(found) and all(found)
+
+    wrong = [name for name in names if not is_target(name)]
     if names and not wrong:
         return
+    known = sorted({name.rpartition(".")[2] for name, is_linear in layers.items() if is_linear})
     described = []
     for name in wrong:
         near = difflib.get_close_matches(name, known, cutoff=_LEAST_LIKENESS)
@@ -239,27 +228,8 @@ def _check_targets(model: Any, names: Sequence[str], model_name: str) -> None:
     )
 
 
-def _is_target(name: str, inside: Mapping[str, bool]) -> bool:
-    """Whether a name of ``align.lora.target_modules`` matches linear layers only (module → whether it is one)."""
-    try:
-        pattern = re.compile(_target_pattern([name]))
-    except re.error:
-        return False
-    found = [is_linear for module, is_linear in inside.items() if pattern.fullmatch(module)]
-    return bool(found) and all(found)
-
-
-def _unfrozen(model: Any, spec: TrainingSpec) -> Any:
-    """The model itself, all weights of its language model trainable: embeddings, norms and lm_head too."""
-    for module in (model.model.language_model, model.lm_head):
-        module.requires_grad_(True)
-    if spec.align.train_projector:
-        getattr(model.model, PROJECTOR).requires_grad_(True)
-    return model
-
-
 def _check_window(model: Any, align: AlignConfig, model_name: str) -> None:
-    """A tree sees all its ancestors; a model that attends to a window only must be given sequences inside it."""
+    """In a packed tree a token sees all its ancestors; sequences must fit a model's attention window."""
     window = getattr(model.config.text_config, "sliding_window", None)
     if window is not None and align.max_length > window:
         raise UserError(
@@ -269,13 +239,13 @@ def _check_window(model: Any, align: AlignConfig, model_name: str) -> None:
 
 
 def learning_rate_factor(scheduler: str, step: int, total_steps: int, warmup_ratio: float) -> float:
-    """The share of ``align.learning_rate`` at a step (from 0): a linear rise, then a decay to 0 or none.
+    """The factor on ``align.learning_rate`` at a step: a linear warm-up, then a decay to 0 or none.
 
     Args:
         scheduler: cosine, linear or constant.
         step: optimizer step, 0 ≤ step < total_steps.
         total_steps: of the run.
-        warmup_ratio: share of the steps that rise.
+        warmup_ratio: share of the steps in the warm-up.
     """
     warmup = math.ceil(warmup_ratio * total_steps)
     if step < warmup:

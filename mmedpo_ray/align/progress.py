@@ -1,6 +1,6 @@
-"""A training run as a person sees it while it runs: progress bar on a terminal, a line now and then elsewhere.
+"""Progress of a training run: a progress bar on a terminal, a line now and then in a log.
 
-The workers write the shared folder and the driver reads it, so that nothing in training waits for a terminal.
+The workers write to the shared folder and the driver reads it, so that training never waits for a terminal.
 """
 
 from __future__ import annotations
@@ -21,13 +21,22 @@ from mmedpo_ray.console import console, duration, line_times, progress_bar
 PLAN_FILE = "plan.json"
 _LOOK_EVERY_S = 0.5
 _HINT_AFTER_S = 120.0
-# Speed and figures are those of the last so many seconds or steps: one step says little.
+# Speed and figures are means over the last so many seconds or steps: a single step varies.
 _SPEED_WINDOW_S = 60.0
 _FIGURES_WINDOW = 10
+_FORMATS = {
+    "pairs_per_second": "{:,.1f} pairs/s",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "loss": "loss {:.3f}",
+    "reward_margin": "margin {:.2f}",
+    "reward_accuracy": "accuracy {:.0%}",
+    "ess": "ESS {:.0%}",
+    "gpu_memory_gib": "GPU {:.1f} GiB",
+}
 
 
 @contextlib.contextmanager
-def watch(name: str, folder: Path) -> Iterator[None]:
+def show_progress(name: str, folder: Path) -> Iterator[None]:
     """Shows the steps while the workers write them.
 
     Args:
@@ -46,7 +55,7 @@ def watch(name: str, folder: Path) -> Iterator[None]:
 
 def _show(name: str, folder: Path, stop: threading.Event) -> None:
     tail = MetricsTail(folder)
-    tail.read()  # what an earlier launch left; the workers write it anew, up to where they resume
+    tail.read()  # lines of an earlier launch; the workers write them again, up to the step at which they resume
     recent = RecentSteps(tail)
     plan: dict[str, Any] | None = None
     pauses = line_times()
@@ -59,29 +68,29 @@ def _show(name: str, folder: Path, stop: threading.Event) -> None:
             if plan is None and time.monotonic() >= hint_at:
                 hint_at = math.inf
                 console.print(
-                    f"[dim]{name}: still waiting for workers; `ray status` shows what the cluster has room for[/dim]"
+                    f"[dim]{name}: still waiting for workers; `ray status` shows the free resources of the "
+                    "cluster[/dim]"
                 )
             if plan is None or not recent.look():
                 continue
             step, figures = recent.step, figures_line(recent.mean())
-            if recent.has_jumped:
-                # The bar must not take steps of an earlier launch for the speed of this one.
+            if recent.has_restarted:
+                # The bar must not count steps of an earlier launch in the speed of this one.
                 bar.reset(task, total=plan["steps"], completed=step, note="")
             bar.update(task, completed=step, below=figures)
             if not console.is_terminal and time.monotonic() >= next_line:
                 next_line = time.monotonic() + next(pauses)
                 left = recent.seconds_left(plan["steps"])
                 end = "" if left is None else f", {duration(left)} left"
-                console.print(
-                    f"[dim]{name}: step {step:,} of {plan['steps']:,}{end}; {figures}[/dim]", soft_wrap=True
-                )
+                line = f"{name}: step {step:,} of {plan['steps']:,}{end}; {figures}"
+                console.print(f"[dim]{line}[/dim]", soft_wrap=True)
 
 
 class RecentSteps:
-    """The steps of the last minute, for speeds that neither jump nor remember the start.
+    """The steps of the last minute, for a speed that is smooth and does not depend on the start.
 
     Args:
-        tail: where new steps come from.
+        tail: yields new steps.
     """
 
     def __init__(self, tail: MetricsTail) -> None:
@@ -95,12 +104,12 @@ class RecentSteps:
         return self._rows[-1]["step"] if self._rows else 0
 
     @property
-    def has_jumped(self) -> bool:
-        """Whether the last look began anew: the first one, or the workers went back to a checkpoint."""
+    def has_restarted(self) -> bool:
+        """Whether the last look was the first, or the workers had gone back to a checkpoint."""
         return len(self._seen) == 1
 
     def look(self) -> bool:
-        """Takes in what is new; returns whether something is."""
+        """Reads new steps; returns whether there are any."""
         rows = self._tail.read()
         if not rows:
             return False
@@ -115,35 +124,23 @@ class RecentSteps:
         return True
 
     def seconds_left(self, total: int) -> float | None:
-        """Until the last step, by the clock on the wall: reading data and writing checkpoints count."""
+        """Until the last step, in wall-clock time: reading data and writing checkpoints count."""
         (then, first), (now, last) = self._seen[0], self._seen[-1]
         return (total - last) * (now - then) / (last - first) if last > first else None
 
     def mean(self) -> dict[str, float | None]:
-        """The figures over the last steps; ``None`` where there was nothing to measure."""
-        names = {name for row in self._rows for name in row}
-        return {name: _mean([row.get(name) for row in self._rows]) for name in names}
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+        """The figures over the last steps; ``None`` if nothing was measured."""
+        found: dict[str, float | None] = {}
+        for name in {name for row in self._rows for name in row}:
+            known = [value for row in self._rows if (value := row.get(name)) is not None]
+            found[name] = sum(known) / len(known) if known else None
+        return found
 
 
 def figures_line(figures: dict[str, float | None]) -> str:
-    """The figures of a step in less than 95 columns; those that were not measured are left out."""
-    forms = {
-        "pairs_per_second": "{:,.1f} pairs/s",
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "loss": "loss {:.3f}",
-        "reward_margin": "margin {:.2f}",
-        "reward_accuracy": "accuracy {:.0%}",
-        "ess": "ESS {:.0%}",
-        "gpu_memory_gib": "GPU {:.1f} GiB",
-    }
-    return " · ".join(
-        form.format(value) for name, form in forms.items() if (value := figures.get(name)) is not None
-    )
+    """The figures of a step in one line; those that were not measured are left out."""
+    known = ((form, figures.get(name)) for name, form in _FORMATS.items())
+    return " · ".join(form.format(value) for form, value in known if value is not None)
 
 
 def _read_plan(folder: Path) -> dict[str, Any] | None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from mmedpo_ray.config.base import Section, Share
+from mmedpo_ray.plugins import Registry
+
+_UNSMOOTHED, _SMOOTHED = ("sigmoid", "hinge", "ipo", "simpo"), ("cdpo", "robust")
+LOSSES = Registry(
+    "loss",
+    "mmedpo_ray.losses",
+    {name: f"mmedpo_ray.align.losses:{name}" for name in (*_UNSMOOTHED, *_SMOOTHED)},
+)
+"""Losses of a preference pair's margin (:class:`mmedpo_ray.align.losses.PairLoss`) by name."""
 
 
 class LoraConfig(Section):
-    """Low-rank adaptation of the language model; without effect where ``train`` is ``full``."""
+    """Low-rank adaptation of the language model; has no effect with ``train: full``."""
 
     rank: int = Field(128, ge=1)
     alpha: float = Field(256, gt=0)
@@ -25,8 +34,10 @@ class AlignConfig(Section):
     """scored pairs → trained weights: weighted DPO under Ray Train and DeepSpeed ZeRO-3."""
 
     objective: Literal["dpo", "sft"] = Field("dpo", description="sft: likelihood of the chosen answers only")
-    loss: Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo"] = Field(
-        "sigmoid", description="loss of a pair's margin; sigmoid: DPO, as in the paper"
+    loss: Annotated[str, AfterValidator(LOSSES.check)] = Field(
+        "sigmoid",
+        description="loss of a pair's margin: sigmoid (DPO, as in the paper), hinge, ipo, cdpo, robust, simpo, "
+        "or one that another package adds",
     )
     beta: float = Field(0.1, gt=0, description="inverse temperature of the loss")
     label_smoothing: float = Field(
@@ -151,9 +162,28 @@ class AlignConfig(Section):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @model_validator(mode="after")
-    def _workers(self) -> AlignConfig:
+    def _combinations(self) -> AlignConfig:
         if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError(f"num_workers must be at least 1, or [min, max], not {self.num_workers}")
+        if self.loss in _SMOOTHED and not self.label_smoothing:
+            raise ValueError(f"loss={self.loss} needs align.label_smoothing > 0; at 0 it is sigmoid")
+        if self.loss in _UNSMOOTHED and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing has no effect with align.loss={self.loss}; use cdpo or robust, or set it to 0"
+            )
+        if self.train == "full" and self.reference == "online":
+            raise ValueError(
+                "reference=online switches an adapter off, and align.train=full has none; use precomputed"
+            )
+        if self.train == "full" and self.kl_coefficient:
+            raise ValueError(
+                "kl_coefficient needs an adapter to switch off, and align.train=full has none; set it to 0 "
+                "(align.anchor_coefficient and align.nll_coefficient work), or use align.train=lora"
+            )
+        if self.keep == "best" and not self.validation_share:
+            raise ValueError(
+                "keep=best needs held-out images to find the best; set align.validation_share above 0"
+            )
         return self
 
 

@@ -24,7 +24,8 @@ def in_words(item: Mapping[str, Any]) -> str:
     if words is not None:
         return f"{words.format(**item.get('ctx', {}))} (got {item['input']!r})"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{message} (got {item['input']!r})"
+    # A rule about several keys of a section names them itself.
+    return message if isinstance(item["input"], Mapping) else f"{message} (got {item['input']!r})"
 
 
 def line_of(path: str | Path | None, location: Sequence[str | int]) -> int | None:

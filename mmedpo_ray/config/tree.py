@@ -71,27 +71,6 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         self.data.check_format(needs_pairs=self.curate.text.method == "released")
-        if self.align.loss in ("cdpo", "robust") and self.align.label_smoothing == 0:
-            raise ValueError(
-                f"align.loss={self.align.loss} needs align.label_smoothing > 0; at 0 it is sigmoid"
-            )
-        if self.align.loss not in ("cdpo", "robust") and self.align.label_smoothing > 0:
-            raise ValueError(
-                f"align.label_smoothing has no effect with align.loss={self.align.loss}; use cdpo or robust, or 0"
-            )
-        if self.align.train == "full" and self.align.reference == "online":
-            raise ValueError(
-                "align.reference=online needs an adapter to switch off, which align.train=full has not; use precomputed"
-            )
-        if self.align.train == "full" and self.align.kl_coefficient > 0:
-            raise ValueError(
-                "align.kl_coefficient needs an adapter to switch off, which align.train=full has not; set it to 0 "
-                "(align.anchor_coefficient and align.nll_coefficient work), or use align.train=lora"
-            )
-        if self.align.keep == "best" and self.align.validation_share == 0:
-            raise ValueError(
-                "align.keep=best needs held-out images that tell which is best; set align.validation_share above 0"
-            )
         served = [self.model.name, self.evaluate.aligned_name, self.control.name]
         if len(set(served)) != len(served):
             raise ValueError(f"model.name, evaluate.aligned_name and control.name must differ, not {served}")

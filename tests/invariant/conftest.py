@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         }
         spec = with_settings(plain, folder / name, **(terms | changes))
         write_prepared(spec.folder / "prepared", rows, model, spec.align)
-        return replace(spec, prepared=str(spec.folder / "prepared"), stored_reference=False)
+        return replace(spec, prepared=str(spec.folder / "prepared"))
 
     def full(name: str, **changes: object) -> TrainingSpec:
         """All weights of language model and projector."""

@@ -16,9 +16,10 @@ from pairs_in_memory import prepare_pairs
 from PIL import Image
 from tiny_llava import build_tiny_llava
 
-from mmedpo_ray.align.data.batch import ImageLoader, Pair, forest_batch, pair_batch
-from mmedpo_ray.align.losses import Normaliser, Objective, preference_objective
+from mmedpo_ray.align.data.batch import ImageLoader, Pair, pack_pairs, pair_batch
+from mmedpo_ray.align.losses import Normaliser, preference_objective
 from mmedpo_ray.align.packing.logps import response_logps
+from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 from mmedpo_ray.tables import schemas
 
@@ -94,7 +95,7 @@ def our_loss(world: dict[str, Any], **settings: Any) -> tuple[torch.Tensor, torc
     """Our loss and the gradient of ``lm_head``."""
     pairs: list[Pair] = world["pairs"]
     count = len(pairs)
-    batch = forest_batch(pairs, ImageLoader(world["writer"]), world["writer"].pad_token_id, both_sides=True)
+    batch = pack_pairs(pairs, ImageLoader(world["writer"]), world["writer"].pad_token_id, both_sides=True)
     with torch.no_grad():
         ref = response_logps(world["reference"], batch).logps
     policy = response_logps(world["policy"], batch)
@@ -102,7 +103,7 @@ def our_loss(world: dict[str, Any], **settings: Any) -> tuple[torch.Tensor, torc
     known = type(known)(known.weight, ref[:count], ref[count:], known.is_visual, known.counts_nll)
     total = Normaliser(float(count), sum(len(pair.chosen) for pair in pairs))
     loss, _ = preference_objective(
-        *policy.sides(count), known, total, Objective(**{"beta": BETA, **settings})
+        *policy.sides(count), known, total, AlignConfig(**{"beta": BETA, **settings})
     )
     return loss.detach(), _gradient(world, loss)
 

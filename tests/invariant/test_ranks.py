@@ -10,7 +10,7 @@ from align_compare import adapter, assert_same_training, trained
 from align_world import with_settings
 
 from mmedpo_ray.align.checkpoint.checkpoint import checkpoint_folders, load_last_checkpoint
-from mmedpo_ray.align.data.batch import ImageLoader, forest_batch, pair_batch
+from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, pair_batch
 from mmedpo_ray.align.data.pair_source import StoredPairs
 from mmedpo_ray.align.losses import preference_objective
 from mmedpo_ray.align.metrics import read_metrics
@@ -106,13 +106,7 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
     spec = runs.spec
     align = spec.align
     writer = PromptWriter(load_processor(spec.model))
-    plan = Plan(
-        StoredPairs(spec.prepared, writer, align),
-        seed=spec.seed,
-        epochs=align.epochs,
-        images_per_step=align.images_per_step,
-        pairs_per_forward=99,
-    )
+    plan = Plan(StoredPairs(spec.prepared, writer, align), align, spec.seed)
     policy = build_policy(spec)
     parameters = policy.trained_parameters()
     optimizer = torch.optim.AdamW(
@@ -122,11 +116,11 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
     assert align.max_steps is not None
     for step, row in enumerate(read_metrics(runs.folder / "plain")):
         chosen_pairs = plan.step_pairs(step)
-        batch = forest_batch(chosen_pairs, images, writer.pad_token_id, both_sides=True)
+        batch = pack_pairs(chosen_pairs, images, writer.pad_token_id, both_sides=True)
         out = LogpOutput(*policy(batch))
         count = len(chosen_pairs)
         loss, _ = preference_objective(
-            *out.sides(count), pair_batch(chosen_pairs), plan.normaliser(step), spec.align_objective
+            *out.sides(count), pair_batch(chosen_pairs), plan.normaliser(step), spec.align
         )
         optimizer.zero_grad()
         loss.backward()

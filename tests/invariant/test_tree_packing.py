@@ -14,22 +14,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairs_in_memory import plain_side
 from peft import LoraConfig, get_peft_model
 from tiny_llava import build_tiny_llava, put_the_image_last
 from torch import Tensor
 
 from mmedpo_ray.align.losses import (
-    LOSSES,
     Normaliser,
-    Objective,
     PairBatch,
-    Side,
     kl_divergence,
     preference_objective,
 )
 from mmedpo_ray.align.packing import lm_head
-from mmedpo_ray.align.packing.logps import LogpOutput, make_fast, response_logps
+from mmedpo_ray.align.packing.logps import LogpOutput, response_logps, use_packed_forward
 from mmedpo_ray.align.packing.trees import TokenSequence, pack
+from mmedpo_ray.align.settings import LOSSES, AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
 
 TOLERANCE = 1e-5
@@ -82,7 +81,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
                 value.normal_(std=0.05)
     copies = {name: copy.deepcopy(model) for name in ("tree", "sdpa", "flex")}
     for attention, packed_model in copies.items():
-        make_fast(packed_model, attention=attention, sharded=attention != "tree")
+        use_packed_forward(packed_model, attention=attention, sharded=attention != "tree")
     return World(model, copies, writers)
 
 
@@ -211,7 +210,7 @@ def test_losses_and_lora_gradients_equal_the_padded_ones(
     world: World, drawn: list[Draw], loss: str, attention: str, image: str
 ) -> None:
     sequences, (batch, total) = _sequences(world, drawn, image), _batch(drawn)
-    objective = Objective(
+    objective = AlignConfig(
         loss=loss,
         beta=0.3,
         label_smoothing=0.1 if loss in ("cdpo", "robust") else 0.0,
@@ -228,8 +227,8 @@ def test_losses_and_lora_gradients_equal_the_padded_ones(
     rejected_logps, _ = padded(world, sequences[count:])
     tokens = out.num_tokens
     theirs, _ = preference_objective(
-        Side.plain(chosen_logps, tokens[:count]),
-        Side.plain(rejected_logps, tokens[count:]),
+        plain_side(chosen_logps, tokens[:count]),
+        plain_side(rejected_logps, tokens[count:]),
         batch,
         total,
         objective,
@@ -375,6 +374,6 @@ def test_a_block_mask_gives_the_same_lora_gradients(world: World, monkeypatch: p
     gradients = {}
     for attention in ("sdpa", "flex"):
         out = packed(world, sequences, attention)
-        preference_objective(*out.sides(len(drawn)), batch, total, Objective())[0].backward()
+        preference_objective(*out.sides(len(drawn)), batch, total, AlignConfig())[0].backward()
         gradients[attention] = take_gradients(world.packed[attention])
     _same_gradients(gradients["flex"], gradients["sdpa"])

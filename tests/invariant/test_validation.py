@@ -11,8 +11,8 @@ import torch
 from align_compare import assert_same_training, trained
 
 from mmedpo_ray.align.checkpoint.checkpoint import Checkpoint, checkpoint_folders, load_best_checkpoint
-from mmedpo_ray.align.data.batch import ImageLoader, forest_batch, pair_batch
-from mmedpo_ray.align.data.pair_source import StoredPairs, hold_out
+from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, pair_batch
+from mmedpo_ray.align.data.pair_source import StoredPairs
 from mmedpo_ray.align.losses import Normaliser, preference_objective
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.packing.logps import LogpOutput
@@ -41,11 +41,11 @@ def test_the_figures_are_the_objective_over_all_held_out_pairs_at_once(runs: Run
     policy = build_policy(spec)
     policy.load_parameters(found.parameter)
     writer = PromptWriter(load_processor(spec.model))
-    _, held_out = hold_out(StoredPairs(spec.prepared, writer, align), 0.34, spec.seed)
+    _, held_out = StoredPairs(spec.prepared, writer, align).hold_out(0.34, spec.seed)
     assert held_out is not None
     rows, _ = held_out.index.rows(np.arange(held_out.index.num_images))
     apart = held_out.load(rows.tolist())
-    batch = forest_batch(apart, ImageLoader(writer), writer.pad_token_id, both_sides=True)
+    batch = pack_pairs(apart, ImageLoader(writer), writer.pad_token_id, both_sides=True)
     total = Normaliser(
         weight=sum(pair.weight for pair in apart),
         nll_tokens=sum(len(pair.chosen) for pair in apart if pair.counts_nll),

@@ -23,7 +23,7 @@ from tiny_llava import build_tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from mmedpo_ray.align.checkpoint.checkpoint import Checkpoint, CheckpointWriter, State
-from mmedpo_ray.align.checkpoint.output_weights import write_trained
+from mmedpo_ray.align.checkpoint.output_weights import write_output
 from mmedpo_ray.align.policy import build_policy
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
@@ -94,7 +94,7 @@ def train_randomly(config: Config, base: Path, role: Role = "aligned", **setting
         for name, value in policy.trained_parameters().items():
             writer.add(name, {"parameter": value})
         checkpoint = writer.finish().result()
-    write_trained(policy.model, Checkpoint(checkpoint), folder, torch.float32)
+    write_output(policy.model, Checkpoint(checkpoint), folder, torch.float32)
     StageRunner("align", str(folder), config).finish()
     return as_transformers_computes(policy.model.eval())
 

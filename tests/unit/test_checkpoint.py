@@ -25,9 +25,9 @@ from mmedpo_ray.align.checkpoint.checkpoint import (
     load_best_checkpoint,
     load_last_checkpoint,
     remove_checkpoints,
-    set_aside_passed_over,
+    set_aside_unusable,
 )
-from mmedpo_ray.align.checkpoint.manager import CheckpointKeeper
+from mmedpo_ray.align.checkpoint.manager import CheckpointManager
 from mmedpo_ray.align.checkpoint.run_lock import claim
 from mmedpo_ray.align.metrics import MetricsWriter, read_metrics
 from mmedpo_ray.align.policy import learning_rate_factor
@@ -41,11 +41,11 @@ def save(
     keep: int = 2,
     loss: float | None = None,
     shard_bytes: int = 48,
-    attempt: str = "",
+    launch: str = "",
 ) -> Path:
     """A checkpoint of two parameters whose values tell the step, in more than one shard."""
     with ThreadPoolExecutor(1) as pool:
-        writer = CheckpointWriter(folder, State(step, key, loss, attempt), keep, pool, shard_bytes)
+        writer = CheckpointWriter(folder, State(step, key, loss), keep, pool, launch, shard_bytes)
         for name in ("a", "b"):
             weight = torch.full((2, 3), float(step))
             writer.add(name, {"parameter": weight, "exp_avg": weight / 2, "exp_avg_sq": weight / 4})
@@ -58,8 +58,8 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def keeper_of(folder: Path, key: str) -> CheckpointKeeper:
-    return CheckpointKeeper(replace(training_spec(folder, folder / "model", folder), key=key))
+def manager_of(folder: Path, key: str) -> CheckpointManager:
+    return CheckpointManager(replace(training_spec(folder, folder / "model", folder), key=key))
 
 
 def names(folder: Path) -> list[str]:
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     best = load_best_checkpoint(tmp_path, "run")
     assert best is not None and best.step == 2
     assert "step-000004" in caplog.text
-    (aside,) = set_aside_passed_over(tmp_path, "run")
+    (aside,) = set_aside_unusable(tmp_path, "run")
     assert aside.name == ".damaged-step-000004" and aside.is_dir()
     assert str(aside) in caplog.text
     assert names(tmp_path) == ["step-000002"]
@@ -112,8 +112,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     [
         load_last_checkpoint,
         load_best_checkpoint,
-        set_aside_passed_over,
-        lambda folder, key: keeper_of(folder, key).resume(),
+        set_aside_unusable,
+        lambda folder, key: manager_of(folder, key).resume(),
     ],
 )
 def test_a_read_error_is_no_damage(tmp_path: Path, one_rank: None, name: str, load: Any) -> None:
@@ -130,7 +130,7 @@ def test_a_read_error_is_no_damage(tmp_path: Path, one_rank: None, name: str, lo
     assert names(tmp_path) == ["step-000002", "step-000004"]
     file.unlink()
     file.write_bytes(content)
-    found = keeper_of(tmp_path, "run").resume()
+    found = manager_of(tmp_path, "run").resume()
     assert found is not None and found.step == 4
 
 
@@ -145,7 +145,7 @@ def test_an_error_of_the_reader_is_no_damage(
 
     monkeypatch.setattr(checkpoint, "ShardReader", fail)
     with pytest.raises(OSError, match=r"Input/output error.*step-000004") as raised:
-        keeper_of(tmp_path, "run").resume()
+        manager_of(tmp_path, "run").resume()
     assert raised.value.errno == errno.EIO
     assert names(tmp_path) == ["step-000002", "step-000004"]
 
@@ -156,11 +156,11 @@ def test_a_resumed_run_sets_aside_what_it_passes_over(tmp_path: Path, one_rank: 
         save(tmp_path, step, keep=9, loss=loss)
     (tmp_path / "checkpoints/step-000004/shard-00001.safetensors").write_bytes(b"{")
     save(tmp_path, 8, keep=9, key="other")
-    found = keeper_of(tmp_path, "run").resume()
+    found = manager_of(tmp_path, "run").resume()
     assert found is not None and found.step == 6
     assert names(tmp_path) == ["step-000002", "step-000006"]
     hidden = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
-    assert sorted(hidden) == [".damaged-step-000004", ".other-run-step-000008"]
+    assert sorted(hidden) == [".damaged-step-000004", ".damaged-step-000008"]
     save(tmp_path, 8, keep=1)
     assert names(tmp_path) == ["step-000002", "step-000008"]
 
@@ -186,7 +186,7 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "checkpoints" / name).mkdir()
     (tmp_path / "checkpoints/step-000099").write_text("a file")
     save(tmp_path, 4, keep=1)
-    assert set_aside_passed_over(tmp_path, "run") == []
+    assert set_aside_unusable(tmp_path, "run") == []
     assert names(tmp_path) == ["step-000004"]
     assert (tmp_path / "checkpoints" / name).is_dir()
 
@@ -223,20 +223,20 @@ def test_without_validation_there_is_no_best(tmp_path: Path) -> None:
 def test_a_launch_that_was_replaced_cannot_write(tmp_path: Path) -> None:
     """Ray ends the ranks of a killed driver a while after another driver has taken over."""
     claim(tmp_path, "first")
-    save(tmp_path, 2, keep=1, attempt="first")
+    save(tmp_path, 2, keep=1, launch="first")
     claim(tmp_path, "second")
     with pytest.raises(UserError, match="another align was started"):
-        save(tmp_path, 4, keep=1, attempt="first")
+        save(tmp_path, 4, keep=1, launch="first")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
-    save(tmp_path, 4, keep=1, attempt="second")
+    save(tmp_path, 4, keep=1, launch="second")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
 
 
 def test_a_launch_that_is_replaced_while_it_writes_leaves_nothing(tmp_path: Path) -> None:
     claim(tmp_path, "first")
-    save(tmp_path, 2, keep=1, attempt="first")
+    save(tmp_path, 2, keep=1, launch="first")
     with ThreadPoolExecutor(1) as pool:
-        writer = CheckpointWriter(tmp_path, State(4, "run", None, "first"), 1, pool)
+        writer = CheckpointWriter(tmp_path, State(4, "run"), 1, pool, "first")
         writer.add("a", {"parameter": torch.zeros(2)})
         claim(tmp_path, "second")
         with pytest.raises(UserError, match="another align was started"):

@@ -19,8 +19,8 @@ from transformers import (
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from mmedpo_ray.align.packing import fast_layers
-from mmedpo_ray.align.packing.logps import make_fast, response_logps
-from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
+from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
+from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, pack
 
 IMAGE_TOKEN, IMAGE_TOKENS, VOCABULARY = 99, 4, 100
 
@@ -59,7 +59,7 @@ def build(text_config: type) -> Any:
 
 
 @pytest.fixture(scope="module")
-def forest() -> Forest:
+def forest() -> PackedTrees:
     start = [1, *[IMAGE_TOKEN] * IMAGE_TOKENS, 2]
     sequences = [
         TokenSequence([*start, *question], answer, image)
@@ -80,12 +80,12 @@ def forest() -> Forest:
     [(MistralConfig, True), (LlamaConfig, True), (Qwen2Config, True), (Qwen3Config, False)],
 )
 def test_log_probabilities_and_gradients_are_transformers_own(
-    text_config: type, is_known: bool, attention: str, forest: Forest
+    text_config: type, is_known: bool, attention: str, forest: PackedTrees
 ) -> None:
     """All weights are trained here; an architecture that is not known still attends along trees."""
     plain = build(text_config)
     fast = copy.deepcopy(plain)
-    make_fast(fast, attention=attention)
+    use_packed_forward(fast, attention=attention)
     assert fast_layers.is_installed(fast.model.language_model) == is_known
     logps = [response_logps(model, forest).logps for model in (plain, fast)]
     assert torch.allclose(*logps, atol=1e-4)

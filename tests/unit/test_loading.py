@@ -19,7 +19,7 @@ from tiny_llava import build_tiny_llava
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedConfig
 
-from mmedpo_ray.align.data.batch import ImageLoader, forest_batch, read_ahead
+from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, read_ahead
 from mmedpo_ray.align.packing.logps import response_logps
 from mmedpo_ray.align.packing.trees import TokenSequence, pack
 from mmedpo_ray.errors import UserError
@@ -247,7 +247,7 @@ def test_logps_equal_the_model_s_own_on_every_row(
         schemas.to_table(rows, schemas.SCORED), writer, max_length=256, visual_coefficient=1.0
     )
     model = load_model(str(model_folder), torch.float32)
-    batch = forest_batch(pairs, ImageLoader(writer), writer.pad_token_id, both_sides=True)
+    batch = pack_pairs(pairs, ImageLoader(writer), writer.pad_token_id, both_sides=True)
     assert batch.pixel_values.shape[0] == 4, "two images and their two noised ones, each once"
     found = response_logps(model, batch)
     images = ImageLoader(writer)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs_in_memory import plain_side
 
 from mmedpo_ray.align.losses import (
-    LOSSES,
     SUMS,
     Normaliser,
-    Objective,
     PairBatch,
-    Side,
+    PairLoss,
     preference_objective,
     sft_objective,
+    sigmoid,
     summarise,
 )
-from mmedpo_ray.errors import UserError
+from mmedpo_ray.align.settings import LOSSES, AlignConfig
 
 
 def pair_batch(weights: list[float], **changes: list) -> PairBatch:
@@ -44,13 +45,13 @@ def dpo_objective(
     **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return preference_objective(
-        Side.plain(chosen, tokens), Side.plain(rejected, tokens), pairs, total, Objective(**settings)
+        plain_side(chosen, tokens), plain_side(rejected, tokens), pairs, total, AlignConfig(**settings)
     )
 
 
 def test_loss_without_a_preference_is_log_two() -> None:
     zeros = torch.zeros(3)
-    assert torch.allclose(LOSSES["sigmoid"].function(zeros, Objective()), torch.full((3,), math.log(2)))
+    assert torch.allclose(sigmoid.function(zeros, AlignConfig()), torch.full((3,), math.log(2)))
 
 
 def test_a_pair_counts_in_proportion_to_its_weight() -> None:
@@ -69,7 +70,7 @@ def test_nll_is_the_mean_over_tokens_of_answers_that_count() -> None:
     anchored, sums = dpo_objective(chosen, chosen, tokens, pairs, total, beta=0.1, nll_coefficient=2.0)
     assert (anchored - plain).item() == pytest.approx(2.0 * 13.0 / 5.0, rel=1e-6)
     assert summarise(sums)["nll"] == pytest.approx(13.0 / 5.0)
-    assert sft_objective(Side.plain(chosen, tokens), pairs, total)[0].item() == pytest.approx(13.0 / 5.0)
+    assert sft_objective(plain_side(chosen, tokens), pairs, total)[0].item() == pytest.approx(13.0 / 5.0)
 
 
 def test_a_weightless_pair_gives_neither_loss_nor_gradient_even_where_it_overflows() -> None:
@@ -142,11 +143,11 @@ def test_each_loss_is_its_formula(loss: str, expected: float) -> None:
     settings = {"beta": 0.5, "loss": loss, "simpo_margin": 0.7}
     settings |= {"label_smoothing": 0.2} if loss in ("cdpo", "robust") else {}
     value, _ = preference_objective(
-        Side.plain(torch.tensor([-4.0]), torch.tensor([2])),
-        Side.plain(torch.tensor([-8.0]), torch.tensor([4])),
+        plain_side(torch.tensor([-4.0]), torch.tensor([2])),
+        plain_side(torch.tensor([-8.0]), torch.tensor([4])),
         pair_batch([1.0]),
         Normaliser(1.0, 2, 1),
-        Objective(**settings),
+        AlignConfig(**settings),
     )
     assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
@@ -178,16 +179,23 @@ def test_figures_are_told_apart_by_kind() -> None:
 def test_figures_of_absent_pairs_are_none() -> None:
     figures = summarise(
         sft_objective(
-            Side.plain(torch.tensor([-4.0]), torch.tensor([2])), pair_batch([1.0]), Normaliser(1.0, 2)
+            plain_side(torch.tensor([-4.0]), torch.tensor([2])), pair_batch([1.0]), Normaliser(1.0, 2)
         )[1]
     )
     assert figures["reward_margin"] is None
     assert figures["nll"] == pytest.approx(2.0)
 
 
-def test_weights_that_add_up_to_nothing_are_refused() -> None:
-    with pytest.raises(UserError, match="add up to 0"):
-        Normaliser(0.0, 3)
+def test_another_package_adds_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no loss 'squared'"):
+        AlignConfig(loss="squared")
+    entry = SimpleNamespace(load=lambda: PairLoss(lambda margins, align: align.beta * margins**2))
+    monkeypatch.setitem(vars(LOSSES), "_added", {"squared": entry})
+    chosen, rejected, tokens = torch.tensor([-4.0]), torch.tensor([-8.0]), torch.tensor([2])
+    loss, _ = dpo_objective(
+        chosen, rejected, tokens, pair_batch([1.0]), Normaliser(1.0, 2), loss="squared", beta=2.0
+    )
+    assert loss.item() == pytest.approx(2.0 * 3.0**2)
 
 
 @settings(deadline=None)

@@ -17,7 +17,7 @@ from tiny_llava import build_tiny_llava, put_the_image_last
 from mmedpo_ray.align.data.batch import Pair
 from mmedpo_ray.align.data.pair_index import ensure_index, load_index
 from mmedpo_ray.align.data.pair_source import StoredPairs, TablePairs
-from mmedpo_ray.align.data.tokenise import COLUMNS, Preparation, prepare_rows, with_reversed_pairs
+from mmedpo_ray.align.data.tokenise import COLUMNS, prepare_rows, with_reversed_pairs
 from mmedpo_ray.align.packing.trees import TokenSequence, pack
 from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.errors import UserError
@@ -47,7 +47,7 @@ ALIGN = align_settings(
 def prepared(scored: list[dict], writer: PromptWriter) -> list[dict]:
     rows = [{name: row[name] for name in COLUMNS} for row in scored]
     wrong = {row["sample_id"]: row["rejected"] for row in scored if row["kind"] == "text"}
-    found = prepare_rows(with_reversed_pairs(rows, wrong), writer, Preparation.of(ALIGN))
+    found = prepare_rows(with_reversed_pairs(rows, wrong), writer, ALIGN)
     return sorted(found, key=lambda row: row["tree_key"])
 
 
@@ -81,10 +81,10 @@ def test_files_and_row_groups_may_cut_trees(
         )
         for pair in pairs
     ]
-    stored = Plan.of(StoredPairs(str(tmp_path), writer, ALIGN), ALIGN, seed=3)
-    memory = Plan.of(PairsInMemory(pairs), ALIGN, seed=3)
+    stored = Plan(StoredPairs(str(tmp_path), writer, ALIGN), ALIGN, seed=3)
+    memory = Plan(PairsInMemory(pairs), ALIGN, seed=3)
     table = schemas.to_table(prepared(scored, writer), schemas.PREPARED)
-    unwritten = Plan.of(TablePairs(table, writer, ALIGN), ALIGN, seed=3)
+    unwritten = Plan(TablePairs(table, writer, ALIGN), ALIGN, seed=3)
     for step in range(stored.total_steps):
         for rank in range(2):
             batches = stored.micro_batches(step, rank, 2)
@@ -118,7 +118,7 @@ def test_an_index_is_that_of_its_table(scored: list[dict], writer: PromptWriter,
     with pytest.raises(FileNotFoundError):
         load_index(str(tmp_path))
     ensure_index(str(tmp_path), MANIFEST.model_copy(update={"content": "second"}))
-    assert json.loads((tmp_path / "index" / "index.json").read_text())["totals"]["pairs"] == [6, 2, 2]
+    assert json.loads((tmp_path / "index" / "index.json").read_text())["sums"]["pairs"] == [6, 2, 2]
 
 
 def test_training_pairs_need_a_shared_path() -> None:
@@ -147,10 +147,10 @@ def test_sums_are_those_of_the_packed_forests(
         packed += num_tokens(pairs, both_sides=True)
         packed_chosen += num_tokens([pair for pair in pairs if pair.counts_nll], both_sides=False)
         separate += sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - 2 for pair in pairs)
-    totals = source.index.totals
-    assert (totals.packed, totals.packed_chosen, totals.separate) == (packed, packed_chosen, separate)
-    assert totals.pairs == [21, 7, 7]
-    assert totals.weight[0] == pytest.approx(sum(row["weight"] for row in rows if row["kind"] == "text"))
+    sums = source.index.sums
+    assert [*sums["packed"], sums["separate"][0]] == [packed, packed_chosen, separate]
+    assert sums["pairs"].tolist() == [21, 7, 7]
+    assert sums["weight"][0] == pytest.approx(sum(row["weight"] for row in rows if row["kind"] == "text"))
 
 
 def num_tokens(pairs: list[Pair], *, both_sides: bool) -> int:
@@ -161,4 +161,4 @@ def num_tokens(pairs: list[Pair], *, both_sides: bool) -> int:
     uris = list(dict.fromkeys(uri for _, _, uri in sides))
     sequences = [TokenSequence(prompt, response, uris.index(uri)) for prompt, response, uri in sides]
     forest = pack(sequences, torch.zeros(len(uris), 3, 1, 1), pad_token_id=0)
-    return forest.input_ids.numel() - len(forest.layout.filling)
+    return forest.input_ids.numel() - len(forest.layout.padding)

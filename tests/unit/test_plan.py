@@ -12,17 +12,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs_in_memory import PairsInMemory
+from pairs_in_memory import PairsInMemory, plain_side, plan_of
 
 from mmedpo_ray.align.data.batch import Pair, pair_batch
-from mmedpo_ray.align.data.pair_source import hold_out
+from mmedpo_ray.align.data.pair_source import PairSource
 from mmedpo_ray.align.data.token_counts import TokenCounts
-from mmedpo_ray.align.losses import Objective, Side, preference_objective
-from mmedpo_ray.align.packing.trees import Forest, TokenSequence, num_slots, pack
+from mmedpo_ray.align.losses import preference_objective
+from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, num_slots, pack
 from mmedpo_ray.align.plan import balance as balance_module
 from mmedpo_ray.align.plan import plan as plan_module
 from mmedpo_ray.align.plan.balance import Limits, balance
 from mmedpo_ray.align.plan.plan import Plan, effective_sample_size
+from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.errors import UserError
 
 
@@ -49,7 +50,7 @@ def make_pairs(sizes: list[int]) -> list[Pair]:
     return pairs
 
 
-def forest_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> Forest:
+def forest_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> PackedTrees:
     """The packed forest of some pairs, with images that nobody looks at."""
     sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
     if both_sides:
@@ -67,12 +68,12 @@ def num_tokens(pairs: Sequence[Pair], *, both_sides: bool) -> int:
 def num_distinct(pairs: Sequence[Pair], *, both_sides: bool) -> int:
     """The same without what fills the rows up."""
     forest = forest_of(pairs, both_sides=both_sides)
-    return forest.input_ids.numel() - len(forest.layout.filling)
+    return forest.input_ids.numel() - len(forest.layout.padding)
 
 
 def make_plan(sizes: list[int], **changes: object) -> Plan:
     values: dict = {"seed": 0, "epochs": 2, "images_per_step": 3, "pairs_per_forward": 4}
-    return Plan(PairsInMemory(make_pairs(sizes)), **(values | changes))
+    return plan_of(PairsInMemory(make_pairs(sizes)), **(values | changes))
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,7 +107,7 @@ def test_every_step_computes_its_pairs_exactly_once(
 def test_every_epoch_sees_every_pair_once(sizes: list[int], images_per_step: int) -> None:
     plan = make_plan(sizes, images_per_step=images_per_step)
     for epoch in range(2):
-        steps = [step for step in range(plan.total_steps) if plan.epoch(step) == epoch]
+        steps = [step for step in range(plan.total_steps) if step // plan.steps_per_epoch == epoch]
         seen = Counter(pair.pair_id for step in steps for pair in plan.step_pairs(step))
         assert seen == Counter(pair.pair_id for pair in make_pairs(sizes))
 
@@ -122,7 +123,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
         [pair.pair_id for pair in make_plan(sizes, seed=1).step_pairs(step)] for step in range(8)
     ]
     source = PairsInMemory(make_pairs(sizes)[::-1])
-    shuffled = Plan(source, seed=0, epochs=2, images_per_step=3, pairs_per_forward=4)
+    shuffled = plan_of(source, seed=0, epochs=2, images_per_step=3, pairs_per_forward=4)
     assert [[pair.pair_id for pair in shuffled.step_pairs(step)] for step in range(8)] == order
 
 
@@ -196,11 +197,11 @@ def test_counts_are_those_of_the_packed_forests(
                 assert sum(sizes) == num_distinct(loaded, both_sides=both_sides)
                 assert num_slots(sizes) == num_tokens(loaded, both_sides=both_sides)
                 assert bins is members or len(rows) == 1 or num_slots(sizes) <= limit
-    totals = source.index.totals
+    sums = source.index.sums
     whole = [source.load(list(rows)) for rows in members]
-    assert totals.packed == sum(num_distinct(tree, both_sides=True) for tree in whole)
+    assert sums["packed"][0] == sum(num_distinct(tree, both_sides=True) for tree in whole)
     counted = [[pair for pair in tree if pair.counts_nll] for tree in whole]
-    assert totals.packed_chosen == sum(num_distinct(tree, both_sides=False) for tree in counted if tree)
+    assert sums["packed"][1] == sum(num_distinct(tree, both_sides=False) for tree in counted if tree)
 
 
 def test_every_question_of_an_image_counts() -> None:
@@ -220,12 +221,12 @@ def test_every_question_of_an_image_counts() -> None:
         for number in range(11)
     ]
     values: dict = {"seed": 0, "epochs": 1, "images_per_step": 1, "pairs_per_forward": 16}
-    plan = Plan(PairsInMemory(pairs), **values)
+    plan = plan_of(PairsInMemory(pairs), **values)
     expected = 577 + 11 * (60 + 2 + 3)
     assert plan.forwards(1).largest.tokens == expected == num_tokens(pairs, both_sides=True)
     assert plan.summary(plan.forwards(1))["tokens_per_epoch"] == expected
     assert plan.summary(plan.forwards(1))["sharing_factor"] == round(11 * (2 * 637 + 5) / expected, 2)
-    halves = Plan(PairsInMemory(pairs), **values, tokens_per_forward=1000).micro_batches(0, 0, 1)
+    halves = plan_of(PairsInMemory(pairs), **values, tokens_per_forward=1000).micro_batches(0, 0, 1)
     assert len(halves) == 2
     assert all(num_tokens(micro.pairs, both_sides=True) <= 1000 for micro in halves)
 
@@ -326,18 +327,18 @@ def test_more_ranks_than_trees_get_fillers() -> None:
 )
 def test_held_out_images_are_apart_with_all_their_pairs(sizes: list[int], share: float, seed: int) -> None:
     pairs = make_pairs(sizes)
-    parts = hold_out(PairsInMemory(pairs), share, seed)
+    parts = PairsInMemory(pairs).hold_out(share, seed)
     count = parts[1].index.num_images if parts[1] is not None else 0
     assert 1 <= count < len(sizes) and abs(count - share * len(sizes)) <= 1
     values: dict = {"seed": 0, "epochs": 1, "images_per_step": 3, "pairs_per_forward": 4}
     seen = []
     for part in parts:
         assert part is not None
-        plan = Plan(part, **values)
+        plan = plan_of(part, **values)
         found = [pair for step in range(plan.total_steps) for pair in plan.step_pairs(step)]
         images = {pair.image_id for pair in found}
         # As if there were no other pair.
-        alone = Plan(PairsInMemory([pair for pair in pairs if pair.image_id in images]), **values)
+        alone = plan_of(PairsInMemory([pair for pair in pairs if pair.image_id in images]), **values)
         assert plan.summary(plan.forwards(1)) == alone.summary(alone.forwards(1)) and plan.num_pairs == len(
             found
         )
@@ -350,7 +351,7 @@ def test_held_out_images_are_apart_with_all_their_pairs(sizes: list[int], share:
 
 def test_images_added_later_change_little_of_what_is_held_out() -> None:
     def held_out(count: int, seed: int = 0) -> set[str]:
-        _, apart = hold_out(PairsInMemory(make_pairs([2] * count)), 0.25, seed)
+        _, apart = PairsInMemory(make_pairs([2] * count)).hold_out(0.25, seed)
         assert apart is not None
         return {pair.image_id for pair in apart.load(range(2 * count)) if _is_selected(apart, pair)}
 
@@ -359,16 +360,16 @@ def test_images_added_later_change_little_of_what_is_held_out() -> None:
     assert held_out(40, seed=1) != before
 
 
-def _is_selected(source: PairsInMemory, pair: Pair) -> bool:
+def _is_selected(source: PairSource, pair: Pair) -> bool:
     assert source.index.selected is not None
     return int(pair.image_id[1:]) in source.index.selected
 
 
 def test_one_image_cannot_be_shared_out() -> None:
     source = PairsInMemory(make_pairs([3]))
-    assert hold_out(source, 0.0, 0) == (source, None)
+    assert source.hold_out(0.0, 0) == (source, None)
     with pytest.raises(UserError, match=r"validation_share=0\.1 holds out images, and there are pairs of 1"):
-        hold_out(source, 0.1, 0)
+        source.hold_out(0.1, 0)
 
 
 def test_denominators_run_over_the_whole_step() -> None:
@@ -388,18 +389,18 @@ def test_the_mean_of_the_released_code_counts_pairs_without_weight(pairs_per_for
         for pair in make_pairs([2, 3, 2])
     ]
     margins = {pair.pair_id: 0.7 * index - 1.5 for index, pair in enumerate(pairs)}
-    plan = Plan(
+    plan = plan_of(
         PairsInMemory(pairs), seed=0, epochs=1, images_per_step=3, pairs_per_forward=pairs_per_forward
     )
     assert plan.summary(plan.forwards(1))["pairs"] == 7
-    objective = Objective(beta=0.3, reduction="mean")
+    objective = AlignConfig(beta=0.3, reduction="mean")
     total, loss = plan.normaliser(0), torch.zeros(())
     computed = []
     for micro in plan.micro_batches(0, 0, 1):
         batch = pair_batch(micro.pairs, is_filler=micro.is_filler)
         count = torch.ones(len(micro.pairs), dtype=torch.int64)
         chosen = torch.tensor([margins[pair.pair_id] for pair in micro.pairs])
-        sides = (Side.plain(chosen, count), Side.plain(torch.zeros_like(chosen), count))
+        sides = (plain_side(chosen, count), plain_side(torch.zeros_like(chosen), count))
         loss = loss + preference_objective(*sides, batch, total, objective)[0]
         computed += [pair.pair_id for pair in micro.pairs]
     assert sorted(computed) == ["000-00", "001-00", "001-01", "001-02"], "the others need no forward pass"
@@ -410,7 +411,7 @@ def test_the_mean_of_the_released_code_counts_pairs_without_weight(pairs_per_for
 
 def test_a_step_of_pairs_without_weight_has_no_loss() -> None:
     pairs = [replace(pair, weight=0.0, counts_nll=False) for pair in make_pairs([2])]
-    plan = Plan(PairsInMemory(pairs), seed=0, epochs=1, images_per_step=1, pairs_per_forward=4)
+    plan = plan_of(PairsInMemory(pairs), seed=0, epochs=1, images_per_step=1, pairs_per_forward=4)
     (micro,) = plan.micro_batches(0, 0, 1)
     assert micro.is_filler and plan.normaliser(0).pairs == 2
     assert effective_sample_size(plan.step_weights(0)) == 0.0
@@ -428,7 +429,7 @@ def test_steps_end_with_the_epochs_or_before() -> None:
 
 def test_no_pair_is_an_error() -> None:
     with pytest.raises(UserError, match="no pair to train on"):
-        Plan(PairsInMemory([]), seed=0, epochs=1, images_per_step=1, pairs_per_forward=1)
+        plan_of(PairsInMemory([]), seed=0, epochs=1, images_per_step=1, pairs_per_forward=1)
 
 
 def test_effective_sample_size() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mmedpo_ray.align.packing import tree_attention
-from mmedpo_ray.align.packing.logps import make_fast, response_logps
+from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
 from mmedpo_ray.align.packing.tree_attention import LayerTree, attention_bias
-from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
+from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, pack
 from mmedpo_ray.errors import UserError
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -24,7 +25,7 @@ SCALING = SIZE**-0.5
 tokens = st.lists(st.integers(1, 3), min_size=1, max_size=9)
 
 
-def draw_states(forest: Forest, heads: int, seed: int) -> Tensor:
+def draw_states(forest: PackedTrees, heads: int, seed: int) -> Tensor:
     """(R, H, T, D) as a layer makes them: a transposed view."""
     rows, length = forest.input_ids.shape
     generator = torch.Generator().manual_seed(seed)
@@ -32,7 +33,7 @@ def draw_states(forest: Forest, heads: int, seed: int) -> Tensor:
     return states.requires_grad_().transpose(1, 2)
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, forest: Forest) -> Tensor:
+def dense(query: Tensor, key: Tensor, value: Tensor, forest: PackedTrees) -> Tensor:
     key, value = (part.repeat_interleave(HEADS // KEY_HEADS, dim=1) for part in (key, value))
     mask = forest.dense_mask()
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=SCALING).transpose(1, 2)
@@ -49,11 +50,13 @@ def test_values_and_gradients_are_those_of_the_dense_mask(
     sequences = [TokenSequence(prompt, response, images.index(image)) for prompt, response, image in items]
     forest = pack(sequences, torch.zeros(len(images), 3, 2, 2), pad_token_id=0)
     states = [draw_states(forest, heads, seed) for seed, heads in enumerate((HEADS, KEY_HEADS, KEY_HEADS))]
-    bias = attention_bias(forest.layout.sees, HEADS // KEY_HEADS, torch.float64)
+    config = SimpleNamespace(num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS)
+    model = SimpleNamespace(config=config, dtype=torch.float64)
+    bias = attention_bias(forest.layout.sees, model)
     ours = tree_attention.tree_attention(*states, LayerTree(forest.layout, bias), SCALING)
     theirs = dense(*states, forest)
     is_token = torch.ones(forest.input_ids.shape, dtype=torch.bool)
-    is_token.view(-1)[forest.layout.filling] = False
+    is_token.view(-1)[forest.layout.padding] = False
     assert torch.allclose(ours[is_token], theirs[is_token], atol=1e-12)
     weights = torch.randn(
         ours[is_token].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
@@ -77,7 +80,7 @@ def test_filling_is_no_tree_and_a_trunk_is_in_no_block() -> None:
     assert layout.trunk_shape == (2, 22)
     assert layout.owner.tolist() == [0], "three branch tokens of the first tree are one block"
     assert layout.sees.shape == (1, 3, 22 + 3)
-    assert layout.filling.tolist() == [45], "the second row lacks one token"
+    assert layout.padding.tolist() == [45], "the second row lacks one token"
 
 
 BASE = {
@@ -147,7 +150,7 @@ def test_a_known_family_computes_as_transformers_own_attention_does(family: str)
         logits = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits[0]
         logps = torch.log_softmax(logits[len(prompt) - 1 : -1].float(), -1)
         expected.append(logps.gather(1, torch.tensor(response)[:, None]).sum())
-    make_fast(model)
+    use_packed_forward(model)
     found = response_logps(model, pack(sequences, pixels, pad_token_id=0)).logps
     assert torch.allclose(found, torch.stack(expected), rtol=1e-5, atol=1e-4)
 
@@ -155,13 +158,13 @@ def test_a_known_family_computes_as_transformers_own_attention_does(family: str)
 @pytest.mark.parametrize("family", ["gemma2", "stablelm", "gpt_neox", "ministral"])
 def test_a_family_that_is_not_known_to_attend_along_trees_is_refused(family: str) -> None:
     with pytest.raises(UserError, match=rf"{family}.*Known to work are .*llama.*qwen3"):
-        make_fast(llava_around(family))
+        use_packed_forward(llava_around(family))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
 def test_soft_capping_is_refused_by_every_attention(attention: str) -> None:
     with pytest.raises(UserError, match=r"gemma2.*attn_logit_softcapping"):
-        make_fast(llava_around("gemma2"), attention=attention)
+        use_packed_forward(llava_around("gemma2"), attention=attention)
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "dropout"])

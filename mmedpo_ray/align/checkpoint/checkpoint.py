@@ -2,10 +2,11 @@
 
     <folder>/checkpoints/step-000050/{shard-00001.safetensors, …, index.json, state.json}
 
-Tensors are stored whole, so a run may go on with another number of workers, and in shards, so that no rank holds all of them.
-A checkpoint is written under a temporary name and renamed: what carries a step's name is complete. One that is found damaged
-all the same is renamed (``.damaged-step-000050``) and never deleted while the run lasts. ``state.json`` has the step
-and, where the held-out images were evaluated at it, their loss: the best checkpoint is the one with the lowest.
+Tensors are stored whole, so a run may resume with another number of workers, and in shards, so that no rank
+holds all of them. A checkpoint is written under a temporary name and renamed: a folder with a step's name is
+complete. If it is damaged nevertheless, it is renamed (``.damaged-step-000050``) and not deleted during the
+run. ``state.json`` has the step and, if the held-out images were evaluated at it, their loss: the best
+checkpoint is the one with the lowest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,60 +29,73 @@ from mmedpo_ray.models.shards import SHARD_BYTES, ShardReader, ShardWriter, flus
 
 log = logging.getLogger(__name__)
 
-_PREFIX = "step-"
-_NAME = re.compile(rf"{_PREFIX}([0-9]+)")
-_DAMAGED, _OTHER = ".damaged-", ".other-run-"
-_TEMPORARY = ".tmp"
-_STATE = "state.json"
-
 CHECKPOINTS = "checkpoints"
 """Name of the folder that holds them."""
 PARAMETER = "parameter"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-# What readers raise of a file that is cut off or holds something else.
-_WRONG_CONTENT = (ValueError, LookupError, TypeError, AttributeError, SafetensorError)
+_PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}([0-9]+)")
+_DAMAGED = ".damaged-"
+_TEMPORARY = ".tmp"
+_STATE = "state.json"
 
 
 class DamagedCheckpointError(Exception):
     """A folder with the name of a checkpoint does not hold one."""
 
 
+@dataclass(frozen=True)
+class State:
+    """Position of a run.
+
+    Attributes:
+        step: updates done; the next step to run.
+        key: identity of the run.
+        validation_loss: of the held-out images at this step; ``None`` if they were not evaluated.
+    """
+
+    step: int
+    key: str
+    validation_loss: float | None = None
+
+
 class Checkpoint:
-    """The state of a run after ``step`` updates, on disk; tensors are read when they are asked for.
+    """The state of a run after ``step`` updates, on disk; a tensor is read when it is requested.
 
     Args:
         path: folder of the checkpoint.
 
     Attributes:
-        step: updates done; the next step to run.
-        key: identity of the run.
-        validation_loss: of the held-out images at this step; ``None`` where they were not evaluated.
+        step, key, validation_loss: see :class:`State`.
 
     Raises:
-        DamagedCheckpointError: a file is missing, cut off or not what it should be.
-        OSError: a file that is there cannot be read, which says nothing about what is in it.
+        DamagedCheckpointError: a file is missing, cut off or has the wrong content.
+        OSError: an existing file cannot be read, which says nothing about its content.
     """
 
     def __init__(self, path: Path) -> None:
         try:
-            # safetensors says of any file that it cannot open that it is missing.
+            # safetensors reports any file that it cannot open as missing.
             for file in sorted(path.iterdir()):
                 with file.open("rb") as opened:
                     opened.read(1)
-            state = json.loads((path / _STATE).read_text())
-            self.path = path
-            self.step: int = state["step"]
-            self.key: str = state["key"]
-            self.validation_loss: float | None = state["validation_loss"]
+            state = State(**json.loads((path / _STATE).read_text()))
             self._shards = ShardReader(path)
-        except (FileNotFoundError, *_WRONG_CONTENT) as error:
+        except (
+            FileNotFoundError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            SafetensorError,
+        ) as error:
             raise DamagedCheckpointError(f"{path} ({type(error).__name__})") from error
+        self.path = path
+        self.step, self.key, self.validation_loss = state.step, state.key, state.validation_loss
 
     @property
     def names(self) -> list[str]:
-        """Of the trained parameters, sorted."""
+        """Names of the trained parameters, sorted."""
         prefix = f"{PARAMETER}."
         return sorted(name.removeprefix(prefix) for name in self._shards.names if name.startswith(prefix))
 
@@ -94,44 +108,38 @@ class Checkpoint:
         return self._shards.tensor(f"{moment}.{name}")
 
 
-@dataclass(frozen=True)
-class State:
-    """What ``state.json`` holds; see :class:`Checkpoint`. ``attempt``, the launch that writes it, is not stored."""
-
-    step: int
-    key: str
-    validation_loss: float | None = None
-    attempt: str = ""
-
-
 class CheckpointWriter:
     """Writes a checkpoint parameter by parameter; on one rank only.
 
     Args:
         folder: of the run.
         state: position of the run.
-        keep: checkpoints to keep, this one included; the best stays besides.
-        pool: writes while training goes on; runs one task at a time, in order.
+        keep: checkpoints to keep, this one included; the best is kept in addition.
+        pool: writes while training continues; runs one task at a time, in order.
+        launch: that writes, see :mod:`mmedpo_ray.align.checkpoint.run_lock`.
         shard_bytes: see :class:`~mmedpo_ray.models.shards.ShardWriter`.
 
     Raises:
-        UserError: the folder is another launch's by now; also when it is found out at the end. Nothing is changed.
+        UserError: another launch owns the folder; also raised at the end. Nothing is changed.
     """
 
     def __init__(
-        self, folder: Path, state: State, keep: int, pool: Executor, shard_bytes: int = SHARD_BYTES
+        self,
+        folder: Path,
+        state: State,
+        keep: int,
+        pool: Executor,
+        launch: str = "",
+        shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        check_claim(folder, state.attempt)
-        self._folder = folder
-        self._state = state
-        self._keep = keep
-        self._pool = pool
-        self._target = _root(folder) / f"{_PREFIX}{state.step:06d}"
-        for unfinished in _root(folder).glob(f".{_PREFIX}*{_TEMPORARY}"):
+        check_claim(folder, launch)
+        self._folder, self._state, self._keep, self._pool, self._launch = folder, state, keep, pool, launch
+        root = folder / CHECKPOINTS
+        for unfinished in root.glob(f".{_PREFIX}*{_TEMPORARY}"):
             shutil.rmtree(unfinished, ignore_errors=True)
-        # A launch that was given up may write the same step at the same time.
-        owner = state.attempt and f".{state.attempt}"
-        self._temporary = self._target.with_name(f".{self._target.name}{owner}{_TEMPORARY}")
+        self._target = root / f"{_PREFIX}{state.step:06d}"
+        # A launch that was replaced may write the same step at the same time.
+        self._temporary = root / f".{self._target.name}.{launch}{_TEMPORARY}"
         self._temporary.mkdir(parents=True)
         self._shards = ShardWriter(self._temporary, pool, shard_bytes)
 
@@ -141,24 +149,16 @@ class CheckpointWriter:
             self._shards.add(f"{kind}.{name}", tensor)
 
     def finish(self) -> Future[Path]:
-        """Ends the checkpoint; the future is done once it has its name and older ones are removed."""
+        """Ends the checkpoint; the future is done when it has its name and older ones are removed."""
         return self._pool.submit(self._commit, self._shards.finish())
 
     def _commit(self, written: Future[None]) -> Path:
         written.result()
         state = self._temporary / _STATE
-        state.write_text(
-            json.dumps(
-                {
-                    "step": self._state.step,
-                    "key": self._state.key,
-                    "validation_loss": self._state.validation_loss,
-                }
-            )
-        )
+        state.write_text(json.dumps(asdict(self._state)))
         flush_to_disk(state)
         try:
-            check_claim(self._folder, self._state.attempt)
+            check_claim(self._folder, self._launch)
         except UserError:
             shutil.rmtree(self._temporary)
             raise
@@ -171,86 +171,78 @@ class CheckpointWriter:
 
 
 def load_last_checkpoint(folder: Path, key: str) -> Checkpoint | None:
-    """The newest readable checkpoint of this run; damaged ones are passed over with a warning.
+    """The newest usable checkpoint of this run; damaged ones are skipped with a warning.
 
     Args:
         folder: of the run.
         key: identity of the run; checkpoints of another are ignored.
 
     Raises:
-        OSError: names a file that is there and cannot be read.
+        OSError: names an existing file that cannot be read.
     """
-    return next(_readable(folder, key), None)
+    return next(_usable(folder, key), None)
 
 
 def load_best_checkpoint(folder: Path, key: str) -> Checkpoint | None:
-    """The readable checkpoint with the lowest validation loss, the earliest of equals; ``None`` without validation.
+    """The usable checkpoint with the lowest validation loss, the earliest of equals; ``None`` without
+    validation.
 
     Raises:
-        OSError: names a file that is there and cannot be read.
+        OSError: names an existing file that cannot be read.
     """
-    measured = [
-        (found.validation_loss, found.step, found)
-        for found in _readable(folder, key)
-        if found.validation_loss is not None
-    ]
-    return min(measured)[-1] if measured else None
+    return _best(_usable(folder, key))
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; what else lies beside them is left out.
+    """Complete checkpoints, oldest first; other files beside them are ignored.
 
     Raises:
-        OSError: the folder is there and cannot be read.
+        OSError: the folder exists and cannot be read.
     """
     try:
-        # Not a pattern: pathlib takes a folder that it may not read for an empty one.
-        found = [path for path in _root(folder).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        # Not glob: pathlib treats a folder that it may not read as empty.
+        found = [path for path in (folder / CHECKPOINTS).iterdir() if _NAME.fullmatch(path.name)]
     except FileNotFoundError:
         return []
-    return sorted(found, key=_step)
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[len(_PREFIX) :]))
 
 
 def remove_checkpoints(folder: Path) -> None:
     """Deletes all checkpoints of a run."""
-    shutil.rmtree(_root(folder), ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def set_aside_passed_over(folder: Path, key: str) -> list[Path]:
-    """Takes the step's name from what a resumed run passes over, so that it is neither kept for one nor written over.
+def set_aside_unusable(folder: Path, key: str) -> list[Path]:
+    """Renames checkpoints that a resumed run skips, so that they are neither counted nor overwritten.
 
     Args:
         folder: of the run.
         key: identity of the run.
 
     Returns:
-        Where the damaged checkpoints (``.damaged-step-…``) and those of another run (``.other-run-step-…``) are now.
+        The new names (``.damaged-step-…``) of checkpoints that are damaged or of another run.
 
     Raises:
-        OSError: names a file that is there and cannot be read.
+        OSError: names an existing file that cannot be read.
     """
-    aside = []
+    renamed = []
     for path in checkpoint_folders(folder):
         found = _read(path)
-        if found is not None and found.key == key:
-            continue
-        target = path.with_name(f"{_OTHER if found else _DAMAGED}{path.name}")
-        if target.exists():
-            shutil.rmtree(target)
-        path.rename(target)
-        log.warning(
-            "align: %s is %s; it is kept as %s", path, "of another run" if found else "damaged", target
-        )
-        aside.append(target)
-    return aside
+        if found is None or found.key != key:
+            target = path.with_name(f"{_DAMAGED}{path.name}")
+            if target.exists():
+                shutil.rmtree(target)
+            renamed.append(path.rename(target))
+            log.warning("align: %s is damaged or of another run; it is kept as %s", path, target)
+    return renamed
 
 
-def _readable(folder: Path, key: str) -> Iterator[Checkpoint]:
-    """Readable checkpoints of this run, newest first."""
+def _usable(folder: Path, key: str) -> Iterator[Checkpoint]:
+    """Usable checkpoints of this run, newest first."""
     for path in reversed(checkpoint_folders(folder)):
         found = _read(path)
         if found is None:
-            log.warning("align: the checkpoint %s is damaged and is passed over", path)
+            log.warning("align: the checkpoint %s is damaged and is skipped", path)
         elif found.key == key:
             yield found
 
@@ -267,31 +259,19 @@ def _read(path: Path) -> Checkpoint | None:
         raise OSError(error.errno, why, error.filename or str(path)) from error
 
 
+def _best(checkpoints: Iterator[Checkpoint]) -> Checkpoint | None:
+    measured = [(found.validation_loss, found.step, found) for found in checkpoints]
+    return min((item for item in measured if item[0] is not None), default=(None,))[-1]
+
+
 def _remove_old(folder: Path, keep: int) -> None:
     """Removes all but the last ``keep`` checkpoints and the best."""
     paths = checkpoint_folders(folder)
     try:
-        measured = [(loss, path) for path in paths if (loss := _validation_loss(path)) is not None]
+        best = _best(found for path in paths if (found := _read(path)) is not None)
     except OSError as error:
-        log.warning("align: all checkpoints stay, since which of them is the best cannot be read: %s", error)
+        log.warning("align: all checkpoints are kept, because the best one is unknown: %s", error)
         return
-    best = min(measured, default=None)
     for path in paths[:-keep]:
-        if best is None or path != best[1]:
+        if best is None or path != best.path:
             shutil.rmtree(path)
-
-
-def _validation_loss(path: Path) -> float | None:
-    """Of a checkpoint; ``None`` where it was not measured or the file is missing or damaged."""
-    try:
-        return json.loads((path / _STATE).read_text())["validation_loss"]
-    except (FileNotFoundError, *_WRONG_CONTENT):
-        return None
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix(_PREFIX))
-
-
-def _root(folder: Path) -> Path:
-    return folder / CHECKPOINTS

@@ -1,4 +1,4 @@
-"""What of a training run is on disk: where it resumes, its checkpoints, and what it ends with. One keeper on every rank."""
+"""The checkpoints of a running training: where it resumes, what it saves, and its result."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mmedpo_ray.align.checkpoint.checkpoint import (
     State,
     load_best_checkpoint,
     load_last_checkpoint,
-    set_aside_passed_over,
+    set_aside_unusable,
 )
-from mmedpo_ray.align.checkpoint.output_weights import write_trained
+from mmedpo_ray.align.checkpoint.output_weights import write_output
 from mmedpo_ray.align.checkpoint.run_lock import check_claim
 from mmedpo_ray.align.engines.base import Engine
 from mmedpo_ray.align.policy import TrainingSpec
@@ -26,8 +26,9 @@ from mmedpo_ray.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class CheckpointKeeper:
-    """Gathers checkpoints on all ranks and writes them on rank 0. Every method is called by all ranks together.
+class CheckpointManager:
+    """Gathers checkpoints on all ranks and writes them on rank 0. Every method is called by all ranks
+    together.
 
     Args:
         spec: the run. The default process group must be initialised.
@@ -39,14 +40,14 @@ class CheckpointKeeper:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[Path] | None = None
         self._saved_step = -1
-        self._lowest = math.inf
+        self._lowest_loss = math.inf
 
     def resume(self) -> Checkpoint | None:
-        """The checkpoint to go on from; damaged ones lose their names and are kept.
+        """The checkpoint to resume from; damaged ones are renamed and kept.
 
         Raises:
             UserError: the ranks see different ones.
-            OSError: names a file of a checkpoint that is there and cannot be read; nothing was changed.
+            OSError: names an existing file of a checkpoint that cannot be read; nothing was changed.
         """
         folder, key = self._spec.folder, self._spec.key
         found, best = load_last_checkpoint(folder, key), load_best_checkpoint(folder, key)
@@ -55,33 +56,35 @@ class CheckpointKeeper:
         dist.all_gather_object(seen, here)
         if len(set(seen)) > 1:
             raise UserError(
-                f"align: the ranks see different checkpoints in {folder} (steps {[steps[0] for steps in seen]}). All nodes "
-                "must share this folder (NFS, Lustre, FSx); set run.folder to one they share."
+                f"align: the ranks see different checkpoints in {folder} (steps {[steps[0] for steps in seen]}). All "
+                "nodes must share this folder (NFS, Lustre, FSx); set run.folder to one they share."
             )
         if self._rank == 0:
-            set_aside_passed_over(folder, key)
+            set_aside_unusable(folder, key)
         if best is not None and best.validation_loss is not None:
-            self._lowest = best.validation_loss
+            self._lowest_loss = best.validation_loss
         if found is not None:
             self._saved_step = found.step
         return found
 
     def is_best(self, validation_loss: float | None) -> bool:
-        """Whether a step's validation loss is the lowest so far; remembers it. ``None``: not measured, or not finite."""
-        if validation_loss is None or validation_loss >= self._lowest:
+        """Whether a validation loss is the lowest so far; remembers it. ``None``: not measured, or not finite."""
+        if validation_loss is None or validation_loss >= self._lowest_loss:
             return False
-        self._lowest = validation_loss
+        self._lowest_loss = validation_loss
         return True
 
     def save(self, engine: Engine, step: int, validation_loss: float | None) -> None:
-        """Gathers the state one parameter at a time; the last two shards are written while training goes on."""
+        """Gathers the state one parameter at a time; the last two shards are written while training continues."""
         if step == self._saved_step:
             return
         self.wait()
         writer = None
         if self._rank == 0:
-            state = State(step, self._spec.key, validation_loss, self._spec.attempt)
-            writer = CheckpointWriter(self._spec.folder, state, self._spec.align.keep_checkpoints, self._pool)
+            spec, state = self._spec, State(step, self._spec.key, validation_loss)
+            writer = CheckpointWriter(
+                spec.folder, state, spec.align.keep_checkpoints, self._pool, spec.launch
+            )
         for name, tensors in engine.state():
             if writer is not None:
                 writer.add(name, tensors)
@@ -90,7 +93,7 @@ class CheckpointKeeper:
         self._saved_step = step
 
     def wait(self) -> None:
-        """Returns when the checkpoint under way is on disk.
+        """Returns when the checkpoint that is being written is on disk.
 
         Raises:
             OSError: it could not be written.
@@ -101,7 +104,7 @@ class CheckpointKeeper:
         dist.barrier()
 
     def finish(self, engine: Engine, step: int, validation_loss: float | None) -> None:
-        """Keeps the end as a checkpoint and writes what was trained, as ``align.keep`` says of the last or the best one."""
+        """Saves the last state, and writes the last or the best weights (``align.keep``) as the run's result."""
         self.save(engine, step, validation_loss)
         self.wait()
         if self._rank == 0:
@@ -113,6 +116,6 @@ class CheckpointKeeper:
                     log.warning("align: no validation loss was finite; the last weights are kept")
                 chosen = best or chosen
             assert chosen is not None
-            check_claim(folder, self._spec.attempt)
-            write_trained(engine.policy.model, chosen, folder, self._spec.dtype)
+            check_claim(folder, self._spec.launch)
+            write_output(engine.policy.model, chosen, folder, self._spec.dtype)
         dist.barrier()

@@ -1,16 +1,15 @@
-"""What a training run ends with: an adapter as peft reads it, or the trained weights of a whole model.
+"""The result of a training run: an adapter in peft's format, or the trained weights of a whole model.
 
-    <folder>/adapter/   LoRA (and, with ``align.train_projector``, the projector): adapter_config.json, adapter_model.safetensors
+    <folder>/adapter/   LoRA (and the projector with ``align.train_projector``): adapter_config.json,
+                        adapter_model.safetensors
     <folder>/weights/   ``align.train=full``: shards and their index (:mod:`mmedpo_ray.models.shards`)
 
-Names under ``weights/`` are those of ``LlavaForConditionalGeneration.named_parameters()``, values in the precision of training;
-what was not trained is in the base model. `export` makes a whole model of either.
+Names under ``weights/`` are those of ``LlavaForConditionalGeneration.named_parameters()``, values have the
+precision of training; what was not trained is in the base model. `export` makes a whole model of either.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from mmedpo_ray.io import storage
 from mmedpo_ray.models.shards import INDEX, ShardWriter
 from mmedpo_ray.tables.run_folder import ADAPTER, WEIGHTS
 
+_ADAPTER_FILE = "adapter_model.safetensors"
 
-def write_trained(model: Any, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> Path:
-    """Writes what a checkpoint holds in the form that is handed on; whole or not at all.
+
+def write_output(model: Any, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> Path:
+    """Writes the parameters of a checkpoint as the run's result; whole or not at all.
 
     Args:
         model: the policy's model, for names and LoRA settings; its values are not read.
@@ -35,24 +36,26 @@ def write_trained(model: Any, checkpoint: Checkpoint, folder: Path, dtype: torch
     Returns:
         The folder written.
     """
-    if hasattr(model, "peft_config"):
-        with _replaced(folder / ADAPTER) as temporary:
-            _write_adapter(model, checkpoint, temporary)
-        return folder / ADAPTER
-    with _replaced(folder / WEIGHTS) as temporary, ThreadPoolExecutor(1) as pool:
-        writer = ShardWriter(temporary, pool)
-        for name in checkpoint.names:
-            writer.add(name, checkpoint.parameter(name).to(dtype))
-        writer.finish().result()
-    return folder / WEIGHTS
+    target = folder / (ADAPTER if hasattr(model, "peft_config") else WEIGHTS)
+    temporary = target.with_name(f".{target.name}.tmp")
+    storage.remove(str(temporary))
+    temporary.mkdir(parents=True)
+    if target.name == ADAPTER:
+        _write_adapter(model, checkpoint, temporary)
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            writer = ShardWriter(temporary, pool)
+            for name in checkpoint.names:
+                writer.add(name, checkpoint.parameter(name).to(dtype))
+            writer.finish().result()
+    storage.move(str(temporary), str(target))
+    return target
 
 
-def find_trained(folder: Path) -> Path | None:
-    """The folder that :func:`write_trained` wrote; ``None`` if there is none."""
-    for name, file in ((ADAPTER, "adapter_model.safetensors"), (WEIGHTS, INDEX)):
-        if (folder / name / file).is_file():
-            return folder / name
-    return None
+def find_output(folder: Path) -> Path | None:
+    """The folder that :func:`write_output` wrote; ``None`` if there is none."""
+    files = (folder / ADAPTER / _ADAPTER_FILE, folder / WEIGHTS / INDEX)
+    return next((file.parent for file in files if file.is_file()), None)
 
 
 def _write_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
@@ -60,21 +63,8 @@ def _write_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
     from safetensors.torch import save_file
 
     parameters = {name: checkpoint.parameter(name) for name in checkpoint.names}
-    save_file(
-        get_peft_model_state_dict(model, state_dict=parameters),
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = get_peft_model_state_dict(model, state_dict=parameters)
+    save_file(tensors, folder / _ADAPTER_FILE, metadata={"format": "pt"})
     settings = model.peft_config["default"]
     settings.inference_mode = True
     settings.save_pretrained(str(folder))
-
-
-@contextlib.contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of ``folder`` once it is complete."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    storage.remove(str(temporary))
-    temporary.mkdir(parents=True)
-    yield temporary
-    storage.move(str(temporary), str(folder))

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from mmedpo_ray.align.losses import PairBatch
-from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
+from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, pack
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io.images import ImageError, load_rgb
 from mmedpo_ray.models.loading import PromptWriter
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Pair:
         is_visual: the rejected side is an image.
         image_uri, rejected_image_uri: images of the two sides.
         prompt, chosen, rejected: token ids; prompt + response is at most ``align.max_length`` long.
-        weight: effective weight in the loss, not negative; of 0: the pair is counted and not computed.
-        ref_chosen, ref_rejected: reference log-probabilities, nats; 0 where the objective needs none.
+        weight: effective weight in the loss, not negative; a pair of weight 0 is counted and not computed.
+        ref_chosen, ref_rejected: reference log-probabilities, nats; 0 if the objective needs none.
         counts_nll: the chosen answer enters the terms about likelihood, divergence and anchor.
         chosen_weights, rejected_weights: of the response tokens, 0 to 1; ``None``: all 1.
     """
@@ -54,37 +54,36 @@ class Pair:
 
 
 class ImageLoader:
-    """Reads and processes images, keeping the last ones in memory.
+    """Reads and processes images, and keeps the last ones in memory.
 
     Args:
-        writer: of the model; its processor shapes the pixels.
-        cached_images: how many are kept; all pairs of an image follow one another, and small images fit whole.
-        threads: that read and process images side by side. A radiograph of 2,048 x 2,048 pixels takes a core nearly a tenth of
-            a second, which one thread could not hide behind a step on a GPU.
+        writer: of the model; its processor makes the pixels.
+        cached_images: how many are kept; all pairs of an image follow one another, and small images fit
+            whole.
+        threads: that read and process images in parallel. A radiograph of 2,048 x 2,048 pixels takes a core
+            nearly a tenth of a second, which one thread could not hide behind a step on a GPU.
     """
 
     def __init__(self, writer: PromptWriter, cached_images: int = 64, threads: int = 1) -> None:
         self._writer = writer
         self._cached_images = cached_images
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
 
     def __call__(self, uris: Sequence[str]) -> Tensor:
         """Pixels of the images, (I, 3, H, W).
 
         Raises:
-            UserError: an image cannot be read any more.
+            UserError: an image can no longer be read.
         """
         missing = [uri for uri in dict.fromkeys(uris) if uri not in self._cache]
-        if missing:
-            try:
-                pixels = list((self._pool.map if self._pool else map)(self._read, missing))
-            except ImageError as error:
-                raise UserError(
-                    f"an image of a pair cannot be read any more ({error}). Restore the file, or run ingest and curate "
-                    "again so that its rows are left out."
-                ) from error
-            self._cache.update(zip(missing, pixels, strict=True))
+        try:
+            self._cache.update(zip(missing, self._pool.map(self._read, missing), strict=True))
+        except ImageError as error:
+            raise UserError(
+                f"an image of a pair cannot be read any more ({error}). Restore the file, or run ingest and curate "
+                "again so that its rows are dropped."
+            ) from error
         for uri in uris:
             self._cache.move_to_end(uri)
         stacked = torch.stack([self._cache[uri] for uri in uris])
@@ -96,10 +95,10 @@ class ImageLoader:
         return self._writer.pixels([load_rgb(uri)])[0]
 
 
-def read_ahead(read: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """What ``read`` makes of each item, in order; the next is read in a thread while the one before it is used."""
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The results of ``read`` for each item, in order; a thread reads the next one while one is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        ahead: Future[Made] | None = None
+        ahead: Future[Result] | None = None
         for item in items:
             before, ahead = ahead, pool.submit(read, item)
             if before is not None:
@@ -108,9 +107,9 @@ def read_ahead(read: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[
             yield ahead.result()
 
 
-def forest_batch(
+def pack_pairs(
     pairs: Sequence[Pair], images: ImageLoader, pad_token_id: int, *, both_sides: bool
-) -> Forest:
+) -> PackedTrees:
     """Packs the responses of N pairs: N chosen, then (``both_sides``) N rejected."""
     sides = [(pair.prompt, pair.chosen, pair.image_uri, pair.chosen_weights) for pair in pairs]
     if both_sides:
@@ -128,7 +127,7 @@ def forest_batch(
 def pair_batch(
     pairs: Sequence[Pair], *, is_filler: bool = False, device: torch.device | None = None
 ) -> PairBatch:
-    """The objective's view of the pairs; a filler counts nowhere."""
+    """What the objective needs of the pairs; a filler counts nowhere."""
 
     def tensor(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)

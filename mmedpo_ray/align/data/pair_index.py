@@ -1,19 +1,22 @@
-"""What the order of a training run needs to know of every pair: 46 bytes, in a file that ranks map into memory.
+"""The index of the `prepared` table: 46 bytes per pair, in files that ranks map into memory.
 
-The table `prepared` holds the pairs; its index holds their token counts, what they share (:mod:`~mmedpo_ray.align.data.token_counts`),
-their weights and where each image's pairs begin. It is built in one pass over the table, file by file (:func:`ensure_index`), and
-never read whole: a rank maps it, the ranks of a node share the pages, and a step touches those of its own images.
+It holds what the plan of a training run needs of every pair: token counts, what pairs share
+(:mod:`~mmedpo_ray.align.data.token_counts`), weights, and where each image's pairs begin. It is built in one
+pass over the table, file by file (:func:`ensure_index`), and never read whole: ranks map it, the ranks of a
+node share the pages, and a step touches those of its own images.
 
-Files in ``prepared/index/``: ``pairs.npy`` (N records of :data:`PAIR`), ``trees.npy`` (first row of every image, and N),
-``images.npy`` (a hash of every image's id), and ``index.json`` (sums for the plan's summary, the table's files and their rows), which is written last.
+Files in ``prepared/index/``: ``pairs.npy`` (N records of :data:`PAIR`), ``trees.npy`` (first row of every
+image, and N), ``images.npy`` (a hash of every image's id), and ``index.json`` (sums for the plan's summary,
+the table's files and their rows), which is written last.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,74 +52,67 @@ PAIR = np.dtype(
 )
 
 _COLUMNS = [
-    "image_id",
-    "kind",
-    "image_uri",
-    "rejected_image_uri",
-    "prompt",
-    "chosen",
-    "rejected",
-    "image_position",
-    "prompt_tokens",
-    "chosen_tokens",
-    "rejected_tokens",
-    "answer_hash",
-    "weight",
+    *(
+        "image_id",
+        "kind",
+        "image_uri",
+        "rejected_image_uri",
+        "prompt",
+        "chosen",
+        "rejected",
+        "image_position",
+    ),
+    *("prompt_tokens", "chosen_tokens", "rejected_tokens", "answer_hash", "weight"),
 ]
-# Of the files; raised when what is in them changes.
-_VERSION = 2
-# Trees whose records are gathered at once when sums are taken.
+# Raised when the content of the files changes.
+_VERSION = 3
+# Trees whose records are gathered at once for sums.
 _TREES_AT_ONCE = 1 << 18
 _FOLDER = "index"
 _PAIRS, _TREES, _IMAGES, _INFO = "pairs.npy", "trees.npy", "images.npy", "index.json"
 
+Sums = dict[str, np.ndarray]
+"""Sums over pairs: ``pairs``, ``weight``, ``weight_squared`` (3,), by kind in the order of :data:`KINDS`, of
+the weights in `scored`; ``packed``, tokens of all trees, and ``separate``, the same with every sequence on
+its own, (2,): for both sides of all pairs, and for the chosen sides that enter the likelihood. Pairs without
+weight are only in ``pairs``: they are not computed."""
 
-@dataclass
-class Totals:
-    """Sums over all pairs.
 
-    Attributes:
-        pairs, weight, weight_squared: by kind, in the order of :data:`KINDS`; of the weights in `scored`.
-        packed, packed_chosen: tokens of all trees; of both sides, and of the chosen sides that enter the likelihood.
-        separate, separate_chosen: the same with every sequence on its own.
+def sum_pairs(pairs: np.ndarray, starts: np.ndarray) -> Sums:
+    """Sums over whole trees.
 
-    Pairs without weight are counted in ``pairs`` alone: they are not computed.
+    Args:
+        pairs: records of :data:`PAIR`.
+        starts: the first record of every tree.
     """
+    of_kind = pairs["kind"] == np.arange(len(KINDS))[:, None]
+    weights = [pairs["weight"][found] for found in of_kind]
+    tree = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(pairs))))
+    prompt, chosen, rejected = (pairs[name].astype(np.int64) for name in ("prompt", "chosen", "rejected"))
+    computed, counted = np.flatnonzero(pairs["weight"] > 0), np.flatnonzero(pairs["counts_nll"])
+    return {
+        "pairs": of_kind.sum(axis=1),
+        "weight": np.array([found.sum() for found in weights]),
+        "weight_squared": np.array([(found**2).sum() for found in weights]),
+        "packed": np.array(
+            [
+                TokenCounts(pairs, tree, both_sides=True).total(computed),
+                TokenCounts(pairs, tree, both_sides=False).total(counted),
+            ]
+        ),
+        "separate": np.array(
+            [(2 * prompt + chosen + rejected - 2)[computed].sum(), (prompt + chosen - 1)[counted].sum()]
+        ),
+    }
 
-    pairs: list[int] = field(default_factory=lambda: [0, 0, 0])
-    weight: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    weight_squared: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    packed: int = 0
-    packed_chosen: int = 0
-    separate: int = 0
-    separate_chosen: int = 0
 
-    def add(self, pairs: np.ndarray, starts: np.ndarray) -> None:
-        """Adds whole trees: records of :data:`PAIR`, and the first of every tree."""
-        for kind in range(len(KINDS)):
-            weights = pairs["weight"][pairs["kind"] == kind]
-            self.pairs[kind] += len(weights)
-            self.weight[kind] += float(weights.sum())
-            self.weight_squared[kind] += float((weights**2).sum())
-        tree = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(pairs))))
-        prompt, chosen, rejected = (pairs[name].astype(np.int64) for name in ("prompt", "chosen", "rejected"))
-        computed, counted = np.flatnonzero(pairs["weight"] > 0), np.flatnonzero(pairs["counts_nll"])
-        self.separate += int((2 * prompt + chosen + rejected - 2)[computed].sum())
-        self.separate_chosen += int((prompt + chosen - 1)[counted].sum())
-        self.packed += TokenCounts(pairs, tree, both_sides=True).total(computed)
-        self.packed_chosen += TokenCounts(pairs, tree, both_sides=False).total(counted)
-
-    def without(self, other: Totals) -> Totals:
-        """The sums over all pairs but those of ``other``."""
-        return Totals(
-            pairs=[a - b for a, b in zip(self.pairs, other.pairs, strict=True)],
-            weight=[a - b for a, b in zip(self.weight, other.weight, strict=True)],
-            weight_squared=[a - b for a, b in zip(self.weight_squared, other.weight_squared, strict=True)],
-            packed=self.packed - other.packed,
-            packed_chosen=self.packed_chosen - other.packed_chosen,
-            separate=self.separate - other.separate,
-            separate_chosen=self.separate_chosen - other.separate_chosen,
-        )
+def _add(parts: Sequence[Sums], sign: int = 1) -> Sums:
+    """The first sums plus (or minus) the others."""
+    first, *others = parts
+    return {
+        name: functools.reduce(lambda a, b: a + sign * b[name], others, value)
+        for name, value in first.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -124,10 +120,10 @@ class PairIndex:
     """The index of N pairs of G images.
 
     Attributes:
-        pairs: (N,) records of :data:`PAIR`; a tree's stand together.
+        pairs: (N,) records of :data:`PAIR`, those of a tree together.
         trees: (G + 1,) int64, first row of every tree, and N.
         image_hashes: (G,) uint64, of the trees' image ids.
-        totals: sums over the pairs of the selected trees.
+        sums: over the pairs of the selected trees.
         files: the table's files with their rows, in the order of the pairs.
         selected: numbers of the trees that take part, ascending; ``None``: all.
     """
@@ -135,7 +131,7 @@ class PairIndex:
     pairs: np.ndarray
     trees: np.ndarray
     image_hashes: np.ndarray
-    totals: Totals
+    sums: Sums
     files: Sequence[tuple[str, int]] = ()
     selected: np.ndarray | None = None
 
@@ -147,10 +143,10 @@ class PairIndex:
     @property
     def num_pairs(self) -> int:
         """Pairs of these trees."""
-        return sum(self.totals.pairs)
+        return int(self.sums["pairs"].sum())
 
     def rows(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of some trees, one tree after the other, and the number of pairs of each.
+        """The rows of some trees, tree by tree, and the number of pairs of each.
 
         Args:
             images: (I,) numbers from 0 to ``num_images`` - 1.
@@ -158,42 +154,41 @@ class PairIndex:
         numbers = images if self.selected is None else self.selected[images]
         starts = self.trees[numbers]
         sizes = self.trees[numbers + 1] - starts
-        # Within a tree the row grows by one; where a tree begins it starts anew.
+        # Row numbers are consecutive within a tree.
         shifts = np.repeat(starts - np.cumsum(sizes) + sizes, sizes)
         return shifts + np.arange(len(shifts)), sizes
 
     def split(self, images: np.ndarray) -> tuple[PairIndex, PairIndex]:
-        """Two indexes: of all trees but some, and of these; the sums of the latter are taken anew.
+        """Two indexes: of the other trees, and of these.
 
         Args:
             images: (I,) distinct numbers from 0 to ``num_images`` - 1; few of them.
         """
-        totals = Totals()
+        parts = []
         for start in range(0, len(images), _TREES_AT_ONCE):
             rows, sizes = self.rows(images[start : start + _TREES_AT_ONCE])
-            totals.add(self.pairs[rows], np.cumsum(sizes) - sizes)
-        stays = np.ones(self.num_images, bool)
+            parts.append(sum_pairs(self.pairs[rows], np.cumsum(sizes) - sizes))
+        sums = _add(parts)
+        numbers = np.arange(len(self.trees) - 1) if self.selected is None else self.selected
+        stays = np.ones(len(numbers), bool)
         stays[images] = False
-        rest, apart = (
-            numbers if self.selected is None else self.selected[numbers]
-            for numbers in (np.flatnonzero(stays), np.flatnonzero(~stays))
-        )
         return (
-            replace(self, totals=self.totals.without(totals), selected=rest.astype(np.uint32)),
-            replace(self, totals=totals, selected=apart.astype(np.uint32)),
+            replace(self, sums=_add([self.sums, sums], -1), selected=numbers[stays].astype(np.uint32)),
+            replace(self, sums=sums, selected=numbers[~stays].astype(np.uint32)),
         )
 
     def image_codes(self, seed: int) -> np.ndarray:
-        """Pseudo-random numbers that depend on the seed and on the ids of the selected images alone; uint64."""
+        """Pseudo-random numbers that depend only on the seed and the ids of the selected images; uint64."""
         hashes = self.image_hashes if self.selected is None else self.image_hashes[self.selected]
         return _mix(hashes ^ _mix(np.array([seed], np.uint64)))
 
 
 def index_pairs(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Records of whole trees and the first row of each.
+    """Records of whole trees, and the first row of each tree.
 
-    An answer that several pairs of an image share enters the likelihood once: with the first text pair, else with the
-    first visual one. The chosen answer of a reversed pair is wrong, so it never does, nor does that of a pair without weight.
+    An answer that several pairs of an image share enters the likelihood once: with the first text pair, or
+    else with the first visual one. That of a reversed pair never does, because it is wrong, nor does that of
+    a pair without weight.
 
     Args:
         table: rows of `prepared` in its order.
@@ -214,7 +209,7 @@ def index_pairs(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     starts = np.flatnonzero(is_first)
     prompts = _token_bytes(table, "prompt")
     set_orders(pairs, starts, prompts, _token_bytes(table, "chosen"), _token_bytes(table, "rejected"))
-    # The image stands once in the table's prompts and with all its tokens in the model's.
+    # The image is one token in the table's prompts, and all its tokens in the model's.
     repeated = pairs["prompt"] - np.array([len(prompt) // TOKEN_BYTES for prompt in prompts], np.uint32)
     for name in ("chosen_shared", "rejected_shared"):
         has_image = pairs[name] > np.asarray(_array(table, "image_position"))
@@ -229,29 +224,22 @@ def set_orders(
     chosen: Sequence[bytes],
     rejected: Sequence[bytes],
 ) -> None:
-    """Fills in the place of every pair's sequences in their tree and what they share there.
+    """Fills in the place of every pair's sequences in the order of their tree, and what they share there.
 
     Args:
         pairs: (N,) records of whole trees, their images set.
         starts: the first record of every tree.
         prompts, chosen, rejected: token ids of each, four bytes each.
     """
-    names = [f"{side}_{field}" for side in ("chosen", "rejected") for field in ("order", "shared")]
     images = np.concatenate([pairs["image"], pairs["rejected_image"]]).tolist()
-    found: list[list[int]] = [[], [], [], []]
     for start, stop in pairwise([*starts.tolist(), len(pairs)]):
         rows = range(start, stop)
         # The last token is predicted and predicts nothing: it is no input.
         sequences = [prompts[row] + side[row][:-TOKEN_BYTES] for side in (chosen, rejected) for row in rows]
         shown = images[start:stop] + images[len(pairs) + start : len(pairs) + stop]
-        orders, shared = order_sequences(shown, sequences)
-        count = stop - start
-        for column, values in zip(
-            found, (orders[:count], shared[:count], orders[count:], shared[count:]), strict=True
-        ):
-            column += values
-    for name, column in zip(names, found, strict=True):
-        pairs[name] = column
+        for name, values in zip(("order", "shared"), order_sequences(shown, sequences), strict=True):
+            pairs[f"chosen_{name}"][start:stop] = values[: len(rows)]
+            pairs[f"rejected_{name}"][start:stop] = values[len(rows) :]
 
 
 def hash_images(image_ids: Iterable[str]) -> np.ndarray:
@@ -261,11 +249,11 @@ def hash_images(image_ids: Iterable[str]) -> np.ndarray:
 
 
 def ensure_index(folder: str, manifest: Manifest) -> None:
-    """Builds the index of a finished `prepared` table unless it is there.
+    """Builds the index of a finished `prepared` table unless it exists.
 
     Args:
-        folder: of the table, a path that every node sees.
-        manifest: of the table; the index is that of its key and content.
+        folder: of the table, on a file system that all nodes share.
+        manifest: of the table; the index belongs to its key and content.
 
     Raises:
         UserError: the folder is a cloud address.
@@ -292,7 +280,7 @@ def load_index(folder: str) -> PairIndex:
         np.load(source / _PAIRS, mmap_mode="r"),
         np.load(source / _TREES, mmap_mode="r"),
         np.load(source / _IMAGES, mmap_mode="r"),
-        Totals(**info["totals"]),
+        {name: np.array(values) for name, values in info["sums"].items()},
         [(storage.join(folder, name), rows) for name, rows in info["files"]],
     )
 
@@ -301,24 +289,26 @@ def _build(folder: str, target: Path, identity: list[Any]) -> None:
     paths = storage.list_files(folder, ".parquet")
     sizes = [footer_of(path).num_rows for path in paths]
     pairs = np.lib.format.open_memmap(target / _PAIRS, mode="w+", dtype=PAIR, shape=(sum(sizes),))
-    totals, starts, hashes, done = Totals(), [], [], 0
+    starts, hashes, sums, done = [], [], [], 0
     waiting: pa.Table | None = None
     for number, path in enumerate(paths):
-        table = _read(path) if waiting is None else pa.concat_tables([waiting, _read(path)])
-        # The last tree of a file may go on in the next one.
+        table = storage.read_parquet(path, _COLUMNS)
+        table = table if waiting is None else pa.concat_tables([waiting, table])
+        # The last tree of a file may continue in the next one.
         cut = table.num_rows if number == len(paths) - 1 else _last_tree(table)
         waiting = table.slice(cut)
         found, first = index_pairs(table.slice(0, cut))
         pairs[done : done + cut] = found
         starts.append(first + done)
         hashes.append(hash_images(table["image_id"].take(pa.array(first)).to_pylist()))
-        totals.add(found, first)
+        sums.append(sum_pairs(found, first))
         done += cut
     pairs.flush()
     np.save(target / _TREES, np.concatenate([*starts, [done]]).astype(np.int64))
     np.save(target / _IMAGES, np.concatenate(hashes))
     files = [(Path(path).name, size) for path, size in zip(paths, sizes, strict=True)]
-    content = {"identity": identity, "totals": asdict(totals), "files": files}
+    totals = {name: values.tolist() for name, values in _add(sums).items()}
+    content = {"identity": identity, "sums": totals, "files": files}
     storage.write_bytes(str(target / _INFO), json.dumps(content).encode())
 
 
@@ -330,16 +320,12 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def _read(path: str) -> pa.Table:
-    return storage.read_parquet(path, _COLUMNS)
-
-
 def _array(table: pa.Table, name: str) -> pa.Array:
     return table[name].combine_chunks()
 
 
 def _last_tree(table: pa.Table) -> int:
-    """Where the last tree begins."""
+    """The row at which the last tree begins."""
     if not table.num_rows:
         return 0
     images = table["image_id"]
@@ -347,7 +333,7 @@ def _last_tree(table: pa.Table) -> int:
 
 
 def _token_bytes(table: pa.Table, name: str) -> list[bytes]:
-    """Every list of a column of token ids as bytes, four an id."""
+    """Every list of a column of token ids as bytes, four per id."""
     lists = _array(table, name)
     ends = (TOKEN_BYTES * np.asarray(lists.offsets)).tolist()
     content = np.asarray(lists.values).tobytes()

@@ -1,8 +1,10 @@
-"""How many tokens packed pairs have, from two numbers a sequence: its place in sorted order, and what it shares there.
+"""The number of tokens of packed pairs, from two numbers per sequence: its place in sorted order, and what it
+shares.
 
-Sequences that begin alike are neighbours when sorted, and what two of them share at their start is the least that neighbours
-between them share. So a prefix tree over any subset has Σ length − Σ shared tokens, each sequence counted with the one before it
-in the subset: exactly what :func:`~mmedpo_ray.align.packing.trees.pack` makes, without looking at a token again.
+Sequences that begin alike are neighbours when sorted, and two of them share at their start the least that any
+neighbours between them share. So a prefix tree over any subset has Σ length − Σ shared tokens, each sequence
+compared with the one before it in the subset: exactly what :func:`~mmedpo_ray.align.packing.trees.pack`
+makes, without reading a token again.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ def order_sequences(images: Sequence[int], sequences: Sequence[bytes]) -> tuple[
     """Sorts the sequences of a tree.
 
     Args:
-        images: number of the image that each shows; only those of the same image share anything.
+        images: number of the image that each shows; sequences of different images share nothing.
         sequences: token ids, four bytes each.
 
     Returns:
-        The place of each in sorted order, from 0 (equal ones have the same), and the tokens it shares with the place before.
+        The place of each in sorted order, from 0 (equal sequences have the same), and the tokens it shares
+        with the place before.
     """
     order, shared = [0] * len(sequences), [0] * len(sequences)
     place, prefix = -1, 0
@@ -68,7 +71,7 @@ class TokenCounts:
         )
         _, first, places = np.unique((trees << 32) | orders, return_index=True, return_inverse=True)
         self._length = (np.tile(pairs["prompt"].astype(np.int64), 2) + responses - 1)[first]
-        # One more, for what ends behind the last.
+        # One more, for ranges that end behind the last.
         self._shared = np.append(shared[first], 0)
         self._tree = trees[first]
         is_new = (np.diff(self._tree) != 0) | (np.diff(images[first]) != 0)
@@ -79,7 +82,7 @@ class TokenCounts:
         self.responses = chosen + rejected if both_sides else chosen
 
     def sizes(self, groups: Sequence[Sequence[int] | np.ndarray]) -> list[list[int]]:
-        """Tokens of every image's tree when each group of pairs is packed by itself; no tokens for an empty group."""
+        """Tokens of each image's tree if every group of pairs is packed by itself; an empty group has none."""
         found: list[list[int]] = [[] for _ in groups]
         members = np.fromiter(itertools.chain.from_iterable(groups), np.int64)
         if not len(members):
@@ -97,7 +100,7 @@ class TokenCounts:
         return found
 
     def _common(self, group: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """What each sequence but the first shares with the one before it in its group."""
+        """The tokens that each sequence but the first shares with the one before it in its group."""
         is_near = (group[1:] == group[:-1]) & (self._tree[place[1:]] == self._tree[place[:-1]])
         common = np.zeros(len(is_near), np.int64)
         if is_near.any():

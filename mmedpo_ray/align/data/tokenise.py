@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,114 +17,62 @@ from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import PromptWriter
 from mmedpo_ray.tables import schemas
 
-# Fewer response tokens than this are not worth a pair: the end token alone, or a cut-off answer.
-_MIN_RESPONSE_TOKENS = 1
-# Comes after an image's id in a tree's key; below every character that ids are written with.
+WEIGHT_ZERO = "weight_zero"
+# Separates image and pair in a tree's key; below every character of ids.
 _KEY_SEPARATOR = "\x1f"
 
-WEIGHT_ZERO = "weight_zero"
-
 COLUMNS = [
-    "pair_id",
-    "image_id",
-    "sample_id",
-    "kind",
-    "image_uri",
-    "rejected_image_uri",
-    "question",
-    "chosen",
-    "rejected",
-    "weight",
+    *("pair_id", "image_id", "sample_id", "kind", "image_uri", "rejected_image_uri"),
+    *("question", "chosen", "rejected", "weight"),
 ]
+"""Columns of `scored` that are read."""
+
+Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What the prepared pairs depend on besides the rows and the model.
-
-    Attributes:
-        max_length: tokens of prompt + response, image tokens included; a response is cut there, a prompt never.
-        with_visual: whether visual pairs are trained on.
-        with_reversed: whether the reversed pair of every visual one is derived.
-        common_token_weight: weight of tokens that the answers of a text pair share, 0 to 1.
-        with_weightless: whether pairs of weight 0 stay: a mean over the number of pairs counts them.
-    """
-
-    max_length: int
-    with_visual: bool = True
-    with_reversed: bool = False
-    common_token_weight: float = 1.0
-    with_weightless: bool = False
-
-    @classmethod
-    def of(cls, align: AlignConfig) -> Preparation:
-        """What the settings ask for."""
-        return cls(
-            align.max_length,
-            align.visual_coefficient > 0,
-            align.reversed_visual_coefficient > 0,
-            align.common_token_weight,
-            align.reduction == "mean",
-        )
+class _UnusableRowError(Exception):
+    """A row cannot be trained on; arguments are a drop reason and a detail without patient text."""
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Token ids of a pair's prompt and responses, and the span weights of the responses (``None``: all 1)."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    chosen_weights: list[float] | None = None
-    rejected_weights: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """Why a row cannot be trained on: short and machine-readable, and where and what, without patient text."""
-
-    reason: str
-    detail: str
-
-
-def tree_key(row: Mapping[str, Any]) -> str:
-    """The id of a prepared row: sorted by it, the pairs of an image stand together."""
+def tree_key(row: Row) -> str:
+    """The id of a prepared row: sorted by it, the pairs of an image are together."""
     return f"{row['image_id']}{_KEY_SEPARATOR}{row['pair_id']}"
 
 
-def with_reversed_pairs(
-    rows: Sequence[Mapping[str, Any]], wrong: Mapping[str, str]
-) -> list[Mapping[str, Any]]:
+def with_reversed_pairs(rows: Sequence[Row], wrong: Mapping[str, str]) -> list[Row]:
     """Adds the reversed visual pair of every sample that has a text and a visual pair.
 
-    On the noised image x* the lesion cannot be seen, so the wrong answer of the text pair is preferred to the right one:
-    (x*, y_l) over (x*, y). Its weight is that of the visual pair.
+    The lesion cannot be seen on the noised image x*, so there the wrong answer of the text pair is preferred
+    to the right one: (x*, y_l) over (x*, y). Its weight is that of the visual pair.
 
     Args:
         rows: of `scored`, with the fields of :data:`COLUMNS`.
         wrong: sample_id → rejected answer of its text pair.
     """
-    return [
-        *rows,
-        *(
-            row
-            | {
-                "pair_id": f"{row['pair_id']}:{REVERSED}",
-                "kind": REVERSED,
-                "image_uri": row["rejected_image_uri"],
-                "chosen": wrong[row["sample_id"]],
-                "rejected": row["chosen"],
-            }
-            for row in map(dict, rows)
-            if row["kind"] == VISUAL and row["sample_id"] in wrong
-        ),
+    reversed_rows = [
+        {
+            **row,
+            "pair_id": f"{row['pair_id']}:{REVERSED}",
+            "kind": REVERSED,
+            "image_uri": row["rejected_image_uri"],
+            "chosen": wrong[row["sample_id"]],
+            "rejected": row["chosen"],
+        }
+        for row in rows
+        if row["kind"] == VISUAL and row["sample_id"] in wrong
     ]
+    return [*rows, *reversed_rows]
+
+
+def wrong_answers(rows: Iterable[Row]) -> dict[str, str]:
+    """sample_id → rejected answer of its text pair."""
+    return {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == TEXT}
 
 
 def span_weights(
     chosen: Sequence[int], rejected: Sequence[int], common_weight: float
 ) -> tuple[list[float], list[float]]:
-    """Weight 1 for tokens in which two answers differ, ``common_weight`` for those in the spans that both share."""
+    """Weight 1 for tokens in which two answers differ, ``common_weight`` for those in spans that both share."""
     weights = [1.0] * len(chosen), [1.0] * len(rejected)
     for block in difflib.SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks():
         for side, start in zip(weights, (block.a, block.b), strict=True):
@@ -133,56 +80,51 @@ def span_weights(
     return weights
 
 
-def prepare_rows(
-    rows: Iterable[Mapping[str, Any]], writer: PromptWriter, how: Preparation
-) -> list[dict[str, Any]]:
+def prepare_rows(rows: Iterable[Row], writer: PromptWriter, align: AlignConfig) -> list[dict[str, Any]]:
     """Tokenises pairs.
 
     Args:
         rows: with the fields of :data:`COLUMNS`, reversed pairs included.
         writer: of the model.
-        how: lengths and what is wanted.
+        align: lengths and coefficients.
 
     Returns:
-        A row of `prepared` each, without reference log-probabilities; or its ids with ``drop_reason`` and ``drop_detail``.
+        A row of `prepared` each, without reference log-probabilities; or its ids with ``drop_reason`` and
+        ``drop_detail``.
 
     Raises:
         UserError: a weight is negative or not a number.
     """
-    return [_prepare_row(row, writer, how) for row in rows]
+    return [_prepare_row(row, writer, align) for row in rows]
 
 
 def prepare_table(
-    scored: pa.Table, writer: PromptWriter, how: Preparation
+    scored: pa.Table, writer: PromptWriter, align: AlignConfig
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
     """Tokenises whole trees in this process.
 
     Args:
         scored: rows of `scored`, at least the fields of :data:`COLUMNS`.
         writer: of the model.
-        how: lengths and what is wanted.
+        align: lengths and coefficients.
 
     Returns:
-        A table like `prepared` without reference log-probabilities, and the rows left out by pair_id, with ``drop_reason`` and
-        ``drop_detail``.
+        A table like `prepared` without reference log-probabilities, and the dropped rows by pair_id, with
+        ``drop_reason`` and ``drop_detail``.
 
     Raises:
         UserError: a weight is negative or not a number.
     """
-    rows: Sequence[Mapping[str, Any]] = scored.select(COLUMNS).to_pylist()
-    if how.with_reversed:
-        rows = with_reversed_pairs(
-            rows, {row["sample_id"]: row["rejected"] for row in rows if row["kind"] == TEXT}
-        )
-    found = prepare_rows(rows, writer, how)
+    rows: list[Row] = scored.select(COLUMNS).to_pylist()
+    if align.reversed_visual_coefficient:
+        rows = with_reversed_pairs(rows, wrong_answers(rows))
+    found = prepare_rows(rows, writer, align)
     kept = sorted((row for row in found if schemas.DROP_REASON not in row), key=lambda row: row["tree_key"])
     dropped = sorted((row for row in found if schemas.DROP_REASON in row), key=lambda row: row["pair_id"])
     return schemas.to_table(kept, schemas.PREPARED), dropped
 
 
-def make_pair(
-    row: Mapping[str, Any], writer: PromptWriter, weight: float = 1.0, *, counts_nll: bool = True
-) -> Pair:
+def make_pair(row: Row, writer: PromptWriter, weight: float = 1.0, *, counts_nll: bool = True) -> Pair:
     """The pair of a row of `prepared`.
 
     Args:
@@ -191,15 +133,11 @@ def make_pair(
         weight: effective weight in the loss.
         counts_nll: its chosen answer enters the likelihood term.
     """
+    same = ("pair_id", "image_id", "image_uri", "rejected_image_uri", "chosen", "rejected")
     return Pair(
-        pair_id=row["pair_id"],
-        image_id=row["image_id"],
+        **{name: row[name] for name in same},
         is_visual=row["kind"] != TEXT,
-        image_uri=row["image_uri"],
-        rejected_image_uri=row["rejected_image_uri"],
         prompt=writer.widen(row["prompt"]),
-        chosen=row["chosen"],
-        rejected=row["rejected"],
         weight=weight,
         ref_chosen=row.get("ref_chosen_logp") or 0.0,
         ref_rejected=row.get("ref_rejected_logp") or 0.0,
@@ -209,69 +147,70 @@ def make_pair(
     )
 
 
-def _prepare_row(row: Mapping[str, Any], writer: PromptWriter, how: Preparation) -> dict[str, Any]:
+def _prepare_row(row: Row, writer: PromptWriter, align: AlignConfig) -> dict[str, Any]:
     ids = {"tree_key": tree_key(row), "pair_id": row["pair_id"], "image_id": row["image_id"]}
-    tokens = _refuse_weight(row, how) or _tokenise(row, writer, how)
-    if isinstance(tokens, _Refusal):
-        return ids | {schemas.DROP_REASON: tokens.reason, schemas.DROP_DETAIL: tokens.detail}
-    prompt = writer.narrow(tokens.prompt)
+    try:
+        _check_weight(row, align)
+        prompt, chosen, rejected = _tokenise(row, writer, align)
+    except _UnusableRowError as error:
+        reason, detail = error.args
+        return ids | {schemas.DROP_REASON: reason, schemas.DROP_DETAIL: detail}
+    weights: Sequence[list[float] | None] = (None, None)
+    if align.common_token_weight != 1.0 and row["kind"] != VISUAL:
+        weights = span_weights(chosen, rejected, align.common_token_weight)
+    narrow = writer.narrow(prompt)
+    answer = "\x1f".join((row["image_uri"], row["question"], row["chosen"]))
+    digest = hashlib.blake2b(answer.encode(), digest_size=8).digest()
     return ids | {
         "kind": row["kind"],
         "image_uri": row["image_uri"],
         "rejected_image_uri": row["rejected_image_uri"],
-        "prompt": prompt,
-        "image_position": prompt.index(writer.image_token_id),
-        "chosen": tokens.chosen,
-        "rejected": tokens.rejected,
-        "chosen_weights": tokens.chosen_weights,
-        "rejected_weights": tokens.rejected_weights,
-        "prompt_tokens": len(tokens.prompt),
-        "chosen_tokens": len(tokens.chosen),
-        "rejected_tokens": len(tokens.rejected),
-        "answer_hash": _hash(row["image_uri"], row["question"], row["chosen"]),
+        "prompt": narrow,
+        "image_position": narrow.index(writer.image_token_id),
+        "chosen": chosen,
+        "rejected": rejected,
+        "chosen_weights": weights[0],
+        "rejected_weights": weights[1],
+        "prompt_tokens": len(prompt),
+        "chosen_tokens": len(chosen),
+        "rejected_tokens": len(rejected),
+        "answer_hash": int.from_bytes(digest, "little", signed=True),
         "weight": row["weight"],
     }
 
 
-def _refuse_weight(row: Mapping[str, Any], how: Preparation) -> _Refusal | None:
+def _check_weight(row: Row, align: AlignConfig) -> None:
     weight = row["weight"]
     if not math.isfinite(weight) or weight < 0:
         raise UserError(
             f"scored, pair {row['pair_id']}: weight {weight} is not a number of at least 0. Run score again."
         )
-    if weight == 0 and not how.with_weightless:
-        return _Refusal(WEIGHT_ZERO, "its weight is 0")
-    if row["kind"] == VISUAL and not how.with_visual:
-        return _Refusal(WEIGHT_ZERO, "align.visual_coefficient is 0")
-    return None
+    # A mean over the number of pairs counts those of weight 0 too.
+    if weight == 0 and align.reduction != "mean":
+        raise _UnusableRowError(WEIGHT_ZERO, "its weight is 0")
+    if row["kind"] == VISUAL and not align.visual_coefficient:
+        raise _UnusableRowError(WEIGHT_ZERO, "align.visual_coefficient is 0")
 
 
-def _tokenise(row: Mapping[str, Any], writer: PromptWriter, how: Preparation) -> _Tokens | _Refusal:
-    """Writes both sides of a pair."""
-    if _equal_sides(row):
-        return _Refusal("equal_sides", "chosen and rejected are the same answer to the same image")
-    question = row["question"]
+def _tokenise(row: Row, writer: PromptWriter, align: AlignConfig) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of prompt, chosen and rejected response; a response is cut at ``align.max_length``, a prompt never."""
+    question, same_image = row["question"], row["image_uri"] == row["rejected_image_uri"]
+    if same_image and row["chosen"].strip() == row["rejected"].strip():
+        raise _UnusableRowError("equal_sides", "chosen and rejected are the same answer to the same image")
     prompt = writer.prompt(question)
     chosen, rejected = writer.response(question, row["chosen"]), writer.response(question, row["rejected"])
     if prompt is None or chosen is None or rejected is None:
-        return _Refusal("image_placeholder_in_text", "question or answer holds the model's image placeholder")
-    room = how.max_length - len(prompt)
-    if room < _MIN_RESPONSE_TOKENS:
-        return _Refusal(
-            "prompt_too_long", f"the prompt has {len(prompt)} tokens, align.max_length is {how.max_length}"
+        raise _UnusableRowError(
+            "image_placeholder_in_text", "question or answer holds the model's image placeholder"
+        )
+    room = align.max_length - len(prompt)
+    if room < 1:
+        raise _UnusableRowError(
+            "prompt_too_long", f"the prompt has {len(prompt)} tokens, align.max_length is {align.max_length}"
         )
     chosen, rejected = chosen[:room], rejected[:room]
-    if chosen == rejected and row["image_uri"] == row["rejected_image_uri"]:
-        return _Refusal("equal_sides", f"both answers are the same up to align.max_length ({how.max_length})")
-    if how.common_token_weight == 1.0 or row["kind"] == VISUAL:
-        return _Tokens(prompt, chosen, rejected)
-    return _Tokens(prompt, chosen, rejected, *span_weights(chosen, rejected, how.common_token_weight))
-
-
-def _equal_sides(row: Mapping[str, Any]) -> bool:
-    return row["chosen"].strip() == row["rejected"].strip() and row["image_uri"] == row["rejected_image_uri"]
-
-
-def _hash(*texts: str) -> int:
-    digest = hashlib.blake2b("\x1f".join(texts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    if same_image and chosen == rejected:
+        raise _UnusableRowError(
+            "equal_sides", f"both answers are the same up to align.max_length ({align.max_length})"
+        )
+    return prompt, chosen, rejected

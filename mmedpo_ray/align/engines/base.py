@@ -1,17 +1,16 @@
-"""What an engine does with the policy: the verbs of an optimizer step, whatever the strategy."""
+"""The interface of an engine: the operations of an optimizer step, for every strategy."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmedpo_ray.align.checkpoint.checkpoint import Checkpoint
 from mmedpo_ray.align.packing.logps import LogpOutput
-from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 from mmedpo_ray.align.settings import AlignConfig
 
@@ -21,14 +20,14 @@ class Engine(ABC):
 
     Attributes:
         policy: the model; a strategy may have sharded its parameters.
-        device: where batches go.
+        device: of the batches.
     """
 
     policy: Policy
     device: torch.device
 
     @abstractmethod
-    def logps(self, batch: Forest) -> LogpOutput:
+    def logps(self, batch: PackedTrees) -> LogpOutput:
         """Forward pass of this rank's sequences."""
 
     def train(self, mode: bool = True) -> None:
@@ -44,13 +43,14 @@ class Engine(ABC):
 
     @abstractmethod
     def update(self, learning_rate: float) -> float:
-        """Clips, updates the trained parameters and clears the gradients; returns the gradient norm before clipping."""
+        """Clips, updates the trained parameters and clears the gradients; returns the norm before clipping."""
 
     @abstractmethod
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """The trained parameters one by one, each with Adam's moments, whole and in full precision.
 
-        Every item is gathered from all ranks, so all of them must take all items; none ever holds more than one.
+        Every item is gathered from all ranks, so all of them must take all items; none holds more than one at
+        a time.
 
         Yields:
             Name, and ``{"parameter", "exp_avg", "exp_avg_sq"}`` → tensor, valid until the next item.
@@ -58,9 +58,9 @@ class Engine(ABC):
 
     @abstractmethod
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint's optimizer state back, on any number of ranks.
+        """Restores a checkpoint's optimizer state, on any number of ranks.
 
-        The policy must have been built with the same parameters.
+        The policy must have been built with the checkpoint's parameters.
         """
 
 
@@ -83,15 +83,13 @@ def make_optimizer(
     Args:
         parameters: the trained parameters, not yet sharded.
         align: rates.
-        fused: one kernel for all of an update; the parameters must stay where they are.
+        fused: one kernel for a whole update; the parameters must stay on their device.
     """
-    groups: list[dict[str, Any]] = [
-        {"params": [value for value in parameters.values() if value.ndim >= 2]},
-        {"params": [value for value in parameters.values() if value.ndim < 2], "weight_decay": 0.0},
+    matrices = [value for value in parameters.values() if value.ndim >= 2]
+    others = [value for value in parameters.values() if value.ndim < 2]
+    groups = [
+        {"params": values, "weight_decay": decay}
+        for values, decay in ((matrices, align.weight_decay), (others, 0.0))
+        if values
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=align.learning_rate,
-        weight_decay=align.weight_decay,
-        fused=fused,
-    )
+    return torch.optim.AdamW(groups, lr=align.learning_rate, weight_decay=align.weight_decay, fused=fused)

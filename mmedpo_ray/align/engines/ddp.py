@@ -1,7 +1,8 @@
 """Data parallel training without sharding: every rank holds the whole policy. Plain torch.
 
-Instead of hooks on every layer, the gradients of the trained parameters are summed over ranks in a few large pieces after the
-step's last backward pass. The fastest strategy where the model and what is trained of it fit on each device.
+The gradients of the trained parameters are summed over ranks in a few large pieces after the step's last
+backward pass, instead of in hooks on every layer. This is the fastest strategy if model and optimizer fit on
+each device.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 from mmedpo_ray.align.checkpoint.checkpoint import MOMENTS, PARAMETER, Checkpoint
 from mmedpo_ray.align.engines.base import Engine, make_optimizer
 from mmedpo_ray.align.packing.logps import LogpOutput
-from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 
-# Values summed over ranks at once; the copy that this needs takes four bytes each.
+# Values summed over ranks at once, in a copy of four bytes per value.
 _BUCKET_NUMEL = 2**26
 
 
@@ -37,7 +38,8 @@ class DdpEngine(Engine):
         self.policy = policy.to(self.device).train()
         self._max_grad_norm = spec.align.max_grad_norm
         self._trained = policy.trained_parameters()
-        # Updates are smaller than bfloat16 can hold: exact values live beside what the model computes with.
+        # Updates are smaller than bfloat16 can represent: exact copies exist beside the rounded values of the
+        # model.
         self._exact = {
             name: value if value.dtype is torch.float32 else value.detach().float().clone()
             for name, value in self._trained.items()
@@ -51,7 +53,7 @@ class DdpEngine(Engine):
             value.grad = torch.zeros_like(value)
         self._optimizer = make_optimizer(self._exact, spec.align, fused=True)
 
-    def logps(self, batch: Forest) -> LogpOutput:
+    def logps(self, batch: PackedTrees) -> LogpOutput:
         return LogpOutput(*self.policy(batch))
 
     def backward(self, share: Tensor, *, is_last: bool) -> None:  # noqa: ARG002
@@ -95,7 +97,7 @@ class DdpEngine(Engine):
 
 
 def _sum_over_ranks(gradients: list[Tensor]) -> None:
-    """Sums tensors over ranks in place, several at a time."""
+    """Sums tensors over ranks in place, in buckets."""
     bucket: list[Tensor] = []
     size = 0
     for number, gradient in enumerate(gradients, start=1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,15 +13,16 @@ from torch import Tensor, nn
 from mmedpo_ray.align.checkpoint.checkpoint import MOMENTS, PARAMETER, Checkpoint
 from mmedpo_ray.align.engines.base import Engine, make_optimizer
 from mmedpo_ray.align.packing.logps import LogpOutput
-from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 
-# On CPU a collective costs more than the memory it saves on parameters this small: they stay whole on every rank
-# (gradients and optimizer state are sharded all the same). DeepSpeed's own default is 100,000 elements.
+# On CPU a collective costs more than the memory it saves on parameters this small: they stay whole on every
+# rank (gradients and optimizer state are sharded all the same). DeepSpeed's own default is 100,000 elements.
 _CPU_PERSISTENCE = 1_000_000
 _GPU_PERSISTENCE = 100_000
 _STAGES = {"zero2": 2, "zero3": 3}
-# Numbers of gradients that are summed over ranks at once; DeepSpeed's own default, which it allocates whatever is trained.
+# Gradients summed over ranks at once. This is DeepSpeed's default, which it allocates even if fewer are
+# trained.
 MOST_IN_BUCKET = 500_000_000
 
 
@@ -38,7 +38,7 @@ def deepspeed_settings(spec: TrainingSpec, trained: int) -> dict[str, Any]:
         "stage": _STAGES[align.strategy],
         "contiguous_gradients": True,
         "reduce_bucket_size": max(1, min(MOST_IN_BUCKET, trained)),
-        # Overlap needs streams, which a CPU has not.
+        # Overlap needs streams, which a CPU does not have.
         "overlap_comm": spec.use_gpu,
     }
     if align.strategy == "zero3":
@@ -48,7 +48,7 @@ def deepspeed_settings(spec: TrainingSpec, trained: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": align.max_grad_norm,
         "bf16": {"enabled": align.precision == "bf16"},
-        # Otherwise micro-batches would be summed in bfloat16, where the small gradients of the later ones are lost.
+        # In bfloat16 the small gradients of later micro-batches would be lost in the sum.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -57,7 +57,7 @@ def deepspeed_settings(spec: TrainingSpec, trained: int) -> dict[str, Any]:
 
 
 class DeepSpeedEngine(Engine):
-    """A DeepSpeed engine around the policy, with the verbs of an optimizer step.
+    """See :class:`~mmedpo_ray.align.engines.base.Engine`; wraps a DeepSpeed engine.
 
     Args:
         policy: the model; afterwards its parameters are sharded.
@@ -80,19 +80,15 @@ class DeepSpeedEngine(Engine):
         self._world_size = torch.distributed.get_world_size()
         self.device: torch.device = torch.device(self._engine.device)
 
-    def logps(self, batch: Forest) -> LogpOutput:
+    def logps(self, batch: PackedTrees) -> LogpOutput:
         return LogpOutput(*self._engine(batch))
 
     def backward(self, share: Tensor, *, is_last: bool) -> None:
-        """Adds the gradient of this rank's share of the loss; ``is_last`` marks the step's last micro-batch.
-
-        DeepSpeed averages gradients over ranks, while our loss is a sum over them.
-        """
+        # DeepSpeed averages gradients over ranks, while our loss is a sum over them.
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(share * self._world_size)
 
     def update(self, learning_rate: float) -> float:
-        """Clips, updates the trained parameters and clears the gradients; returns the gradient norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
@@ -107,14 +103,12 @@ class DeepSpeedEngine(Engine):
         for name, value in self.policy.trained_parameters().items():
             whole = {PARAMETER: safe_get_full_fp32_param(value)}
             whole |= {moment: safe_get_full_optimizer_state(value, moment) for moment in MOMENTS}
-            yield name, {kind: tensor.view(_shape(value)) for kind, tensor in whole.items()}
+            shape = getattr(value, "ds_shape", value.shape)
+            yield name, {kind: tensor.view(shape) for kind, tensor in whole.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint's optimizer state back, on any number of ranks.
-
-        The policy must have been built with the same parameters: this sets the optimizer's exact float32 copies, which
-        DeepSpeed carries over to the weights only with the next update.
-        """
+        # This sets the optimizer's exact float32 copies, which DeepSpeed copies to the weights only with the
+        # next update.
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for state in self._optimizer.optimizer.state.values():
@@ -125,28 +119,29 @@ class DeepSpeedEngine(Engine):
                 safe_set_full_optimizer_state(value, checkpoint.moment(moment, name).to(self.device), moment)
 
     def _make_optimizer_state(self) -> None:
-        """Adam makes its state at the first update; a fresh engine has none to fill with that of a checkpoint.
+        """Makes Adam's state, which a fresh optimizer only makes at its first update, so that it can be
+        restored.
 
-        Nor would ZeRO-2 find it all later: it links state to parameters after the first group's first update, when the
-        other groups have none yet.
+        ZeRO-2 would not even find all of it later: it links state to parameters after the first group's first
+        update, when the other groups have none yet.
         """
-        if self._engine.zero_optimization_stage() == 3:
-            shards = self._optimizer.fp32_partitioned_groups_flat
-        else:
-            shards = self._optimizer.single_partition_of_fp32_groups
+        is_zero3 = self._engine.zero_optimization_stage() == 3
+        optimizer = self._optimizer
+        shards = (
+            optimizer.fp32_partitioned_groups_flat if is_zero3 else optimizer.single_partition_of_fp32_groups
+        )
         for shard in shards:
-            self._optimizer.optimizer.state[shard] = {
-                "step": torch.tensor(0.0),
-                **{moment: torch.zeros_like(shard) for moment in MOMENTS},
-            }
-        if self._engine.zero_optimization_stage() != 3:
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+            moments = {moment: torch.zeros_like(shard) for moment in MOMENTS}
+            optimizer.optimizer.state[shard] = {"step": torch.tensor(0.0), **moments}
+        if not is_zero3:
+            optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _shard(policy: nn.Module, deepspeed: Any, settings: dict[str, Any]) -> None:
-    """Leaves every rank its share of the parameters, one after another, so that no device ever holds more than one whole.
+    """Leaves each rank its share of the parameters, one after another, so that a device holds one whole at
+    most.
 
-    Without this DeepSpeed would put the whole model on every device before it shards it.
+    Otherwise DeepSpeed would put the whole model on every device before it shards it.
     """
     deepspeed.zero.Init(module=policy, config_dict_or_path=settings)
     device = deepspeed.get_accelerator().current_device_name()
@@ -155,31 +150,19 @@ def _shard(policy: nn.Module, deepspeed: Any, settings: dict[str, Any]) -> None:
             setattr(module, name, value.to(device))
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole shape of a parameter that may be sharded."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def _import_deepspeed(*, use_gpu: bool) -> Any:
-    with _without("mlflow"):
+    # DeepSpeed's autotuner, which nothing here uses, would spend seconds on MLflow in every rank: hide it.
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
         import deepspeed
-
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
     if not use_gpu:
-        # DeepSpeed would compile a shared-memory kernel at every first use, which needs a C++ compiler on each node and
-        # half a minute; only its inference all-reduce uses it.
+        # Only its inference all-reduce uses this shared-memory kernel, which DeepSpeed would compile at every
+        # first use: that needs a C++ compiler on each node and half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
-
-
-@contextlib.contextmanager
-def _without(module: str) -> Iterator[None]:
-    """As if it were not installed: DeepSpeed's autotuner, which nothing here uses, spends seconds on MLflow in every rank."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]

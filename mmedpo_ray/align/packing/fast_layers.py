@@ -2,12 +2,15 @@
 
 * Attention follows the tree (:mod:`~mmedpo_ray.align.packing.tree_attention`).
 * Layers that read one input share LoRA's products (:mod:`~mmedpo_ray.align.packing.fused_lora`).
-* RMSNorm is two passes instead of five, and three instead of eight backwards; rotary embedding three instead of five and six.
-* The last layer runs only where its output is read. A response's log-probability needs the hidden states that predict its tokens:
-  290 of the 1,035 tokens of a packed SLAKE image, 150 of 740 of a report. All tokens still give that layer's keys and values,
-  but queries, output projection and MLP (nine tenths of its work) run for those few.
+* RMSNorm takes two passes instead of five, and three instead of eight backwards; rotary embedding three
+  instead of five and six.
+* The last layer runs only where its output is read. A response's log-probability needs the hidden states that
+  predict its tokens: 290 of the 1,035 tokens of a packed SLAKE image, 150 of 740 of a report. All tokens
+  still give that layer's keys and values, but queries, output projection and MLP (nine tenths of its work)
+  run for those few.
 
-The forwards of transformers' own modules are replaced, not the modules: names, weights and hooks (DeepSpeed's) stay.
+The forwards of transformers' own modules are replaced, not the modules: names, weights and hooks
+(DeepSpeed's) stay.
 """
 
 from __future__ import annotations
@@ -19,21 +22,25 @@ import torch
 from torch import Tensor
 
 from mmedpo_ray.align.packing import fused_lora
-from mmedpo_ray.align.packing.tree_attention import LayerTree, bias_for, masked_attention, tree_attention
+from mmedpo_ray.align.packing.tree_attention import LayerTree, masked_attention, tree_attention
 
-# Pre-norm layers of one anatomy: RMSNorm, attention with rotary embedding, residual, RMSNorm, gated MLP, residual.
+# Pre-norm layers of one structure: RMSNorm, attention with rotary embedding, residual, RMSNorm, gated MLP,
+# residual.
 _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 
 
 def install(language_model: Any, *, along_tree: bool) -> None:
-    """Replaces the forwards of a transformers language model's layers; those of another anatomy are left as they are.
+    """Replaces the forwards of a transformers language model's layers; models with other layers are left as
+    they are.
 
-    The model's forward then needs the keywords ``outputs`` and ``bias`` (:func:`for_last_layer`), and its
-    ``last_hidden_state`` is (R, O, D) instead of (R, T, D).
+    The model's forward then needs the keywords of the last layer: ``outputs`` (R, O), the positions whose
+    hidden states are read, and ``bias``, their
+    :func:`~mmedpo_ray.align.packing.tree_attention.attention_bias`. Its ``last_hidden_state`` is (R, O, D)
+    instead of (R, T, D).
 
     Args:
         language_model: of a LLaVA.
-        along_tree: attend along trees; else as the model's own attention does.
+        along_tree: use tree attention instead of the model's own.
     """
     layers = [layer for layer in language_model.layers if type(layer).__name__ in _KNOWN]
     if len(layers) < len(language_model.layers):
@@ -51,17 +58,6 @@ def install(language_model: Any, *, along_tree: bool) -> None:
 def is_installed(language_model: Any) -> bool:
     """Whether :func:`install` changed the model."""
     return getattr(language_model.layers[-1].forward, "__func__", None) is _last_layer
-
-
-def for_last_layer(outputs: Tensor, sees: Tensor, language_model: Any) -> dict[str, Tensor]:
-    """Keywords of the model's forward.
-
-    Args:
-        outputs: (R, O) int64, the positions whose hidden states are read.
-        sees: (R, O, T) bool, what these attend to.
-        language_model: the model.
-    """
-    return {"outputs": outputs, "bias": bias_for(sees, language_model)}
 
 
 def _replace(module: Any, forward: Any) -> None:
@@ -102,7 +98,7 @@ def _last_layer(
     bias: Tensor,
     **_: Any,
 ) -> Tensor:
-    """(R, T, D) → (R, O, D) at ``outputs`` (R, O), whose heads see what ``bias`` (R, 1, (H / K)·O, T) leaves."""
+    """(R, T, D) → (R, O, D) at ``outputs`` (R, O), under the mask ``bias`` (R, 1, (H / K)·O, T)."""
     attention = self.self_attn
     states = self.input_layernorm(hidden_states)
     cos, sin = (part.expand(*states.shape[:2], -1) for part in position_embeddings)
@@ -143,7 +139,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotary embedding (arXiv 2104.09864) in Llama's order of dimensions: pairs are of the two halves, not neighbours."""
+    """Rotary embedding (arXiv 2104.09864) in Llama's order of dimensions: a pair has one from each half."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

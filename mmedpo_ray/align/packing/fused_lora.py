@@ -1,9 +1,10 @@
-"""LoRA's forward and backward as few passes over memory as there are matrix products.
+"""LoRA's forward and backward with as few passes over memory as there are matrix products.
 
-peft computes W·x + s·B·(A·x) as four operations on tensors of the output's size (base, product, scaling, sum), and autograd
-answers with as many; layers that read the same input (queries, keys and values; gate and up) read it anew. Next to matrix
-products with a rank of 8 to 128 these passes are not small. Here the scaling meets the rank-sized product, both sums happen
-inside a product (``addmm``), and layers of one input share its products with A. Values are the same up to rounding.
+peft computes W·x + s·B·(A·x) as four operations on tensors of the output's size (base, product, scaling,
+sum), and autograd adds as many; layers that read the same input (queries, keys and values; gate and up) each
+read it again. Next to matrix products with a rank of 8 to 128 these passes are not small. Here the scaling is
+applied to the product of rank size, both sums happen inside a product (``addmm``), and layers of one input
+share their products with A. Values are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ class _LoraProducts(torch.autograd.Function):
 def install(model: Any, *, sharded: bool = False) -> None:
     """Gives every plain LoRA layer of a peft model the fused forward.
 
-    Left as they are: layers with dropout or several adapters, and other variants (DoRA).
+    Layers with dropout or several adapters, and other variants (DoRA), are left as they are.
 
     Args:
         model: a peft model; a model without LoRA is left as it is.
-        sharded: its weights are gathered in hooks of the modules that hold them (ZeRO-3), so these must be called. Only the
-            scaling is then moved to where the product is small.
+        sharded: the weights are gathered in hooks of the modules that hold them (ZeRO-3), so these must be
+            called. Then only the scaling moves to the product of rank size.
     """
     from peft.tuners.lora import Linear
 
@@ -81,7 +82,7 @@ def install(model: Any, *, sharded: bool = False) -> None:
 
 
 def project(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
-    """Linear layers of one input: (..., in) → (..., outᵢ) each, in shared products where all have the fused forward."""
+    """Linear layers of one input: (..., in) → (..., outᵢ) each, in shared products if all have the fused forward."""
     if not all(_is_active(layer) for layer in layers):
         return [layer(x) for layer in layers]
     weights: list[Any] = []
@@ -114,12 +115,12 @@ def _is_active(layer: Any) -> bool:
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
-    """The layer's output (..., out) for (..., in); the base's alone where the adapter is switched off or merged."""
+    """(..., in) → (..., out); the base layer's output if the adapter is off or merged."""
     return project(x, [self])[0] if _is_active(self) else self.base_layer(x)
 
 
 def _forward_by_modules(self: Any, x: Tensor) -> Tensor:
-    """The same with every weight used by the module that holds it."""
+    """As :func:`_forward`, but every weight is used by the module that holds it."""
     output = self.base_layer(x)
     if self.disable_adapters or self.merged:
         return output

@@ -1,8 +1,10 @@
-"""Log-probabilities of response tokens from hidden states: ``lm_head`` and softmax, in chunks where there are many.
+"""Log-probabilities of response tokens from hidden states: ``lm_head`` and softmax, in chunks if there are
+many.
 
-E response tokens over a vocabulary of V have E·V logits in float32, and several times as many numbers in the backward pass. Up
-to :data:`MOST_LOGITS` they are computed at once and kept. Above, they are computed chunk by chunk and once more in the backward
-pass, so that only the (E,) results are kept; a second product with ``lm_head`` is what that costs.
+E response tokens over a vocabulary of V have E·V logits in float32, and several times as many numbers in the
+backward pass. Up to :data:`MOST_LOGITS` logits are computed at once and kept. More are computed chunk by
+chunk, and again in the backward pass, so that only the (E,) results are kept; this costs a second product
+with ``lm_head``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from mmedpo_ray.align.losses import kl_divergence
 
-# 256 MiB in float32, about a gigabyte at the height of the backward pass; 2,048 response tokens over 32,768 entries.
+# 256 MiB in float32, about a gigabyte at the peak of the backward pass; 2,048 response tokens over 32,768
+# entries.
 MOST_LOGITS = 2**26
 
 
@@ -37,7 +40,7 @@ def token_values(
     reference: Tensor | None = None,
     kl_forward_share: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """What is wanted of each of E response tokens.
+    """Log-probability, and optionally the reference's and the KL divergence, of each of E response tokens.
 
     Args:
         head: the linear layer from hidden states to logits.
@@ -47,8 +50,8 @@ def token_values(
         kl_forward_share: share λ of the forward divergence; ``None``: no divergence. Needs ``reference``.
 
     Returns:
-        (E,) float32 each: log-probabilities, nats; with ``reference`` its log-probabilities; with ``kl_forward_share`` the
-        divergence (:func:`~mmedpo_ray.align.losses.kl_divergence`), nats.
+        (E,) float32 each, nats: log-probabilities; with ``reference`` its log-probabilities; with
+        ``kl_forward_share`` the divergence (:func:`~mmedpo_ray.align.losses.kl_divergence`).
     """
     rows = max(1, MOST_LOGITS // head.weight.shape[0])
     inputs = (hidden, head.weight, head.bias, tokens, reference, kl_forward_share)
@@ -75,26 +78,19 @@ def _values(
 
 
 class _Chunked(torch.autograd.Function):
-    """:func:`_values` of some rows after the others; the backward pass computes each chunk again."""
+    """:func:`_values` in chunks of rows; the backward pass computes each chunk again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tokens: Tensor,
-        reference: Tensor | None,
-        kl_forward_share: float | None,
-        rows: int,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """``inputs`` are those of :func:`_values` and the number of rows in a chunk."""
+        hidden, weight, bias, tokens, reference, kl_forward_share, rows = inputs
         ctx.save_for_backward(hidden, weight, bias, tokens, reference)
         ctx.kl_forward_share, ctx.rows = kl_forward_share, rows
-        parts = [
-            _values(hidden[part], weight, bias, tokens[part], _of(reference, part), kl_forward_share)
-            for part in _parts(len(tokens), rows)
+        chunks = [
+            _values(hidden[part], weight, bias, tokens[part], _at(reference, part), kl_forward_share)
+            for part in _chunks(len(tokens), rows)
         ]
-        found = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        found = tuple(torch.cat(column) for column in zip(*chunks, strict=True))
         if reference is not None:
             ctx.mark_non_differentiable(found[1])
         return found
@@ -107,17 +103,16 @@ class _Chunked(torch.autograd.Function):
             torch.zeros_like(value) if is_wanted else None
             for value, is_wanted in zip((hidden, weight, bias), wanted, strict=True)
         ]
-        for part in _parts(len(tokens), ctx.rows):
+        for part in _chunks(len(tokens), ctx.rows):
             leaves: list[Any] = [
                 value if value is None else value.detach().requires_grad_(is_wanted)
                 for value, is_wanted in zip((hidden[part], weight, bias), wanted, strict=True)
             ]
-            states, *layer = leaves
             with torch.enable_grad():
-                values = _values(
-                    states, layer[0], layer[1], tokens[part], _of(reference, part), ctx.kl_forward_share
-                )
-            # All but the reference's, which come from no graph.
+                states, *layer = leaves
+                inputs = (states, layer[0], layer[1], tokens[part], _at(reference, part))
+                values = _values(*inputs, ctx.kl_forward_share)
+            # All but the reference's, which have no graph.
             graphs = [number for number, value in enumerate(values) if value.requires_grad]
             found = iter(
                 torch.autograd.grad(
@@ -133,9 +128,9 @@ class _Chunked(torch.autograd.Function):
         return *totals, None, None, None, None
 
 
-def _parts(count: int, rows: int) -> list[slice]:
+def _chunks(count: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
-def _of(states: Tensor | None, part: slice) -> Tensor | None:
+def _at(states: Tensor | None, part: slice) -> Tensor | None:
     return None if states is None else states[part]

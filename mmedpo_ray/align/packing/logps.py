@@ -1,7 +1,7 @@
 """Log-probabilities of responses under a LLaVA. Plain torch; runs anywhere.
 
-:func:`response_logps` is the one place where a policy or a reference is evaluated: one sum a response, computed on the
-packed trees of :mod:`mmedpo_ray.align.packing.trees`.
+:func:`response_logps` is the one place where a policy or a reference is evaluated: one sum per response,
+computed on packed trees (:mod:`mmedpo_ray.align.packing.trees`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mmedpo_ray.align.losses import Side
 from mmedpo_ray.align.packing import fast_layers, fused_lora, lm_head, tree_attention
-from mmedpo_ray.align.packing.trees import Forest
+from mmedpo_ray.align.packing.tree_attention import attention_bias
+from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.models.loading import image_mismatch
 
 
@@ -23,7 +24,7 @@ class LogpOutput(NamedTuple):
     """Sums over the response tokens of N sequences.
 
     Attributes:
-        logps: (N,) float32, Σ c_t · log π(token t | everything before), nats, with the span weights c_t of the forest.
+        logps: (N,) float32, Σ c_t · log π(token t | everything before), nats, with span weights c_t.
         tokens: (N,) float32, Σ c_t.
         likelihood: (N,) float32, the same as ``logps`` with all c_t = 1.
         num_tokens: (N,) int64, tokens summed.
@@ -39,28 +40,30 @@ class LogpOutput(NamedTuple):
     kl: Tensor | None = None
 
     def sides(self, count: int) -> tuple[Side, Side]:
-        """The first ``count`` sequences (chosen) and the others (rejected), as the objective takes them."""
-        return self._side(slice(count)), self._side(slice(count, None))
+        """The first ``count`` sequences (chosen) and the others (rejected)."""
 
-    def _side(self, part: slice) -> Side:
-        kl = None if self.kl is None else self.kl[part]
-        return Side(self.logps[part], self.tokens[part], self.likelihood[part], self.num_tokens[part], kl)
+        def side(part: slice) -> Side:
+            kl = None if self.kl is None else self.kl[part]
+            return Side(self.logps[part], self.tokens[part], self.likelihood[part], self.num_tokens[part], kl)
+
+        return side(slice(count)), side(slice(count, None))
 
 
 def response_logps(
-    model: Any, batch: Forest, *, with_reference: bool = False, kl_forward_share: float | None = None
+    model: Any, batch: PackedTrees, *, with_reference: bool = False, kl_forward_share: float | None = None
 ) -> LogpOutput:
     """Evaluates every response of a batch.
 
-    Each distinct image passes the vision tower once, each shared token the language model once, and only the hidden
-    states that predict a response token meet ``lm_head``: (E, V) logits for E response tokens instead of (R, T, V), in chunks
-    where these are many (:mod:`~mmedpo_ray.align.packing.lm_head`).
+    Each distinct image passes the vision tower once, each shared token the language model once, and
+    ``lm_head`` only gets the hidden states that predict a response token: (E, V) logits for E response tokens
+    instead of (R, T, V), computed in chunks if they are many (:mod:`~mmedpo_ray.align.packing.lm_head`).
 
     Args:
         model: a ``LlavaForConditionalGeneration`` or a peft model of one; its tower is frozen.
         batch: the sequences, on the model's device.
         with_reference: also evaluate the model with its adapter off, in a second forward without gradients.
-        kl_forward_share: share λ of the forward divergence; ``None``: no divergence. Needs ``with_reference``.
+        kl_forward_share: share λ of the forward divergence; ``None``: no divergence. Needs
+            ``with_reference``.
     """
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
     embeddings = _embeddings(llava, batch)
@@ -68,11 +71,13 @@ def response_logps(
     reference = None
     if with_reference:
         with torch.no_grad(), model.disable_adapter():
-            # A trained projector sees the image otherwise than the reference does.
-            original = _embeddings(llava, batch) if _trains_projector(llava) else embeddings
+            # A trained projector gives other image features than the reference's.
+            projector = llava.model.multi_modal_projector.parameters()
+            is_trained = any(value.requires_grad for value in projector)
+            original = _embeddings(llava, batch) if is_trained else embeddings
             reference = _edge_states(llava, batch, original, attention)
     if torch.is_grad_enabled() and getattr(llava.model.language_model, "gradient_checkpointing", False):
-        # Reentrant checkpointing only recomputes a block whose input wants a gradient.
+        # Reentrant checkpointing only recomputes a block whose input requires a gradient.
         embeddings.requires_grad_(True)
     states = _edge_states(llava, batch, embeddings, attention)
     to_values = (
@@ -90,14 +95,15 @@ def response_logps(
     )
 
 
-def _embeddings(llava: Any, batch: Forest) -> Tensor:
+def _embeddings(llava: Any, batch: PackedTrees) -> Tensor:
     """(R, T, D) token embeddings, image features in the places of image tokens.
 
-    An image's tokens stand side by side and all of them, so the k-th image token of the batch is number k mod P of its image.
-    Without a trained projector or embedding no graph is recorded: the tower has no weights that want a gradient.
+    All P tokens of an image are adjacent, so the k-th image token of the batch is number k mod P of its
+    image. Without a trained projector or embedding no graph is recorded: the tower has no weights that
+    require a gradient.
 
     Raises:
-        UserError: the ids of an image are not as many as its features.
+        UserError: the number of an image's ids differs from the number of its features.
     """
     features = image_features(llava, batch.pixel_values)
     embeddings = llava.get_input_embeddings()(batch.input_ids)
@@ -109,17 +115,19 @@ def _embeddings(llava: Any, batch: Forest) -> Tensor:
     return torch.where(is_image.unsqueeze(-1), shown.to(embeddings.dtype), embeddings)
 
 
-# Models whose prompts were seen to fit: the number of ids is the processor's, and to look at every batch would stall a GPU.
-_FITTING: WeakSet[Any] = WeakSet()
+# Models whose image ids were checked: their number is the processor's, and checking every batch would stall a
+# GPU.
+_CHECKED: WeakSet[Any] = WeakSet()
 
 
 def _check_image_ids(llava: Any, is_image: Tensor, count: int) -> None:
-    """Every run of image ids in the rows of (R, T) must be ``count`` long; looks at a model's first batch with images.
+    """Checks that every run of image ids in rows (R, T) is ``count`` long, in a model's first batch with
+    images.
 
     Raises:
         UserError: one is not.
     """
-    if llava in _FITTING:
+    if llava in _CHECKED:
         return
     flags = nn.functional.pad(is_image.cpu(), (1, 1)).int().diff(dim=1)
     lengths = flags.flatten().eq(-1).nonzero() - flags.flatten().eq(1).nonzero()
@@ -127,25 +135,26 @@ def _check_image_ids(llava: Any, is_image: Tensor, count: int) -> None:
         return
     if (wrong := lengths[lengths != count]).numel():
         raise image_mismatch(int(wrong[0]), count)
-    _FITTING.add(llava)
+    _CHECKED.add(llava)
 
 
-def _attention(llava: Any, batch: Forest) -> dict[str, Any]:
-    """What the language model's forward must know of the trees, as its layers take it."""
+def _attention(llava: Any, batch: PackedTrees) -> dict[str, Any]:
+    """Keywords of the language model's forward that describe the trees."""
     language_model = llava.model.language_model
-    known: dict[str, Any] = {"attention_mask": None}
+    keywords: dict[str, Any] = {"attention_mask": None}
     if tree_attention.is_installed(language_model):
-        known["tree"] = tree_attention.for_layers(batch.layout, language_model)
+        bias = attention_bias(batch.layout.sees, language_model)
+        keywords["tree"] = tree_attention.LayerTree(batch.layout, bias)
     elif language_model.config._attn_implementation == "flex_attention":
-        known["attention_mask"] = batch.block_mask()
+        keywords["attention_mask"] = batch.block_mask()
     else:
-        known["attention_mask"] = batch.dense_mask()
+        keywords["attention_mask"] = batch.dense_mask()
     if fast_layers.is_installed(language_model):
-        known |= fast_layers.for_last_layer(batch.outputs, batch.output_mask(), language_model)
-    return known
+        keywords |= {"outputs": batch.outputs, "bias": attention_bias(batch.output_mask(), language_model)}
+    return keywords
 
 
-def _edge_states(llava: Any, batch: Forest, embeddings: Tensor, attention: dict[str, Any]) -> Tensor:
+def _edge_states(llava: Any, batch: PackedTrees, embeddings: Tensor, attention: dict[str, Any]) -> Tensor:
     """(E, D) hidden states of the positions that predict a response token."""
     hidden = llava.model.language_model(
         inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False, **attention
@@ -155,17 +164,13 @@ def _edge_states(llava: Any, batch: Forest, embeddings: Tensor, attention: dict[
     return hidden[batch.edge_row, batch.edge_parent]
 
 
-def _sum(edges: Tensor, batch: Forest, weights: Tensor | None = None) -> Tensor:
-    """(E,) values of tokens → (N,) sums over responses."""
+def _sum(edges: Tensor, batch: PackedTrees, weights: Tensor | None = None) -> Tensor:
+    """(E,) values per token → (N,) sums over responses."""
     terms = edges[batch.term_edge]
     if weights is not None:
         terms = terms * weights
     zeros = torch.zeros(batch.num_tokens.shape[0], dtype=torch.float32, device=edges.device)
     return zeros.index_add(0, batch.term_sequence, terms)
-
-
-def _trains_projector(llava: Any) -> bool:
-    return any(value.requires_grad for value in llava.model.multi_modal_projector.parameters())
 
 
 def image_features(llava: Any, pixel_values: Tensor) -> Tensor:
@@ -175,16 +180,17 @@ def image_features(llava: Any, pixel_values: Tensor) -> Tensor:
     return torch.stack(list(output.pooler_output))
 
 
-def make_fast(model: Any, *, attention: str = "tree", sharded: bool = False) -> None:
-    """Sets a LLaVA up for :func:`response_logps`; afterwards its ``forward`` works on packed trees alone.
+def use_packed_forward(model: Any, *, attention: str = "tree", sharded: bool = False) -> None:
+    """Prepares a LLaVA for :func:`response_logps`; afterwards its ``forward`` only works on packed trees.
 
     Args:
         model: a ``LlavaForConditionalGeneration`` or a peft model of one.
-        attention: ``tree`` (:mod:`~mmedpo_ray.align.packing.tree_attention`), ``sdpa`` (a dense mask) or ``flex`` (FlexAttention).
+        attention: ``tree`` (:mod:`~mmedpo_ray.align.packing.tree_attention`), ``sdpa`` (a dense mask) or
+            ``flex`` (FlexAttention).
         sharded: weights will be sharded over ranks (ZeRO-3).
 
     Raises:
-        UserError: the language model is of a family that this attention would not compute rightly.
+        UserError: this attention would give wrong values for the language model's family.
     """
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
     language_model = llava.model.language_model

@@ -1,16 +1,20 @@
-"""Attention over packed trees without a T × T mask: the trunk causally, the branches against trunk and themselves.
+"""Attention over packed trees without a T × T mask: trunks are causal, branches see their trunk and
+themselves.
 
-A dense mask makes attention pay for every pair of tokens of a row, also for what causality and the tree rule out. Nearly all
-tokens of a tree stand in two places: its *trunk*, the chain from the root to the first fork (image and template: 580 of 1,030
-tokens of a SLAKE image), and the branches behind it (the questions with their answers). So
+With a dense mask, attention computes every pair of tokens of a row, also those that causality and the tree
+rule out. Nearly all tokens of a tree are in two places: its *trunk*, the chain from the root to the first
+fork (image and template: 580 of 1,030 tokens of a SLAKE image), and the branches behind it (the questions
+with their answers). So
 
-* all trunks are one batch of plain causal attention (flash attention where there is a GPU), and
-* branches are cut into blocks of queries, each with the keys of its trunk, of its ancestors in earlier blocks and of its own.
+* all trunks are one batch of plain causal attention (flash attention on a GPU), and
+* branches are cut into blocks of queries, each with the keys of its trunk, of its ancestors in earlier blocks
+  and of its own.
 
-That is a third to a half of the dense products. It is the same sum in another order, so values are equal up to rounding.
+That is a third to a half of the dense products. It is the same sum in another order, so values are equal up
+to rounding.
 
-:func:`install` makes a transformers language model attend so; what it must know of a batch (:func:`for_layers`) travels as the
-keyword ``tree`` of its forward.
+:func:`install` makes a transformers language model attend like this; the layout of a batch
+(:class:`LayerTree`) is passed as the keyword ``tree`` of its forward.
 """
 
 from __future__ import annotations
@@ -27,46 +31,38 @@ from torch import Tensor
 from mmedpo_ray.errors import UserError
 
 NAME = "packed_tree"
-# Most queries in a block: each block has a copy of the keys of its trunk, and more queries see more keys that are not theirs.
+# Most queries in a block. More blocks mean more copies of the keys of a trunk; larger blocks, more masked
+# products.
 QUERIES_PER_BLOCK = 192
 # By model_type: their layers pass the tree on and compute plain scaled dot products.
 KNOWN_FAMILIES = frozenset(
-    [
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma3_text",
-        "phi",
-        "phi3",
-        "mixtral",
-        "cohere",
-        "granite",
-        "olmo2",
-        "smollm3",
-        "starcoder2",
-    ]
+    (
+        *("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text"),
+        *("phi", "phi3", "cohere", "granite", "olmo2", "smollm3", "starcoder2"),
+    )
 )
 _KNOWN_TO_WORK = f"Known to work are {', '.join(sorted(KNOWN_FAMILIES))}."
-_UNSUPPORTED = f"which attention along trees does not support. {_KNOWN_TO_WORK}"
+_UNSUPPORTED = f"which tree attention does not support. {_KNOWN_TO_WORK}"
 # Arguments of transformers' attention interface that change what is computed.
-_OF_OTHER_ATTENTION = ("softcap", "s_aux", "position_bias", "dropout")
+_OTHER_ATTENTION = ("softcap", "s_aux", "position_bias", "dropout")
 
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """How the tokens of packed rows are sorted into trunks and blocks of branches; positions are flat, row · T + column.
+    """The tokens of packed rows, sorted into trunks and blocks of branches; positions are flat, row · T +
+    column.
 
     Attributes:
-        order: (G·L + B·Q,) int64, the tokens of G trunks of L slots, then those of B blocks of Q; slots that a trunk or block
-            does not need repeat its last token.
-        place: (R·T,) int64, the slot of each token; filling of rows takes slot 0.
-        owner: (B,) int64, the trunk before a block.
-        ancestors: (B, A) int64, slots among the B·Q: a block's ancestors in earlier blocks, any slot where it has fewer.
-        sees: (B, Q, L + A + Q) bool, whether a query attends to a slot of its trunk, its ancestors, its block.
+        order: (G·L + B·Q,) int64, the tokens of G trunks of L slots, then those of B blocks of Q; spare slots
+            of a trunk or block repeat its last token.
+        place: (R·T,) int64, the slot of each token; padding of rows has slot 0.
+        owner: (B,) int64, the trunk of a block.
+        ancestors: (B, A) int64, slots among the B·Q: a block's ancestors in earlier blocks, padded with any
+            slot.
+        sees: (B, Q, L + A + Q) bool, whether a query attends to a slot of its trunk, its ancestors, its
+            block.
         spare: int64, the slots that repeat a token.
-        filling: int64, the positions that fill rows.
+        padding: int64, the positions that pad rows.
         trunk_shape: (G, L).
     """
 
@@ -76,7 +72,7 @@ class TreeLayout:
     ancestors: Tensor
     sees: Tensor
     spare: Tensor
-    filling: Tensor
+    padding: Tensor
     trunk_shape: tuple[int, int]
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> TreeLayout:
@@ -94,7 +90,7 @@ def lay_out(subtree_end: Tensor, row_lengths: Sequence[int]) -> TreeLayout:
 
     Args:
         subtree_end: (R, T) int64, column after the last descendant of every token; tokens in preorder.
-        row_lengths: tokens in each row; what follows is filling.
+        row_lengths: tokens in each row; padding follows.
     """
     rows, length = subtree_end.shape
     ends = (subtree_end + length * torch.arange(rows)[:, None]).flatten()
@@ -103,7 +99,11 @@ def lay_out(subtree_end: Tensor, row_lengths: Sequence[int]) -> TreeLayout:
     for row, size in enumerate(row_lengths):
         start, stop = row * length, row * length + size
         while start < stop:
-            trees.append((start, _trunk_end(known, start), known[start]))
+            # The trunk ends after the last token before the first fork.
+            fork = start + 1
+            while fork < known[start] and known[fork] == known[start]:
+                fork += 1
+            trees.append((start, fork, known[start]))
             start = known[start]
     blocks = [(number, *block) for number, (_, fork, end) in enumerate(trees) for block in _cut(fork, end)]
     trunks, is_trunk = _slots([(start, fork) for start, fork, _ in trees])
@@ -125,7 +125,7 @@ def lay_out(subtree_end: Tensor, row_lengths: Sequence[int]) -> TreeLayout:
     is_first = torch.cat([is_trunk.flatten(), is_query.flatten()])
     place = torch.zeros(rows * length, dtype=torch.int64)
     place[order[is_first]] = torch.arange(len(order))[is_first]
-    is_filling = torch.arange(length) >= torch.tensor(row_lengths)[:, None]
+    is_padding = torch.arange(length) >= torch.tensor(row_lengths)[:, None]
     return TreeLayout(
         order=order,
         place=place,
@@ -133,17 +133,9 @@ def lay_out(subtree_end: Tensor, row_lengths: Sequence[int]) -> TreeLayout:
         ancestors=torch.where(is_ancestor, place[ancestors] - trunks.numel(), 0),
         sees=sees,
         spare=torch.arange(len(order))[~is_first],
-        filling=torch.arange(rows * length)[is_filling.flatten()],
+        padding=torch.arange(rows * length)[is_padding.flatten()],
         trunk_shape=(trunks.shape[0], trunks.shape[1]),
     )
-
-
-def _trunk_end(ends: Sequence[int], root: int) -> int:
-    """The position after the last token before the first fork."""
-    last = root
-    while last + 1 < ends[root] and ends[last + 1] == ends[root]:
-        last += 1
-    return last + 1
 
 
 def _cut(start: int, end: int) -> list[tuple[int, int]]:
@@ -154,7 +146,7 @@ def _cut(start: int, end: int) -> list[tuple[int, int]]:
 
 
 def _ancestors(ends: Sequence[int], fork: int, start: int) -> list[int]:
-    """The ancestors of the tokens from ``start`` on between the trunk, which ends at ``fork``, and ``start``."""
+    """Positions between ``fork``, where the trunk ends, and ``start`` that are ancestors of tokens from ``start`` on."""
     found = []
     position = fork
     while position < start:
@@ -167,7 +159,7 @@ def _ancestors(ends: Sequence[int], fork: int, start: int) -> list[int]:
 
 
 def _slots(spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """(N, longest) int64: the positions of every span, its last one repeated; and where nothing is repeated."""
+    """(N, longest) int64: the positions of every span, padded with its last; and bool, True for what is no padding."""
     length = max((end - start for start, end in spans), default=0)
     starts, ends = (torch.tensor([span[side] for span in spans], dtype=torch.int64) for side in (0, 1))
     positions = starts[:, None] + torch.arange(length)
@@ -176,33 +168,24 @@ def _slots(spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LayerTree:
-    """A layout as the attention of a layer takes it.
+    """The layout of a batch and its mask, made once for all layers.
 
     Attributes:
         layout: of the batch.
-        bias: (B, 1, (H / K)·Q, L + A + Q), 0 where the query attends to the slot and −∞ elsewhere, in the type of the keys.
+        bias: (B, 1, (H / K)·Q, L + A + Q), 0 where the query attends to the slot and −∞ elsewhere, in the
+            type of the keys.
     """
 
     layout: TreeLayout
     bias: Tensor
 
 
-def for_layers(layout: TreeLayout, language_model: Any) -> LayerTree:
-    """What all layers of a language model need, made once."""
-    return LayerTree(layout, bias_for(layout.sees, language_model))
-
-
-def bias_for(sees: Tensor, language_model: Any) -> Tensor:
-    """:func:`attention_bias` for the heads and the type of a language model."""
+def attention_bias(sees: Tensor, language_model: Any) -> Tensor:
+    """(B, Q, S) bool → (B, 1, (H / K)·Q, S) in the type of the model, for :func:`masked_attention`."""
     config = language_model.config
     shared = config.num_attention_heads // config.num_key_value_heads
-    return attention_bias(sees, shared, language_model.dtype)
-
-
-def attention_bias(sees: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
-    """(B, Q, S) bool → (B, 1, shared·Q, S) for :func:`masked_attention`; ``shared`` heads read one key head."""
-    bias = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf)
-    return bias.repeat(1, shared, 1).unsqueeze(1)
+    bias = torch.zeros(sees.shape, dtype=language_model.dtype, device=sees.device)
+    return bias.masked_fill_(~sees, -torch.inf).repeat(1, shared, 1).unsqueeze(1)
 
 
 # ---------------------------------------------------------------------- attention
@@ -239,7 +222,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: LayerTree, s
 def _split(states: Tensor, layout: TreeLayout) -> tuple[Tensor, Tensor]:
     """(R, H, T, D) → (G, L, H, D) of the trunks and (B, Q, H, D) of the blocks."""
     flat = states.transpose(1, 2).flatten(0, 1)
-    slots = _Rearrange.apply(flat, layout.order, layout.place, layout.filling)
+    slots = _Rearrange.apply(flat, layout.order, layout.place, layout.padding)
     num_trunks, trunk_length = layout.trunk_shape
     # Not tensor_split, whose gradient is a tensor of zeros for each part and their sum.
     in_trunks = num_trunks * trunk_length
@@ -263,14 +246,15 @@ def _keys(trunks: Tensor, blocks: Tensor, layout: TreeLayout) -> Tensor:
 
 
 class _Rearrange(torch.autograd.Function):
-    """Rows of a tensor in another order, where those that are there twice have no gradient of their own.
+    """Rows of a tensor in another order; repeated rows have no gradient of their own.
 
-    The backward pass of an index is a sum over its repetitions, scattered row by row; here it is an index again.
+    The backward pass of an index is a sum over its repetitions, scattered row by row. Here it is an index
+    again.
     """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, order: Tensor, inverse: Tensor, unused: Tensor) -> Tensor:
-        """states[order]; ``inverse`` leads back, and the rows ``unused`` of ``states`` are read by nobody."""
+        """states[order]; ``inverse`` restores the order, and the rows ``unused`` of ``states`` are not read."""
         ctx.save_for_backward(inverse, unused)
         return states.index_select(0, order)
 
@@ -323,26 +307,24 @@ def attention_of_a_layer(
     """transformers' attention interface; ``tree`` comes from the keywords of the model's forward.
 
     Raises:
-        UserError: the layer asks for another kind of attention, or was not given the tree.
+        UserError: the layer asks for another kind of attention, or did not get the tree.
     """
-    if asked := [name for name in _OF_OTHER_ATTENTION if _is_on(others.get(name))]:
-        raise UserError(f"a layer of the language model asks for {', '.join(asked)}, {_UNSUPPORTED}")
+    # A tensor always has an effect, a number unless it is 0.
+    if asked := [
+        name for name in _OTHER_ATTENTION if isinstance(others.get(name), Tensor) or others.get(name)
+    ]:
+        raise UserError(f"a layer of the language model uses {', '.join(asked)}, {_UNSUPPORTED}")
     if tree is None:
         raise UserError(f"the language model does not pass the tree to its layers, {_UNSUPPORTED}")
     return tree_attention(query, key, value, tree, scaling), None
 
 
-def _is_on(value: Any) -> bool:
-    """Whether an argument has an effect: a tensor always, a number unless it is 0."""
-    return isinstance(value, Tensor) or bool(value)
-
-
 def check_family(config: Any, *, along_tree: bool) -> None:
-    """Refuses language models whose attention would be computed otherwise than they define it.
+    """Refuses language models for which attention on packed trees would give wrong values.
 
     Args:
         config: of the language model.
-        along_tree: whether it is to attend along trees; else under a dense or a block mask.
+        along_tree: whether tree attention is used, or else a dense or block mask.
 
     Raises:
         UserError: scores are capped, or the family is not known to pass the tree on.
@@ -352,13 +334,13 @@ def check_family(config: Any, *, along_tree: bool) -> None:
         raise UserError(f"the language model is a {family}, {_UNSUPPORTED}")
     if getattr(config, "attn_logit_softcapping", None):
         raise UserError(
-            f"the language model is a {family} with attn_logit_softcapping, which attention on packed trees does not compute. "
-            f"{_KNOWN_TO_WORK}"
+            f"the language model is a {family} with attn_logit_softcapping, which attention on packed trees does not "
+            f"compute. {_KNOWN_TO_WORK}"
         )
 
 
 def install(language_model: Any) -> None:
-    """Makes a transformers language model attend along trees; its forward then needs the keyword ``tree``."""
+    """Gives a transformers language model tree attention; its forward then needs the keyword ``tree``."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 

@@ -1,4 +1,4 @@
-"""What the workers of `align` ask of the cluster, and whether it has that."""
+"""The resources that the workers of `align` need, and whether the cluster has them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def wants_gpu(align: AlignConfig) -> bool:
 
 
 def rank_resources(align: AlignConfig, *, use_gpu: bool) -> dict[str, float]:
-    """What a worker takes, in Ray's terms."""
+    """Resources of a worker, by Ray's names."""
     return {"CPU": align.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
 
 
 def check_cluster(align: AlignConfig, *, use_gpu: bool) -> None:
-    """Fails at once where Ray would wait for resources for ever (a cluster that scales may still grow).
+    """Fails at once if Ray would wait for resources for ever (an autoscaling cluster may still grow).
 
     Raises:
         UserError: there is no GPU, or no room for the fewest ranks.
     """
     if align.attention == "flex" and not use_gpu:
         raise UserError(
-            "align.attention=flex needs a GPU for every worker, and training here has none (align.use_gpu, or a cluster without "
-            "GPUs). Set align.attention=tree, which gives equal values."
+            "align.attention=flex needs a GPU for every worker, and training here has none (align.use_gpu, or a cluster "
+            "without GPUs). Set align.attention=tree, which gives equal values."
         )
     if use_gpu and align.use_gpu and not cluster.has_gpu() and not cluster.may_grow():
         raise UserError("align.use_gpu is true but the cluster has no GPU. Set it to null or false.")
@@ -36,6 +36,6 @@ def check_cluster(align: AlignConfig, *, use_gpu: bool) -> None:
         return
     one = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
     raise UserError(
-        f"align.num_workers asks for at least {align.min_workers} ranks of {one} each (align.cpus_per_worker), but the nodes of "
-        f"the cluster hold {room}. Lower one of them, or add nodes (a local cluster: raise ray.local_cpus)."
+        f"align.num_workers asks for at least {align.min_workers} ranks of {one} each (align.cpus_per_worker), but the "
+        f"nodes of the cluster hold {room}. Lower one of them, or add nodes (a local cluster: raise ray.local_cpus)."
     )

@@ -50,17 +50,17 @@ def test_speed_is_that_of_the_last_minute(tmp_path: Path, monkeypatch: pytest.Mo
     recent = RecentSteps(MetricsTail(tmp_path))
     assert not recent.look() and recent.step == 0
     write(tmp_path, *range(1, 101))
-    assert recent.look() and recent.has_jumped
+    assert recent.look() and recent.has_restarted
     assert recent.seconds_left(200) is None, "the hundred steps of an earlier launch are no speed"
     for step in range(101, 151):
         now += 3.0
         write(tmp_path, step)
-        assert recent.look() and not recent.has_jumped
+        assert recent.look() and not recent.has_restarted
     assert recent.seconds_left(200) == pytest.approx(150.0)
     assert recent.mean()["loss"] == pytest.approx(sum(1 / step for step in range(141, 151)) / 10)
     MetricsWriter(tmp_path, 120, [])
     write(tmp_path, 121)
-    assert recent.look() and recent.has_jumped and recent.step == 121
+    assert recent.look() and recent.has_restarted and recent.step == 121
 
 
 def test_figures_fit_a_terminal_and_leave_out_what_was_not_measured() -> None:

@@ -18,13 +18,13 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from mmedpo_ray.align.data import prepare_stage
 from mmedpo_ray.align.data.tokenise import COLUMNS
-from mmedpo_ray.align.packing.logps import make_fast, response_logps
-from mmedpo_ray.align.packing.trees import Forest, TokenSequence, pack
-from mmedpo_ray.align.plan import estimates as expected_module
+from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
+from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, pack
+from mmedpo_ray.align.plan import preview as preview_module
 from mmedpo_ray.align.plan.dry_run import dry_run
-from mmedpo_ray.align.plan.estimates import announce_ahead, estimate_memory, kept_numbers, logit_bytes
+from mmedpo_ray.align.plan.estimates import Geometry, estimate_memory, kept_numbers, logit_bytes
 from mmedpo_ray.align.plan.plan import ForwardSize
-from mmedpo_ray.align.plan.step_costs import Geometry
+from mmedpo_ray.align.plan.preview import announce_ahead
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.tree import Config
@@ -75,11 +75,11 @@ def build(settings: LlavaConfig, align: AlignConfig) -> Any:
     else:
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
-    make_fast(model, attention=align.attention)
+    use_packed_forward(model, attention=align.attention)
     return model
 
 
-def forest(images: int, questions: int) -> Forest:
+def forest(images: int, questions: int) -> PackedTrees:
     """Questions of 20 tokens with two answers of 8 on every image."""
     generator = torch.Generator().manual_seed(0)
 
@@ -94,7 +94,7 @@ def forest(images: int, questions: int) -> Forest:
     return pack(sequences, torch.randn(images, 3, 16, 16), pad_token_id=0)
 
 
-def kept_bytes(model: Any, batch: Forest) -> int:
+def kept_bytes(model: Any, batch: PackedTrees) -> int:
     """Bytes of all that autograd keeps of a forward pass but weights, each storage once."""
     weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
     found: dict[int, int] = {}
@@ -120,7 +120,7 @@ def test_expected_activations_are_what_autograd_keeps(
 ) -> None:
     align = align_settings(train=train)
     settings, batch = llava(hidden, intermediate, key_heads), forest(images, questions)
-    shape = Geometry.of(settings, align.lora.rank, LAYERS)
+    shape = Geometry.of(settings, align)
     size = ForwardSize(batch.input_ids.numel(), batch.edge_token.numel(), images)
     kept = kept_bytes(build(settings, align), batch)
     # Of the three numbers a logit, the forward pass keeps one.
@@ -131,7 +131,7 @@ def test_expected_activations_are_what_autograd_keeps(
 def test_memory_of_mistral_counts_its_mlp() -> None:
     """Four tensors of 14,336 a token and layer alone are 14 hidden units."""
     shape = Geometry(
-        total=1, language=1, layers=1, head=32000 * 4096, tower=1, projector=1, adapter=1, num_layers=32,
+        total=1, language=1, layers=1, head=32000 * 4096, tower=1, adapter=1, num_layers=32,
         hidden=4096, intermediate=14336, heads=32, key_heads=8, head_size=128, image_tokens=576,
     )  # fmt: skip
     align = AlignConfig(gradient_checkpointing=False)
@@ -145,7 +145,7 @@ def test_memory_of_mistral_counts_its_mlp() -> None:
 
 def test_fewer_ranks_hold_more_each() -> None:
     shape = Geometry(
-        total=10**9, language=9 * 10**8, layers=8 * 10**8, head=10**6, tower=10**8, projector=10**6, adapter=10**7,
+        total=10**9, language=9 * 10**8, layers=8 * 10**8, head=10**6, tower=10**8, adapter=10**7,
         num_layers=2, hidden=64, intermediate=64, heads=4, key_heads=4, head_size=16, image_tokens=16,
     )  # fmt: skip
     few, many = (estimate_memory(shape, AlignConfig(), ForwardSize(100, 10, 1), ranks) for ranks in (2, 8))
@@ -170,7 +170,7 @@ def test_memory_of_what_is_trained(
     strategy: str, precision: str, train: str, a_number: float, whole: int
 ) -> None:
     shape = Geometry(
-        total=10**8, language=9 * 10**7, layers=8 * 10**7, head=10**6, tower=10**7, projector=10**6, adapter=10**7,
+        total=10**8, language=9 * 10**7, layers=8 * 10**7, head=10**6, tower=10**7, adapter=10**7,
         num_layers=2, hidden=64, intermediate=64, heads=4, key_heads=4, head_size=16, image_tokens=16,
     )  # fmt: skip
     align = AlignConfig(strategy=strategy, precision=precision, train=train)
@@ -273,7 +273,7 @@ def test_a_dry_run_names_model_and_objective(
 def test_of_a_large_table_some_images_are_looked_at(
     config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expected_module, "_ROWS_LOOKED_AT", 6)
+    monkeypatch.setattr(preview_module, "_ROWS_LOOKED_AT", 6)
     announce_ahead(config)
     line = " ".join(capsys.readouterr().err.split())
     assert "align: about 2 steps of 12 pairs on 3 images; about" in line
@@ -291,7 +291,7 @@ def test_images_that_do_not_fill_a_step_say_what_a_rank_of_it_computes(
         update={"images_per_step": 24, "num_workers": 6, "pairs_per_forward": 64, "epochs": 1}
     )
     whole = dry_run(config)
-    monkeypatch.setattr(expected_module, "_ROWS_LOOKED_AT", 48)
+    monkeypatch.setattr(preview_module, "_ROWS_LOOKED_AT", 48)
     part = dry_run(config)
     assert part["share_looked_at"] == 0.5
     for name in ("largest_forward_tokens", "largest_forward_responses", "pairs", "images", "steps"):
@@ -332,12 +332,12 @@ def test_of_a_table_of_many_row_groups_few_are_read(
             read.append(len(found))
             return found
 
-    whole, share = expected_module._read_scored(str(tmp_path), 4000)
+    whole, share = preview_module._read_scored(str(tmp_path), 4000)
     assert (len(whole), share) == (4000, 1.0)
-    monkeypatch.setattr(expected_module, "_IDS_LOOKED_AT", 1000)
-    monkeypatch.setattr(expected_module.pq, "ParquetFile", File)
-    monkeypatch.setattr(expected_module.storage, "dataset", None)
-    found, share = expected_module._read_scored(str(tmp_path), 640)
+    monkeypatch.setattr(preview_module, "_IDS_LOOKED_AT", 1000)
+    monkeypatch.setattr(preview_module.pq, "ParquetFile", File)
+    monkeypatch.setattr(preview_module.storage, "dataset", None)
+    found, share = preview_module._read_scored(str(tmp_path), 640)
     assert 0.5 * 640 < len(found) <= sum(read) <= 640 and len(opened) <= 16
     assert share == len(found) / 4000
     # Whole images, of all parts of the table.

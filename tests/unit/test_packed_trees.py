@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedpo_ray.align.packing.trees import Forest, TokenSequence, lay_out_rows, num_slots, pack
+from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, num_slots, pack, pack_rows
 
 PAD = 0
 
 
-def read_back(forest: Forest, index: int) -> list[tuple[list[int], int]]:
+def read_back(forest: PackedTrees, index: int) -> list[tuple[list[int], int]]:
     """(visible context in order of position, predicted token) of each response token of a sequence."""
     found = []
     for edge in forest.term_edge[forest.term_sequence == index].tolist():
@@ -41,7 +41,7 @@ def test_every_response_token_sees_exactly_what_precedes_it(
         expected = [(whole[:end], whole[end]) for end in range(len(sequence.prompt), len(whole))]
         assert read_back(forest, index) == expected
     assert forest.num_tokens.tolist() == [len(sequence.response) for sequence in sequences]
-    is_filling = torch.arange(forest.input_ids.numel())[:, None] == forest.layout.filling
+    is_filling = torch.arange(forest.input_ids.numel())[:, None] == forest.layout.padding
     shown = forest.token_image.flatten()[~is_filling.any(-1)]
     assert sorted(set(shown.tolist())) == list(range(len(images)))
 
@@ -69,15 +69,15 @@ def test_trees_of_different_images_do_not_merge_or_see_each_other() -> None:
 def test_short_trees_beside_a_long_one_fill_their_rows() -> None:
     """An image of 1,030 tokens with eleven noised ones of 610: two to a row, not one."""
     sizes = [1030, *[610] * 11]
-    rows = lay_out_rows(sizes)
+    rows = pack_rows(sizes)
     assert sorted(map(len, rows)) == [1, 1, 2, 2, 2, 2, 2] and num_slots(sizes) == 7 * 1220
-    assert lay_out_rows([1000, 990]) == [[0], [1]], "a row of both would have 1 % less"
-    assert lay_out_rows([]) == [] and num_slots([]) == 0
+    assert pack_rows([1000, 990]) == [[0], [1]], "a row of both would have 1 % less"
+    assert pack_rows([]) == [] and num_slots([]) == 0
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20))
 def test_every_tree_has_a_row(sizes: list[int]) -> None:
-    rows = lay_out_rows(sizes)
+    rows = pack_rows(sizes)
     assert sorted(number for row in rows for number in row) == list(range(len(sizes)))
     length = max(sum(sizes[number] for number in row) for row in rows)
     assert length <= 2 * max(sizes)

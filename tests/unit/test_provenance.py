@@ -75,4 +75,4 @@ def test_the_stage_says_why_it_works_again(
     with pytest.raises(StoppedError):
         prepare_stage.prepare(config)
     line = " ".join(capsys.readouterr().err.split())
-    assert line.startswith("prepare: making") and line.endswith("anew. Changed: align.max_length 1024 → 512")
+    assert line.startswith("prepare: ") and line.endswith("Changed: align.max_length 1024 → 512")

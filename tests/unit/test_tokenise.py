@@ -14,10 +14,9 @@ from tiny_llava import build_tiny_llava
 
 from mmedpo_ray.align.data import prepare_stage
 from mmedpo_ray.align.data.prepare_stage import ReferenceScorer, _Reader
-from mmedpo_ray.align.data.tokenise import Preparation, span_weights
+from mmedpo_ray.align.data.tokenise import span_weights
 from mmedpo_ray.align.packing.logps import response_logps
-from mmedpo_ray.align.packing.trees import Forest
-from mmedpo_ray.align.settings import AlignConfig
+from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.models.loading import PromptWriter, load_processor
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.id_set import IdSet
@@ -107,8 +106,6 @@ def test_a_mean_over_all_pairs_keeps_those_without_weight(tmp_path: Path, writer
         # Its answer is learnt with the visual pair, which has a weight.
         assert found["s000-1:visual"].counts_nll
         assert not with_weightless or not found["s000-1:text"].counts_nll
-    assert Preparation.of(AlignConfig(reduction="mean")).with_weightless
-    assert not Preparation.of(AlignConfig()).with_weightless
 
 
 def test_the_reference_keeps_to_the_limits_of_a_forward_pass(
@@ -120,7 +117,7 @@ def test_the_reference_keeps_to_the_limits_of_a_forward_pass(
     model = str(build_tiny_llava(tmp_path / "tiny"))
     sizes: list[int] = []
 
-    def note(model: Any, batch: Forest) -> Any:
+    def note(model: Any, batch: PackedTrees) -> Any:
         sizes.append(batch.input_ids.numel())
         return response_logps(model, batch)
 
@@ -128,9 +125,9 @@ def test_the_reference_keeps_to_the_limits_of_a_forward_pass(
     found = []
     for limits in ({"pairs_per_forward": 99}, {"pairs_per_forward": 99, "tokens_per_forward": 100}):
         align = align_settings(reduction="mean", **limits)
-        reader = _Reader(model, Preparation.of(align), str(tmp_path / "scored"), IdSet())
+        reader = _Reader(model, align, str(tmp_path / "scored"), IdSet())
         (slice_,) = plan_slices([str(tmp_path / "scored")], rows=99)
-        found.append(ReferenceScorer(reader, align)(slice_).sort_by("tree_key").to_pylist())
+        found.append(ReferenceScorer(reader)(slice_).sort_by("tree_key").to_pylist())
     assert sizes[0] > 100 and len(sizes) > 3 and all(size <= 100 for size in sizes[1:])
     whole, limited = found
     assert [row["pair_id"] for row in whole] == [row["pair_id"] for row in limited] and len(whole) == 12
