@@ -34,9 +34,9 @@ class Pairing:
 def pair(given: Sequence[Given], uri: str) -> Pairing:
     """Gives each row the id of its question and its cluster.
 
-    Rows of two models are paired by ``sample_id`` if all have it, else by ``id`` if all have it and models share
-    some, else by image, question, reference and answer type. Equal rows are paired in order if every model has
-    them equally often, and left unpaired otherwise.
+    Rows of two models are paired by ``sample_id`` if all have it, else by ``id`` if all have it and models
+    share some, else by image, question, reference and answer type. Equal rows are paired in order if every
+    model has them equally often, and left unpaired otherwise.
 
     Raises:
         UserError: only some rows have a model or an image, an id occurs twice within a model, or stands for

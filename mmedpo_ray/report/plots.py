@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+# Name, steps, values, colour.
+Line = tuple[str, list[float], list[float], str]
 
 # Colours that keep 3:1 contrast against both backgrounds (Okabe–Ito, slightly adapted): text pairs, visual
 # pairs, control.
@@ -60,7 +64,7 @@ def weights_histogram(kinds: dict[str, Any]) -> Markup:
 
 def curve(
     title: str,
-    series: Sequence[tuple[str, Sequence[float], Sequence[float], str]],
+    series: Sequence[Line],
     *,
     unit: str,
     limits: tuple[float, float] | None = None,
@@ -144,11 +148,7 @@ def differences(
 
 def _running_mean(values: Sequence[float]) -> list[float]:
     width = max(1, len(values) // 20)
-    means = []
-    for index in range(len(values)):
-        window = values[max(0, index - width) : index + width + 1]
-        means.append(sum(window) / len(window))
-    return means
+    return [fmean(values[max(0, index - width) : index + width + 1]) for index in range(len(values))]
 
 
 def _svg(figure: Figure, alt: str) -> Markup:

@@ -16,6 +16,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
 
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS
@@ -33,21 +36,11 @@ _MODALITIES = frozenset(concept.name for concept in CONCEPTS.values() if concept
 # "No", "not", "without", "denies", "excluded" before it in the same clause.
 _DENIED_IN_CHINESE = re.compile(r"(?:[无無没沒未不非]|否认|否認|排除)[^，。；：！？、,.;:!?]*$")
 
-# Function words of each language that are not words of English, and of English that are not words of the others.
 _FUNCTION_WORDS: dict[str, frozenset[str]] = {
     language: frozenset(words.split())
-    for language, words in {
-        "en": "the of and are there with this that which it to at were be has have from by not shows seen "
-        "appears "
-        "what where how does image",
-        "de": "der das und ist ein eine einen einer mit den dem nicht im zu auf sich von bei keine zeigt es "
-        "sind wird",
-        "fr": "le les est une dans et il avec pas sur aux au ce cette sont qui y du il des elle",
-        "es": "el los las es una del con y que se por para hay esta este al muestra en la",
-        "it": "il lo gli una è con della del nella nel di che non si sono nei al dei una mostra",
-        "pt": "um uma é com da na não que se dos há ao das os mostra em sem",
-        "nl": "het een van en met niet er op zijn geen dat aan bij wordt",
-    }.items()
+    for language, words in yaml.safe_load(
+        (Path(__file__).parent / "function_words.yaml").read_text("utf-8")
+    ).items()
 }
 _FEWEST_LANGUAGE_WORDS = 6
 _FEWEST_HITS = 3
