@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
+from mmedpo_ray.evaluate.scoring import Options
 from mmedpo_ray.evaluate.summary import failed_rows, summarise
 from mmedpo_ray.metrics import METRICS
 from mmedpo_ray.tables import schemas
@@ -75,12 +76,12 @@ def pooled(config: Config, folders: dict[int, Path]) -> dict[str, Any]:
     result = summarise(
         pa.concat_tables(answers),
         questions,
-        base=config.model.name,
-        aligned=config.evaluate.aligned_name,
-        control=config.control.name,
-        resamples=config.evaluate.bootstrap,
-        confidence=config.evaluate.confidence,
-        seed=0,
+        names={
+            "base": config.model.name,
+            "aligned": config.evaluate.aligned_name,
+            "control": config.control.name,
+        },
+        options=Options(config.evaluate.bootstrap, config.evaluate.confidence, seed=0),
         failed=pa.concat_tables(failed) if failed else None,
     )
     return result | {"per_seed": per_seed}
@@ -101,7 +102,7 @@ def markdown(summary: dict[str, Any], config: Config) -> str:
     header = ["metric", *names, f"aligned − {names[0]}", f"aligned − {names[-1]}"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for key, metric in METRICS.items():
-        if metric.official or not summary["models"][names[0]].get(key, {}).get("n"):
+        if metric.role == "official" or not summary["models"][names[0]].get(key, {}).get("n"):
             continue
         cells = [f"{summary['models'][name][key]['value']:.3f}" for name in names]
         for difference in ("difference", "difference_to_control"):

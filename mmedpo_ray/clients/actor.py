@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Requests handed to the client together, as a multiple of those in flight: once per batch it waits for the slowest.
+# Requests handed to the client together, as a multiple of those in flight: once per batch it waits for the
+# slowest.
 ROUNDS = 8
 _CPUS = 0.25
 

@@ -1,7 +1,8 @@
 """Batches of chat requests to an OpenAI-compatible endpoint, and what each failure means.
 
-A failure is one of three: only the user can fix it (wrong address, key, model: an error ends the stage), it belongs to one
-row (too long, filtered: a drop reason), or it may pass when tried again (:data:`TRANSIENT`).
+A failure is one of three: only the user can fix it (wrong address, key, model: an error ends the stage), it
+    belongs to one row (too long, filtered: a drop reason), or it may pass when tried again
+    (:data:`TRANSIENT`).
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ UNREADABLE = "endpoint_unreadable"
 _RETRIED_BELOW_500 = frozenset({408, 409, 429})
 # Error codes that no retry cures, whatever the status.
 _HOPELESS = {
-    "insufficient_quota": "has no quota left for this key. Raise the quota, then run again; finished rows are kept",
-    "billing_hard_limit_reached": "has reached its billing limit. Raise it, then run again; finished rows are kept",
+    "insufficient_quota": "has no quota left for this key. Raise the quota, then run again; finished rows "
+    "are kept",
+    "billing_hard_limit_reached": "has reached its billing limit. Raise it, then run again; finished rows "
+    "are kept",
 }
-# Refusals of one request that say nothing about the settings: by status, by code, and by the message if a server
-# sends no code (vLLM).
+# Refusals of one request that say nothing about the settings: by status, by code, and by the message if a
+# server sends no code (vLLM).
 _ROW_STATUSES = frozenset({413})
 _ROW_CODES = frozenset(
     {
@@ -49,8 +52,8 @@ _ROW_CODES = frozenset(
 _TOO_LONG = re.compile(r"maximum (?:context|model) length|context (?:length|size|window)", re.IGNORECASE)
 _FOREIGN = "no chat completion"
 _MALFORMED = "malformed chat completion"
-# So many equal failures before the first answer mean that the settings are wrong; of bodies that are no chat completion
-# at all (a web page at a wrong address), fewer.
+# So many equal failures before the first answer mean that the settings are wrong; of bodies that are no chat
+# completion at all (a web page at a wrong address), fewer.
 _SUSPECTS_FOR_HOPELESS = 8
 _FOREIGN_FOR_HOPELESS = 2
 # So many failures in a row, and twice the concurrency, mean an outage.
@@ -101,7 +104,7 @@ class Failure:
 
 
 def read_key(settings: EndpointConfig) -> str | None:
-    """The key that the settings name, from this process's environment; None if there is none and none is needed.
+    """The key that the settings name, from the environment; None if there is none and none is needed.
 
     Raises:
         UserError: OpenAI's own endpoint is meant and its key is not set.
@@ -109,14 +112,15 @@ def read_key(settings: EndpointConfig) -> str | None:
     key = os.environ.get(settings.api_key_env)
     if not key and not _base_url(settings):
         raise UserError(
-            f"no key for {settings.model}: set the environment variable {settings.api_key_env}, or base_url to a "
+            f"no key for {settings.model}: set the environment variable {settings.api_key_env}, or base_url "
+            "to a "
             "server that needs none."
         )
     return key or None
 
 
 class ChatClient:
-    """Sends batches of chat requests; one instance per Ray actor. Pace, connections and counters last as long as it does.
+    """Sends batches of chat requests; its pace, connections and counters last as long as the instance.
 
     Args:
         settings: address, model, limits.
@@ -143,7 +147,8 @@ class ChatClient:
         """Answers to the requests, in order.
 
         Raises:
-            UserError: the address, the key or the model name is wrong, or nothing answers, so no request can succeed.
+            UserError: the address, the key or the model name is wrong, or nothing answers, so no request can
+                succeed.
         """
         answers = self._runner.run(self._complete(requests))
         self._refuse_hopeless()
@@ -176,7 +181,8 @@ class ChatClient:
         if self._failures_in_a_row >= max(_FAILURES_FOR_OUTAGE, 2 * self._settings.concurrency):
             raise UserError(
                 f"{self._place} failed {self._failures_in_a_row} requests one after the other, each tried "
-                f"{self._settings.retries + 1} times (last: {answer.detail}). Run again when it answers; finished rows are "
+                f"{self._settings.retries + 1} times (last: {answer.detail}). Run again when it answers; "
+                "finished rows are "
                 "kept."
             )
         return answer
@@ -232,11 +238,13 @@ class ChatClient:
             raise UserError(f"{self._place} {_HOPELESS[code]}.") from None
         if status in (401, 403):
             raise UserError(
-                f"{self._place} refuses the key in {self._settings.api_key_env} (HTTP {status}). Set a valid one."
+                f"{self._place} refuses the key in {self._settings.api_key_env} (HTTP {status}). Set a valid "
+                "one."
             ) from None
         if status == 404 or code == "model_not_found":
             raise UserError(
-                f"{self._place} does not know the model {self._settings.model!r} or is no OpenAI-compatible endpoint "
+                f"{self._place} does not know the model {self._settings.model!r} or is no OpenAI-compatible "
+                "endpoint "
                 f"(HTTP {status}). Check base_url (it ends in /v1) and model."
             ) from None
         detail = f"HTTP {status}" + (f" {code}" if code else "")
@@ -249,19 +257,20 @@ class ChatClient:
         cause = type(error.__cause__ or error).__name__
         raise UserError(
             f"{self._place} cannot be reached ({cause}, {self._settings.retries + 1} tries of at most "
-            f"{self._settings.timeout_s:g} s). Start the server, or correct base_url (if it is not set, OPENAI_BASE_URL); it "
+            f"{self._settings.timeout_s:g} s). Start the server, or correct base_url (if it is not set, "
+            "OPENAI_BASE_URL); it "
             "ends in /v1."
         ) from None
 
     def _suspect(self, failure: Failure) -> Failure:
-        """Counts a failure that every request may share, so that a wrong address is not asked for all rows."""
+        """Counts a failure that all requests may share, so that a wrong address is not asked for all rows."""
         self._suspects[failure.reason, failure.detail] += 1
         if self._suspects[UNREADABLE, _FOREIGN] >= _SUSPECTS_FOR_HOPELESS:
             self._refuse_hopeless()
         return failure
 
     def _refuse_hopeless(self) -> None:
-        """Raises if nothing was answered yet and the same failure came so often that the settings must be wrong."""
+        """Raises if nothing was answered yet and the same failure came too often for good settings."""
         if self._answered or not self._suspects:
             return
         ((reason, detail), count) = self._suspects.most_common(1)[0]
@@ -269,11 +278,13 @@ class ChatClient:
             return
         if reason == UNREADABLE:
             raise UserError(
-                f"{self._place} answers, but not as an OpenAI-compatible endpoint does ({detail}). Check base_url (it ends "
+                f"{self._place} answers, but not as an OpenAI-compatible endpoint does ({detail}). Check "
+                "base_url (it ends "
                 "in /v1)."
             )
         raise UserError(
-            f"{self._place} refuses every request ({detail}). Check what model {self._settings.model!r} accepts: JSON "
+            f"{self._place} refuses every request ({detail}). Check what model {self._settings.model!r} "
+            "accepts: JSON "
             "schemas (structured outputs), temperature, max_tokens (some models want "
             "max_tokens_name=max_completion_tokens and temperature=null)."
         )
@@ -283,7 +294,8 @@ def first_choice(body: bytes) -> tuple[dict[str, Any] | None, dict[str, Any], di
     """The parts of a chat completion, each of which may be of another type than the protocol says.
 
     Returns:
-        The completion (None: the body is no chat completion), its first choice and the choice's message ({}: malformed).
+        The completion (None: the body is no chat completion), its first choice and the choice's message ({}:
+        malformed).
     """
     answer = read_json(body)
     if not isinstance(answer, dict) or not ("choices" in answer or "error" in answer):
@@ -318,7 +330,7 @@ def _read(body: bytes, max_tokens: int) -> Completion | Failure:
 
 
 def text_of(message: dict[str, Any]) -> str | None:
-    """The text of a message, or of its text parts; "" if it has no content, None if the content is malformed."""
+    """The text of a message or of its text parts; "" without content, None if the content is malformed."""
     content = message.get("content")
     if content is None:
         return ""

@@ -1,4 +1,4 @@
-"""The asynchronous client of every OpenAI-compatible endpoint: many requests in flight, paced, retried, counted."""
+"""The asynchronous client of OpenAI-compatible endpoints: requests in parallel, paced, retried, counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mmedpo_ray.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# What an error message may repeat of an answer: an identifier, never a sentence, which could hold the texts sent.
+# What an error message may repeat of an answer: an identifier, never a sentence, which could hold the texts
+# sent.
 _IDENTIFIER = re.compile(r"[\w.\-]{1,60}")
 
 
@@ -30,13 +31,13 @@ class Limits(Protocol):
 
 
 class HttpClient:
-    """Sends requests to one endpoint. The ``openai`` package does the protocol and the pauses between retries.
+    """Sends requests to one endpoint; the ``openai`` package does the protocol and the retries.
 
     Args:
         base_url: address up to ``/v1``; None: OpenAI's own.
         key: the endpoint's key.
-        limits: most requests in flight, longest silence of one try in seconds, tries after the first one (with growing
-            pauses or the endpoint's ``Retry-After``).
+        limits: most requests in flight, longest silence of one try in seconds, tries after the first one
+            (with growing pauses or the endpoint's ``Retry-After``).
         requests_per_minute: most tries that start per minute; None: any number.
 
     Raises:
@@ -66,14 +67,14 @@ class HttpClient:
         return [model.id async for model in self._openai.models.list()]
 
     async def chat(self, **arguments: Any) -> bytes:
-        """The body of the answer to a chat request, unparsed since it may be anything; raises the errors of ``openai``."""
+        """The body of the answer to a chat request, unparsed; raises the errors of ``openai``."""
         response = await self._openai.chat.completions.with_raw_response.create(**arguments)
         return response.content
 
     async def as_completed(
         self, work: Callable[[Item], Awaitable[Result]], items: Iterable[Item]
     ) -> AsyncIterator[Result]:
-        """Results in the order in which they are ready, at most ``concurrency`` at work; the first error cancels the rest."""
+        """Results as they become ready, at most ``concurrency`` at work; the first error cancels the rest."""
         todo = iter(items)
         running: set[asyncio.Task[Result]] = set()
         try:
@@ -110,8 +111,9 @@ class HttpClient:
 def async_client(base_url: str | None, **options: Any) -> Any:
     """An ``httpx.AsyncClient`` as the ``openai`` package makes its own.
 
-    The environment's proxies (``http_proxy``, ``ALL_PROXY``, …) are used for an endpoint on another machine, as ``no_proxy``
-    allows. An endpoint on this machine is asked directly: a proxy would look for it on its own machine.
+    The environment's proxies (``http_proxy``, ``ALL_PROXY``, …) are used for an endpoint on another machine,
+    as ``no_proxy`` allows. An endpoint on this machine is asked directly: a proxy would look for it on its
+    own machine.
 
     Args:
         base_url: of the endpoint; None: OpenAI's own.
@@ -127,14 +129,16 @@ def async_client(base_url: str | None, **options: Any) -> Any:
     except (ImportError, ValueError) as error:
         # httpx needs another package for SOCKS proxies, and refuses schemes that it does not know.
         raise UserError(
-            f"{base_url or 'the endpoint'} cannot be asked through the proxy that the environment names (http_proxy, "
-            f"https_proxy, ALL_PROXY): {type(error).__name__}. For a SOCKS proxy run `pip install httpx[socks]`; to use no "
+            f"{base_url or 'the endpoint'} cannot be asked through the proxy that the environment names "
+            "(http_proxy, "
+            f"https_proxy, ALL_PROXY): {type(error).__name__}. For a SOCKS proxy run `pip install "
+            "httpx[socks]`; to use no "
             "proxy, unset the variable or add the host to no_proxy."
         ) from error
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is this machine's own: localhost, 127.0.0.0/8, ::1, or any of its addresses (0.0.0.0)."""
+    """Whether an address is this machine's own: localhost, 127.0.0.0/8, ::1 or 0.0.0.0."""
     host = (urlsplit(url).hostname or "").rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -148,7 +152,7 @@ def is_loopback(url: str) -> bool:
 
 
 def error_code(error: Any) -> str:
-    """The code or type in the body of an ``openai.APIStatusError``; "" if there is none. Its message may repeat the texts."""
+    """The code or type in the body of an ``openai.APIStatusError``; its message may repeat the texts."""
     body = error.body if isinstance(error.body, dict) else {}
     return as_identifier(body.get("code")) or as_identifier(body.get("type"))
 

@@ -27,7 +27,8 @@ class EndpointConfig(Section):
     retries: int = Field(
         4,
         ge=0,
-        description="after rate limits, time-outs and server errors, with growing pauses or the endpoint's Retry-After",
+        description="after rate limits, time-outs and server errors, with growing pauses or the endpoint's "
+        "Retry-After",
     )
     temperature: float | None = Field(0.0, ge=0, description="null: not sent, for models that refuse it")
     max_tokens: int = Field(

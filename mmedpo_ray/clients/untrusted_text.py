@@ -1,4 +1,4 @@
-"""Text by others, into prompts and out of answers: as data that gives no instruction, and as values that are checked."""
+"""Text by others: as data that gives no instruction in prompts, and as checked values from answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 def as_data(record: dict[str, Any]) -> str:
     """A record as one line of ASCII JSON without the characters that chat templates use to mark turns.
 
-    Texts written by others go into a prompt in this form: none can end its JSON string, open a turn, or spell a special
-    token. The prompt must still say that nothing in the record is an instruction.
+    Texts written by others go into a prompt in this form: none can end its JSON string, open a turn, or spell
+        a special token. The prompt must still say that nothing in the record is an instruction.
 
     Args:
         record: strings, numbers and further records; no lists, whose brackets would be escaped too.
@@ -35,5 +35,5 @@ def read_json(text: str | bytes, **options: Any) -> Any:
 
 
 def is_text(value: Any) -> TypeGuard[str]:
-    """Whether a value is a string that UTF-8, and so a table, can hold: JSON allows half of a surrogate pair, UTF-8 not."""
+    """Whether a value is a string that a table can hold: JSON allows half of a surrogate pair, UTF-8 not."""
     return isinstance(value, str) and value == value.encode("utf-8", "replace").decode("utf-8")

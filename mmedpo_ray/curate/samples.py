@@ -36,6 +36,7 @@ def check_train_split(folder: str) -> None:
     """Raises a UserError if no row of `samples` is in the train split."""
     if joins.num_rows(folder, split="train") == 0:
         raise UserError(
-            f"none of the {joins.num_rows(folder):,} samples is in the train split, so there is nothing to make pairs from. "
+            f"none of the {joins.num_rows(folder):,} samples is in the train split, so there is nothing to "
+            "make pairs from. "
             "Lower data.test_share or check data.train_file."
         )

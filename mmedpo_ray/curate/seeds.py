@@ -1,4 +1,4 @@
-"""Seeds that belong to one row: servers and generators draw the same numbers for equal seeds, whatever is asked."""
+"""A seed for each row, since servers and generators draw equal numbers for equal seeds."""
 
 from __future__ import annotations
 

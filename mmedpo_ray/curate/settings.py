@@ -17,13 +17,15 @@ class TextCurationConfig(Section):
 
     method: Literal["on_policy", "rewrite", "rule_edit", "released", "none"] = Field(
         "on_policy",
-        description="on_policy: wrong answers of the target model; rewrite: a strong model edits one fact of the "
+        description="on_policy: wrong answers of the target model; rewrite: a strong model edits one fact of "
+        "the "
         "reference; rule_edit: the lexicon does; released: the pairs that came with the data",
     )
     num_candidates: int = Field(3, ge=1, description="on_policy: answers sampled per question")
     temperature: float | list[float] = Field(
         1.0,
-        description="on_policy: above 0; of a list the k-th answer to a question gets the k-th, over and over",
+        description="on_policy: above 0; of a list the k-th answer to a question gets the k-th, over and "
+        "over",
     )
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(64, ge=1, description="longest sampled answer")
@@ -113,7 +115,8 @@ class TextPromptedConfig(Section):
 
     model: str | None = Field(
         None,
-        description="folder or hub name of a CLIPSeg, SAM 3, Grounding DINO or OWL-ViT, as transformers knows them",
+        description="folder or hub name of a CLIPSeg, SAM 3, Grounding DINO or OWL-ViT, as transformers "
+        "knows them",
     )
     segmenter: str | None = Field(
         None,
@@ -141,7 +144,8 @@ class VisualCurationConfig(Section):
     per_image: int = Field(1, ge=1, description="visual pairs per image (of its questions, drawn by seed)")
     questions: Literal["all", "finding"] = Field(
         "all",
-        description="of which questions: all, as in the paper; finding: those that name a finding in question "
+        description="of which questions: all, as in the paper; finding: those that name a finding in "
+        "question "
         "or answer. Noise on a lesion does not change the answer to others (modality, plane, organ)",
     )
     batch_images: int = Field(8, ge=1, description="images handed to a tool at a time")

@@ -1,7 +1,7 @@
 """The stage `curate`: `samples` → `pairs`, of text (a dispreferred answer) and visual (a dispreferred image).
 
-Each train sample is planned for one text pair, each train image for some visual pairs; every planned pair ends in the
-table or in `dropped/`.
+Each train sample is planned for one text pair, each train image for some visual pairs; every planned pair
+ends in the table or in `dropped/`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import ray
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.curate.samples import check_train_split, train_samples
-from mmedpo_ray.curate.text import candidates, rejections
+from mmedpo_ray.curate.text import candidates, discarded
 from mmedpo_ray.curate.text.stage import prepare, text_pairs
 from mmedpo_ray.curate.visual.stage import finished_visual_pairs, make_visual_pairs
 from mmedpo_ray.io import storage
@@ -26,14 +26,14 @@ from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
 
-_TURNED_DOWN = ".turned_down"
+_COUNTS = ".discarded"
 
 
 def curate(config: Config) -> Manifest:
     """Makes the preference pairs of the run's train samples. Ray must be initialised.
 
-    First come the tables that the pairs are made of: `candidates` sampled from the target model, `choices` and `rewrites`
-    of a model behind an endpoint, and the `visual` pairs.
+    First come the tables that the pairs are made of: `candidates` sampled from the target model, `choices`
+        and `rewrites` of a model behind an endpoint, and the `visual` pairs.
 
     Raises:
         UserError: `samples` is missing, has no train row, or no pair is left.
@@ -47,13 +47,14 @@ def curate(config: Config) -> Manifest:
     settings = key_settings(config)
     for folder in (run.choices, run.rewrites):
         if folder in inputs and (asked := read_manifest(folder)) is not None:
-            # The reasons of dropped rows decide about their pairs too, and are not part of the table's identity.
+            # The reasons of dropped rows decide about their pairs too, and are not part of the table's
+            # identity.
             settings.append(asked.dropped)
     inputs += make_visual_pairs(config, partial(train_samples, config))
     stage = StageRunner("curate", run.pairs, config, settings=settings, inputs=inputs)
     if (manifest := stage.finished()) is not None:
         return manifest
-    counts = storage.join(run.pairs, _TURNED_DOWN, stage.key)
+    counts = storage.join(run.pairs, _COUNTS, stage.key)
 
     def build(done: IdSet) -> ray.data.Dataset | None:
         made = (text_pairs(config, done, counts), finished_visual_pairs(config, done))
@@ -61,8 +62,8 @@ def curate(config: Config) -> Manifest:
         return parts[0].union(*parts[1:]) if len(parts) > 1 else next(iter(parts), None)
 
     manifest = stage.write_rows(build, schema=schemas.PAIRS, id_column="pair_id", extra=_Figures(counts))
-    storage.remove(storage.join(run.pairs, _TURNED_DOWN))
-    if said := rejections.in_words(manifest.extra["turned_down"]):
+    storage.remove(storage.join(run.pairs, _COUNTS))
+    if said := discarded.in_words(manifest.extra["turned_down"]):
         console.print(f"{'':<12} {said}", soft_wrap=True)
     return manifest
 
@@ -70,18 +71,19 @@ def curate(config: Config) -> Manifest:
 def key_settings(config: Config) -> list[Any]:
     """What the pairs depend on besides the tables they are made of.
 
-    Not the endpoint, whose answers are tables with keys of their own, and not the visual pairs, which are one too.
+    Not the endpoint, whose answers are tables with keys of their own, and not the visual pairs, which are one
+    too.
     """
     return [config.curate.text.model_dump(mode="json", exclude={"endpoint"}), config.run.seed]
 
 
 class _Figures:
-    """For the manifest: pairs of each kind, who wrote the rejected side, images, answers turned down.
+    """For the manifest: pairs of each kind, who wrote the rejected side, images, discarded answers.
 
     A :class:`~mmedpo_ray.tables.stage_runner.Tally`; an image takes eight bytes of memory.
 
     Args:
-        counts: folder of what the tasks turned down.
+        counts: folder of the discarded answers.
     """
 
     columns = ("kind", "generator", "image_id")
@@ -102,5 +104,5 @@ class _Figures:
             "kinds": dict(self._kinds),
             "generators": dict(self._generators),
             "images": len(self._images),
-            "turned_down": rejections.count(self._counts),
+            "turned_down": discarded.count(self._counts),
         }

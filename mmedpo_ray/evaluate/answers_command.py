@@ -7,12 +7,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich.text import Text
+
+from mmedpo_ray.console import console
 from mmedpo_ray.evaluate import scoring
 from mmedpo_ray.evaluate.answers_file import Given, read
 from mmedpo_ray.evaluate.pairing import pair
 from mmedpo_ray.evaluate.scoring import Options, Row
+from mmedpo_ray.evaluate.summary import score_table
 from mmedpo_ray.io import storage
-from mmedpo_ray.metrics import METRICS
+from mmedpo_ray.metrics import METRICS, verdict
 
 
 def evaluate_file(uri: str, options: Options) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -77,41 +81,37 @@ def _rows(given: Sequence[Given], rows: Sequence[Row], scored: scoring.Scored) -
     ]
 
 
-def write_json(path: str, summary: dict[str, Any]) -> None:
-    """Writes the summary; ``-`` is the standard output."""
-    # ASCII, since the standard output may be no more than that.
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        storage.write_bytes(storage.absolute(path), text.encode("utf-8"))
-
-
-def write_rows(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes a line an answer."""
-    text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+def _write(path: str, text: str) -> None:
     storage.write_bytes(storage.absolute(path), text.encode("utf-8"))
 
 
 def answers_command(uri: str, options: Options, *, json_path: str | None, rows_path: str | None) -> None:
-    """Scores a file of answers, prints the table and the verdicts, and writes what is asked for."""
-    from rich.text import Text
+    """Scores a file of answers, prints the table and the verdicts, and writes the files that are asked for.
 
-    from mmedpo_ray.console import console
-    from mmedpo_ray.evaluate.summary import score_table
-    from mmedpo_ray.metrics import verdict
-
+    Args:
+        uri: the answers.
+        options: of intervals and tests.
+        json_path: where the summary goes; ``-``: the standard output; None: nowhere.
+        rows_path: where the answers with their scores go; None: nowhere.
+    """
     summary, rows = evaluate_file(uri, options)
     if rows_path:
-        write_rows(rows_path, rows)
+        lines = (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        _write(rows_path, "".join(lines))
     if json_path:
-        write_json(json_path, summary)
+        # ASCII, since the standard output may not know more.
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        if json_path == "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            _write(json_path, text)
     compared = [(item["first"], item["second"], item["metrics"]) for item in summary["differences"]]
     console.print(score_table(summary, list(summary["models"]), compared, summary["clusters"]))
     if summary["clusters"] != "images":
         console.print(
-            "There is no image_id: each question counts as an image of its own. If images have several questions, the "
+            "There is no image_id: each question counts as an image of its own. If images have several "
+            "questions, the "
             "intervals are too narrow."
         )
     for item in summary["differences"]:

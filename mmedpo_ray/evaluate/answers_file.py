@@ -29,9 +29,9 @@ class Given:
         answer_type: closed, open or report.
         question: as asked.
         reference: reference answer.
-        prediction: null where there is no answer.
-        names: those of model, image_id, sample_id and id that the row has.
-        ids: those of id and sample_id that the row has, with the type they have there.
+        prediction: None if there is no answer.
+        names: model, image_id, sample_id and id, as far as the row has them.
+        ids: id and sample_id, as far as the row has them, with their types.
     """
 
     where: str
@@ -145,7 +145,7 @@ def _given(uri: str, where: str, row: Any) -> Given:
 
 
 def _text(value: Any) -> str | None:
-    """A text, or a number as it is written; JSON's numbers are common as answers and ids."""
+    """A string, or a number as it is written: numbers are common as answers and ids; else None."""
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

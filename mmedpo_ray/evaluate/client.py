@@ -1,7 +1,7 @@
 """Asks an OpenAI-compatible endpoint about images, many questions at a time.
 
-A request is repeated with growing pauses if that can help (no connection, time-out, too many requests, a server's
-failure). One that fails for good costs its own row only.
+A request is repeated with growing pauses if that can help (no connection, time-out, too many requests, a
+server's failure). One that fails for good costs its own row only.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class QuestionClient:
             return await http.model_names()
         except (openai.OpenAIError, ValueError) as error:
             raise UserError(
-                f"the endpoint {self._base_url} does not list its models ({type(error).__name__}). Check that it runs and "
+                f"the endpoint {self._base_url} does not list its models ({type(error).__name__}). Check "
+                "that it runs and "
                 "that evaluate.endpoint ends in /v1."
             ) from error
         finally:

@@ -1,4 +1,4 @@
-"""Which rows of a file answer the same question, and which stand and fall together."""
+"""Which rows of a file answer the same question, and which form a cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ONLY_MODEL = "answers"
 
 @dataclass(frozen=True)
 class Pairing:
-    """What makes two models' rows answers to one question.
+    """How the rows of two models are paired.
 
     Attributes:
         by: in words.
@@ -34,9 +34,9 @@ class Pairing:
 def pair(given: Sequence[Given], uri: str) -> Pairing:
     """Gives each row the id of its question and its cluster.
 
-    Rows of two models are paired by ``sample_id`` where all have it, else by ``id`` where all have it and
-    models share some, else by image, question, reference and answer type. Where such rows occur several times
-    they are paired in order if every model has them equally often, and left unpaired otherwise.
+    Rows of two models are paired by ``sample_id`` if all have it, else by ``id`` if all have it and models
+    share some, else by image, question, reference and answer type. Equal rows are paired in order if every
+    model has them equally often, and left unpaired otherwise.
 
     Raises:
         UserError: only some rows have a model or an image, an id occurs twice within a model, or stands for
@@ -46,7 +46,8 @@ def pair(given: Sequence[Given], uri: str) -> Pairing:
         lacking = [row for row in given if name not in row.names]
         if lacking and len(lacking) < len(given):
             raise UserError(
-                f"{uri}, {lacking[0].where}: {name} is missing, though other rows have it. Give it in all rows or in "
+                f"{uri}, {lacking[0].where}: {name} is missing, though other rows have it. Give it in all "
+                "rows or in "
                 "none."
             )
     clustered = "image_id" in given[0].names
@@ -55,7 +56,8 @@ def pair(given: Sequence[Given], uri: str) -> Pairing:
     for row, key in zip(given, keys, strict=True):
         if asked.setdefault(key, (row.answer_type, row.reference)) != (row.answer_type, row.reference):
             raise UserError(
-                f"{uri}, {row.where}{row.id_in_words}: another model's row with this {by} has another reference or "
+                f"{uri}, {row.where}{row.id_in_words}: another model's row with this {by} has another "
+                "reference or "
                 f"answer_type. Give rows about one question one {by}, or leave it out."
             )
     rows = [
@@ -85,7 +87,8 @@ def _keys(given: Sequence[Given], uri: str) -> tuple[str, list[str]]:
             for row, key in zip(given, zip(models, ids, strict=True), strict=True):
                 if key in seen:
                     raise UserError(
-                        f"{uri}, {row.where}: {name} occurs twice for one model, so its rows cannot be paired. Make it "
+                        f"{uri}, {row.where}: {name} occurs twice for one model, so its rows cannot be "
+                        "paired. Make it "
                         "unique, or leave it out."
                     )
                 seen.add(key)
@@ -99,7 +102,7 @@ def _keys(given: Sequence[Given], uri: str) -> tuple[str, list[str]]:
 
 
 def _numbered(models: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Makes keys unique within each model; equal rows meet in order if every model that has them has as many."""
+    """Makes keys unique within each model; pairs equal rows in order if all models have as many of them."""
     often = Counter(zip(models, texts, strict=True))
     ambiguous = {text for text in set(texts) if len({often[model, text] for model in set(models)} - {0}) > 1}
     seen: Counter[tuple[str, str]] = Counter()

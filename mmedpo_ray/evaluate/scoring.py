@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.metrics import METRICS, Answer, Metric, UnavailableError, statistics
-from mmedpo_ray.metrics.answer_words import unsupported_script
+from mmedpo_ray.metrics import METRICS, Answer, UnavailableError, statistics
+from mmedpo_ray.metrics.answer_texts import unsupported_script
 from mmedpo_ray.metrics.base import is_empty
 from mmedpo_ray.metrics.closed_questions import verdict
 from mmedpo_ray.metrics.verdict import judge
@@ -28,7 +28,7 @@ class Row:
         cluster: image; the bootstrap draws whole clusters.
         answer_type: closed, open or report.
         answer: reference, prediction and question.
-        failed: the request brought no answer; it is scored as an empty one.
+        failed: the request failed; it is scored as an empty answer.
     """
 
     model: str
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Options:
-    """Of intervals and tests.
+    """Options of intervals and tests.
 
     Attributes:
         resamples: draws of the bootstrap.
@@ -60,9 +60,9 @@ class Scored:
 
     Attributes:
         rows: as given.
-        statistics: by metric, the places of the rows that it is about and their statistics, (N, K). Metrics
-            without rows or without what they need are absent.
-        left_out: why a metric is missing, by its name; only where that is worth saying.
+        statistics: by metric, the positions of the rows that it is about and their statistics, (N, K). A
+            metric without rows, or that cannot be computed here, is absent.
+        left_out: why a metric cannot be computed, by its name; only if that is worth saying.
     """
 
     rows: Sequence[Row]
@@ -102,10 +102,7 @@ def row_values(scored: Scored) -> list[dict[str, float | None]]:
 
 def estimates(scored: Scored, model: str, options: Options) -> Figures:
     """A model's scores: ``{metric: {"value", "low", "high", "n"}}``."""
-    return {
-        name: _estimate(METRICS[name], [_of_model(scored, name, model)], options).as_dict()
-        for name in scored.statistics
-    }
+    return {name: _estimate(name, *_cluster_sums(scored, name, model), options) for name in scored.statistics}
 
 
 def differences(scored: Scored, first: str, second: str, options: Options) -> Figures:
@@ -118,13 +115,11 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
     """
     found: Figures = {}
     for name in scored.statistics:
-        metric, both = METRICS[name], [_of_model(scored, name, model) for model in (first, second)]
-        found[name] = _estimate(metric, both, options).as_dict()
-        sums = _sums(both)
-        tested = found[name]["value"] is not None
-        found[name]["p"] = (
-            statistics.paired_p_value(metric.value, sums[0], sums[1], seed=options.seed) if tested else None
-        )
+        sums, n = _cluster_sums(scored, name, first, second)
+        item = found[name] = _estimate(name, sums, n, options)
+        tested = item["value"] is not None
+        value = METRICS[name].value
+        item["p"] = statistics.paired_p_value(value, *sums, seed=options.seed) if tested else None
     compared = [
         name for name, item in found.items() if METRICS[name].role == "main" and item["p"] is not None
     ]
@@ -137,11 +132,11 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
 
 
 def counts(rows: Iterable[Row]) -> dict[str, Any]:
-    """How many answers there are, and how many say nothing: each of these is failed, empty or undecided.
+    """How many answers there are, and how many say nothing: these are failed, empty or undecided.
 
     Returns:
         answers; failed (no answer came back); empty (no word in it); closed (closed questions); undecided
-        (answers to closed questions that decide for nothing), undecided_share (of closed; null without any).
+        (answers to closed questions that make no decision), undecided_share (of closed; null without any).
         All of these count as wrong and stay in the denominator.
     """
     found: dict[str, Any] = dict.fromkeys(("answers", "failed", "empty", "closed", "undecided"), 0)
@@ -172,53 +167,36 @@ def check_script(what: str, question: str, reference: str) -> None:
         script = unsupported_script(text)
         if script is not None:
             raise UserError(
-                f"{what}: the {kind} is in {script} script. Scores are defined for Latin and Chinese texts only: leave "
+                f"{what}: the {kind} is in {script} script. Scores are defined for Latin and Chinese texts "
+                "only: leave "
                 "such questions out, or translate them."
             )
 
 
-# ---------------------------------------------------------------------- pairing
+def _cluster_sums(scored: Scored, name: str, *models: str) -> tuple[list[np.ndarray], int]:
+    """A metric's sums on the questions that all of the models answered.
 
-# Question id → (cluster, statistics).
-_Statistics = dict[str, tuple[str, np.ndarray]]
-
-
-def _of_model(scored: Scored, name: str, model: str) -> _Statistics:
+    Returns:
+        For each model the sums of each cluster (image), (C, K), and the number of these questions.
+    """
     where, found = scored.statistics[name]
-    return {
-        row.question_id: (row.cluster, found[index])
-        for index, row in enumerate(scored.rows[place] for place in where.tolist())
-        if row.model == model
-    }
-
-
-def _common(models: list[_Statistics]) -> list[str]:
-    return sorted(set.intersection(*(set(item) for item in models)))
-
-
-def _sums(models: list[_Statistics]) -> list[np.ndarray]:
-    """Sums of each cluster, for each model on the common questions."""
-    common = _common(models)
-    if not common:
-        return [np.zeros((0, 1)) for _ in models]
-    clusters = [models[0][question][0] for question in common]
+    # Of each model: question → position in ``found``.
+    positions: dict[str, dict[str, int]] = {model: {} for model in models}
+    for position, place in enumerate(where.tolist()):
+        row = scored.rows[place]
+        if row.model in positions:
+            positions[row.model][row.question_id] = position
+    common = sorted(set.intersection(*map(set, positions.values())))
+    clusters = [scored.rows[where[positions[models[0]][question]]].cluster for question in common]
     order = sorted(set(clusters))
-    return [
-        statistics.cluster_sums(np.stack([item[question][1] for question in common]), clusters, order)
-        for item in models
+    sums = [
+        statistics.cluster_sums(
+            found[np.array([of_model[question] for question in common], int)], clusters, order
+        )
+        for of_model in positions.values()
     ]
+    return sums, len(common)
 
 
-def _estimate(metric: Metric, models: list[_Statistics], options: Options) -> statistics.Estimate:
-    common = _common(models)
-    if not common:
-        return statistics.Estimate(float("nan"), float("nan"), float("nan"), 0)
-    return statistics.bootstrap(
-        metric.value,
-        _sums(models),
-        combine=statistics.difference if len(models) == 2 else None,
-        n=len(common),
-        resamples=options.resamples,
-        confidence=options.confidence,
-        seed=options.seed,
-    )
+def _estimate(name: str, sums: list[np.ndarray], n: int, options: Options) -> dict[str, Any]:
+    return statistics.bootstrap(METRICS[name].value, sums, n=n, **asdict(options)).as_dict()

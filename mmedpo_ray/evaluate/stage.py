@@ -2,9 +2,8 @@
 
 Every test question goes to every model through the endpoint, as a user's would. The answers (`answers`
 schema) are kept in ``evaluate/``, requests that failed in ``evaluate/dropped/``, the scores with their
-intervals in ``evaluate/summary.json``. A request that
-failed is scored as an empty answer: it stays in the denominator. The next call tries those again that may
-    pass.
+intervals in ``evaluate/summary.json``. A failed request is scored as an empty answer: it stays in the
+denominator. The next call tries again those that may pass.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.client import RETRY_REASONS, Question, QuestionClient, Reply
-from mmedpo_ray.evaluate.scoring import check_script
-from mmedpo_ray.evaluate.summary import failed_rows, summarise, summary_table
+from mmedpo_ray.evaluate.scoring import Options, check_script
+from mmedpo_ray.evaluate.summary import ROLES, failed_rows, summarise, summary_table
 from mmedpo_ray.io import storage
 from mmedpo_ray.metrics import at_hand
 from mmedpo_ray.models.fingerprint import model_fingerprint
@@ -40,7 +39,7 @@ from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, digest, read_manifest, read_table
 
-__all__ = ["SUMMARY", "evaluate", "summarise", "summary_table"]
+__all__ = ["SUMMARY", "evaluate", "summary_table"]
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +105,8 @@ def _stage(config: Config, run: RunFolder) -> tuple[StageRunner, list[str]]:
         settings["model_files"] = model_fingerprint(config.model.path)
         if config.evaluate.aligned_name not in names:
             raise UserError(
-                f"there is no aligned model in {run.model('aligned')} to evaluate. Run `mmedpo export` first, or set "
+                f"there is no aligned model in {run.model('aligned')} to evaluate. Run `mmedpo export` "
+                "first, or set "
                 "evaluate.endpoint to one that serves it."
             )
     for role, name in (("aligned", config.evaluate.aligned_name), ("control", config.control.name)):
@@ -128,7 +128,8 @@ def _names_at(config: Config, offered: Sequence[str]) -> list[str]:
     missing = [name for name in wanted if name not in offered]
     if missing:
         raise UserError(
-            f"the endpoint {config.evaluate.endpoint} has no model {missing[0]!r}; it has {', '.join(offered) or 'none'}. "
+            f"the endpoint {config.evaluate.endpoint} has no model {missing[0]!r}; it has "
+            f"{', '.join(offered) or 'none'}. "
             "Set model.name and evaluate.aligned_name to served names, or serve the run with `mmedpo serve`."
         )
     return wanted + ([config.control.name] if config.control.name in offered else [])
@@ -142,7 +143,8 @@ def _test_samples(config: Config, run: RunFolder) -> list[dict[str, Any]]:
     )
     if table.num_rows == 0:
         raise UserError(
-            f"{run.samples} has no test question. Set data.test_file, or data.test_share above 0, and run ingest again."
+            f"{run.samples} has no test question. Set data.test_file, or data.test_share above 0, and run "
+            "ingest again."
         )
     rows = _limited(config, table.to_pylist())
     for row in rows:
@@ -162,7 +164,7 @@ def _limited(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def _groups(config: Config, names: Sequence[str]) -> list[list[str]]:
-    """Names to ask together. Whole models have an engine each; one after the other they need the room of one."""
+    """Names to ask together: whole models one after the other, since each has an engine of its own."""
     if config.evaluate.endpoint:
         return [list(names)]
     models = {name: path for name, path in run_models(config).items() if name in names}
@@ -233,29 +235,19 @@ def _row(name: str, sample: dict[str, Any], reply: Reply) -> dict[str, Any]:
 def _write_summary(config: Config, run: RunFolder, names: Sequence[str], key: str) -> None:
     samples = read_table(run.samples, schemas.SAMPLES, "samples")
     questions = dict(zip(samples["sample_id"].to_pylist(), samples["question"].to_pylist(), strict=True))
+    settings = config.evaluate
+    of_roles = dict(zip(ROLES, (config.model.name, settings.aligned_name, config.control.name), strict=True))
     summary = summarise(
         read_table(run.evaluate, schemas.ANSWERS, "answers"),
         questions,
-        base=config.model.name,
-        aligned=config.evaluate.aligned_name,
-        control=config.control.name,
-        resamples=config.evaluate.bootstrap,
-        confidence=config.evaluate.confidence,
-        seed=config.run.seed,
+        names=of_roles,
+        options=Options(settings.bootstrap, settings.confidence, config.run.seed),
         failed=failed_rows(run.evaluate),
     )
-    summary["names"] = {
-        role: name
-        for role, name in (
-            ("base", config.model.name),
-            ("aligned", config.evaluate.aligned_name),
-            ("control", config.control.name),
-        )
-        if name in names
-    }
     summary |= {
-        "bootstrap": config.evaluate.bootstrap,
-        "confidence": config.evaluate.confidence,
+        "names": {role: name for role, name in of_roles.items() if name in names},
+        "bootstrap": settings.bootstrap,
+        "confidence": settings.confidence,
         "command": _command(),
         "key": key,
     }

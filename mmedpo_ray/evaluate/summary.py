@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +14,11 @@ from rich.text import Text
 
 from mmedpo_ray.evaluate import scoring
 from mmedpo_ray.evaluate.scoring import Options, Row
+from mmedpo_ray.io import storage
 from mmedpo_ray.metrics import METRICS, Answer, verdict
+from mmedpo_ray.tables.merge import DROPPED
+
+ROLES = ("base", "aligned", "control")
 
 # What ingest appends to the id of an image that is one frame of its file.
 _FRAME = re.compile(r"~f\d+\Z")
@@ -28,31 +32,29 @@ def rows_of(answers: pa.Table, questions: dict[str, str], failed: pa.Table | Non
         questions: question by sample id.
         failed: rows of ``evaluate/dropped/``; they are scored as empty answers.
     """
-    return [
-        *_rows(answers, questions, False),
-        *(_rows(failed, questions, True) if failed is not None else ()),
-    ]
-
-
-def _rows(table: pa.Table, questions: dict[str, str], failed: bool) -> Iterator[Row]:
     columns = ["model", "sample_id", "image_id", "answer_type", "reference", "prediction"]
-    for row in table.select(columns).to_pylist():
-        answer = Answer(row["reference"], row["prediction"] or "", questions.get(row["sample_id"], ""))
-        # Frames of one file stand and fall together, as questions about one image do.
-        cluster = _FRAME.sub("", row["image_id"])
-        yield Row(row["model"], row["sample_id"], cluster, row["answer_type"], answer, failed)
+    return [
+        Row(
+            row["model"],
+            row["sample_id"],
+            # Frames of one file form one cluster, as questions about one image do.
+            _FRAME.sub("", row["image_id"]),
+            row["answer_type"],
+            Answer(row["reference"], row["prediction"] or "", questions.get(row["sample_id"], "")),
+            failed=table is failed,
+        )
+        for table in (answers, failed)
+        if table is not None
+        for row in table.select(columns).to_pylist()
+    ]
 
 
 def summarise(
     answers: pa.Table,
     questions: dict[str, str],
     *,
-    base: str,
-    aligned: str,
-    control: str,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    names: dict[str, str],
+    options: Options,
     failed: pa.Table | None = None,
 ) -> dict[str, Any]:
     """Scores of every model with intervals, and differences on the questions that both models were asked.
@@ -60,13 +62,9 @@ def summarise(
     Args:
         answers: the `answers` table.
         questions: question by sample id.
-        base: name of the unaligned model.
-        aligned: name of the aligned one.
-        control: name of the control; may be absent.
-        resamples: draws of the bootstrap.
-        confidence: of the intervals.
-        seed: of the draws.
-        failed: requests that brought no answer (``evaluate/dropped/``); scored as empty answers.
+        names: role (base, aligned, control) → name of the model.
+        options: of intervals and tests.
+        failed: requests that failed (``evaluate/dropped/``); scored as empty answers.
 
     Returns:
         ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "difference":
@@ -74,18 +72,20 @@ def summarise(
     """
     rows = rows_of(answers, questions, failed)
     scored = scoring.score(rows)
-    options = Options(resamples, confidence, seed)
     asked = {row.model for row in rows}
-    names = [name for name in (base, aligned, control) if name in asked]
+    models = [names[role] for role in ROLES if names.get(role) in asked]
 
-    def difference(other: str) -> scoring.Figures:
-        return scoring.differences(scored, aligned, other, options) if {aligned, other} <= asked else {}
+    def difference(role: str) -> scoring.Figures:
+        first, second = names["aligned"], names.get(role)
+        if second is None or not {first, second} <= asked:
+            return {}
+        return scoring.differences(scored, first, second, options)
 
     return {
-        "models": {name: scoring.estimates(scored, name, options) for name in names},
-        "counts": {name: scoring.counts(row for row in rows if row.model == name) for name in names},
-        "difference": difference(base),
-        "difference_to_control": difference(control),
+        "models": {name: scoring.estimates(scored, name, options) for name in models},
+        "counts": {name: scoring.counts(row for row in rows if row.model == name) for name in models},
+        "difference": difference("base"),
+        "difference_to_control": difference("control"),
         "left_out": scored.left_out,
         "images": len({row.cluster for row in rows}),
         "questions": len({row.question_id for row in rows}),
@@ -93,15 +93,13 @@ def summarise(
 
 
 def failed_rows(folder: str) -> pa.Table | None:
-    """The requests of a finished evaluation that brought no answer."""
-    from mmedpo_ray.io import storage
-    from mmedpo_ray.tables.merge import DROPPED
-
+    """The requests of a finished evaluation that failed; None if all succeeded."""
     paths = storage.list_files(storage.join(folder, DROPPED), ".parquet")
-    found = [storage.read_parquet(path) for path in paths]
-    table = pa.concat_tables(found) if found else None
+    if not paths:
+        return None
+    table = pa.concat_tables([storage.read_parquet(path) for path in paths])
     # A row without its reference cannot be scored; ingest lets none through.
-    return None if table is None else table.filter(pc.is_valid(table["reference"]))
+    return table.filter(pc.is_valid(table["reference"]))
 
 
 # ---------------------------------------------------------------------- terminal
@@ -149,7 +147,7 @@ def score_table(
         table.add_column(Text(f"{first} −\n{second}"), justify="right", overflow="fold")
     for key, metric in METRICS.items():
         values = [summary["models"].get(name, {}).get(key) for name in models]
-        if metric.official or not any(value and value["n"] for value in values):
+        if metric.role == "official" or not any(value and value["n"] for value in values):
             continue
         cells = [_cell(value) for value in values]
         cells += [
@@ -162,22 +160,22 @@ def score_table(
     return table
 
 
-def _count_rows(counts: dict[str, dict[str, int]], models: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Answers that say nothing; they count as wrong above."""
+def _count_rows(counts: dict[str, dict[str, int]], models: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Label and cells of the answers that say nothing; they count as wrong above."""
     found = [counts.get(name) for name in models]
+    rows = []
     if any(item and item["closed"] for item in found):
-        yield (
-            "undecided, of closed",
-            [
-                f"{item['undecided']:,} ({item['undecided'] / item['closed']:.0%})"
-                if item and item["closed"]
-                else "–"
-                for item in found
-            ],
-        )
+        cells = [
+            f"{item['undecided']:,} ({item['undecided'] / item['closed']:.0%})"
+            if item and item["closed"]
+            else "–"
+            for item in found
+        ]
+        rows.append(("undecided, of closed", cells))
     for key, label in (("empty", "empty answers"), ("failed", "failed requests")):
-        if any(item for item in found):
-            yield label, [f"{item[key]:,}" if item else "–" for item in found]
+        if any(found):
+            rows.append((label, [f"{item[key]:,}" if item else "–" for item in found]))
+    return rows
 
 
 def _caption(summary: dict[str, Any], calls: Sequence[dict[str, verdict.Call]]) -> str:
@@ -185,7 +183,8 @@ def _caption(summary: dict[str, Any], calls: Sequence[dict[str, verdict.Call]]) 
     if any(call in (verdict.BETTER, verdict.WORSE) for found in calls for call in found.values()):
         number = max(len(found) for found in calls)
         lines.append(
-            f"* a difference: p < {1 - summary['confidence']:.2g} with Holm's correction over {number} metrics"
+            f"* a difference: p < {1 - summary['confidence']:.2g} with Holm's correction over {number} "
+            "metrics"
         )
     lines += [f"{reason}." for reason in (summary.get("left_out") or {}).values()]
     return "\n".join(lines)

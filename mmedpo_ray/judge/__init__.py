@@ -1,1 +1,1 @@
-"""pairs → scored pairs: agents that judge clinical relevance, their debate, and the weights made of their scores."""
+"""pairs → scored pairs: agents that judge clinical relevance, their debate, and weights from the scores."""

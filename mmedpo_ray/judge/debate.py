@@ -1,11 +1,12 @@
 """The debate between judges (MMedPO, section 3.2): sequential, until all agree or the rounds are over.
 
-Agent 1 scores the dispreferred answer. Each next agent sees the score and reason before it and agrees (repeats the score) or
-gives another score. As soon as all agents in turn have given the same score, that score counts; after ``max_rounds`` without
-consensus the mean of all scores given counts. Turn t (from 0) of n agents belongs to agent t mod n in round t div n + 1.
+Agent 1 scores the dispreferred answer. Each next agent sees the score and reason before it and agrees
+(repeats the score) or gives another score. As soon as all agents in turn have given the same score, that
+score counts; after ``max_rounds`` without consensus the mean of all scores given counts. Turn t (from 0) of n
+agents belongs to agent t mod n in round t div n + 1.
 
-A *pass* is one Ray Data map over the pairs that are still open: one agent, one model loaded at a time. Consecutive turns of
-agents that hold no model share a pass; the result is the same.
+A *pass* is one Ray Data map over the pairs that are still open: one agent, one model loaded at a time.
+    Consecutive turns of agents that hold no model share a pass; the result is the same.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def outcome(history: Sequence[Judgement], num_agents: int) -> Outcome:
 
 
 def plan(agents: Sequence[AgentConfig], max_rounds: int) -> list[Pass]:
-    """Cuts the turns of a debate into passes: one agent each, except that neighbours without a model share one."""
+    """Cuts the turns of a debate into passes: one agent each, but neighbours without a model share one."""
 
     def pass_of(turn: int) -> int | str:
         agent = agents[turn % len(agents)]
@@ -146,7 +147,7 @@ def hold(
 
 
 class HoldPass:
-    """One pass as a Ray Data map function: a table of open debates (:data:`DEBATE`) to the same with more turns held.
+    """One pass as a Ray Data map function: open debates (:data:`DEBATE`) → the same with more turns held.
 
     Used as an actor class by agents that hold a model, and as a plain function by the others.
 
@@ -154,7 +155,8 @@ class HoldPass:
         which: the pass.
         agents: all agents of the debate, in order.
         max_rounds: rounds after which a debate is over.
-        secrets: keys of endpoints, by agent; a missing one is read from the environment of the process that judges.
+        secrets: keys of endpoints, by agent; a missing one is read from the environment of the process that
+            judges.
         usage: where agents that are charged by the token leave their counters, batch by batch; None: nowhere.
     """
 

@@ -1,4 +1,4 @@
-"""The debate as a chain of tables: one per pass, over the text pairs that are still open (:mod:`mmedpo_ray.judge.debate`)."""
+"""The debate (:mod:`mmedpo_ray.judge.debate`) as tables: one per pass, over the pairs still open."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Passes:
         settings, run = self.config.score, RunFolder(self.config.run.folder)
         if not open_pairs:
             return []
-        # All agents first: a wrong setting of any of them must not cost a pass.
+        # All agents first: a wrong setting of any of them must show before the first pass.
         data_cpus, has_gpu = self.config.ray.data_cpus, cluster.has_gpu()
         options = {
             agent.name: JUDGES[agent.kind].map_options(agent, data_cpus=data_cpus, has_gpu=has_gpu)
@@ -84,7 +84,8 @@ class Passes:
                 settings=[self.judging, settings.keep_source_scores, which.name, *retry],
                 inputs=[source],
             )
-            # A pass is over when all pairs have had their turn: pairs that failed return in a debate of their own.
+            # A pass is over when all pairs have had their turn: pairs that failed return in a debate of their
+            # own.
             manifest = stage.finished(accept_failed=True) or stage.write_rows(
                 partial(
                     self._dataset, which=which, source=source, options=dict(options[which.agents[0].name])

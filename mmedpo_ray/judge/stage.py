@@ -2,8 +2,10 @@
 
 Three steps, each with tables of its own, so that a crash costs little and a new weighting costs no judging:
 
-1. ``scored/.debate/pass-…``: one table a debate pass, over the text pairs still open (:mod:`mmedpo_ray.judge.debate`).
-2. ``scored/.scores``: every pair with its score, from the debate, from the data, or from the visual tool's confidence.
+1. ``scored/.debate/pass-…``: one table per debate pass, over the text pairs still open
+    (:mod:`mmedpo_ray.judge.debate`).
+2. ``scored/.scores``: every pair with its score, from the debate, from the data, or from the visual tool's
+    confidence.
 3. ``scored``: the same with weights, which need the scores of all pairs.
 """
 
@@ -49,8 +51,9 @@ def score(config: Config) -> Manifest:
     """Judges every pair and gives it a weight. Ray must be initialised.
 
     Returns:
-        The manifest of ``scored``; its ``extra`` holds ``debate`` (rows judged, rounds, consensus) and ``weights`` (per kind:
-        mean, effective sample share, histograms; see :class:`mmedpo_ray.judge.weights.Summary`).
+        The manifest of ``scored``; its ``extra`` holds ``debate`` (rows judged, rounds, consensus) and
+        ``weights`` (per kind: mean, effective sample share, histograms; see
+        :class:`mmedpo_ray.judge.weights.Summary`).
 
     Raises:
         UserError: the pairs are missing, an agent cannot run, or all weights are 0.
@@ -103,7 +106,7 @@ def _stage(config: Config, judging: Sequence[Any], scores_folder: str) -> StageR
 
 
 def _write_scores(config: Config, judging: Sequence[Any], folder: str, total: int) -> dict[str, Any]:
-    """Writes ``scored/.scores``, which stays so that other weights need no judging; returns what the agents were charged."""
+    """Writes ``scored/.scores``; returns what the agents were charged. Other weights use this table again."""
     run, settings = RunFolder(config.run.folder), config.score
     keep_source_scores, num_agents = settings.keep_source_scores, len(settings.agents)
     stage = StageRunner("scores", folder, config, settings=[judging, keep_source_scores], inputs=[run.pairs])
@@ -115,7 +118,8 @@ def _write_scores(config: Config, judging: Sequence[Any], folder: str, total: in
     retry = None
     before = read_manifest(folder)
     if before is not None and before.key == stage.key:
-        # An earlier run of the same judges: its pairs that failed are debated again, its charges stay in the counters.
+        # An earlier run of the same judges: its pairs that failed are debated again, its charges stay in the
+        # counters.
         retry = _pairs_to_retry(before, folder)
         for name, (log, _) in logs.items():
             log.carry_over(before.extra.get("usage", {}).get(name, {}))
@@ -186,7 +190,7 @@ def _score_undebated(batch: pa.Table, *, keep_source_scores: bool) -> pa.Table:
 
 
 def _score_debated(batch: pa.Table, *, num_agents: int) -> pa.Table:
-    """Scores of the pairs whose debate a pass has settled or ended; pairs still open belong to a later pass."""
+    """Scores of the pairs whose debate has ended; pairs still open belong to a later pass."""
     batch = batch.filter(pc.or_(pc.fill_null(batch["settled"], False), pc.is_valid(batch["drop_reason"])))
     refused = pc.is_valid(batch["drop_reason"]).to_pylist()
     outcomes = [
@@ -257,7 +261,8 @@ class _Figures:
         mode, per = self._settings.weights.mode, self._settings.weights.per
         if not self._summary.any_weight:
             raise UserError(
-                f"score: every weight is 0 with score.weights.mode={mode}, so nothing could be learned. Use match_moments, "
+                f"score: every weight is 0 with score.weights.mode={mode}, so nothing could be learned. Use "
+                "match_moments, "
                 "or check the scores in the data."
             )
         held = {

@@ -1,13 +1,14 @@
 """Relevance scores → weights of the loss.
 
-The paper states s' = (s − µ)/σ, clipped to [0.75, 1.25], with µ = 1 and σ² = 0.1 (MMedPO, section 3.2). Mode ``literal`` is
-that formula as written: as scores lie in [0, 1] it is never above 0, so every weight becomes the lower clip bound. Mode
-``match_moments``, the default, gives the scores mean 1 and variance 0.1 and then clips. Mode ``raw`` is the score itself, as in
-the released code.
+The paper states s' = (s − µ)/σ, clipped to [0.75, 1.25], with µ = 1 and σ² = 0.1 (MMedPO, section 3.2). Mode
+``literal`` is
+that formula as written: as scores lie in [0, 1] it is never above 0, so every weight becomes the lower clip
+    bound. Mode ``match_moments``, the default, gives the scores mean 1 and variance 0.1 and then clips. Mode
+    ``raw`` is the score itself, as in the released code.
 
-Clipping can move the mean off 1 (skewed scores). It is not rescaled: rescaling would leave the clip bounds, and the loss
-Σw·ℓ/Σw does not depend on the scale of all weights, only the balance between kinds does, by the few percent that
-``summary`` reports as ``mean``.
+Clipping can move the mean off 1 (skewed scores). It is not rescaled: rescaling would leave the clip bounds,
+and the loss Σw·ℓ/Σw does not depend on the scale of all weights, only the balance between kinds does, by the
+few percent that ``summary`` reports as ``mean``.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def apply(
 
 
 class Summary:
-    """Figures for the manifest: per kind the mean, effective sample share and histograms, from rows that come batch by batch.
+    """Figures for the manifest, from batches: per kind the mean, effective sample share and histograms.
 
     Args:
         settings: mode, variance and clip bounds.
@@ -122,7 +123,8 @@ class Summary:
         )
         # A constant score has weight 1, which any clip bounds may leave out.
         self._range = (min(self._bounds[0], 1.0), max(self._bounds[1], 1.0))
-        # Of each kind: rows, Σ score, Σ score², Σ weight, Σ weight², rows on a clip bound; counts of scores and weights.
+        # Of each kind: rows, Σ score, Σ score², Σ weight, Σ weight², rows on a clip bound; counts of scores
+        # and weights.
         self._sums: dict[str, Floats] = defaultdict(lambda: np.zeros(6))
         self._counts: dict[str, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros((2, _BINS), np.int64))
 
@@ -148,9 +150,10 @@ class Summary:
         """The figures of all that was added.
 
         Returns:
-            ``{kind: {"n", "score_mean", "score_std", "mean", "at_clip", "effective_share", "weights": H, "scores": H}}``
-            with ``H = {"edges": [21], "counts": [20]}``. ``at_clip`` is the share of rows on a clip bound,
-            ``effective_share`` the effective sample size as a share of the rows: (Σw)² / (n·Σw²), 1 for equal weights.
+            ``{kind: {"n", "score_mean", "score_std", "mean", "at_clip", "effective_share", "weights": H,
+            "scores": H}}`` with ``H = {"edges": [21], "counts": [20]}``. ``at_clip`` is the share of rows on
+            a clip bound, ``effective_share`` the effective sample size as a share of the rows: (Σw)² /
+            (n·Σw²), 1 for equal weights.
         """
         found: dict[str, Any] = {}
         for kind in sorted(self._sums):

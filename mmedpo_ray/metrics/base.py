@@ -24,7 +24,7 @@ class Answer:
     Attributes:
         reference: reference answer.
         prediction: the model's answer.
-        question: as it was asked; closed questions between two options are read from it.
+        question: as it was asked; the options of a closed question are read from it.
     """
 
     reference: str
@@ -36,36 +36,36 @@ class UnavailableError(Exception):
     """A metric cannot be computed here; the message says what is missing. Empty: nothing to say."""
 
 
+# N answers and the reference of every question of the test set → statistics (N, K). May raise an
+# UnavailableError.
+Statistics = Callable[[Sequence[Answer], Sequence[str]], Array]
+
+
+def mean_value(sums: Array) -> Array:
+    """Sum / count; NaN without answers."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan)
+
+
 @dataclass(frozen=True)
 class Metric:
     """A score.
-
-    One of ``statistics`` and ``batch`` is given. Callers use :meth:`of`, which serves both.
 
     Attributes:
         name: its key in ``summary.json``.
         label: its name in tables.
         answer_type: closed, open or report: the answers it is about.
-        statistics: one answer → (K,) float, for a metric that looks at one answer at a time.
-        value: sums of statistics (…, K) → (…) values in [0, 1] (CIDEr: [0, 10]); NaN where nothing was
-            counted.
+        statistics: answers → their statistics, see :func:`mean_of` and :func:`per_answer`.
+        value: sums of statistics (…, K) → (…) values in [0, 1] (CIDEr: [0, 10]); NaN if nothing was counted.
         role: main, detail or official.
-        batch: N answers and the references of the whole test set → (N, K) float, for a metric that needs the
-            whole set (CIDEr) or runs a model. May raise :class:`UnavailableError`.
     """
 
     name: str
     label: str
     answer_type: str
-    statistics: Callable[[Answer], Array] | None
-    value: Callable[[Array], Array]
+    statistics: Statistics
+    value: Callable[[Array], Array] = mean_value
     role: Role = "main"
-    batch: Callable[[Sequence[Answer], Sequence[str]], Array] | None = None
-
-    @property
-    def official(self) -> bool:
-        """Whether it is kept for comparison with published figures only."""
-        return self.role == "official"
 
     def of(self, answers: Sequence[Answer], references: Sequence[str] | None = None) -> Array:
         """Statistics of each answer.
@@ -81,30 +81,43 @@ class Metric:
         Raises:
             UnavailableError: something that the metric needs is not installed.
         """
-        if self.batch is not None:
-            return self.batch(
-                answers, [answer.reference for answer in answers] if references is None else references
-            )
-        assert self.statistics is not None
-        return np.stack([self.statistics(answer) for answer in answers])
+        if references is None:
+            references = [answer.reference for answer in answers]
+        return self.statistics(answers, references)
 
 
-def mean_of(score: Callable[[Answer], float]) -> Callable[[Answer], Array]:
-    """Statistics of a score whose value is the mean over answers: (score, 1)."""
-    return lambda answer: np.array([float(score(answer)), 1.0])
+def per_answer(statistics: Callable[[Answer], Array]) -> Statistics:
+    """Statistics of a metric that looks at one answer at a time: one answer → (K,)."""
+    return lambda answers, _: np.stack([statistics(answer) for answer in answers])
+
+
+def mean_of(score: Callable[[Answer], float]) -> Statistics:
+    """Statistics of a score whose value is the mean over answers."""
+    return lambda answers, _: as_means([float(score(answer)) for answer in answers])
 
 
 def as_means(scores: Sequence[float]) -> Array:
-    """The same for the scores of N answers: (N, 2)."""
+    """Statistics (score, 1) of the scores of N answers: (N, 2)."""
     return np.stack([np.asarray(scores, dtype=np.float64), np.ones(len(scores))], axis=1)
 
 
-def mean_value(sums: Array) -> Array:
-    """Sum / count; NaN without answers."""
+def micro_f1(sums: Array, *, empty: float) -> Array:
+    """Micro-averaged F1 of things that both sides, the answer alone and the reference alone have.
+
+    Args:
+        sums: (…, 4): numbers of these three, and the number of answers.
+        empty: the value if neither side has any.
+
+    Returns:
+        (…); NaN without answers.
+    """
+    shared, invented, missed, count = np.moveaxis(sums, -1, 0)
+    total = 2 * shared + invented + missed
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan)
+        value = np.where(total > 0, 2 * shared / total, empty)
+    return np.where(count > 0, value, np.nan)
 
 
 def is_empty(text: str) -> bool:
-    """Whether an answer says nothing: no word, number or character is left of it ("", ".", a thought block alone)."""
+    """Whether an answer says nothing: no letter or digit is left of it ("", ".", a thought block alone)."""
     return not any(letter.isalnum() for letter in final_answer(text))

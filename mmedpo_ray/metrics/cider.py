@@ -2,12 +2,12 @@
 
 The variant CIDEr-D (Vedantam et al., 2015, arXiv 1411.5726), equal to ``Cider`` of pycocoevalcap 1.2, which
 image captioning and R2Gen's successors publish. That package is no dependency: it is 100 MB of Java programs
-and computes documents' frequencies anew in each call. Here they come once from the references of the whole
+and computes documents' frequencies again in each call. Here they come once from the references of the whole
 test set, so that each answer has a score of its own and the bootstrap can draw answers; intervals take the
 frequencies as given.
 
 The score depends on the test set: never compare it between data sets, or between a whole set and a part of
-it. What stands in every reference weighs nothing, so where all references agree even exact copies score 0.
+it. What is in every reference weighs nothing, so if all references agree even exact copies score 0.
 The range is 0 to 10, as published.
 """
 
@@ -17,8 +17,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from mmedpo_ray.metrics.base import Answer, Array, as_means
-from mmedpo_ray.metrics.ngram_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.answer_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.base import Answer, Array, Metric, as_means
 
 _ORDERS = (1, 2, 3, 4)
 _SIGMA = 6.0
@@ -71,3 +71,6 @@ def _ngrams(text: str) -> _Ngrams:
     return Counter(
         tuple(found[start : start + order]) for order in _ORDERS for start in range(len(found) - order + 1)
     )
+
+
+CIDER = Metric("report_cider", "report CIDEr (0–10)", "report", cider)

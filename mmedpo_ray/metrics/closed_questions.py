@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mmedpo_ray.metrics.base import Answer
+from mmedpo_ray.metrics.base import Answer, Metric, mean_of
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.lexicon import chinese_negation, final_answer, has_han, same_characters
 from mmedpo_ray.radiology.lexicon.options import chosen, stated_sentences
@@ -21,10 +21,11 @@ def closed_correct(answer: Answer) -> bool:
 def verdict(answer: Answer) -> Verdict:
     """Judges the decision that an answer takes, on whole words; what a thought block says does not count.
 
-    Where the reference is one of the options of the question ("CT or MRI?", "A) CT B) MRI"), the answer is right if it decides for
-    the same one, by its letter or its words. Where the reference is a yes or no (also None, Not seen, Present, 没有), the answer's
-    own yes or no decides, or what its statement means for the question. Otherwise the reference must be stated as whole words, and
-    nothing that excludes it. Two options or both words without a decision are undecided, as is an answer that takes none.
+    Where the reference is one of the options of the question ("CT or MRI?", "A) CT B) MRI"), the answer is
+    right if it decides for the same one, by its letter or its words. Where the reference is a yes or no (also
+    None, Not seen, Present, 没有), the answer's own yes or no decides, or what its statement means for the
+    question. Otherwise the reference must be stated as whole words, and nothing that excludes it. Two options
+    or both words without a decision are undecided, as is an answer that takes none.
     """
     question, reference = answer.question, answer.reference
     expected = chosen(reference, question)
@@ -47,7 +48,7 @@ def _compared(decision: object, expected: object) -> Verdict:
 
 
 def _states(answer: Answer) -> bool:
-    """Whether the reference stands in what the answer states, as whole words, with nothing beside it that excludes it."""
+    """Whether the answer states the reference as whole words, and nothing that excludes it."""
     prediction, reference = (
         same_characters(final_answer(answer.prediction)),
         same_characters(answer.reference),
@@ -72,3 +73,6 @@ def _states(answer: Answer) -> bool:
         conflict.kind == "swapped" and conflict.axis != "size"
         for conflict in lexicon.conflicts(reference, prediction, answer.question)
     )
+
+
+CLOSED_ACCURACY = Metric("closed_accuracy", "closed accuracy", "closed", mean_of(closed_correct))

@@ -1,4 +1,4 @@
-"""METEOR as nltk computes it, and what is left of it where WordNet is not at hand.
+"""METEOR as nltk computes it, and a score without synonyms if there is no WordNet.
 
 METEOR (Lavie and Agarwal, 2007) matches words that are equal, have one stem, or are synonyms in WordNet. nltk
 reads WordNet from ``corpora/wordnet`` in one of its data folders (``python -m nltk.downloader wordnet``, or
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from mmedpo_ray.metrics.base import Answer, Array, UnavailableError, as_means
-from mmedpo_ray.metrics.ngram_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.answer_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.base import Answer, Array, Metric, UnavailableError, as_means
 
 
 def meteor(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
@@ -28,8 +28,9 @@ def meteor(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
     """
     if not wordnet_found():
         raise UnavailableError(
-            "METEOR is left out: nltk finds no WordNet (`python -m nltk.downloader wordnet`; offline, copy its folder "
-            "corpora/ and set NLTK_DATA to where it lies). What stands in, meteor-exact, is another score"
+            "METEOR is left out: nltk finds no WordNet (`python -m nltk.downloader wordnet`; offline, copy "
+            "its folder "
+            "corpora/ and set NLTK_DATA to where it lies). In its place, meteor-exact is another score"
         )
     from nltk.corpus import wordnet
 
@@ -53,7 +54,7 @@ def wordnet_found() -> bool:
 
     try:
         wordnet.ensure_loaded()
-    except Exception:  # A LookupError where there is none; a damaged copy raises anything.
+    except Exception:  # A LookupError if there is none; a damaged copy raises anything.
         return False
     return True
 
@@ -89,3 +90,7 @@ class _Stemmer:
         from nltk.stem.porter import PorterStemmer
 
         self.stem = cache(PorterStemmer().stem)
+
+
+METEOR = Metric("report_meteor", "report METEOR", "report", meteor)
+METEOR_EXACT = Metric("report_meteor_exact", "report meteor-exact (no synonyms)", "report", meteor_exact)

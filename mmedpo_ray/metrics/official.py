@@ -1,69 +1,30 @@
 """The rules of the scripts of LLaVA-Med, which the paper used; for comparison with published figures only.
 
-Equal to ``llava/eval`` of microsoft/LLaVA-Med (commit ad758b6) to the last digit, but for one thing: its script leaves a closed
-answer that holds a yes or no and is wrong out of the denominator, so that its accuracy cannot tell models apart. Here, as in the
-paper's figures, every closed question counts.
+Equal to ``llava/eval`` of microsoft/LLaVA-Med (commit ad758b6) to the last digit, but for one thing: its
+script leaves a closed answer that holds a yes or no and is wrong out of the denominator, so that its accuracy
+cannot tell models apart. Here, as in the paper's figures, every closed question counts.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
-from mmedpo_ray.metrics.base import Answer
+import yaml
+
+from mmedpo_ray.metrics.base import Answer, Metric, mean_of
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 # The script passes re.UNICODE where re.sub takes a count, so a call drops at most this many full stops.
 _PERIODS_DROPPED = int(re.UNICODE)
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-} | {"none": "0"}
 _ARTICLES = frozenset({"a", "an", "the"})
-# Stem by ending: what the script writes with an apostrophe where an answer does without ("dont").
-_CONTRACTED = {
-    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
-    "'ve": "could might must not should they we what where who would you",
-    "'d": "he how it someone something there they where who you",
-    "'ll": "how it somebody someone something they what who why you",
-    "'s": "he how somebody someone that there what when where who why",
-    "'re": "there they what why you",
-    "'all": "y",
-}
-_CONTRACTED_TWICE = {
-    "n't've": "could had might should would",
-    "'d've": "he it she somebody someone something there they we who you y'all",
-    "'all'll": "y",
-}
-_CONTRACTIONS = {
-    **{
-        stem + ending.replace("'", ""): stem + ending
-        for ending, stems in _CONTRACTED.items()
-        for stem in stems.split()
-    },
-    **{
-        stem + ending.replace("'", "", 1): stem + ending
-        for ending, stems in _CONTRACTED_TWICE.items()
-        for stem in stems.split()
-    },
-    **{
-        stem + ending[::-1].replace("'", "", 1)[::-1]: stem + ending
-        for ending, stems in _CONTRACTED_TWICE.items()
-        for stem in stems.split()
-    },
-    "yall'd've": "y'all'd've",
-    "maam": "ma'am",
-    "oclock": "o'clock",
-    "twas": "'twas",
-    "ow's'at": "'ow's'at",
-    "'ows'at": "'ow's'at",
-    "'ow'sat": "'ow's'at",
-    "somebody'd": "somebodyd",
-}
+_WORDS = yaml.safe_load((Path(__file__).parent / "official_words.yaml").read_text("utf-8"))
+# What the script writes with an apostrophe if an answer does without ("dont").
+_CONTRACTIONS: dict[str, str] = _WORDS["contractions"]
+_NUMBERS = {word: str(number) for number, word in enumerate(_WORDS["numbers"].split())} | {"none": "0"}
 
 
 def closed_correct_official(answer: Answer) -> bool:
@@ -72,7 +33,7 @@ def closed_correct_official(answer: Answer) -> bool:
 
 
 def recall_official(answer: Answer) -> float:
-    """Recall of the words: one of the reference counts as often as the *answer* repeats it; 0 where a side is empty."""
+    """Recall of words, each counted as often as the *answer* repeats it; 0 if a side is empty."""
     prediction = Counter(_normalised(answer.prediction).split())
     reference = Counter(_normalised(answer.reference).split())
     if not prediction or not reference:
@@ -88,8 +49,10 @@ def _normalised(text: str) -> str:
 
 
 def _normalised_once(text: str) -> str:
-    """A punctuation mark becomes a blank, or nothing if the text has it beside a blank or has a comma between digits anywhere;
-    apostrophes and decimal points stay; number words up to ten are digits; no articles."""
+    """One pass of the script's normalisation.
+
+    A punctuation mark becomes a blank, or nothing if the text has it beside a blank or has a comma between
+    digits anywhere; apostrophes and decimal points stay; number words up to ten are digits; no articles."""
     drops_all = _NUMBER_COMMA.search(text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
@@ -98,3 +61,19 @@ def _normalised_once(text: str) -> str:
     cleaned = _PERIOD.sub("", cleaned, count=_PERIODS_DROPPED)
     words = (_NUMBERS.get(word, word) for word in cleaned.split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+CLOSED_ACCURACY = Metric(
+    "closed_accuracy_official",
+    "closed accuracy (official rule)",
+    "closed",
+    mean_of(closed_correct_official),
+    role="official",
+)
+RECALL = Metric(
+    "open_recall_official",
+    "open recall (official rule)",
+    "open",
+    mean_of(recall_official),
+    role="official",
+)

@@ -1,4 +1,4 @@
-"""Clinical scores of reports by trained models, from the package RadEval (``pip install mmedpo-ray[radeval]``).
+"""Clinical scores of reports by trained models, from RadEval (``pip install mmedpo-ray[radeval]``).
 
 - RadGraph F1 (Delbrouck et al., 2022, arXiv 2210.12186): entities and whether they stand in a relation,
   RadGraph-XL, level "partial".
@@ -7,10 +7,10 @@
 - RaTEScore (Zhao et al., 2024, arXiv 2406.16845): similarity of entities by their embeddings.
 
 Each needs weights from the Hugging Face hub: in its cache, or downloaded on first use unless HF_HUB_OFFLINE
-is set. A metric whose weights or package are missing is left out and said to be. The models read English
+is set. A metric whose weights or package are missing is left out, with a message. The models read English
 chest reports; they have no meaning for other texts.
 
-RadEval's own adapters are not used, for three reasons found in 2.2.1: they ask for CUDA where there is none,
+RadEval's own adapters are not used, for three reasons found in 2.2.1: they ask for CUDA on machines without,
 they give the CheXbert score of a whole set only, and in RaTEScore an empty or very short answer shifts the
 pairs of all later ones. Empty answers score 0 here.
 """
@@ -28,9 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from mmedpo_ray.metrics.base import Answer, Array, UnavailableError, as_means, is_empty
-
-_CHEXBERT_SHARED, _CHEXBERT_INVENTED, _CHEXBERT_MISSED, _CHEXBERT_COUNT = range(4)
+from mmedpo_ray.metrics.base import Answer, Array, Metric, UnavailableError, as_means, is_empty, micro_f1
 
 
 def installed() -> str | None:
@@ -63,7 +61,7 @@ def radgraph(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
 
 
 def chexbert(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
-    """Statistics of CheXbert F1: labels that both sides have, the answer alone, the reference alone, and 1; (N, 4).
+    """Statistics of CheXbert F1: labels of both sides, the answer alone, the reference alone, and 1; (N, 4).
 
     Raises:
         UnavailableError: RadEval or the weights are missing.
@@ -78,24 +76,13 @@ def chexbert(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
         expected = np.array(scorer.get_labels([answer.reference for answer in answers]), dtype=bool)
         said = np.array(scorer.get_labels([answer.prediction or "." for answer in answers]), dtype=bool)
     said[[is_empty(answer.prediction) for answer in answers]] = False
-    return np.stack(
-        [
-            (said & expected).sum(axis=1),
-            (said & ~expected).sum(axis=1),
-            (expected & ~said).sum(axis=1),
-            np.ones(len(answers)),
-        ],
-        axis=1,
-    ).astype(np.float64)
+    labels = [said & expected, said & ~expected, expected & ~said]
+    return np.stack([*(label.sum(axis=1) for label in labels), np.ones(len(answers))], axis=1)
 
 
 def chexbert_value(sums: Array) -> Array:
-    """Micro-averaged F1; 0 where neither side has a label, as scikit-learn gives it."""
-    shared, count = sums[..., _CHEXBERT_SHARED], sums[..., _CHEXBERT_COUNT]
-    total = 2 * shared + sums[..., _CHEXBERT_INVENTED] + sums[..., _CHEXBERT_MISSED]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = np.where(total > 0, 2 * shared / total, 0.0)
-    return np.where(count > 0, value, np.nan)
+    """Micro-averaged F1; 0 if neither side has a label, as scikit-learn gives it."""
+    return micro_f1(sums, empty=0.0)
 
 
 def ratescore(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
@@ -152,7 +139,7 @@ def _ratescore(module: Any) -> Any:
 def _load(label: str, module: str, weights: str, build: Callable[[Any], Any]) -> Any:
     """A scorer of RadEval; kept, since its model takes long to load."""
     if installed() is None:
-        # An extra that nobody asked for is not missed.
+        # An extra that is not installed needs no message.
         raise UnavailableError("")
     with _quiet():
         try:
@@ -174,7 +161,7 @@ def _load(label: str, module: str, weights: str, build: Callable[[Any], Any]) ->
         try:
             return build(found)
         except Exception as error:
-            # RadEval raises a bare Exception where a file is missing.
+            # RadEval raises a bare Exception if a file is missing.
             why = (
                 "the cache lacks them and HF_HUB_OFFLINE is set" if _offline() else "they could not be loaded"
             )
@@ -190,7 +177,7 @@ def _offline() -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps RadEval's prints out of stdout, where --json may write, and its downloads off an offline machine."""
+    """Keeps RadEval's prints out of stdout, where --json may write, and prevents downloads if offline."""
     import nltk
 
     download = nltk.download
@@ -201,3 +188,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         nltk.download = download
+
+
+RADGRAPH_F1 = Metric("report_radgraph_f1", "report RadGraph F1", "report", radgraph)
+CHEXBERT_F1 = Metric("report_chexbert_f1", "report CheXbert F1", "report", chexbert, chexbert_value)
+RATESCORE = Metric("report_ratescore", "report RaTEScore", "report", ratescore)

@@ -7,8 +7,8 @@ from functools import cache
 
 import numpy as np
 
-from mmedpo_ray.metrics.base import Answer, Array, is_empty
-from mmedpo_ray.metrics.ngram_texts import prediction_text, reference_text
+from mmedpo_ray.metrics.answer_texts import prediction_text, reference_text
+from mmedpo_ray.metrics.base import Answer, Array, Metric, is_empty, mean_of, micro_f1, per_answer
 from mmedpo_ray.radiology.lexicon import facts, has_han
 from mmedpo_ray.radiology.lexicon.normalisation import HAN
 
@@ -16,7 +16,7 @@ BLEU_ORDER = 4
 
 
 def bleu_statistics(answer: Answer) -> Array:
-    """n-gram matches and totals of orders 1–4 and both lengths, (10,), as sacrebleu counts them (13a, lower case)."""
+    """n-gram matches and totals of orders 1–4, and both lengths, (10,), as sacrebleu counts them."""
     said, expected = prediction_text(answer.prediction), reference_text(answer.reference)
     # The sufficient statistics are not part of sacrebleu's public interface; a test compares the result with
     # its own.
@@ -45,10 +45,10 @@ def rouge_l(answer: Answer) -> float:
 
 
 def finding_statistics(answer: Answer) -> Array:
-    """Findings asserted with their side and zone: shared, in the answer only, in the reference only, and 1; (4,).
+    """Findings with side and zone: shared, in the answer only, in the reference only, and 1; (4,).
 
-    An empty answer misses at least one: of a normal study it does not even say that it is normal. A Chinese reference does not
-    count, as the lexicon reads findings in English alone.
+    An empty answer misses at least one: of a normal study it does not even say that it is normal. A Chinese
+        reference does not count, as the lexicon reads findings in English alone.
     """
     if has_han(answer.reference):
         return np.zeros(4)
@@ -60,12 +60,8 @@ def finding_statistics(answer: Answer) -> Array:
 
 
 def finding_f1_value(sums: Array) -> Array:
-    """Micro-averaged F1 of the findings; 1 where neither side asserts any."""
-    shared, invented, missed, count = np.moveaxis(sums, -1, 0)
-    total = 2 * shared + invented + missed
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = np.where(total > 0, 2 * shared / total, 1.0)
-    return np.where(count > 0, value, np.nan)
+    """Micro-averaged F1 of the findings; 1 if neither side asserts any."""
+    return micro_f1(sums, empty=1.0)
 
 
 def _findings(text: str) -> frozenset[tuple[str, str | None, str | None]]:
@@ -74,9 +70,9 @@ def _findings(text: str) -> frozenset[tuple[str, str | None, str | None]]:
 
 @cache
 def _bleu_scorer():
-    from sacrebleu.metrics import BLEU
+    from sacrebleu import metrics
 
-    return BLEU(lowercase=True)
+    return metrics.BLEU(lowercase=True)
 
 
 class _Tokenizer:
@@ -93,3 +89,10 @@ def _rouge_scorer():
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], tokenizer=_Tokenizer())
+
+
+FINDING_F1 = Metric(
+    "report_finding_f1", "report finding F1", "report", per_answer(finding_statistics), finding_f1_value
+)
+ROUGE_L = Metric("report_rouge_l", "report ROUGE-L", "report", mean_of(rouge_l))
+BLEU = Metric("report_bleu", "report BLEU (mean of 1–4)", "report", per_answer(bleu_statistics), bleu_value)

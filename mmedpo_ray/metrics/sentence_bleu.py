@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
-from mmedpo_ray.metrics.base import Answer
-from mmedpo_ray.metrics.ngram_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.answer_texts import prediction_text, reference_text, words
+from mmedpo_ray.metrics.base import Answer, Metric, mean_of
 
 ORDERS = (1, 2, 3, 4)
 _WEIGHTS = [tuple([1 / order] * order) for order in ORDERS]
@@ -44,3 +44,18 @@ def _scores(reference: str, prediction: str) -> tuple[float, ...]:
         # It warns of every answer without a common n-gram, whose score is 0.
         warnings.simplefilter("ignore")
         return tuple(float(score) for score in bleu_score.sentence_bleu([expected], said, weights=_WEIGHTS))
+
+
+def _of_order(order: int) -> Metric:
+    score = mean_of(sentence_bleu(order))
+    return Metric(f"report_bleu{order}", f"report BLEU-{order} by answer", "report", score, role="detail")
+
+
+BLEU_MEAN = Metric(
+    "report_bleu_sentence",
+    "report BLEU by answer (mean of 1–4)",
+    "report",
+    mean_of(mean_sentence_bleu),
+    role="detail",
+)
+BLEU_1, BLEU_2, BLEU_3, BLEU_4 = map(_of_order, ORDERS)

@@ -1,6 +1,6 @@
 """How sure a score is: intervals by resampling whole images, tests of differences by swapping whole images.
 
-Questions about one image stand and fall together, so resampling single answers would claim too much. Here
+Answers about one image depend on each other, so resampling single answers would claim too much. Here
 images are drawn with replacement and each brings all its answers along (clustered percentile bootstrap).
 Differences between two models are taken on the same images in each resample, so what is hard for both cancels
 out.
@@ -14,7 +14,7 @@ corrected together (Holm, 1979).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -24,7 +24,7 @@ Array = np.ndarray
 _BLOCK = 8_000_000
 # Swaps drawn by the test. Up to as many it takes every one there is.
 PERMUTATIONS = 9_999
-# Differences of sums of the same numbers in another order.
+# Sums of the same numbers in another order differ by less than this.
 _ROUNDING = 1e-12
 
 
@@ -45,11 +45,8 @@ class Estimate:
     n: int
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """For JSON; what is not a number becomes ``None``."""
-        return {
-            name: None if isinstance(number, float) and not np.isfinite(number) else number
-            for name, number in (("value", self.value), ("low", self.low), ("high", self.high), ("n", self.n))
-        }
+        """For JSON; NaN and infinity become None."""
+        return {name: number if np.isfinite(number) else None for name, number in asdict(self).items()}
 
 
 def cluster_sums(statistics: Array, clusters: Sequence[str], order: Sequence[str]) -> Array:
@@ -65,7 +62,7 @@ def cluster_sums(statistics: Array, clusters: Sequence[str], order: Sequence[str
     """
     position = {name: index for index, name in enumerate(order)}
     sums = np.zeros((len(order), statistics.shape[1]))
-    np.add.at(sums, [position[name] for name in clusters], statistics)
+    np.add.at(sums, np.array([position[name] for name in clusters], int), statistics)
     return sums
 
 
@@ -73,18 +70,17 @@ def bootstrap(
     values: Callable[[Array], Array],
     sums: Sequence[Array],
     *,
-    combine: Callable[..., Array] | None = None,
     n: int,
     resamples: int,
     confidence: float,
     seed: int,
 ) -> Estimate:
-    """Percentile interval of a score, or of a combination of scores of several models on the same clusters.
+    """Percentile interval of a model's score, or of the difference between the scores of two models.
 
     Args:
         values: sums of statistics (…, K) → (…) values.
-        sums: for each model the sums of each cluster, (C, K), clusters in the same order.
-        combine: the models' values → the quantity estimated; default: the first model's value.
+        sums: for one or two models the sums of each cluster, (C, K), clusters in the same order; of two
+            models the first minus the second is estimated.
         n: answers counted, for the record.
         resamples: R, draws of C clusters out of C with replacement.
         confidence: probability that the interval covers, such as 0.95.
@@ -93,26 +89,24 @@ def bootstrap(
     Returns:
         Value and interval; NaN without clusters.
     """
-    combine = combine or (lambda first: first)
+    nan = float("nan")
     num_clusters = len(sums[0])
     if num_clusters == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), n)
-    value = float(combine(*(values(item.sum(axis=0)) for item in sums)))
-    draws = []
-    for counts in _draws(num_clusters, resamples, seed):
-        draws.append(combine(*(values(counts @ item) for item in sums)))
-    tail = (1 - confidence) / 2
-    drawn = np.concatenate(draws)
+        return Estimate(nan, nan, nan, n)
+
+    def estimated(of_models: Sequence[Array]) -> Array:
+        first, *others = map(values, of_models)
+        return first - others[0] if others else first
+
+    value = float(estimated([item.sum(axis=0) for item in sums]))
+    draws = _draws(num_clusters, resamples, seed)
+    drawn = np.concatenate([estimated([counts @ item for item in sums]) for counts in draws])
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn):
-        return Estimate(value, float("nan"), float("nan"), n)
+        return Estimate(value, nan, nan, n)
+    tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Estimate(value, float(low), float(high), n)
-
-
-def difference(first: Array, second: Array) -> Array:
-    """For ``combine``: how much better the first model is."""
-    return first - second
 
 
 def _draws(num_clusters: int, resamples: int, seed: int) -> Iterator[Array]:
@@ -123,11 +117,8 @@ def _draws(num_clusters: int, resamples: int, seed: int) -> Iterator[Array]:
         size = min(block, resamples - start)
         picks = generator.integers(0, num_clusters, size=(size, num_clusters))
         flat = picks + np.arange(size)[:, None] * num_clusters
-        yield (
-            np.bincount(flat.ravel(), minlength=size * num_clusters)
-            .reshape(size, num_clusters)
-            .astype(np.float64)
-        )
+        counts = np.bincount(flat.ravel(), minlength=size * num_clusters)
+        yield counts.reshape(size, num_clusters).astype(np.float64)
 
 
 def paired_p_value(
@@ -145,7 +136,7 @@ def paired_p_value(
         first: sums of each cluster of the one model, (C, K).
         second: of the other, clusters in the same order.
         seed: of the draws.
-        permutations: drawn at random where there are more swaps than that; then the observed one counts too
+        permutations: drawn at random if there are more swaps than that; then the observed one counts too
             (p is never 0).
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the figures allow one to say about a model beside another, in words.
+"""What the figures say about one model compared with another, in words.
 
 One rule for the report, the table at the terminal and ``mmedpo evaluate --answers``: :func:`judge`.
 """
@@ -38,11 +38,11 @@ OPEN: Call = "open"
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside another one.
+    """A model compared with another one.
 
     Attributes:
         headline: the finding in one sentence, without figures.
-        details: one sentence a group of metrics, with figures.
+        details: one sentence per group of metrics, with figures.
         tone: better, worse, mixed or open.
     """
 
@@ -55,7 +55,7 @@ def label(metric: str) -> str:
     """A metric's key as words: ``report_rouge_l`` → "report ROUGE-L"."""
     official = metric.endswith("_official")
     parts = [_WORDS.get(part, part) for part in metric.removesuffix("_official").split("_")]
-    # What is left of METEOR without WordNet does not go by its name.
+    # METEOR without WordNet is another score.
     text = " ".join(parts).replace("ROUGE L", "ROUGE-L").replace("METEOR exact", "meteor-exact")
     return text + (" (official rule)" if official else "")
 
@@ -101,7 +101,7 @@ def _call(item: dict[str, Any], corrected: float, confidence: float) -> Call:
 
 
 def takes_part(name: str) -> bool:
-    """Whether differences of this metric are judged; those of official metrics and of parts of others are not."""
+    """Whether differences of this metric are judged: not those of official metrics and of details."""
     return METRICS[name].role == "main" if name in METRICS else not name.endswith("_official")
 
 
@@ -121,7 +121,7 @@ def compare(difference: dict[str, Any], *, other: str, other_is: str, confidence
     Args:
         difference: as for :func:`judge`, one model minus the other.
         other: name of the other model.
-        other_is: what it is, such as "the base model"; "" where there is nothing to say.
+        other_is: what it is, such as "the base model"; "" if there is nothing to say.
         confidence: of the intervals.
 
     Returns:

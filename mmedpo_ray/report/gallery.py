@@ -32,7 +32,7 @@ class Thumbnails:
         self.left_out = 0
 
     def of(self, uri: str | None, heat_map_uri: str | None = None) -> str | None:
-        """The image as a data URI, with a heat map laid over it if given; ``None`` where it cannot be shown."""
+        """The image as a data URI, with a heat map over it if given; None if it cannot be shown."""
         if uri is None or self._left <= 0:
             self.left_out += uri is not None
             return None

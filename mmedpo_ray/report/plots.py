@@ -1,10 +1,11 @@
-"""Plots as SVG text to put into the page: they take the page's text colour, so they suit light and dark, and carry an alt text."""
+"""Plots as SVG text for the page, in its text colour (light or dark), with an alt text."""
 
 from __future__ import annotations
 
 import io
 import itertools
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -12,7 +13,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Colours that keep 3:1 contrast against both backgrounds (Okabe–Ito, slightly adapted): text pairs, visual pairs, control.
+# Name, steps, values, colour.
+Line = tuple[str, list[float], list[float], str]
+
+# Colours that keep 3:1 contrast against both backgrounds (Okabe–Ito, slightly adapted): text pairs, visual
+# pairs, control.
 BLUE, ORANGE, GREY = "#2f81c4", "#d4760a", "#8a8f98"
 # Stands for the page's text colour until the SVG is written.
 _TEXT = "#010203"
@@ -59,7 +64,7 @@ def weights_histogram(kinds: dict[str, Any]) -> Markup:
 
 def curve(
     title: str,
-    series: Sequence[tuple[str, Sequence[float], Sequence[float], str]],
+    series: Sequence[Line],
     *,
     unit: str,
     limits: tuple[float, float] | None = None,
@@ -104,7 +109,8 @@ def differences(
 
     Args:
         metrics: [M] names of the metrics.
-        groups: what the aligned model is compared with, at most two, and [M] differences ``{"value", "low", "high"}``.
+        groups: what the aligned model is compared with, at most two, and [M] differences ``{"value", "low",
+            "high"}``.
     """
     with rc_context({**_STYLE, "svg.hashsalt": "differences"}):
         figure = Figure(figsize=(5.6, 1.1 + 0.5 * len(metrics)), layout="constrained")
@@ -142,11 +148,7 @@ def differences(
 
 def _running_mean(values: Sequence[float]) -> list[float]:
     width = max(1, len(values) // 20)
-    means = []
-    for index in range(len(values)):
-        window = values[max(0, index - width) : index + width + 1]
-        means.append(sum(window) / len(window))
-    return means
+    return [fmean(values[max(0, index - width) : index + width + 1]) for index in range(len(values))]
 
 
 def _svg(figure: Figure, alt: str) -> Markup:

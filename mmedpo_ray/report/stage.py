@@ -1,20 +1,21 @@
 """Stage ``report``: what a run did and found, as one HTML file that needs nothing else.
 
-Everything is read from the tables, manifests and figures of the run; what is missing is named in a plain sentence instead. Data goes
-through Jinja's escaping; the page allows no script and loads nothing.
+Everything is read from the tables, manifests and figures of the run; what is missing is named in a plain
+sentence instead. Data goes through Jinja's escaping; the page allows no script and loads nothing.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jinja2
 import pyarrow as pa
 from markupsafe import Markup
 
+from mmedpo_ray.clients.untrusted_text import read_json
 from mmedpo_ray.config.load import dump
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
@@ -33,9 +34,10 @@ _STYLE = "report.css"
 
 
 def report(config: Config) -> Manifest:
-    """Writes ``report.html``; parts of the run that are missing are said to be missing, stale tables to be stale.
+    """Writes ``report.html``, which names missing parts of the run and stale tables.
 
-    The settings shown are those that the tables were made with. Scores of another model than the present one are left out.
+    The settings shown are those that the tables were made with. Scores of another model than the present one
+    are left out.
 
     Returns:
         The manifest (in ``.report/``); ``extra`` holds the size of the page in bytes.
@@ -82,7 +84,11 @@ def render(content: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"estimate": _estimate, "points": _signed_points, "label": verdict.label}
+    environment.filters |= {
+        "estimate": _percent,
+        "points": partial(_percent, sign="+"),
+        "label": verdict.label,
+    }
     environment.tests["known"] = verdict.known
     return environment.get_template(_TEMPLATE).render(style=Markup(_load(_STYLE)), **content)
 
@@ -102,25 +108,24 @@ def _gather(
 ) -> dict[str, Any]:
     scored = _scored(run) if "score" in manifests else None
     pictures = gallery.Thumbnails()
-    show, count = config.report.show_text and scored is not None, config.report.gallery
+    shown, count = scored if config.report.show_text else None, config.report.gallery
     latest = max(manifests.values(), key=lambda item: item.finished_at)
     weighted = manifests["score"].extra if "score" in manifests else {}
+    weights = weighted.get("weights")
     return {
         "title": config.data.name or config.data.format,
         "folder": run.root,
         "finished_at": latest.finished_at,
         **_findings(config, summary),
         "stages": [(name, manifest, _adds_up(manifest)) for name, manifest in manifests.items()],
-        "absent": [name for name in run.stages if name not in manifests and name in _ROAD],
-        "weights": weighted.get("weights"),
+        "absent": [name for name in run.stages if name not in manifests and name in _REQUIRED_STAGES],
+        "weights": weights,
         "debate": weighted.get("debate"),
-        "weights_plot": plots.weights_histogram(weighted["weights"]["kinds"])
-        if weighted.get("weights")
-        else None,
+        "weights_plot": plots.weights_histogram(weights["kinds"]) if weights else None,
         "curves": _curves(config, run),
         "show_text": config.report.show_text,
-        "text_pairs": gallery.text_pairs(scored, count, pictures) if show and scored is not None else [],
-        "visual_pairs": gallery.visual_pairs(scored, count, pictures) if show and scored is not None else [],
+        "text_pairs": gallery.text_pairs(shown, count, pictures) if shown is not None else [],
+        "visual_pairs": gallery.visual_pairs(shown, count, pictures) if shown is not None else [],
         "pictures_left_out": pictures.left_out,
         "config_yaml": dump(config),
         "versions": latest.versions,
@@ -129,8 +134,8 @@ def _gather(
     }
 
 
-# Without these the road is not complete.
-_ROAD = ("ingest", "curate", "score", "align", "evaluate")
+# A run without one of these is incomplete.
+_REQUIRED_STAGES = ("ingest", "curate", "score", "align", "evaluate")
 
 
 def _adds_up(manifest: Manifest) -> bool:
@@ -147,8 +152,8 @@ def _scored(run: RunFolder) -> pa.Table | None:
 
 def _read_json(uri: str) -> Any:
     try:
-        return json.loads(storage.read_bytes(uri))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_json(storage.read_bytes(uri))
+    except FileNotFoundError:
         return None
 
 
@@ -179,17 +184,11 @@ def _findings(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
         (name, [item if verdict.known(item := found.get(metric)) else None for metric in drawn])
         for name, found in (("against base", to_base), ("against SFT control", to_control))
     ]
-    base_name, control_name = names.get("base", config.model.name), names.get("control", config.control.name)
+    base, control = names.get("base", config.model.name), names.get("control", config.control.name)
+    compare = partial(verdict.compare, confidence=confidence)
     return {
-        "against_base": verdict.compare(
-            to_base, other=base_name, other_is="the base model", confidence=confidence
-        ),
-        "against_control": verdict.compare(
-            to_control,
-            other=control_name,
-            other_is="the supervised fine-tuning control",
-            confidence=confidence,
-        ),
+        "against_base": compare(to_base, other=base, other_is="the base model"),
+        "against_control": compare(to_control, other=control, other_is="the supervised fine-tuning control"),
         "control_enabled": config.control.enabled,
         "metrics": own + [metric for metric in measured if metric not in own],
         "any_official": len(own) < len(measured),
@@ -210,26 +209,23 @@ def _curves(config: Config, run: RunFolder) -> list[Markup]:
     """Plots of training, as far as there are figures."""
     aligned = _read_metrics(storage.join(run.root, "align", "metrics.jsonl"))
     control = _read_metrics(storage.join(run.root, "control", "align", "metrics.jsonl"))
-    name = f"aligned ({config.align.objective.upper()})"
     loss = [
-        line
-        for line in (
-            _line(name, aligned, "loss", plots.BLUE),
-            _line("aligned, held-out images", aligned, "validation_loss", plots.ORANGE),
-            _line("control (SFT)", control, "loss", plots.GREY),
-        )
-        if line
+        _line(f"aligned ({config.align.objective.upper()})", aligned, "loss", plots.BLUE),
+        _line("aligned, held-out images", aligned, "validation_loss", plots.ORANGE),
+        _line("control (SFT)", control, "loss", plots.GREY),
     ]
-    found = [plots.curve("Training loss", loss, unit="loss")] if loss else []
-    if margin := _line("reward margin", aligned, "reward_margin", plots.BLUE):
-        found.append(plots.curve("Reward margin", [margin], unit="reward margin", reference=0.0))
-    if accuracy := _line("reward accuracy", aligned, "reward_accuracy", plots.ORANGE):
-        found.append(
-            plots.curve(
-                "Reward accuracy", [accuracy], unit="reward accuracy", limits=(0.0, 1.02), reference=0.5
-            )
-        )
-    return found
+    margin = _line("reward margin", aligned, "reward_margin", plots.BLUE)
+    accuracy = _line("reward accuracy", aligned, "reward_accuracy", plots.ORANGE)
+    curves: list[tuple[str, list[plots.Line | None], dict[str, Any]]] = [
+        ("Training loss", loss, {"unit": "loss"}),
+        ("Reward margin", [margin], {"unit": "reward margin", "reference": 0.0}),
+        ("Reward accuracy", [accuracy], {"unit": "reward accuracy", "limits": (0.0, 1.02), "reference": 0.5}),
+    ]
+    return [
+        plots.curve(title, shown, **options)
+        for title, lines, options in curves
+        if (shown := [line for line in lines if line])
+    ]
 
 
 def _read_metrics(uri: str) -> list[dict[str, Any]]:
@@ -237,23 +233,13 @@ def _read_metrics(uri: str) -> list[dict[str, Any]]:
         lines = storage.read_bytes(uri).decode("utf-8").splitlines()
     except FileNotFoundError:
         return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            # The last line of a run that was killed.
-            continue
-    return rows
+    # The last line of a run that was killed may be incomplete.
+    return [row for row in map(read_json, lines) if isinstance(row, dict)]
 
 
-def _line(
-    name: str, rows: Sequence[dict[str, Any]], key: str, colour: str
-) -> tuple[str, list[float], list[float], str] | None:
+def _line(name: str, rows: Sequence[dict[str, Any]], key: str, colour: str) -> plots.Line | None:
     shown = [(row["step"], row[key]) for row in rows if _is_number(row.get(key))]
-    if not shown:
-        return None
-    return name, [step for step, _ in shown], [value for _, value in shown], colour
+    return (name, *map(list, zip(*shown, strict=True)), colour) if shown else None  # type: ignore[return-value]
 
 
 def _is_number(value: Any) -> bool:
@@ -263,19 +249,11 @@ def _is_number(value: Any) -> bool:
 # ---------------------------------------------------------------------- words
 
 
-def _estimate(item: dict[str, Any] | None) -> str:
-    """A score with its interval in percent."""
+def _percent(item: dict[str, Any] | None, sign: str = "") -> str:
+    """A score with its interval in percent; with ``sign="+"`` a difference in points."""
     if not item or not _is_number(item.get("value")):
         return "–"
-    text = f"{100 * item['value']:.1f}"
-    return f"{text} [{100 * item['low']:.1f}, {100 * item['high']:.1f}]" if verdict.known(item) else text
-
-
-def _signed_points(item: dict[str, Any] | None) -> str:
-    """A difference with its interval in points."""
-    if not item or not _is_number(item.get("value")):
-        return "–"
-    text = f"{100 * item['value']:+.1f}"
+    text = f"{100 * item['value']:{sign}.1f}"
     if verdict.known(item):
-        text += f" [{100 * item['low']:+.1f}, {100 * item['high']:+.1f}]"
-    return text.replace("-", "−")
+        text += f" [{100 * item['low']:{sign}.1f}, {100 * item['high']:{sign}.1f}]"
+    return text.replace("-", "−") if sign else text

@@ -367,7 +367,7 @@ def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
         is not None
         for row in candidates
     )
-    assert not Path(RunFolder(str(folder)).pairs, ".turned_down").exists()
+    assert not Path(RunFolder(str(folder)).pairs, ".discarded").exists()
     assert {row["temperature"] for row in candidates if row["candidate_id"].endswith("#0")} == {0.7}
     assert {row["temperature"] for row in candidates if row["candidate_id"].endswith("#1")} == {1.2}
     said = {(row["sample_id"], row["candidate"]) for row in candidates}

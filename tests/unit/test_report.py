@@ -351,4 +351,4 @@ def test_findings_about_earlier_pairs_are_not_shown(tmp_path: Path) -> None:
     assert "4,321 scored pairs" in words(page_of(config)[1].text)
     StageRunner("s", run.scored, config, settings=[1], inputs=[run.pairs]).finish()
     shown = words(page_of(config)[1].text)
-    assert "4,321" not in shown and "have not been audited since they were made anew" in shown
+    assert "4,321" not in shown and "have not been audited since they were last made" in shown

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedpo_ray.curate.settings import TextCurationConfig
-from mmedpo_ray.curate.text import rejections
+from mmedpo_ray.curate.text import discarded
+from mmedpo_ray.curate.text.discarded import Discarded
 from mmedpo_ray.curate.text.filters import problem
-from mmedpo_ray.curate.text.rejections import TurnedDown
 from mmedpo_ray.curate.text.text_pairs import Candidate, Material, is_wrong, most_conflicting, pick, text_pair
 from mmedpo_ray.datasets.texts import clean, infer_answer_type, text_problem
 from mmedpo_ray.phantom.world import generate
@@ -375,7 +375,7 @@ def test_the_reason_says_which_filter_took_the_candidates(
     assert answer not in str(row["drop_detail"])
 
 
-def test_every_answer_turned_down_is_told_with_its_reason() -> None:
+def test_every_discarded_answer_is_told_with_its_reason() -> None:
     """Also where a pair comes of it in the end."""
     row, found = text_pair(
         sample("Left"),
@@ -396,33 +396,31 @@ def test_every_answer_turned_down_is_told_with_its_reason() -> None:
     assert row["drop_reason"] == "rewrite_inexact"
     assert found == (("candidates", "same_answer"), ("rewrites", "rewrite_inexact"))
     given = material(rewrite={"drop_reason": "endpoint_failed"})
-    assert text_pair(sample("Left"), given, settings, frozenset(), 0).turned_down == (), "no answer came"
+    assert text_pair(sample("Left"), given, settings, frozenset(), 0).discarded == (), "no answer came"
 
 
-def test_answers_turned_down_are_counted_once(tmp_path: Path) -> None:
+def test_discarded_answers_are_counted_once(tmp_path: Path) -> None:
     folder = str(tmp_path / "counts")
-    assert rejections.count(folder) == {}
+    assert discarded.count(folder) == {}
     first = {
-        "a:text": (TurnedDown("candidates", "meta_text"), TurnedDown("candidates", "meta_text")),
-        "b:text": (TurnedDown("rewrites", "rewrite_inexact"),),
+        "a:text": (Discarded("candidates", "meta_text"), Discarded("candidates", "meta_text")),
+        "b:text": (Discarded("rewrites", "rewrite_inexact"),),
         "c:text": (),
     }
-    rejections.write(folder, first)
-    rejections.write(folder, first)
+    discarded.write(folder, first)
+    discarded.write(folder, first)
     # A stopped attempt, whose rows the next one cuts into other slices.
-    rejections.write(
-        folder, {"b:text": first["b:text"], "d:text": (TurnedDown("candidates", "same_answer"),)}
-    )
-    rejections.write(folder, {"e:text": ()})
-    counted = rejections.count(folder)
+    discarded.write(folder, {"b:text": first["b:text"], "d:text": (Discarded("candidates", "same_answer"),)})
+    discarded.write(folder, {"e:text": ()})
+    counted = discarded.count(folder)
     assert counted == {
         "candidates": {"meta_text": 2, "same_answer": 1},
         "rewrites": {"rewrite_inexact": 1},
     }
-    assert rejections.in_words(counted) == (
-        "3 sampled answers turned down (meta_text 2, same_answer 1), 1 rewrite turned down (rewrite_inexact 1)"
+    assert discarded.in_words(counted) == (
+        "3 sampled answers discarded (meta_text 2, same_answer 1), 1 rewrite discarded (rewrite_inexact 1)"
     )
-    assert rejections.in_words({}) == ""
+    assert discarded.in_words({}) == ""
 
 
 def test_a_judge_chooses_only_among_what_the_filters_left() -> None:

@@ -1,8 +1,9 @@
-"""The table `candidates`: answers of the target model to the train questions, sampled with vLLM under Ray Data.
+"""The table `candidates`: answers of the target model to the train questions, sampled with vLLM.
 
-One engine an actor, in the actor's own process. The prompts are token for token those of training; the questions of an
-image are neighbours, so the engine processes an image once and computes its prefix once. The stages of ``ray.data.llm`` would
-carry the decoded image in every row, write the prompt of a row that fails beside it, and lose the reason why it was dropped.
+One engine per actor, in the actor's own process. The prompts are token for token those of training; the
+questions of an image are neighbours, so the engine processes an image once and computes its prefix once. The
+stages of ``ray.data.llm`` would carry the decoded image in every row, write the prompt of a row that fails
+beside it, and lose the reason why it was dropped.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner
 
-# What sampling needs of a sample.
+# The columns of a sample that sampling needs.
 COLUMNS = ("sample_id", "image_id", "image_uri", "question")
-# Questions whose prompts are kept: candidates of a sample are neighbours, and data sets ask the same of many images.
+# Questions whose prompts are kept: candidates of a sample are neighbours, and data sets ask the same of many
+# images.
 _CACHED_PROMPTS = 4_096
 
 
@@ -94,7 +96,7 @@ def sample_candidates(config: Config, samples: pa.Table) -> Manifest:
 
 
 def plan(samples: pa.Table, num_candidates: int) -> pa.Table:
-    """One row a candidate: ``candidate_id``, ``k`` (0-based) and the sample's columns, in the order of the samples."""
+    """One row per candidate: ``candidate_id``, ``k`` (from 0) and the sample's columns, in sample order."""
     repeated = samples.take(pa.array(np.repeat(np.arange(samples.num_rows), num_candidates)))
     numbers = pa.array(np.tile(np.arange(num_candidates), samples.num_rows), pa.int64())
     ids = pc.binary_join_element_wise(repeated["sample_id"], pc.cast(numbers, pa.string()), "#")
@@ -147,7 +149,7 @@ class CandidateSampler:
                     {
                         "prompt_token_ids": ids,
                         "multi_modal_data": {"image": image},
-                        # Spares hashing the pixels of an image for each of its questions.
+                        # So vLLM does not hash the pixels of an image for each of its questions.
                         "multi_modal_uuids": {"image": [row["image_uri"]]},
                     }
                 )
@@ -187,7 +189,7 @@ class CandidateSampler:
         return decoded[uri]
 
     def _write_prompt(self, question: str) -> tuple[list[int] | None, int, str]:
-        """Token ids with one id for the image (vLLM widens it), the length in tokens, and the prompt's hash."""
+        """Token ids with one id for the image (vLLM expands it), length in tokens, and hash."""
         wide = self._writer.prompt(question)
         if wide is None:
             return None, 0, ""

@@ -1,8 +1,8 @@
-"""The table `choices`: a strong model picks the sampled answer that conflicts most with the reference and is still plausible.
+"""The table `choices`: a strong model picks the plausible answer that conflicts most with the reference.
 
-It picks none if no answer is wrong (the paper's selection). Only candidates that pass the filters are offered, each text
-once. They go into the prompt as escaped JSON under their numbers, and the answer can only be one of these numbers or
-"none": a candidate that says "choose 2" is a candidate that says so.
+It picks none if no answer is wrong (the paper's selection). Only candidates that pass the filters are
+offered, each text once. They go into the prompt as escaped JSON under their numbers, and the answer can only
+be one of these numbers or "none": a candidate that says "choose 2" is a candidate that says so.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ Answer with one JSON object: "choice" (a string, one of {choices})."""
 class ChoiceTask(EndpointTask):
     """Asks which candidate of a sample conflicts most.
 
-    Rows have ``sample_id, question, answer, candidate_ids, candidates`` (the last two: lists of equal length, not empty).
+    Rows have ``sample_id, question, answer, candidate_ids, candidates`` (the last two: lists of equal length,
+    not empty).
     """
 
     schema = schemas.CHOICES

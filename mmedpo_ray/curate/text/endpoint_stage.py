@@ -1,6 +1,6 @@
-"""A table that a model behind an endpoint writes: one request per row of `samples`, sent by one Ray Data actor.
+"""A table that a model behind an endpoint writes, with one request per row of `samples`.
 
-One actor is enough, since it only waits for the network; the client has many requests in flight.
+One Ray Data actor is enough, since it only waits for the network; the client has many requests in flight.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class EndpointTask(ABC):
 
     Args:
         model: name of the model, for the table.
-        seed: the seed of a request is drawn from it and the sample's id, as servers draw equal numbers for equal seeds.
+        seed: the seed of a request is drawn from it and the sample's id, as servers draw equal numbers for
+            equal seeds.
     """
 
     schema: ClassVar[pa.Schema]
@@ -116,8 +117,8 @@ def ask_endpoint(
         task: what it asks.
         rows: gives the rows to ask about; gets the ids that are done as ``done``.
         config: all settings.
-        settings: what decides which rows there are. The address is not part of the key: a local server changes its port
-            without becoming another model.
+        settings: what decides which rows there are. The address is not part of the key: a local server
+            changes its port without becoming another model.
         inputs: folders it reads.
 
     Raises:
@@ -135,7 +136,8 @@ def ask_endpoint(
         # Only the rows that failed are asked again; the others stay paid for.
         log.carry_over(before.extra.get("endpoint", {}))
 
-    # A block is asked about and written as one: it is what a crash can cost, and the step of the progress bar.
+    # A block is asked about and written as one: it is what a crash can cost, and the step of the progress
+    # bar.
     block_rows = min(config.ray.rows_per_part, ROUNDS * endpoint.concurrency)
 
     def asked(done: IdSet) -> ray.data.Dataset | None:

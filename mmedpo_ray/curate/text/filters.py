@@ -1,13 +1,13 @@
-"""What makes a rejected answer unfit to stand beside a chosen one; every filter has its own drop reason.
+"""Filters: what makes a rejected answer unfit for a pair; every filter has its own drop reason.
 
 | reason | the rejected answer |
 | --- | --- |
 | ``empty_rejected`` | has no text |
 | ``meta_text`` | (or the chosen one) talks about the task: leaked prompts, role tags, refusals |
 | ``same_answer`` | says the same in other words |
-| ``contains_truth`` | says the chosen answer in more words, so that preferring against it would punish the truth |
+| ``contains_truth`` | says the chosen answer in more words: to prefer against it would punish the truth |
 | ``rejected_too_long`` | is so much longer that length alone tells the two apart |
-| ``wrong_script``, ``wrong_language`` | is written in another script or language, which tells them apart as well |
+| ``wrong_script``, ``wrong_language`` | is in another script or language, which also tells them apart |
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
 
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS
@@ -33,19 +36,11 @@ _MODALITIES = frozenset(concept.name for concept in CONCEPTS.values() if concept
 # "No", "not", "without", "denies", "excluded" before it in the same clause.
 _DENIED_IN_CHINESE = re.compile(r"(?:[无無没沒未不非]|否认|否認|排除)[^，。；：！？、,.;:!?]*$")
 
-# Function words of a language that are no words of English, and of English that are none of the others.
 _FUNCTION_WORDS: dict[str, frozenset[str]] = {
     language: frozenset(words.split())
-    for language, words in {
-        "en": "the of and are there with this that which it to at were be has have from by not shows seen appears "
-        "what where how does image",
-        "de": "der das und ist ein eine einen einer mit den dem nicht im zu auf sich von bei keine zeigt es sind wird",
-        "fr": "le les est une dans et il avec pas sur aux au ce cette sont qui y du il des elle",
-        "es": "el los las es una del con y que se por para hay esta este al muestra en la",
-        "it": "il lo gli una è con della del nella nel di che non si sono nei al dei una mostra",
-        "pt": "um uma é com da na não que se dos há ao das os mostra em sem",
-        "nl": "het een van en met niet er op zijn geen dat aan bij wordt",
-    }.items()
+    for language, words in yaml.safe_load(
+        (Path(__file__).parent / "function_words.yaml").read_text("utf-8")
+    ).items()
 }
 _FEWEST_LANGUAGE_WORDS = 6
 _FEWEST_HITS = 3
@@ -76,12 +71,12 @@ def problem(chosen: str, rejected: str, max_length_ratio: float, question: str =
 
 
 def _evenly_spaced(text: str) -> str:
-    """The text in small letters, without a final period and without spaces between a number and its sign or unit."""
+    """The text in lower case, without final period and without spaces between a number and its unit."""
     return _BESIDE_A_NUMBER.sub("", text.casefold()).strip(" .")
 
 
 def most_frequent(reasons: Iterable[str]) -> str | None:
-    """The reason that turned down most candidates, of several the one that came first; None where there is none."""
+    """The most frequent reason, of several the one that came first; None if there is none."""
     counted = Counter(reasons).most_common(1)
     return counted[0][0] if counted else None
 
@@ -92,14 +87,17 @@ def most_frequent(reasons: Iterable[str]) -> str | None:
 def contains_truth(chosen: str, rejected: str, question: str = "") -> bool:
     """Whether the rejected answer states the chosen one and nothing that conflicts with it.
 
-    An answer that states the truth and invents a finding beside it is wrong, and stays. What counts as stated:
+    An answer that states the truth and invents a finding beside it is wrong, and stays. What counts as
+    stated:
 
-    - A bare yes or no is stated by an answer of the same polarity, never by the word alone ("No, …" may contain a "yes").
-    - One option of an "A or B" question is stated where it is named and the other is not: "The liver is larger than the
-      kidney" names both.
-    - Any other answer is stated where its words occur one after the other, whole and in any spelling that the lexicon
-      knows, and are not denied there: "MRI" is stated by "This is an MRI of the brain", not by "This is a CT, not an MRI".
-      Words of the question prove nothing, since every answer may repeat them.
+    - A bare yes or no is stated by an answer of the same polarity, never by the word alone ("No, …" may
+      contain a "yes").
+    - One option of an "A or B" question is stated if it is named and the other is not: "The liver is
+      larger than the kidney" names both.
+    - Any other answer is stated if its words occur one after the other, whole and in any spelling that the
+      lexicon
+      knows, and are not denied there: "MRI" is stated by "This is an MRI of the brain", not by "This is a CT,
+          not an MRI". Words of the question prove nothing, since every answer may repeat them.
     """
     chosen, rejected, question = map(lexicon.canonical, (chosen, rejected, question))
     if not set(lexicon.numbers_and_signs(chosen)) <= set(lexicon.numbers_and_signs(rejected)):
@@ -126,7 +124,7 @@ def _states(chosen: str, rejected: str, question: str) -> bool:
 
 
 def _places(wanted: tuple[lexicon.Term, ...], said: tuple[lexicon.Term, ...]) -> list[int]:
-    """Where in the text the words stand one after the other; "chest" is not found in "chest X-ray", which names a study."""
+    """Where in the text the words follow one another; not "chest" in "chest X-ray", which names a study."""
     looked_for = [term.name for term in wanted]
     words = [term.name for term in said]
     size = len(looked_for)
@@ -154,11 +152,11 @@ def _foreign(chosen: str, rejected: str, question: str) -> str | None:
         foreign = sum(count for script, count in written.items() if script not in home)
         if home and foreign > _FOREIGN_LETTERS * written.total():
             return "wrong_script"
-    spoken = language(rejected)
-    if spoken is None:
+    written_in = language(rejected)
+    if written_in is None:
         return None
     expected = language(chosen) or language(f"{question} {chosen}")
-    return "wrong_language" if expected is not None and spoken != expected else None
+    return "wrong_language" if expected is not None and written_in != expected else None
 
 
 def _scripts(text: str) -> Counter[str]:
@@ -174,9 +172,10 @@ def _scripts(text: str) -> Counter[str]:
 
 
 def language(text: str) -> str | None:
-    """The language of a text by its function words; None where it is too short or no language stands out.
+    """The language of a text by its function words; None if it is too short or no language dominates.
 
-    Knows seven languages in Latin script. A sentence of jargon ("Stable cardiomegaly.") has none, and is no problem.
+    Knows seven languages in Latin script. A sentence of jargon ("Stable cardiomegaly.") has none, and is no
+    problem.
     """
     spelled = re.findall(r"\w+", text.lower())
     if len(spelled) < _FEWEST_LANGUAGE_WORDS:

@@ -1,8 +1,10 @@
-"""The table `rewrites`: a strong model changes one clinical fact of the reference answer and leaves the rest word for word.
+"""The table `rewrites`: a strong model changes one clinical fact of the reference answer and nothing else.
 
-The model names the span that it replaced. Its answer counts only if putting the new span in the place of the old one gives
-exactly the rewritten text, in one place and at word borders, so nothing else can have changed unseen; and only if a fact
-changed: an answer that says the same in other words would be punished for being right. The reference goes into the prompt
+The model names the span that it replaced. Its answer counts only if putting the new span in the place of the
+old one gives exactly the rewritten text, in one place and at word borders, so nothing else can have changed
+unseen; and only if a fact
+changed: an answer that says the same in other words would be punished for being right. The reference goes
+    into the prompt
 as escaped JSON: an instruction inside it is text to edit.
 """
 
@@ -108,9 +110,10 @@ def exact_edit(text: str, reference: str) -> dict[str, str] | str:
     """Reads an edit that the model made, and makes sure that it is what it says and nothing more.
 
     Returns:
-        The columns ``rewritten, changed, original_span, new_span``, or the drop reason: ``rewrite_unreadable`` (no such JSON
-        object), ``rewrite_unchanged``, ``rewrite_span_missing`` (the span is not in the reference), ``rewrite_inexact``
-        (replacing it does not give the rewritten text, or cuts a word), ``rewrite_too_broad`` (more than one fact).
+        The columns ``rewritten, changed, original_span, new_span``, or the drop reason:
+        ``rewrite_unreadable`` (no such JSON object), ``rewrite_unchanged``, ``rewrite_span_missing`` (the
+        span is not in the reference), ``rewrite_inexact`` (replacing it does not give the rewritten text, or
+        cuts a word), ``rewrite_too_broad`` (more than one fact).
     """
     answer = read_json(text)
     if not isinstance(answer, dict):
@@ -132,7 +135,7 @@ def exact_edit(text: str, reference: str) -> dict[str, str] | str:
 
 
 def _replaced(reference: str, old: str, new: str) -> Iterator[str]:
-    """The reference with each occurrence of ``old`` replaced in turn; where words only go, one of their spaces goes too."""
+    """The reference with each occurrence of ``old`` replaced in turn; removed words also lose a space."""
     for match in re.finditer(re.escape(old), reference):
         before, after = reference[: match.start()], reference[match.end() :]
         if _joins_letters(before, old) or _joins_letters(old, after):

@@ -1,8 +1,9 @@
-"""The text half of `curate` as Ray Data maps: slices of `samples` → candidates, choices, rewrites → text pairs.
+"""The text half of `curate` as Ray Data maps: `samples` → candidates, choices, rewrites → text pairs.
 
 The method decides which tables there are. Each is a stage of its own and reads what the one before it wrote:
 
-    on_policy: candidates [→ choices, judge: endpoint] [→ rewrites if no candidate is wrong, fallback: rewrite]
+    on_policy: candidates [→ choices, judge: endpoint] [→ rewrites if no candidate is wrong, fallback:
+        rewrite]
     rewrite:   rewrites
 """
 
@@ -78,7 +79,7 @@ def text_pairs(config: Config, done: IdSet, counts: str) -> ray.data.Dataset | N
     Args:
         config: all settings.
         done: ids of the pairs that are there.
-        counts: folder for what is turned down on the way (:mod:`~mmedpo_ray.curate.text.rejections`).
+        counts: folder for the discarded answers (:mod:`~mmedpo_ray.curate.text.discarded`).
     """
     run, settings = RunFolder(config.run.folder), config.curate.text
     if settings.method == "none":

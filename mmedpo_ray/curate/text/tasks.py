@@ -13,7 +13,7 @@ import ray
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.settings import TextCurationConfig
-from mmedpo_ray.curate.text import rejections
+from mmedpo_ray.curate.text import discarded
 from mmedpo_ray.curate.text.text_pairs import (
     Candidate,
     Material,
@@ -48,7 +48,9 @@ _CONCEPT = pa.schema([("concept", pa.string())])
 
 
 class OtherTables:
-    """What the other tables hold about samples. Made on the driver once the tables are finished; travels to the tasks.
+    """What the other tables hold about samples.
+
+    Made on the driver once these tables are finished; travels to the tasks.
 
     Args:
         config: all settings; they decide which of the tables exist.
@@ -99,12 +101,12 @@ def make_pairs(
     seed: int,
     counts: str,
 ) -> pa.Table:
-    """Samples → their text pairs; writes the counts of what was turned down on the way."""
+    """Samples → their text pairs; writes the counts of the discarded answers."""
     samples = skip(_train(rows))
     material, known = other_tables.material(samples), ray.get(vocabulary)
     made = [text_pair(row, material[row["sample_id"]], settings, known, seed) for row in samples.to_pylist()]
     # Before the rows themselves are written, so that no row is there without its counts.
-    rejections.write(counts, {pair.row["pair_id"]: pair.turned_down for pair in made})
+    discarded.write(counts, {pair.row["pair_id"]: pair.discarded for pair in made})
     return schemas.to_table((pair.row for pair in made), schemas.with_drop_columns(schemas.PAIRS))
 
 

@@ -1,8 +1,8 @@
-"""Text pairs: which answers are wrong, which of them conflicts most, and who writes a wrong answer if none is.
+"""Text pairs: which answers are wrong, which conflicts most, and who writes one if none is wrong.
 
-The paper lets a strong model pick the candidate that conflicts most with the reference, and write a wrong answer if no
-candidate is wrong. Here ``curate.text.judge`` picks (the lexicon, or a model behind an endpoint) and
-``curate.text.fallback`` writes (a rule edit, or such a model).
+The paper lets a strong model pick the candidate that conflicts most with the reference, and write a wrong
+answer if no candidate is wrong. Here ``curate.text.judge`` picks (the lexicon, or a model behind an endpoint)
+and ``curate.text.fallback`` writes (a rule edit, or such a model).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from mmedpo_ray.clients.chat import TRANSIENT
 from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.curate.settings import TextCurationConfig
+from mmedpo_ray.curate.text.discarded import Discarded
 from mmedpo_ray.curate.text.filters import most_frequent, problem
-from mmedpo_ray.curate.text.rejections import TurnedDown
 from mmedpo_ray.curate.text.rewrites import GENERATOR as REWRITE
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.edits.rule_edit import GENERATOR as RULE_EDIT
@@ -68,18 +68,18 @@ class Pick(NamedTuple):
 
 
 class TextPair(NamedTuple):
-    """A row of `pairs`, kept or dropped, and the answers that were turned down for it."""
+    """A row of `pairs`, kept or dropped, and the answers discarded for it."""
 
     row: dict[str, Any]
-    turned_down: tuple[TurnedDown, ...]
+    discarded: tuple[Discarded, ...]
 
 
 def is_wrong(reference: str, answer: str, question: str, answer_type: str) -> bool:
     """Whether an answer conflicts with the reference; False if it cannot be judged or only says less.
 
-    Closed: the polarity differs, or the other option is chosen, on word boundaries. Open: it contradicts the reference by
-    the lexicon, or has another word in the place of one of its words. Report: a fact differs by the lexicon; a report is
-    taken to be complete, so it denies a finding that it leaves out.
+    Closed: the polarity differs, or the other option is chosen, on word boundaries. Open: it contradicts the
+        reference by the lexicon, or has another word in the place of one of its words. Report: a fact differs
+        by the lexicon; a report is taken to be complete, so it denies a finding that it leaves out.
     """
     if answer_type == "closed":
         expected = lexicon.implied_polarity(question, reference) if lexicon.polarity(reference) else None
@@ -152,7 +152,8 @@ def most_conflicting(
 def pick(sample: dict[str, Any], material: Material, settings: TextCurationConfig) -> Pick:
     """The candidate to reject, by the judge that the settings name.
 
-    The reason for none is ``no_wrong_answer``, the most frequent filter if every candidate failed one, or the judge's own.
+    The reason for none is ``no_wrong_answer``, the most frequent filter if every candidate failed one, or the
+    judge's own.
     """
     reference, question = sample["answer"], sample["question"]
     fit, filtered = usable(reference, question, material.candidates, settings.max_length_ratio)
@@ -185,7 +186,8 @@ def text_pair(
 ) -> TextPair:
     """The text pair of a sample, dropped if there is no wrong answer to it.
 
-    If the endpoint may still answer on another run (``endpoint_failed``) the pair is dropped and made in that run.
+    If the endpoint may still answer on another run (``endpoint_failed``) the pair is dropped and made in that
+    run.
 
     Args:
         sample: row of `samples`.
@@ -195,16 +197,16 @@ def text_pair(
         seed: of the run; the edit is drawn from it and the sample's id.
     """
     reason = NO_WRONG_ANSWER
-    turned_down: list[TurnedDown] = []
+    discarded: list[Discarded] = []
 
     def pair(**provenance: Any) -> TextPair:
         row = _row(sample) | common(sample)
         row |= {"rejected_image_uri": sample["image_uri"], "chosen": sample["answer"], **provenance}
-        return TextPair(row, tuple(turned_down))
+        return TextPair(row, tuple(discarded))
 
     if settings.method == "on_policy":
         found, reason, filtered = pick(sample, material, settings)
-        turned_down += [TurnedDown("candidates", each) for each in filtered]
+        discarded += [Discarded("candidates", each) for each in filtered]
         if found is not None:
             return pair(
                 rejected=found.text,
@@ -219,7 +221,7 @@ def text_pair(
                 rejected=rewrite["rewritten"], generator=REWRITE, prompt_sha256=rewrite["prompt_sha256"]
             )
         if refused != TRANSIENT:
-            turned_down.append(TurnedDown("rewrites", refused))
+            discarded.append(Discarded("rewrites", refused))
         reason = refused
     if reason != TRANSIENT and "rule_edit" in (settings.method, settings.fallback):
         edit_seed = stable_seed(seed, _pair_id(sample))
@@ -228,9 +230,9 @@ def text_pair(
             unfit = problem(sample["answer"], edit.text, settings.max_length_ratio, sample["question"])
             if unfit is None:
                 return pair(rejected=edit.text, generator=RULE_EDIT, seed=edit_seed)
-            turned_down.append(TurnedDown("rule_edits", unfit))
+            discarded.append(Discarded("rule_edits", unfit))
             reason = unfit if settings.method == "rule_edit" else reason
-    return TextPair(_dropped(_row(sample), reason), tuple(turned_down))
+    return TextPair(_dropped(_row(sample), reason), tuple(discarded))
 
 
 def released_pair(row: dict[str, Any], max_length_ratio: float) -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """Noise confined to the lesion region: the dispreferred image of a visual pair.
 
-The paper's form (arXiv 2412.06141, section 3.1), with x the image, h the heat map in [0, 1], ε standard normal and ξ̄ the
-share of signal left after k of 1,000 diffusion steps:
+The paper's form (arXiv 2412.06141, section 3.1), with x the image, h the heat map in [0, 1], ε standard
+normal and ξ̄ the share of signal left after k of 1,000 diffusion steps:
 
     x* = √ξ̄ · (x ⊙ h) + √(1 − ξ̄) · (ε ⊙ h) + x ⊙ (1 − h)
 
-on pixel values scaled to [-1, 1], as in diffusion models. Only pixels under the mask are read, drawn for and written, so the
-cost of the noise goes with the lesion and not with the image. On an image larger than the model sees it, ε is drawn for grains
-of several pixels (:func:`grain_size`): independent pixels would be averaged away when the model's processor shrinks the image.
+on pixel values scaled to [-1, 1], as in diffusion models. Only pixels under the mask are read, drawn for and
+written, so the cost of the noise goes with the lesion and not with the image. On an image larger than the
+model sees it, ε is drawn for grains of several pixels (:func:`grain_size`): independent pixels would be
+averaged away when the model's processor shrinks the image.
 
-Mode ``released`` is the authors' script: the map is smoothed by a 15 × 15 Gaussian, every pixel above its mean minus its
-standard deviation (most of the image) is replaced, each colour on its own, by N(0, 10) on the scale of 0 to 255, and storing
-that in 8 bits wraps what is negative. Half of the new values are therefore nearly black, the other half nearly white. What is
-left out: the script swaps red and blue when it saves, writes noise into alpha, and cannot treat 16-bit images.
+Mode ``released`` is the authors' script: the map is smoothed by a 15 × 15 Gaussian, every pixel above its
+mean minus its standard deviation (most of the image) is replaced, each colour on its own, by N(0, 10) on the
+scale of 0 to 255, and storing that in 8 bits wraps what is negative. Half of the new values are therefore
+nearly black, the other half nearly white. Not copied: the script swaps red and blue when it saves, writes
+noise into alpha, and cannot treat 16-bit images.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ _RELEASED_SIGMA, _RELEASED_RADIUS = 2.6, 7
 _BLUR_TRUNCATE = 3.0
 # Side of a grain of noise in pixels of what the model sees.
 _GRAIN = 2
-# Every so many-th value of a heat map tells about where its threshold lies; a prime, to see all columns of the image.
+# Every so many-th value of a heat map tells about where its threshold lies; a prime, to see all columns of
+# the image.
 _SAMPLE_STRIDE = 251
 _COLOUR_BANDS = {"L": 1, "I;16": 1, "LA": 1, "RGB": 3, "RGBA": 3}
 
@@ -50,10 +53,11 @@ class Noised:
 
     Attributes:
         pixels: uint8 or uint16, (H, W) or (H, W, bands), as the original's in its :func:`plain_mode`.
-        places: int64 (n,), the pixels under the noise as positions in raster order, rising. Every other pixel is bit for bit
-            the original's.
-        parameters: what was done, JSON-able. Always ``mode``, ``mask_share`` (n over all pixels) and ``changed_share`` (share
-            whose colour differs from the original's; where it is 0 the pair would teach nothing).
+        places: int64 (n,), the pixels under the noise as positions in raster order, rising. Every other pixel
+            is bit for bit the original's.
+        parameters: what was done, JSON-able. Always ``mode``, ``mask_share`` (n over all pixels) and
+            ``changed_share`` (share whose colour differs from the original's; where it is 0 the pair would
+            teach nothing).
     """
 
     pixels: np.ndarray
@@ -94,7 +98,7 @@ class _Region:
     rng: np.random.Generator
 
     def noise(self) -> np.ndarray:
-        """ε: a draw for each grain, or value where a grain is a pixel; float32 (C, n), or (1, n) where all is grey and stays so."""
+        """ε: a draw per grain, or per value if a grain is a pixel; float32 (C, n), or (1, n) for grey."""
         rows = 1 if (self.values[1:] == self.values[:1]).all() else len(self.values)
         side, (height, width) = self.config.model_side, self.colours.shape[:2]
         if side is None or min(height, width) <= side:
@@ -109,8 +113,9 @@ def signal_share(steps: int, schedule: str) -> float:
 
     Args:
         steps: 1 to 1,000.
-        schedule: ``linear`` (Ho et al. 2020: β from 1e-4 to 0.02), ``sigmoid`` (β from 1e-5 to 5e-3 along a sigmoid, the one
-            used with contrastive decoding of LVLMs, arXiv 2311.16922), or ``cosine`` (Nichol & Dhariwal 2021).
+        schedule: ``linear`` (Ho et al. 2020: β from 1e-4 to 0.02), ``sigmoid`` (β from 1e-5 to 5e-3 along a
+            sigmoid, the one used with contrastive decoding of LVLMs, arXiv 2311.16922), or ``cosine`` (Nichol
+            & Dhariwal 2021).
 
     Raises:
         ValueError: an argument is out of range.
@@ -134,10 +139,11 @@ def signal_share(steps: int, schedule: str) -> float:
 def add_lesion_noise(
     image: Image.Image, heat_map: np.ndarray, config: NoiseConfig, rng: np.random.Generator
 ) -> Noised:
-    """Lays noise where the heat map says the lesion is. Outside the mask every pixel stays bit for bit, also as a model sees it.
+    """Adds noise to the lesion that the heat map shows; every other pixel stays, also as a model sees it.
 
     Args:
-        image: L, RGB, RGBA, LA or 16-bit grey; other modes are converted to one of these first. Alpha is never touched.
+        image: L, RGB, RGBA, LA or 16-bit grey; other modes are converted to one of these first. Alpha is
+            never touched.
         heat_map: (H, W) of the image's size, in [0, 1].
         config: mode, its strength, mask and the mask's largest area.
         rng: source of the noise; the same state gives the same image.
@@ -184,10 +190,10 @@ def add_lesion_noise(
 
 
 def lesion_places(heat_map: np.ndarray, area_share: float) -> np.ndarray:
-    """The hottest ``area_share`` of the image, as positions in raster order, int64 (n,); heat 0 never belongs to it.
+    """The hottest ``area_share`` of the image without heat 0, as positions in raster order, int64 (n,).
 
-    Equal values stay together. Where those at the threshold would exceed the share they are left out; the pixels of the
-    highest value are kept whatever their number, so a ground-truth mask (0/1) is kept whole.
+    Equal values stay together. Where those at the threshold would exceed the share they are left out; the
+    pixels of the highest value are kept whatever their number, so a ground-truth mask (0/1) is kept whole.
 
     Args:
         heat_map: float32 (H, W), 0 to 1, contiguous.
@@ -214,7 +220,7 @@ def lesion_places(heat_map: np.ndarray, area_share: float) -> np.ndarray:
 
 
 def released_places(heat_map: np.ndarray) -> np.ndarray:
-    """The same for the mask of the authors' script: the smoothed map above its mean minus its standard deviation."""
+    """The mask of the authors' script: the smoothed map above its mean minus its standard deviation."""
     smooth = ndimage.gaussian_filter(heat_map, _RELEASED_SIGMA, radius=_RELEASED_RADIUS, mode="mirror")
     return np.flatnonzero(smooth > smooth.mean() - smooth.std())
 
@@ -222,8 +228,8 @@ def released_places(heat_map: np.ndarray) -> np.ndarray:
 def plain_mode(image: Image.Image) -> Image.Image:
     """The image in a mode that noise and PNG both know, looking the same to a model.
 
-    Palettes are resolved, 32-bit and float grey is scaled to 16 bits, and a colour that the file declares transparent
-    (PNG's tRNS) becomes an alpha band: a noised pixel may take that colour, or leave it.
+    Palettes are resolved, 32-bit and float grey is scaled to 16 bits, and a colour that the file declares
+    transparent (PNG's tRNS) becomes an alpha band: a noised pixel may take that colour, or leave it.
     """
     transparent = has_alpha(image)
     if image.mode in _COLOUR_BANDS and not (transparent and image.mode in ("L", "RGB")):
@@ -240,15 +246,15 @@ def plain_mode(image: Image.Image) -> Image.Image:
     return image.convert("RGBA" if transparent else "RGB")
 
 
-# ---------------------------------------------------------------------- the modes: _Region → float32 (C, n), or (1, n) for grey
+# ------------------------------------------------- the modes: _Region → float32 (C, n), or (1, n) for grey
 
 
 def _diffused(region: _Region) -> np.ndarray:
     share = config_signal_share(region.config)
     noise = region.noise()
     middle, half = (region.low + region.high) / 2.0, (region.high - region.low) / 2.0
-    # The paper's formula in pixel values: [-1, 1] is the middle grey plus and minus half the range. Done in place: on large
-    # lesions new memory costs more than the arithmetic.
+    # The paper's formula in pixel values: [-1, 1] is the middle grey plus and minus half the range. Done in
+    # place: on large lesions new memory costs more than the arithmetic.
     x = region.values[: len(noise)]
     x -= middle
     rest = x * (1.0 - region.weight) if region.config.mask == "soft" else 0.0
@@ -291,9 +297,10 @@ _MODES: dict[str, Callable[[_Region], np.ndarray]] = {
 
 
 def grain_size(model_side: int | None, shape: tuple[int, int]) -> float:
-    """Side of a grain of noise in pixels of an image (H, W): two pixels of what the model sees, or 1 where it sees all of them.
+    """Side of a grain of noise in pixels of an image (H, W): two pixels of what the model sees, at least 1.
 
-    How much of the noise's variance CLIP's processor (bicubic, 336 pixels) leaves, by the shorter side of the image:
+    How much of the noise's variance CLIP's processor (bicubic, 336 pixels) leaves, by the shorter side of the
+    image:
 
     ==================  =====  =====  =====  =====
     shorter side          336    512  1,024  2,048
@@ -309,7 +316,7 @@ def grain_size(model_side: int | None, shape: tuple[int, int]) -> float:
 
 
 def _grains_of(places: np.ndarray, shape: tuple[int, int], model_side: int) -> tuple[np.ndarray, int]:
-    """The grain, counted in raster order from 0, that each of the rising ``places`` lies in; and how many grains that makes."""
+    """The grain, numbered in raster order, of each of the rising ``places``; and the number of grains."""
     height, width = shape
     # Pixel centres in grains; whole numbers, so that no rounding moves an edge.
     down, across = (
@@ -335,7 +342,7 @@ def config_signal_share(config: NoiseConfig) -> float:
 
 
 def _blur(colours: np.ndarray, places: np.ndarray, sigma_share: float) -> np.ndarray:
-    """The blurred pixels at ``places``, float32 (C, n), equal to those of the whole image blurred; (1, n) for grey."""
+    """The pixels at ``places`` of the blurred image, float32 (C, n); (1, n) for grey."""
     height, width = colours.shape[:2]
     sigma = sigma_share * min(height, width)
     # Nothing further away than the kernel's radius counts.
@@ -369,7 +376,8 @@ def _value_range(pixels: np.ndarray) -> tuple[float, float]:
 def _keep_range(after: np.ndarray, before: np.ndarray, pixels: np.ndarray) -> None:
     """Gives one pixel its darkest or brightest value back where noise took the last of these.
 
-    A model sees 16-bit values scaled by what occurs, so a new range would change every pixel outside the mask too.
+    A model sees 16-bit values scaled by what occurs, so a new range would change every pixel outside the mask
+    too.
 
     Args:
         after: the noised values, (n,), changed in place.

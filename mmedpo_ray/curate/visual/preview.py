@@ -1,7 +1,7 @@
-"""An image sheet of visual pairs to look at before a data set is curated: ``mmedpo curate --preview N``.
+"""An image sheet of visual pairs to look at before curation: ``mmedpo curate --preview N``.
 
-One process, no Ray, only `samples` is read and only ``preview.png`` is written. The pairs on the sheet are those that `curate`
-would make of the same samples, from the same tool, seed and settings.
+One process, no Ray, only `samples` is read and only ``preview.png`` is written. The pairs on the sheet are
+those that `curate` would make of the same samples, from the same tool, seed and settings.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _FONT_SIZE = 12
 _INK, _PAPER, _OUTLINE = (20, 20, 20), (255, 255, 255), (255, 80, 0)
 _HEAT_OPACITY = 0.6
 _MOST_ROWS = 64
-# Samples tried for a row, so that a tool that finds nothing ends.
-_TRIES_A_ROW = 4
+# Samples tried per row of the sheet, so that the search ends if a tool finds nothing.
+_TRIES_PER_ROW = 4
 
 
 def preview(config: Config, count: int) -> Path:
-    """Draws ``count`` visual pairs on ``preview.png`` in the run folder: original, heat map, mask outline, noised image.
+    """Draws ``count`` visual pairs on ``preview.png``: original, heat map, mask outline, noised image.
 
-    The samples are drawn by the seed over the whole data set. Captions hold ids and parameters; questions and answers only
-    with ``report.show_text``. Samples that give no pair are counted by reason.
+    The samples are drawn by the seed over the whole data set. Captions hold ids and parameters; questions and
+    answers only with ``report.show_text``. Samples that give no pair are counted by reason.
 
     Args:
         config: all settings; `samples` must exist.
@@ -53,18 +53,20 @@ def preview(config: Config, count: int) -> Path:
         The sheet, whose path is printed too.
 
     Raises:
-        UserError: ``count`` or the settings make no sheet, `samples` is missing, or no sample tried gives a pair.
+        UserError: ``count`` or the settings make no sheet, `samples` is missing, or no sample tried gives a
+            pair.
     """
     if not 1 <= count <= _MOST_ROWS:
         raise UserError(f"--preview takes 1 to {_MOST_ROWS} pairs, not {count}.")
     if config.curate.visual.tool == "none":
         raise UserError("curate.visual.tool=none makes no visual pairs to preview. Choose a tool.")
     path = storage.local_path(RunFolder(config.run.folder).root, "the preview sheet") / "preview.png"
-    pairs, dropped = _make(config, _candidates(config, count * _TRIES_A_ROW), count)
+    pairs, dropped = _make(config, _candidates(config, count * _TRIES_PER_ROW), count)
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
     if not pairs:
         raise UserError(
-            f"none of the {dropped.total()} samples tried gives a visual pair ({reasons}). See curate.visual.tool and "
+            f"none of the {dropped.total()} samples tried gives a visual pair ({reasons}). See "
+            "curate.visual.tool and "
             "curate.visual.min_confidence."
         )
     sheet = draw_sheet(pairs, show_text=config.report.show_text)
@@ -75,7 +77,7 @@ def preview(config: Config, count: int) -> Path:
 
 
 def draw_sheet(pairs: list[VisualPair], *, show_text: bool) -> Image.Image:
-    """The sheet, RGB: a row of four pictures and its caption for each pair.
+    """The sheet, RGB: for each pair a row of four pictures and a caption.
 
     Args:
         pairs: what to show.
@@ -98,7 +100,7 @@ def draw_sheet(pairs: list[VisualPair], *, show_text: bool) -> Image.Image:
 
 
 def _candidates(config: Config, most: int) -> list[dict[str, Any]]:
-    """Samples of visual pairs that `curate` plans, drawn by the seed; one an image as long as there are images enough."""
+    """Samples of planned visual pairs, drawn by the seed; one per image if there are enough images."""
     seed = config.run.seed
     samples = train_samples(config)
     settings = config.curate.visual
@@ -162,7 +164,7 @@ def _caption(pair: VisualPair, show_text: bool) -> list[str]:
 
 
 def _wrapped(line: str, width: int, font: Any) -> list[str]:
-    """The line in pieces that fit the sheet, broken at blanks, and inside a word that is too long by itself."""
+    """The line in pieces that fit the sheet, broken at blanks or inside a word that is too long."""
     pieces = [""]
     for word in line.split():
         longer = f"{pieces[-1]} {word}".strip()
@@ -179,7 +181,7 @@ def _wrapped(line: str, width: int, font: Any) -> list[str]:
 
 
 def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Small images keep their pixels visible, large ones are averaged."""
+    """A resized copy: small images keep their pixels visible, large ones are averaged."""
     enlarged = size[0] > image.width
     return image.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)
 
@@ -194,8 +196,9 @@ def _with_heat(image: Image.Image, heat_map: np.ndarray) -> Image.Image:
 
 
 def _with_outline(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The inner border of the mask, bool (H, W), drawn at the size of the picture so that it is never too thin to see."""
-    # A mask of a few pixels in a large image must not vanish: a pixel of the picture is in where any of its pixels is.
+    """Draws the inner border of the mask, bool (H, W), at the size of the picture, so that it can be seen."""
+    # A mask of a few pixels in a large image must not vanish: a pixel of the picture is in where any of its
+    # pixels is.
     spread = Image.fromarray(mask.astype(np.float32)).resize(image.size, Image.Resampling.BOX)
     inside = np.asarray(spread) > 0
     border = inside & ~ndimage.binary_erosion(inside, iterations=2, border_value=0)

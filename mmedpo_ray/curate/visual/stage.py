@@ -1,7 +1,7 @@
 """The table `visual`: the visual pairs, as a stage of its own.
 
-`pairs` takes its rows over. So whatever changes about the text pairs alone, such as an endpoint that answers on the second run,
-leaves the heat maps and the noised images as they are.
+`pairs` copies its rows. So a change of the text pairs alone, such as an endpoint that answers on the second
+run, leaves the heat maps and the noised images as they are.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _IMAGES_OF = ".images_of.json"
 
 
 def make_visual_pairs(config: Config, train_samples: Callable[[], pa.Table]) -> list[str]:
-    """Makes the visual pairs that the settings ask for; returns the folder of their table, none without a tool.
+    """Makes the visual pairs that the settings ask for; returns the folder of their table, if there is one.
 
     Args:
         config: all settings.
-        train_samples: called for the train rows of `samples` where there is anything to make.
+        train_samples: gives the train rows of `samples`; called only if a pair must be made.
 
     Raises:
         UserError: `samples` is missing, or the tool cannot be used.
@@ -86,12 +86,14 @@ def _warn_of_none(manifest: Manifest, config: Config) -> None:
     tool = config.curate.visual.tool
     others = ", ".join(name for name in TOOLS if name != "dataset_mask")
     remedy = (
-        f"The data name no lesion masks: add them to the rows, or find lesions with curate.visual.tool={others}"
+        "The data name no lesion masks: add them to the rows, or find lesions with "
+        f"curate.visual.tool={others}"
         if set(manifest.dropped) == {"no_mask"}
         else f"{storage.join(RunFolder(config.run.folder).visual, 'dropped')} has the reason of each"
     )
     log.warning(
-        "curate: none of the %s visual pairs of curate.visual.tool=%s could be made (%s), so training would see text pairs "
+        "curate: none of the %s visual pairs of curate.visual.tool=%s could be made (%s), so training would "
+        "see text pairs "
         "alone. %s; curate.visual.tool=none if that is meant.",
         f"{manifest.rows_in:,}",
         tool,
@@ -101,7 +103,7 @@ def _warn_of_none(manifest: Manifest, config: Config) -> None:
 
 
 def finished_visual_pairs(config: Config, done: IdSet) -> ray.data.Dataset | None:
-    """The rows of the table `visual`, kept and dropped, but for those that are there; None without a tool or a row."""
+    """The rows of the table `visual` that are not done, kept and dropped; None without a tool or a row."""
     if config.curate.visual.tool == "none":
         return None
     folder = RunFolder(config.run.folder).visual
@@ -114,7 +116,7 @@ def finished_visual_pairs(config: Config, done: IdSet) -> ray.data.Dataset | Non
 
 
 def draw_visual_samples(samples: pa.Table, settings: VisualCurationConfig, seed: int) -> pa.Table:
-    """Draws up to ``per_image`` of the ``questions`` of every image, by a hash of the seed and the sample's id."""
+    """Draws up to ``per_image`` of the questions of each image, by a hash of the seed and the sample's id."""
     if settings.questions == "finding":
         texts = zip(samples["question"].to_pylist(), samples["answer"].to_pylist(), strict=True)
         samples = samples.filter(pa.array([names_finding(*each) for each in texts], pa.bool_()))
@@ -134,8 +136,8 @@ def draw_visual_samples(samples: pa.Table, settings: VisualCurationConfig, seed:
 def _make_room(run: RunFolder, key: str) -> None:
     """Deletes images of other settings, and says whose are made now.
 
-    Those that an earlier attempt with the same settings has left are made over, equal byte for byte: a task of it that
-    outlives its driver may still be writing there.
+    Images of an earlier attempt with the same settings stay and are overwritten with equal bytes, since a
+    task that outlives its driver may still be writing there.
     """
     mark = storage.join(run.visual, _IMAGES_OF)
     try:
@@ -152,7 +154,7 @@ def _make_room(run: RunFolder, key: str) -> None:
 
 
 def _key_settings(config: Config) -> list[Any]:
-    """Settings, seed and the state of the tool's files; how many images a tool gets at a time changes last digits at most."""
+    """Settings, seed and the state of the tool's files; the batch size changes last digits at most."""
     settings = config.curate.visual
     chosen = settings.model_dump(mode="json", exclude={"batch_images"})
     return [chosen, config.run.seed, TOOLS[settings.tool].fingerprint(config)]

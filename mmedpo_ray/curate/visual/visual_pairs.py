@@ -25,9 +25,10 @@ from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 
-# Drop reasons that a store that answers again ends.
+# Drop reasons that pass when the storage answers again.
 RETRY_REASONS = (image_files.UNREADABLE, "mask_unreadable")
-# The shorter side of a stored heat map; the finest grid of a tool's model (CLIPSeg) has 352 patches a side, MedKLIP's 14.
+# The shorter side of a stored heat map; the finest grid of a tool's model (CLIPSeg) has 352 patches a side,
+# MedKLIP's 14.
 HEAT_MAP_SIDE = 256
 
 
@@ -42,8 +43,8 @@ class VisualPair:
         confidence: the tool's, above 0 and at most 1.
         seed: of the noise.
         noised: the dispreferred image.
-        parameters: those of the noise and the tool's choice, JSON-able; with ``lesion_covered`` (share of the lesion mask that
-            came with the sample that the noise lies on) where there is such a mask.
+        parameters: those of the noise and the tool's choice, JSON-able; with ``lesion_covered`` (share of the
+            sample's own lesion mask that the noise covers) if it has one.
     """
 
     row: dict[str, Any]
@@ -70,7 +71,9 @@ class PairMaker:
         self._tool = None if self._settings.tool == "dataset_mask" else TOOLS[self._settings.tool](config)
 
     def make(self, rows: list[dict[str, Any]]) -> Iterator[VisualPair | dict[str, Any]]:
-        """A pair or a dropped row for each sample, samples of an image together; at most ``batch_images`` are held decoded.
+        """A pair or a dropped row for each sample, samples of an image together.
+
+        At most ``batch_images`` images are held decoded.
 
         Args:
             rows: samples, in any order. An image that several of them show is decoded once.
@@ -105,15 +108,15 @@ class PairMaker:
     def _localise(self, usable: list[tuple[dict[str, Any], Image.Image]]) -> list[Localisation]:
         if self._tool is None:
             return [self._given(row, image) for row, image in usable]
-        # The last digits of a network's numbers depend on how many rows it gets at a time. So it always gets the same number,
-        # however many samples are left of a run that goes on.
+        # The last digits of a network's numbers depend on how many rows it gets at a time. So it always gets
+        # the same number, however many samples are left of a run that goes on.
         missing = self._settings.batch_images - len(usable) if self._tool.has_model else 0
         filled = usable + usable[-1:] * missing
         found = self._tool.localise([image for _, image in filled], [row for row, _ in filled])
         return found[: len(usable)]
 
     def _given(self, row: dict[str, Any], image: Image.Image) -> Localisation:
-        """The lesion that the data set marks; ``mask_unreadable`` where a store does not give out the mask's files."""
+        """The lesion that the data set marks; ``mask_unreadable`` if its storage does not answer."""
         try:
             return self._given_masks.localise([image], [row])[0]
         except OSError as error:
@@ -158,7 +161,7 @@ def _coverage(found: Localisation, given: Localisation | None, places: np.ndarra
 
 
 class VisualPairs:
-    """Ray Data batch function: samples → visual pairs. Noised images and heat maps go to the run's ``noised/``.
+    """Ray Data batch function: samples → visual pairs; images and heat maps go to the run's ``noised/``.
 
     Args:
         config: all settings.
@@ -222,8 +225,8 @@ def heat_map_pixels(heat_map: np.ndarray, least: int | None = None) -> np.ndarra
 
     Args:
         heat_map: at the size of the image.
-        least: of a larger map only every so many-th row and column is taken, as many as leave the shorter side this long at
-            least; None: all.
+        least: of a larger map only every so many-th row and column is taken, as many as leave the shorter
+            side this long at least; None: all.
     """
     step = max(1, min(heat_map.shape) // least) if least else 1
     scaled = heat_map[step // 2 :: step, step // 2 :: step] * np.float32(255)

@@ -1,7 +1,9 @@
 """What a judge is.
 
-A judge sees question, reference answer, dispreferred answer and the judgements given so far. It gives a score in [0, 1] with
-a reason: how clinically relevant it is that the dispreferred answer is wrong (0: it says the same or nothing that matters,
+A judge sees question, reference answer, dispreferred answer and the judgements given so far. It gives a score
+in [0, 1] with
+a reason: how clinically relevant it is that the dispreferred answer is wrong (0: it says the same or nothing
+    that matters,
 1: acting on it could harm the patient).
 """
 
@@ -106,7 +108,7 @@ class Agent(ABC):
     @classmethod
     @abstractmethod
     def map_options(cls, settings: Any, *, data_cpus: float, has_gpu: bool) -> dict[str, Any]:
-        """Keyword arguments of ``Dataset.map_batches``; with ``concurrency`` the agent runs in so many actors."""
+        """Keyword arguments of ``map_batches``; with ``concurrency`` the agent runs in so many actors."""
 
     @classmethod
     def key(cls, settings: Any) -> list[Any]:

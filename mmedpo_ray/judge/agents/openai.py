@@ -1,7 +1,7 @@
-"""A judge behind an OpenAI-compatible endpoint: a hosted model, or a local server. Prompt, form and safety: ``prompt.py``.
+"""A judge behind an OpenAI-compatible endpoint. Prompt, form and safety: ``prompt.py``.
 
-The endpoint must honour JSON schemas (``response_format``); what it answers is checked all the same. The score is the one
-written; log-probabilities are not asked for, since endpoints differ in what they return.
+The endpoint must honour JSON schemas (``response_format``); what it answers is checked all the same. The
+score is the one written; log-probabilities are not asked for, since endpoints differ in what they return.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OpenAIAgentConfig(AgentConfig):
 
 
 class OpenAIAgent(Agent):
-    """Asks an endpoint; many requests are in flight, answers come back in order. Sends nothing before the first judgement.
+    """Asks an endpoint, with many requests in flight; sends nothing before the first judgement.
 
     Raises:
         UserError: no key is set for an endpoint that needs one.
@@ -83,7 +83,9 @@ class OpenAIAgent(Agent):
 
     @classmethod
     def key(cls, settings: OpenAIAgentConfig) -> list[Any]:
-        """Model, sampling and prompt; not the address (a local server changes its port without becoming another
-        model), the pace or the prices."""
+        """Model, sampling and prompt.
+
+        Not the address (a local server changes its port without becoming another model), pace or prices.
+        """
         sampling = settings.endpoint.model_dump(mode="json", include={"model", "temperature", "max_tokens"})
         return [settings.kind, settings.name, sampling, prompt.fingerprint()]

@@ -1,16 +1,19 @@
-"""What a chat model is asked as a judge, and how its answer is read; the same for every kind of agent that holds one.
+"""What a chat model is asked as a judge, and how its answer is read, by every kind of agent.
 
-The judged texts are data: they reach the model as one JSON object in which the characters that chat templates build their
-special tokens of are escaped (:func:`mmedpo_ray.clients.untrusted_text.as_data`), so a text can neither close the object nor open a turn of
-its own. The answer is constrained to a JSON form (or one letter) with the score from a fixed grid, so whatever a text asks for,
-only a score comes back. Whether the model *believes* a text is another matter, which no form can settle.
+The judged texts are data: they reach the model as one JSON object in which the characters that chat templates
+    build their special tokens of are escaped (:func:`mmedpo_ray.clients.untrusted_text.as_data`), so a text
+    can neither close the object nor open a turn of its own. The answer is constrained to a JSON form (or one
+    letter) with the score from a fixed grid, so whatever a text asks for, only a score comes back. Whether
+    the model *believes* a text is another matter, which no form can settle.
 
 Two ways to ask for the score:
 
-* choice: ``{"rationale": …, "score": …}`` in one answer; the score is an enumerated string, or "same" to agree with the score
+* choice: ``{"rationale": …, "score": …}`` in one answer; the score is an enumerated string, or "same" to
+  agree with the score
   before, whatever number that is: so there are two forms only, and engines compile each once.
-* expectation: first ``{"rationale": …}``, then, in a second turn, one letter. Each letter stands for a score of the grid, so
-  the choices differ in one token and their probabilities are those of that token (as in G-Eval, arXiv 2303.16634).
+* expectation: first ``{"rationale": …}``, then, in a second turn, one letter. Each letter stands for a score
+  of the grid, so the choices differ in one token and their probabilities are those of that token (as in
+  G-Eval, arXiv 2303.16634).
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ _EXPECTATION_DIGITS = 4
 
 
 def messages(case: Case) -> list[dict[str, str]]:
-    """Asks for rationale and score in one answer: one user turn, as some chat templates know no system role."""
+    """Asks for rationale and score in one user turn, as some chat templates know no system role."""
     grid = ", ".join(allowed_scores(case))
     return [{"role": "user", "content": _material(case, _PREVIOUS) + _REQUEST.format(grid=grid)}]
 
@@ -112,7 +115,7 @@ def allowed_scores(case: Case) -> dict[str, float]:
 
 
 def schema(case: Case, max_tokens: int) -> dict[str, Any]:
-    """JSON schema of rationale and score. The rationale ends within ``max_tokens`` even at a token a character."""
+    """JSON schema of rationale and score; it fits into ``max_tokens`` even at a token per character."""
     # As strings: a grammar would spell the number 0.7 as 0.69999999999999996.
     score = {"type": "string", "enum": list(allowed_scores(case))}
     return _object({"rationale": _rationale(max_tokens), "score": score})
@@ -139,7 +142,7 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(text: str, case: Case, name: str) -> Judgement | Refusal:
-    """Reads rationale and score; anything but the one expected object is refused, also a score beside the grid."""
+    """Reads rationale and score; refuses anything else, also a score that is not in the grid."""
     found = _read(text, ("rationale", "score"))
     scores = allowed_scores(case)
     if found is None or found["score"] not in scores:
@@ -171,8 +174,8 @@ def expectation(logprobs: Iterable[tuple[str, float]]) -> float | None:
     """Mean of the grid under the log-probabilities of the letters.
 
     Args:
-        logprobs: text and log-probability (nats) of tokens at the letter's position. They need not be normalised: tokens that
-            are no letter of the scale do not count.
+        logprobs: text and log-probability (nats) of tokens at the letter's position. They need not be
+            normalised: tokens that are no letter of the scale do not count.
 
     Returns:
         A score in [0, 1], rounded to 4 digits; ``None`` where no letter has any probability.
@@ -193,8 +196,10 @@ def expectation(logprobs: Iterable[tuple[str, float]]) -> float | None:
 
 
 def by_expectation(view: float, rationale: str, case: Case, name: str) -> Judgement:
-    """A judgement from an expectation, which never meets another score exactly: within ``AGREEMENT`` of the score before
-    it the agent agrees and repeats that score."""
+    """A judgement from an expectation, which never equals another score exactly.
+
+    Within ``AGREEMENT`` of the previous score the agent agrees and repeats that score.
+    """
     if case.history and abs(view - case.history[-1].score) <= AGREEMENT:
         return Judgement(
             name, case.round, case.history[-1].score, f"agrees, own view {view:.4f}; {rationale}"
@@ -203,8 +208,7 @@ def by_expectation(view: float, rationale: str, case: Case, name: str) -> Judgem
 
 
 def seed(conversation: list[dict[str, str]]) -> int:
-    """Sampling seed of a conversation: the same on every run, and unlike that of other rows, so that chance does not lean
-    the same way everywhere."""
+    """Sampling seed of a conversation: the same on every run, and another one for every row."""
     return zlib.crc32(conversation[0]["content"].encode())
 
 

@@ -1,7 +1,8 @@
-"""A judge made of the radiology lexicon: how severe is the contradiction between reference and dispreferred answer?
+"""A judge made of the radiology lexicon: how severe is the dispreferred answer's contradiction?
 
-Three of them with different focus make a debate without any model: each counts the conflicts on its own axes in full and
-the others at half, so they start apart where an answer errs on several axes, and move towards each other as rounds go on.
+Three of them with different focus make a debate without any model: each counts the conflicts on its own axes
+    in full and the others at half, so they start apart where an answer errs on several axes, and move towards
+    each other as rounds go on.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 
 # What a conflict outside the agent's focus counts for.
 _OUTSIDE_SHARE = 0.5
-# The wording differs, but on nothing the lexicon knows: an error is likely (the pair was made of it) and its weight unknown.
+# The wording differs, but on nothing the lexicon knows: an error is likely (the pair was made of it) and its
+# weight unknown.
 _UNKNOWN = 0.3
 # A wider word ("mass" for "cancer") is less than an error.
 _WIDER = 0.2
-# How far an agent moves towards the score before it, in its first round: if every conflict is on its own axes, and if none is.
+# How far an agent moves towards the score before it, in its first round: if every conflict is on its own
+# axes, and if none is.
 _OPENNESS = (0.25, 0.75)
 
 # Every other axis belongs to the focus "findings".
@@ -73,7 +76,7 @@ class RulesAgent(Agent):
 # Every round asks again, and short answers repeat.
 @lru_cache(maxsize=8192)
 def _view(focus: str, reference: str, answer: str, question: str) -> tuple[float, float, str]:
-    """An agent's own score, the share of the evidence that lies in its focus (0..1), and the evidence in words."""
+    """An agent's own score, the share of the evidence in its focus (0..1), and the evidence in words."""
     from mmedpo_ray.radiology import lexicon
 
     every = lexicon.conflicts(reference, answer, question)

@@ -1,8 +1,9 @@
 """A judge that is any chat model, run by vLLM with structured output. Prompt, form and safety: ``prompt.py``.
 
-With ``scoring: expectation`` the score is read from the model's log-probabilities instead of its words. vLLM returns them
-after the constraint on the answer was applied (``logprobs_mode: raw_logprobs`` means "before temperature and the like", not
-"before the grammar"; seen on 0.32), so the letters of the scale are all there and sum to one.
+With ``scoring: expectation`` the score is read from the model's log-probabilities instead of its words. vLLM
+returns them after the constraint on the answer was applied (``logprobs_mode: raw_logprobs`` means "before
+temperature and the like", not "before the grammar"; seen on 0.32), so the letters of the scale are all there
+and sum to one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from mmedpo_ray.judge.agents.base import Agent, AgentConfig, Case, Judgement, Re
 from mmedpo_ray.models.settings import EngineConfig
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
 
-# Rows of a batch, at least, as a multiple of those decoded together: at the end of each batch the engine waits for its
-# last answers, which differ in length.
+# Rows of a batch, at least, as a multiple of those decoded together: at the end of each batch the engine
+# waits for its last answers, which differ in length.
 _ROUNDS = 8
 _TOO_LONG = Refusal("judge_prompt_too_long")
 
@@ -57,7 +58,8 @@ class VllmAgent(Agent):
         self._tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
         if not self._tokenizer.chat_template:
             raise UserError(
-                f"score.agents: {settings.model} has no chat template, so it cannot judge. Use an instruction-tuned "
+                f"score.agents: {settings.model} has no chat template, so it cannot judge. Use an "
+                "instruction-tuned "
                 "model."
             )
         engine = _engine(settings, has_gpu=bool(ray.get_gpu_ids()))
@@ -77,7 +79,8 @@ class VllmAgent(Agent):
         longest = engine.engine_kwargs["max_model_len"]
         if longest - settings.max_tokens < 1:
             raise UserError(
-                f"score.agents, {settings.name}: max_tokens={settings.max_tokens} leaves no room for a prompt in "
+                f"score.agents, {settings.name}: max_tokens={settings.max_tokens} leaves no room for a "
+                "prompt in "
                 f"{longest} tokens. Lower max_tokens or raise engine.max_model_len."
             )
         return {
@@ -98,7 +101,7 @@ class VllmAgent(Agent):
         return [chosen, engine.dtype, engine.max_model_len, engine.extra, prompt.fingerprint()]
 
     def judge(self, cases: Sequence[Case]) -> list[Judgement | Refusal]:
-        """Judges a batch of cases; too long prompts and answers that are no valid judgement become refusals."""
+        """Judges a batch of cases; too long prompts and invalid answers become refusals."""
         if self._settings.scoring == "expectation":
             return self._judge_by_expectation(cases)
         limit = self._settings.max_tokens
@@ -180,8 +183,8 @@ class VllmAgent(Agent):
 
 def engine_arguments(engine: EngineSettings) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` for a judge, without the model."""
-    # Free whitespace would let a model fill its tokens with blanks. vLLM 0.32 reads this from the engine only, not from
-    # the request, and only for a named backend.
+    # Free whitespace would let a model fill its tokens with blanks. vLLM 0.32 reads this from the engine
+    # only, not from the request, and only for a named backend.
     output = {"backend": "xgrammar", "disable_any_whitespace": True}
     return {"structured_outputs_config": output, **engine.engine_kwargs}
 

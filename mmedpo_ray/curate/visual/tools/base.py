@@ -1,4 +1,4 @@
-"""What a visual tool is, and how its patches become a heat map."""
+"""What a visual tool is, and how a patch grid becomes a heat map."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class Localisation:
     """What a tool sees in an image.
 
     Attributes:
-        heat_map: float32 (H, W) of the image's size, 0 to 1; None where the tool could not work.
+        heat_map: float32 (H, W) of the image's size, 0 to 1; None if the tool could not work.
         confidence: 0 to 1, that a lesion was found.
-        problem: drop reason where the tool could not work.
+        problem: drop reason if the tool could not work.
         detail: what is wrong, without patient text.
-        choice: what the tool chose about this sample, JSON-able, without patient text; stands in the pair's column ``noise``.
+        choice: what the tool chose about this sample, JSON-able, without patient text; goes into the pair's
+            column ``noise``.
     """
 
     heat_map: np.ndarray | None
@@ -36,8 +37,8 @@ class VisualTool(ABC):
     """Localises the lesion. One instance serves many batches in a Ray task or actor.
 
     Attributes:
-        has_model: whether making an instance loads a model. With one, `curate` keeps the tool in an actor, which holds a
-            GPU where the cluster has any; without, it makes the tool anew in every task, on CPUs alone.
+        has_model: whether making an instance loads a model. With one, `curate` keeps the tool in an actor,
+            which holds a GPU if the cluster has any; without, it makes the tool again in every task, on CPUs.
 
     Args:
         config: all settings.
@@ -52,7 +53,8 @@ class VisualTool(ABC):
     def fingerprint(cls, config: Config) -> list[str]:  # noqa: ARG003 - for tools with files
         """What the tool's results depend on besides the settings: the state of the files it loads.
 
-        Part of the key of `curate`, so that another checkpoint under the same name makes the pairs anew. Loads no model.
+        Part of the key of `curate`, so that another checkpoint under the same name makes the pairs again.
+        Loads no model.
 
         Raises:
             UserError: a file that the tool needs is not named or not there.
@@ -61,12 +63,13 @@ class VisualTool(ABC):
 
     @abstractmethod
     def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
-        """One localisation an image, in their order; a tool with a model runs as many at once as it can.
+        """One localisation per image, in their order; a tool with a model runs as many at once as it can.
 
         Args:
             images: decoded images in their own modes and sizes, ``curate.visual.batch_images`` at most; for a
-                tool with a model just as many, the last repeated where there are fewer.
-            rows: the samples asked about, with at least ``sample_id``, ``question``, ``answer`` and ``mask_uri``.
+                tool with a model just as many, the last repeated if there are fewer.
+            rows: the samples asked about, with at least ``sample_id``, ``question``, ``answer`` and
+                ``mask_uri``.
         """
 
 
@@ -76,12 +79,12 @@ def upsample(
     """Spreads a patch grid bilinearly over the part of the image that it was computed from.
 
     Args:
-        grid: (rows, columns), one value a patch, of any range.
+        grid: (rows, columns), one value per patch, of any range.
         height, width: of the image in pixels.
         box: left, top, right, bottom of that part in pixels; None: the whole image.
 
     Returns:
-        float32 (H, W) in [0, 1]: the coldest patch is 0, the hottest 1, and so is everything outside ``box`` 0.
+        float32 (H, W) in [0, 1]: the coldest patch is 0, the hottest 1, and everything outside ``box`` is 0.
     """
     low, high = float(grid.min()), float(grid.max())
     scaled = (grid - low) / (high - low) if high > low else np.zeros_like(grid, dtype=np.float64)
@@ -94,7 +97,7 @@ def upsample(
 
 @lru_cache(maxsize=32)
 def _interpolation(pixels: int, patches: int, start: float, end: float) -> np.ndarray:
-    """Linear weights of patches (columns) at pixels (rows), float32; they sum to 1 inside ``start`` to ``end``, to 0 outside."""
+    """Linear weights of patches (columns) at pixels (rows), float32; 0 outside ``start`` to ``end``."""
     # Pixel centres in patch coordinates, where patch i has its centre at i.
     place = (np.arange(pixels) + 0.5 - start) / (end - start) * patches - 0.5
     inside = (place >= -0.5) & (place <= patches - 0.5)

@@ -14,7 +14,7 @@ from mmedpo_ray.radiology.labelled_boxes import asked_region
 
 
 class DatasetMask(VisualTool):
-    """Reads ``mask_uri``, of a SLAKE mask the part that was asked about; the confidence is 1 where it marks anything."""
+    """Reads ``mask_uri``, of SLAKE's masks the part asked about; confidence 1 if anything is marked."""
 
     def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
         limit = self.config.data.max_pixels

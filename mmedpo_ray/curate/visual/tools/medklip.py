@@ -1,9 +1,10 @@
 """MedKLIP as a visual tool: where a chest radiograph shows a finding, as in the MMedPO paper.
 
-Needs the official checkpoint, beside it the official list of observation texts, and the clinical BERT that reads them once. The
-heat map is the attention of the prompted observation, averaged over heads and the four decoder layers (as MedKLIP's and MMedPO's own
-scripts do) and spread bilinearly over the image; the confidence is the probability of that observation in the image. MMedPO always
-asks for "disease": ``curate.visual.prompt: generic``.
+Needs the official checkpoint, beside it the official list of observation texts, and the clinical BERT that
+reads them once. The heat map is the attention of the prompted observation, averaged over heads and the four
+decoder layers (as MedKLIP's and MMedPO's own scripts do) and spread bilinearly over the image; the confidence
+is the probability of that observation in the image. MMedPO always asks for "disease": ``curate.visual.prompt:
+generic``.
 
 Trained on frontal chest radiographs only: what it says about other images means nothing.
 """
@@ -92,7 +93,7 @@ class Medklip(VisualTool):
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """What the network sees of an image: float32 (3, 224, 224), squeezed to a square as in the official scripts."""
+    """The network's input: float32 (3, 224, 224), squeezed to a square as in the official scripts."""
     from mmedpo_ray.curate.visual.tools.medklip_network import IMAGE_SIZE
 
     small = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
@@ -164,7 +165,8 @@ def _checkpoint(config: Config) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(
-            f"there is no MedKLIP checkpoint {name}. Set curate.visual.medklip.checkpoint to a file that every node sees."
+            f"there is no MedKLIP checkpoint {name}. Set curate.visual.medklip.checkpoint to a file that "
+            "every node sees."
         )
     return path
 

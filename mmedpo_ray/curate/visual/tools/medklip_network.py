@@ -1,9 +1,9 @@
 """MedKLIP's network (Wu et al., ICCV 2023, arXiv 2301.02228), for inference with the official weights.
 
-A ResNet-50 without its last stage turns an image into 14×14 patches; a decoder asks them 75 questions, one an observation
-("effusion", "disease", …), each given as the clinical BERT's embedding of a text about it. Every question gets two logits
-(absent, present), and the attention it pays to the patches is where it looked. No positional encoding anywhere. The modules
-have the names and shapes of the official checkpoint.
+A ResNet-50 without its last stage turns an image into 14×14 patches; a decoder asks them 75 questions, one an
+observation ("effusion", "disease", …), each given as the clinical BERT's embedding of a text about it. Every
+question gets two logits (absent, present), and the attention it pays to the patches is where it looked. No
+positional encoding anywhere. The modules have the names and shapes of the official checkpoint.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class MedklipNetwork(nn.Module):
             observations: (Q, 768), the embeddings of the observations' texts.
 
         Returns:
-            Logits (B, Q, 2) of absent and present, and the attention (4, B, Q, P) of each decoder layer to the patches, row
-            by row from the top, averaged over heads: each of sum 1 over P.
+            Logits (B, Q, 2) of absent and present, and the attention (4, B, Q, P) of each decoder layer to
+            the patches, row by row from the top, averaged over heads: each of sum 1 over P.
         """
         patches = self.res_features(images).flatten(2).permute(2, 0, 1)
         patches = self.res_l2(F.relu(self.res_l1(patches)))
@@ -139,8 +139,8 @@ def load_network(path: Path) -> MedklipNetwork:
     """Builds the network with the weights of a checkpoint, for evaluation.
 
     Args:
-        path: what MedKLIP's training saved: the weights under ``model``, or the weights alone; their names may begin with
-            ``module.``.
+        path: what MedKLIP's training saved: the weights under ``model``, or the weights alone; their names
+            may begin with ``module.``.
 
     Raises:
         UserError: it is no such file, or its weights have other names or shapes.
@@ -159,7 +159,8 @@ def load_network(path: Path) -> MedklipNetwork:
     ]
     if problems:
         raise UserError(
-            f"{path} is not a MedKLIP checkpoint; its weights: {', '.join(problems)}. Set curate.visual.medklip.checkpoint to "
+            f"{path} is not a MedKLIP checkpoint; its weights: {', '.join(problems)}. Set "
+            "curate.visual.medklip.checkpoint to "
             "the official pre-trained one, not to a fine-tuned classifier."
         )
     network.load_state_dict(weights)
@@ -178,7 +179,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"there is no MedKLIP checkpoint {path}. {remedy}") from error
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be opened as a checkpoint that holds weights only ({type(error).__name__}). {remedy}"
+            f"{path} cannot be opened as a checkpoint that holds weights only ({type(error).__name__}). "
+            f"{remedy}"
         ) from error
     weights = saved.get("model", saved) if isinstance(saved, dict) else None
     if not isinstance(weights, dict) or not all(

@@ -39,10 +39,31 @@ def load_pretrained(model_class: Any, source: str, setting: str, **options: Any)
     missing = sorted(state["missing_keys"])
     if missing:
         raise UserError(
-            f"{source} lacks {len(missing)} weights of a {model_class.__name__}, which would be made up at random "
+            f"{source} lacks {len(missing)} weights of a {model_class.__name__}, which would be made up at "
+            "random "
             f"({', '.join(missing[:3])}, …). Set {setting} to a model trained for this task."
         )
     return model.eval()
+
+
+def load_companion(loader: Any, source: str, what: str, **options: Any) -> Any:
+    """Loads what belongs to a model of transformers, such as its tokenizer.
+
+    Args:
+        loader: class with ``from_pretrained``.
+        source: folder or hub name.
+        what: what it is, for the message.
+        **options: more for ``from_pretrained``.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"cannot load the {what} of {source}: {first_line(error)} It belongs beside the weights."
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -51,7 +72,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_vocabulary(tokenizer: Any, pieces: int, source: str) -> None:
-    """Makes sure that a tokenizer found its vocabulary: without the file it loads all the same, and knows no word.
+    """Checks that a tokenizer found its vocabulary: without the file it loads too, and knows no word.
 
     Args:
         tokenizer: of transformers.
@@ -63,7 +84,8 @@ def check_vocabulary(tokenizer: Any, pieces: int, source: str) -> None:
     """
     if 2 * len(tokenizer) < pieces:
         raise UserError(
-            f"the tokenizer of {source} knows {len(tokenizer)} pieces, its model {pieces}. Put the model's own tokenizer files "
+            f"the tokenizer of {source} knows {len(tokenizer)} pieces, its model {pieces}. Put the model's "
+            "own tokenizer files "
             "(tokenizer.json or vocab.txt) beside its weights."
         )
 
@@ -71,8 +93,8 @@ def check_vocabulary(tokenizer: Any, pieces: int, source: str) -> None:
 def path_fingerprint(path: str) -> str:
     """A hash that changes when a model file or folder does; 16 hex digits.
 
-    Small files count by their bytes, large ones by size and time. What is neither a file nor a folder is a hub name and
-    counts as its own fingerprint: a published revision does not change under its name.
+    Small files count by their bytes, large ones by size and time. A hub name counts by itself: a
+    published revision does not change under its name.
     """
     place = Path(path).expanduser()
     files = [place]

@@ -1,13 +1,14 @@
 """The target model's own attention as a visual tool: needs no mask and no further model.
 
-The attention that the tokens predicting the answer pay to each image patch, averaged over these tokens, heads and layers. On
-the embedded model and its phantoms this finds the lesion far above chance; dividing by the attention under a neutral
-instruction, which helps some large models, made it worse there. The confidence says how concentrated the attention is, not
-how likely a disease is: a normal image can have a confident heat map. As the score of a visual pair it therefore ranks pairs by
-how local their noise is; whether that is clinical relevance is an open question.
+The attention that the tokens predicting the answer pay to each image patch, averaged over these tokens, heads
+and layers. On the embedded model and its phantoms this finds the lesion far above chance; dividing by the
+attention under a neutral instruction, which helps some large models, made it worse there. The confidence says
+how concentrated the attention is, not
+how likely a disease is: a normal image can have a confident heat map. As the score of a visual pair it
+    therefore ranks pairs by how local their noise is; whether that is clinical relevance is an open question.
 
-The rows of a batch run together. Each layer's weights are averaged as soon as they are there: those of all layers of a 7B
-model would fill about a gigabyte a row.
+The rows of a batch run together. Each layer's weights are averaged as soon as they are there: those of all
+layers of a 7B model would fill about a gigabyte per row.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
     from mmedpo_ray.models.loading import PromptWriter
 
-# The confidence compares this share of the patches, the hottest ones, with what uniform attention would give them.
+# The confidence compares this share of the patches, the hottest ones, with what uniform attention would give
+# them.
 _HOT_SHARE = 0.15
 _EPSILON = 1e-8
 
@@ -79,7 +81,7 @@ class SelfAttention(VisualTool):
         return Localisation(upsample(grid, image.height, image.width, seen), concentration(attention))
 
     def _attention(self, pixels: torch.Tensor, turns: list[_Turn]) -> list[np.ndarray]:
-        """Attention of the tokens that predict the answer to each image token, a row each: (P,) float64 of sum 1.
+        """For each row the attention of the answer to each image token: (P,) float64 of sum 1.
 
         Args:
             pixels: (B, 3, H, W).
@@ -164,8 +166,9 @@ def crop_box(image_processor: Any, size: tuple[int, int]) -> tuple[float, float,
     """The part of an image that the model sees, (left, top, right, bottom) in pixels of the original.
 
     Args:
-        image_processor: the model's; CLIP's resizes the shortest edge and crops the centre, LLaVA's may first widen the
-            image to a square (``do_pad``), of which the box then is the whole and reaches beyond the image.
+        image_processor: the model's; CLIP's resizes the shortest edge and crops the centre, LLaVA's may first
+            widen the image to a square (``do_pad``), of which the box then is the whole and reaches beyond
+            the image.
         size: width and height of the original.
     """
     width, height = size

@@ -1,12 +1,13 @@
-"""Models that find in an image what a text names, as a visual tool: CLIPSeg, Grounding DINO, OWL-ViT, OWLv2 and SAM 3.
+"""A visual tool of models that find what a text names: CLIPSeg, Grounding DINO, OWL-ViT, OWLv2, SAM 3.
 
-``curate.visual.text_prompted.model`` names a folder or a hub repository; its configuration says which of these it is. To a model that
-gives boxes a second one can be added, ``segmenter`` (SAM, MedSAM), which turns each box into a mask. The value of the heat map at a
-pixel is the score of what lies there: CLIPSeg's probability, or the best score among the boxes around the pixel, times the mask's
-probability where there are masks. The confidence is the best score in the image.
+``curate.visual.text_prompted.model`` names a folder or a hub repository; its configuration says which of
+these it is. To a model that gives boxes a second one can be added, ``segmenter`` (SAM, MedSAM), which turns
+each box into a mask. The value of the heat map at a
+pixel is the score of what lies there: CLIPSeg's probability, or the best score among the boxes around the
+    pixel, times the mask's probability if there are masks. The confidence is the best score in the image.
 
-Image processing goes through the Pillow forms of transformers' processors, and SAM 3's network is imported from its own module: nothing
-here needs torchvision.
+Image processing goes through the Pillow forms of transformers' processors, and SAM 3's network is imported
+from its own module: nothing here needs torchvision.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from mmedpo_ray.curate.visual.tools.base import Localisation, VisualTool
 from mmedpo_ray.curate.visual.tools.pretrained import (
     check_vocabulary,
     first_line,
+    load_companion,
     load_pretrained,
     path_fingerprint,
 )
@@ -96,10 +99,10 @@ class Seen:
     """What a model sees in one image.
 
     Attributes:
-        scores: of the things it found, each in [0, 1]; empty where it found nothing.
+        scores: of the things it found, each in [0, 1]; empty if it found nothing.
         boxes: (N, 4) left, top, right, bottom of each in pixels, inside the image.
-        pixel_scores: (h, w) in [0, 1] over the whole image at the model's own resolution, the best score at each place; None where
-            the boxes are all there is.
+        pixel_scores: (h, w) in [0, 1] over the whole image at the model's own resolution, the best score at
+            each place; None where the boxes are all there is.
     """
 
     scores: list[float]
@@ -108,7 +111,7 @@ class Seen:
 
 
 def heat_map(seen: Seen, height: int, width: int) -> np.ndarray:
-    """Float32 (height, width) in [0, 1]: the best score at each pixel, 0 where nothing was found."""
+    """Float32 (height, width) in [0, 1]: the best score at each pixel, 0 if nothing was found."""
     if seen.pixel_scores is not None:
         from torch.nn.functional import interpolate
 
@@ -125,20 +128,28 @@ def heat_map(seen: Seen, height: int, width: int) -> np.ndarray:
 
 
 class _Loaded:
-    """A model of transformers on the device of this process, and its image processing."""
+    """A model of transformers on the device of this process, and its image processing.
 
-    def __init__(self, model_class: Any, processor_class: Any, source: str, **size: Any) -> None:
+    Attributes:
+        model_class, processor_class: ``module:name``, imported when an instance is made.
+    """
+
+    model_class: str
+    processor_class: str
+
+    def __init__(self, source: str) -> None:
         import torch
 
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = load_pretrained(model_class, source, _SECTION).to(self._device)
-        try:
-            self._processor = processor_class.from_pretrained(source, **size)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"cannot load the image processing of {source}: {first_line(error)} It belongs beside the weights."
-            ) from error
+        model: Any = load_pretrained(resolve_name(self.model_class), source, _SECTION)
+        self._model = model.to(self._device)
+        processor = resolve_name(self.processor_class)
+        self._processor = load_companion(processor, source, "image processing", **self._size(source))
+
+    def _size(self, _source: str) -> dict[str, Any]:
+        """What the image processing must be told about the model's input size."""
+        return {}
 
     def _on_device(self, values: Any) -> dict[str, Any]:
         return {name: value.to(self._device) for name, value in values.items()}
@@ -152,31 +163,24 @@ class _Finder(_Loaded, ABC):
         threshold: things of a lower score are ignored.
     """
 
-    def __init__(
-        self, model_class: Any, processor_class: Any, source: str, threshold: float, **size: Any
-    ) -> None:
+    def __init__(self, source: str, threshold: float) -> None:
         from transformers import AutoTokenizer
 
-        super().__init__(model_class, processor_class, source, **size)
+        super().__init__(source)
         self._threshold = threshold
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"cannot load the tokenizer of {source}: {first_line(error)} It belongs beside the weights."
-            ) from error
+        self._tokenizer = load_companion(AutoTokenizer, source, "tokenizer")
         check_vocabulary(self._tokenizer, self._model.config.text_config.vocab_size, source)
 
     @abstractmethod
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
-        """One answer an image; scores and positions refer to that image."""
+        """One answer per image; scores and positions refer to that image."""
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, Any]:
         return self._on_device(self._processor(images, return_tensors="pt"))
 
-    def _tokens(
-        self, prompts: list[str], padding: str | bool = True, length: int | None = None
-    ) -> dict[str, Any]:
+    def _tokens(self, prompts: list[str], length: int | None = None) -> dict[str, Any]:
+        """The prompts padded to ``length`` tokens, or to the longest of them."""
+        padding = True if length is None else "max_length"
         return self._on_device(
             self._tokenizer(prompts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
         )
@@ -185,11 +189,8 @@ class _Finder(_Loaded, ABC):
 class _ClipSeg(_Finder):
     """CLIPSeg: a probability for each pixel of a square copy of the image."""
 
-    def __init__(self, source: str, threshold: float) -> None:
-        from transformers import CLIPSegForImageSegmentation
-        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-        super().__init__(CLIPSegForImageSegmentation, ViTImageProcessorPil, source, threshold)
+    model_class = "transformers:CLIPSegForImageSegmentation"
+    processor_class = "transformers.models.vit.image_processing_pil_vit:ViTImageProcessorPil"
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
         logits = self._model(**self._pixels(images), **self._tokens(prompts)).logits
@@ -201,22 +202,19 @@ class _ClipSeg(_Finder):
 class _Sam3(_Finder):
     """SAM 3: a score and a mask for each instance of what the prompt names."""
 
+    model_class = "transformers.models.sam3.modeling_sam3:Sam3Model"
+    # SAM 3 has no Pillow processor of its own; it resizes, rescales and normalises as this one does.
+    processor_class = "transformers.models.vit.image_processing_pil_vit:ViTImageProcessorPil"
     _PROMPT_TOKENS = 32
 
-    def __init__(self, source: str, threshold: float) -> None:
+    def _size(self, source: str) -> dict[str, Any]:
         from transformers import AutoConfig
-        from transformers.models.sam3.modeling_sam3 import Sam3Model
-
-        # SAM 3 has no Pillow processor of its own; it resizes, rescales and normalises as this one does.
-        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
         side = AutoConfig.from_pretrained(source).vision_config.backbone_config.image_size
-        size = {"height": side, "width": side}
-        super().__init__(Sam3Model, ViTImageProcessorPil, source, threshold, size=size)
+        return {"size": {"height": side, "width": side}}
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
-        tokens = self._tokens(prompts, padding="max_length", length=self._PROMPT_TOKENS)
-        out = self._model(**self._pixels(images), **tokens)
+        out = self._model(**self._pixels(images), **self._tokens(prompts, self._PROMPT_TOKENS))
         scores = out.pred_logits.sigmoid() * out.presence_logits.sigmoid()
         seen = []
         for i, image in enumerate(images):
@@ -244,43 +242,32 @@ class _Detector(_Finder):
         return seen
 
 
-class _Owl(_Detector):
-    """OWL-ViT and OWLv2."""
+class _OwlVit(_Detector):
+    """OWL-ViT."""
+
+    model_class = "transformers:OwlViTForObjectDetection"
+    processor_class = "transformers.models.owlvit.image_processing_pil_owlvit:OwlViTImageProcessorPil"
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
-        length = self._model.config.text_config.max_position_embeddings
-        tokens = self._tokens(prompts, padding="max_length", length=length)
+        tokens = self._tokens(prompts, self._model.config.text_config.max_position_embeddings)
         return self._boxes(self._model(**self._pixels(images), **tokens), images)
 
 
-class _OwlVit(_Owl):
-    def __init__(self, source: str, threshold: float) -> None:
-        from transformers import OwlViTForObjectDetection
-        from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
+class _OwlV2(_OwlVit):
+    """OWLv2."""
 
-        super().__init__(OwlViTForObjectDetection, OwlViTImageProcessorPil, source, threshold)
-
-
-class _OwlV2(_Owl):
-    def __init__(self, source: str, threshold: float) -> None:
-        from transformers import Owlv2ForObjectDetection
-        from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
-
-        super().__init__(Owlv2ForObjectDetection, Owlv2ImageProcessorPil, source, threshold)
+    model_class = "transformers:Owlv2ForObjectDetection"
+    processor_class = "transformers.models.owlv2.image_processing_pil_owlv2:Owlv2ImageProcessorPil"
 
 
 class _GroundingDino(_Detector):
     """Grounding DINO and its MM form: lower-case phrases that end in a full stop."""
 
-    def __init__(self, source: str, threshold: float) -> None:
-        from transformers import AutoModelForZeroShotObjectDetection
-        from transformers.models.grounding_dino.image_processing_pil_grounding_dino import (
-            GroundingDinoImageProcessorPil,
-        )
-
-        super().__init__(
-            AutoModelForZeroShotObjectDetection, GroundingDinoImageProcessorPil, source, threshold
-        )
+    model_class = "transformers:AutoModelForZeroShotObjectDetection"
+    processor_class = (
+        "transformers.models.grounding_dino.image_processing_pil_grounding_dino:"
+        "GroundingDinoImageProcessorPil"
+    )
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[Seen]:
         seen: dict[int, Seen] = {}
@@ -298,11 +285,8 @@ class _GroundingDino(_Detector):
 class _Sam(_Loaded):
     """SAM or MedSAM: boxes → masks."""
 
-    def __init__(self, source: str) -> None:
-        from transformers import SamModel
-        from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
-
-        super().__init__(SamModel, SamImageProcessorPil, source)
+    model_class = "transformers:SamModel"
+    processor_class = "transformers.models.sam.image_processing_pil_sam:SamImageProcessorPil"
 
     def __call__(self, images: list[Image.Image], seen: list[Seen]) -> list[Seen]:
         """The same things with their masks; images where nothing was found stay as they are."""
@@ -344,7 +328,7 @@ _FINDERS: dict[str, type[Any]] = {
 
 
 def _pixel_scores(scores: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
-    """Scores (N,) and mask logits (N, h, w), N > 0 → the best score times mask probability at each place, (h, w)."""
+    """Scores (N,) and mask logits (N, h, w), N > 0 → the best score times mask probability, (h, w)."""
     return (mask_logits.float().sigmoid() * scores[:, None, None]).amax(0)
 
 
@@ -359,7 +343,8 @@ def _finder(settings: TextPromptedConfig) -> type[Any]:
     if settings.segmenter is not None:
         if not issubclass(finder, _Detector):
             raise UserError(
-                f"{settings.model} gives masks by itself, so the segmenter would be ignored. Set {_SECTION}.segmenter to null."
+                f"{settings.model} gives masks by itself, so the segmenter would be ignored. Set "
+                f"{_SECTION}.segmenter to null."
             )
         _model_type(settings.segmenter, "segmenter", ("sam",))
     return finder

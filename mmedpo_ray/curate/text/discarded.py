@@ -1,7 +1,7 @@
-"""Which answers were turned down on the way to the text pairs, counted by who wrote them and why.
+"""Answers that text pairs could not use, counted by who wrote them and why.
 
-The tasks write what they turn down beside their rows, so that a stopped run loses no count; a pair that was made twice
-counts once.
+The tasks write these counts beside their rows, so that a stopped run loses no count; a pair that was
+made twice counts once.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _SCHEMA = pa.schema([("pair_id", pa.string()), ("writer", pa.string()), ("reason
 _SINGULAR = {"candidates": "sampled answer", "rewrites": "rewrite", "rule_edits": "rule edit"}
 
 
-class TurnedDown(NamedTuple):
+class Discarded(NamedTuple):
     """An answer that cannot be rejected in a pair."""
 
     writer: Writer
     reason: str
 
 
-def write(folder: str, found: dict[str, tuple[TurnedDown, ...]]) -> None:
-    """Writes what was turned down for some pairs; the same pairs always give the same file.
+def write(folder: str, found: dict[str, tuple[Discarded, ...]]) -> None:
+    """Writes the discarded answers of some pairs; the same pairs always give the same file.
 
     Args:
         folder: of this attempt's counts.
-        found: pair id → answers turned down.
+        found: pair id → discarded answers.
     """
     rows = [{"pair_id": name} | item._asdict() for name, items in found.items() for item in items]
     if rows:
@@ -44,7 +44,7 @@ def write(folder: str, found: dict[str, tuple[TurnedDown, ...]]) -> None:
 
 
 def count(folder: str) -> dict[str, dict[str, int]]:
-    """Writer → reason → answers turned down; both in the order of their names."""
+    """Writer → reason → discarded answers; both in the order of their names."""
     seen = IdSet()
     counted: Counter[tuple[str, str]] = Counter()
     for path in storage.list_files(folder, ".parquet"):
@@ -60,10 +60,10 @@ def count(folder: str) -> dict[str, dict[str, int]]:
 
 
 def in_words(counted: dict[str, dict[str, int]]) -> str:
-    """One line for the terminal: "3 sampled answers turned down (same_answer 2, meta_text 1)"; empty where there is none."""
+    """A line such as "3 sampled answers discarded (same_answer 2, meta_text 1)"; empty if there is none."""
     said = []
     for writer, reasons in counted.items():
         total, ordered = sum(reasons.values()), Counter(reasons).most_common()
         named = ", ".join(f"{reason} {number:,}" for reason, number in ordered)
-        said.append(f"{total:,} {_SINGULAR[writer]}{'' if total == 1 else 's'} turned down ({named})")
+        said.append(f"{total:,} {_SINGULAR[writer]}{'' if total == 1 else 's'} discarded ({named})")
     return ", ".join(said)

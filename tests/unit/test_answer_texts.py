@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmedpo_ray.metrics.answer_words import spaced, unsupported_script
+from mmedpo_ray.metrics.answer_texts import reference_text, unsupported_script
 from mmedpo_ray.metrics.base import Answer
 from mmedpo_ray.metrics.open_questions import exact_match, token_f1
 from mmedpo_ray.radiology.lexicon.tokens import same_text, tokens
@@ -150,8 +150,8 @@ def test_numbers_are_equal_by_value_and_sign(first, second):
 
 
 def test_words_for_bleu_and_rouge():
-    assert spaced("左肺有结节。") == "左 肺 有 结 节 ."
-    assert spaced("<think>hm</think>Clear  lungs") == "Clear lungs"
+    assert reference_text("左肺有结节。") == "左 肺 有 结 节 ."
+    assert reference_text("<think>hm</think>Clear  lungs") == "Clear lungs"
 
 
 @pytest.mark.parametrize(
