@@ -1,7 +1,7 @@
 """Turns present into absent and absent into present, one fact at a time.
 
-In a list of negatives ("no effusion, consolidation or pneumothorax") one item becomes a positive statement and the others stay
-denied. What the grammar here does not know is left alone.
+In a list of negatives ("no effusion, consolidation or pneumothorax") one item becomes a positive statement and the others
+stay denied. A sentence whose grammar is not known here stays as it is.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mmedpo_ray.radiology.edits.edit import (
 )
 from mmedpo_ray.radiology.edits.normality import CLEAR_LUNGS, WHOLE_NORMAL_WORDS
 from mmedpo_ray.radiology.lexicon.vocabulary import Mention, mentions
-from mmedpo_ray.radiology.word_lists import SEEN
+from mmedpo_ray.radiology.word_lists import SEEN, load
 
-_DEGREE = r"(?:mild|mildly|moderate|moderately|severe|severely|minimal|slight|trace|marked|massive|extensive)"
 # What a denial leaves out: how sure, how many, how large, since when. "There is no likely a small effusion" says nothing.
 _UNDENIED = (
-    r"(?:(?:likely|probably|probable|possibly|possible|presumably|suspected|several|multiple|many|numerous|innumerable|scattered|"
-    r"some|a few|one|two|three|four|five|an?|stable|unchanged|persistent|" + _DEGREE + r"|"
+    r"(?:(?:likely|probably|probable|possibly|possible|presumably|suspected|several|multiple|many|numerous|"
+    r"innumerable|scattered|some|a few|one|two|three|four|five|an?|stable|unchanged|persistent|mild|mildly|moderate|"
+    r"moderately|severe|severely|minimal|slight|trace|marked|massive|extensive|"
     r"\d+(?:\.\d+)?(?: ?[x×] ?\d+(?:\.\d+)?)*[ -]?[mc]m)(?:,? |(?<=,)))*"
 )
 THERE_IS = re.compile(
@@ -42,31 +42,42 @@ _EXPLAINED = re.compile(
     r"\b(?:suggest\w*|consistent|compatible|represent\w*|reflect\w*|concerning|worrisome|may|could|which|without|but)\b",
     re.IGNORECASE,
 )
-_NO_LONGER_A = re.compile(r"\b(there (?:is|are)) no longer (?=an? )", re.IGNORECASE)
 THERE_IS_NO = re.compile(r"\b(there (?:is|are)) no ", re.IGNORECASE)
 # Words up to the end of a sentence; a decimal point is none.
-_LISTED = r"((?:[^.;:]|\.(?=\d))+?)(?=\.(?!\d)|[;:]|$)"
-# A denial as it stands at the beginning of a sentence, with its list, up to the sentence's end.
+_LISTED = r"((?:[^.;:!?\n]|\.(?=\d))+?)(?=\.(?!\d)|[;:!?\n]|$)"
+# A denial with its list: at the beginning of a sentence, behind "there is", behind another verb, behind "with".
 _DENIAL = re.compile(rf"(^|[.;:]\s+)(No|Neither) (?!longer\b){_LISTED}", re.IGNORECASE)
 _THERE_IS_NO_LIST = re.compile(
     rf"\b(there (?:is|are)(?: again| also| now| still| currently)?) (?:no|neither) (?!longer\b){_LISTED}",
     re.IGNORECASE,
 )
-_WITHOUT_LIST = re.compile(rf"\b(without|with no) (?!contrast\b){_LISTED}", re.IGNORECASE)
-_SHOWS_NO_LIST = re.compile(rf"\b((?:shows?|demonstrates?|reveals?|has|have)) no {_LISTED}", re.IGNORECASE)
-_FREE_OF_LIST = re.compile(rf"\b(is|are) (?:\w+ )?free of {_LISTED}", re.IGNORECASE)
-_NEGATIVE_FOR_LIST = re.compile(rf"\b(negative) for {_LISTED}", re.IGNORECASE)
+_SHOWS_NO_LIST = re.compile(
+    r"\b((?:shows?|demonstrates?|reveals?|has|have)(?= no )|(?:is|are)(?! no )) "
+    rf"(?:no|(?:\w+ly )?(?:free of|without)) {_LISTED}",
+    re.IGNORECASE,
+)
+_WITHOUT_LIST = re.compile(
+    rf"(?<!\bis )(?<!\bare )\b(without|with no) (?!contrast\b){_LISTED}", re.IGNORECASE
+)
+# "The lungs are free of nodules" → "The lungs show nodules".
+_SHOWING = {"is": "shows", "are": "show"}
 _EVIDENCE = re.compile(
     r"^(?:\w+ )?(?:evidence|signs?|suggestion|findings? suggestive|indication) (?:of|for|to suggest) (?:an? )?",
     re.IGNORECASE,
 )
 _PREDICATE = re.compile(rf" (?:is|are|was|were) (?:\w+ )?{SEEN}\b.*$", re.IGNORECASE)
 _IS_SEEN = re.compile(rf"\b(is|are|was|were) (?!not\b)(?=(?:again |also )?{SEEN}\b)", re.IGNORECASE)
-_IS_NOT_SEEN = re.compile(rf"\b(is|are|was|were) not (?={SEEN}\b)", re.IGNORECASE)
-_NO_LONGER_SEEN = re.compile(rf"\b(is|are|was|were) no longer (?={SEEN}\b)", re.IGNORECASE)
-_IS_ABSENT = re.compile(r"\b(is|are|was|were) absent\b", re.IGNORECASE)
-_RESOLVED = re.compile(r"\b(has|have) (?:\w+ )?resolved\b", re.IGNORECASE)
-_ABSENCE_OF = re.compile(r"\b(absence)(?= of )", re.IGNORECASE)
+# Predicates that deny what stands before them, and their opposites.
+_OPPOSITES = tuple(
+    (re.compile(pattern, re.IGNORECASE), replacement)
+    for pattern, replacement in (
+        (rf"\b(is|are|was|were) not (?={SEEN}\b)", r"\1 "),
+        (rf"\b(is|are|was|were) no longer (?={SEEN}\b)", r"\1 still "),
+        (r"\b(is|are|was|were) absent\b", r"\1 present"),
+        (r"\bhas (?:\w+ )?resolved\b", "persists"),
+        (r"\bhave (?:\w+ )?resolved\b", "persist"),
+    )
+)
 # What separates the items of a denied list; an item may repeat the denial.
 _SEPARATOR = re.compile(r"(?:,? (?:or|nor|and) (?=\S)|, ?)(?:(?:no|without) )?", re.IGNORECASE)
 _PLAIN_AND = re.compile(r" and ", re.IGNORECASE)
@@ -93,9 +104,10 @@ _ADJECTIVE = re.compile(
     r"(?:\w{2,}al|\w{3,}ar|\w{2,}ic|\w{2,}ary|\w{2,}ous|left|right|upper|lower|acute|chronic|large|small)$",
     re.IGNORECASE,
 )
-# What is no description of a finding: "in the mass", "causing obstruction".
+# What does not describe a finding: "in the mass", "causing obstruction".
 _NO_DESCRIPTION = re.compile(
-    r"\b(?:in|on|at|of|with|by|for|from|to|as|because|the|this|that|these|those|its?|both|some|other|than)\b|^\W*\w{3,}ing\b",
+    r"\b(?:in|on|at|of|with|by|for|from|to|as|because|the|this|that|these|those|its?|both|some|other|than)\b|"
+    r"^\W*\w{3,}ing\b",
     re.IGNORECASE,
 )
 _SOMEONE = re.compile(
@@ -103,9 +115,8 @@ _SOMEONE = re.compile(
 )
 _CAPITAL_WORD = re.compile(r"\b[A-Z]\w*")
 # "The lungs are clear" leaves room for what lies outside of them.
-_OUTSIDE_THE_LUNGS = frozenset({"pleural effusion", "pneumothorax", "pneumoperitoneum", "rib fracture"})
+_OUTSIDE_LUNGS = frozenset(load("edits")["outside_lungs"])
 _CLEAR = re.compile(r"\b(?:clear|normal|unremarkable)\b", re.IGNORECASE)
-_ENDS_IN_BE = re.compile(r"\b(is|are|was|were|remains?|appears?) $", re.IGNORECASE)
 _VERB = re.compile(
     r"\b(?:is|are|was|were|has|have|had|shows?|demonstrates?|appears?|remains?|may|can|could|should|reflects?|"
     r"suggests?|represents?|likely|noted|seen|identified|removed|terminates?|measures?|consistent|compatible|due|"
@@ -121,20 +132,37 @@ _OVERALL_UNCOUNTED = re.compile(r"disease\b", re.IGNORECASE)
 
 def negation_edits(answer: str) -> Iterator[Edit]:
     """ "There is a nodule" → "There is no nodule"; "No effusion or nodule" → "There is an effusion. No nodule"."""
-    low = answer.lower()
-    spans = lexicon.sentence_spans(answer)
-    if "there " in low:
-        for changed in _there_is_edits(answer, spans):
+    spans = [span for span in lexicon.sentence_spans(answer) if answer[slice(*span)].strip()]
+    if "there " in answer.lower():
+        for changed in _denied_there_is(answer, spans):
             yield Edit(changed, "negation")
-    if "no " in low or "neither " in low:
-        is_short = len(lexicon.words(answer)) <= WHOLE_NORMAL_WORDS
-        for match in _DENIAL.finditer(answer):
-            for changed in _denial_turned(match, findings_only=is_short):
-                yield Edit(answer[: match.start()] + changed + answer[match.end() :], "negation")
-    yield from _sentence_edits(answer, spans)
+    for changed in _claimed(answer):
+        yield Edit(changed, "negation")
+    named = [mention.start for mention in _findings(answer)]
+    for start, end in spans:
+        found = sum(start <= place < end for place in named)
+        if found <= 1 and (found or _OVERALL.search(answer[start:end])):
+            for changed in _turned(answer[start:end], is_whole=len(spans) == 1):
+                yield Edit(answer[:start] + changed + answer[end:], "negation")
 
 
-def _there_is_edits(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
+def bare_denial_edits(answer: str) -> Iterator[Edit]:
+    """ "Multiple rib fractures" → "No rib fractures": an answer that names findings and says nothing else."""
+    spans = [span for span in lexicon.sentence_spans(answer) if answer[slice(*span)].strip()]
+    named = _findings(answer)
+    if len(spans) != 1 or lexicon.is_negated(answer) or not named or _VERB.search(answer):
+        return
+    if _NO_DESCRIPTION.search(answer, 0, named[0].start) or _SOMEONE.search(answer):
+        return
+    said = answer.strip()
+    said = said if _CAPITAL_WORD.search(said, 1) else uncapitalise(said)
+    yield Edit(like(answer.strip()[0], "no") + " " + _undescribed(said).replace(" and ", " or "), "negation")
+
+
+# ---------------------------------------------------------------------- present to absent
+
+
+def _denied_there_is(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
     for match in THERE_IS.finditer(answer):
         end = next((end for _, end in spans if end >= match.end()), len(answer))
         # "but" ends a span and still belongs to the sentence.
@@ -145,31 +173,80 @@ def _there_is_edits(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[s
         start, adverb, still = match.group(1), match.group(2) or "", match.group(3)
         denial = "no longer any " if still else adverb + "no "
         yield f"{answer[: match.start()]}{start} {denial}{answer[match.end() :]}"
-    for match in _NO_LONGER_A.finditer(answer):
-        yield f"{answer[: match.start()]}{match.group(1)} still {answer[match.end() :]}"
-    for match in _THERE_IS_NO_LIST.finditer(answer):
-        listed, other = _without_other_statement(match.group(2))
-        if _BUT.match(other):
-            continue
-        for claim, rest in _claims(listed):
-            said = f"{_there_is(match.group(1), claim)}{' but no ' + rest if rest else ''}"
-            yield answer[: match.start()] + said + other + answer[match.end() :]
 
 
-def _denial_turned(match: re.Match[str], *, findings_only: bool) -> Iterator[str]:
-    """ "No A or B is seen" → "An A is seen. No B is seen"."""
-    lead, word, listed = match.groups()
-    listed, other = _without_other_statement(listed)
-    predicate = _PREDICATE.search(listed)
-    tail = predicate.group(0) if predicate else ""
-    is_capital = word[0].isupper()
-    for claim, rest in _claims(listed.removesuffix(tail)):
-        if (findings_only and not _findings(claim)) or (_BUT.match(other) and not rest):
-            continue
+def _turned(sentence: str, *, is_whole: bool) -> Iterator[str]:
+    """A sentence of one finding with its predicate turned round; without a predicate, with "No" before it."""
+    if lexicon.is_negated(sentence):
+        for pattern, replacement in _OPPOSITES:
+            if len(pattern.findall(sentence)) == 1:
+                yield pattern.sub(replacement, sentence)
+    elif seen := _IS_SEEN.search(sentence):
+        if not _EXPLAINED.search(sentence) and " with " not in sentence[seen.end() :]:
+            yield _IS_SEEN.sub(r"\1 not ", sentence, count=1)
+    elif not is_whole and not _VERB.search(sentence):
+        lead = sentence[: len(sentence) - len(sentence.lstrip(" \n\t0123456789.)-"))]
+        yield f"{lead}No {_undescribed(uncapitalise(sentence[len(lead) :]))}"
+
+
+def _undescribed(said: str) -> str:
+    """A statement without the words at its beginning that a denial leaves out."""
+    match = _ASSERTED.match(said)
+    return said[match.end() :] if match else said
+
+
+# ---------------------------------------------------------------------- absent to present
+
+
+def _claimed(answer: str) -> Iterator[str]:
+    """The answer with one item of a denied list claimed, and the others still denied."""
+    low = answer.lower()
+    if not any(word in low for word in ("no ", "neither ", "without ", "free of ")):
+        return
+    is_short = len(lexicon.words(answer)) <= WHOLE_NORMAL_WORDS
+    for pattern in (_DENIAL, _THERE_IS_NO_LIST, _SHOWS_NO_LIST, _WITHOUT_LIST):
+        for match in pattern.finditer(answer):
+            listed, other = _without_other_statement(match.group(match.re.groups))
+            predicate = _PREDICATE.search(listed)
+            tail = predicate.group(0) if predicate else ""
+            for claim, rest in _claims(listed.removesuffix(tail)):
+                if _BUT.match(other) and not (rest and pattern is _DENIAL):
+                    continue
+                if pattern is _DENIAL and is_short and not _findings(claim):
+                    continue
+                said = _claim(match, claim, rest, tail, answer[: match.start()])
+                if said is not None:
+                    yield answer[: match.start()] + said + other + answer[match.end() :]
+
+
+def _claim(match: re.Match[str], claim: str, rest: str, tail: str, before: str) -> str | None:
+    """What replaces a denied list of one of the four patterns; None if the claim makes no sense behind the words before it.
+
+    Args:
+        match: of the pattern; its last group is the list.
+        claim: the item to claim, with its article.
+        rest: what stays denied; may be empty.
+        tail: " is seen" and the like behind the list; may be empty.
+        before: the answer up to the match.
+    """
+    if match.re is _DENIAL:
+        # "No A or B is seen" → "An A is seen. No B is seen"
+        is_capital = match.group(2)[0].isupper()
         said = claim + _agreeing(tail, claim) if tail else _there_is("there is", claim)
         more = f"{'. No' if is_capital else ', no'} {rest}{_agreeing(tail, rest)}" if rest else ""
-        said = capitalise(said) if is_capital else said
-        yield lead + said + more + other
+        return match.group(1) + (capitalise(said) if is_capital else said) + more
+    word = match.group(1)
+    if match.re is not _WITHOUT_LIST:
+        said = (
+            _there_is(word, claim) if match.re is _THERE_IS_NO_LIST else f"{_SHOWING.get(word, word)} {claim}"
+        )
+        return said + (f" but no {rest}" if rest else "") + tail
+    before = before[lexicon.sentence_spans(before)[-1][0] :]
+    if not lexicon.is_negated(before) and not _CLEAR.search(before):
+        return like(word, "with") + f" {claim}" + (f" but {word.lower()} {rest}" if rest else "") + tail
+    if CLEAR_LUNGS.search(before) and not _OUTSIDE_LUNGS & {found.concept.name for found in _findings(claim)}:
+        return None
+    return (f"{word} {rest} " if rest else "") + f"but with {claim}{tail}"
 
 
 def _without_other_statement(listed: str) -> tuple[str, str]:
@@ -188,26 +265,24 @@ def _claims(listed: str) -> Iterator[tuple[str, str]]:
         named = _findings(item)
         if len(named) == 1:
             bare = is_bare(item[named[0].start : named[0].end], named[0])
-        elif not named and _OVERALL.search(item):
+        elif not named and _OVERALL.search(item) and not _PLAIN_AND.search(item):
             bare = bool(_OVERALL_IN_PLURAL.search(item) or _OVERALL_UNCOUNTED.search(item))
         else:
-            continue
-        if _PLAIN_AND.search(item) and not named:
             continue
         if not _PLACED.search(item):
             # "mediastinal or hilar lymphadenopathy": both are denied, so both are claimed.
             item = item.replace(" or ", " and ")
         claim = prefix + item if prefix else with_article(item, bare=bare)
-        yield claim, prefix + _listed(others) if others else ""
+        yield claim, prefix + _joined(others) if others else ""
 
 
-def _listed(items: list[str]) -> str:
+def _joined(items: list[str]) -> str:
     comma = "," if len(items) > 2 else ""
     return f"{', '.join(items[:-1])}{comma} or {items[-1]}" if items[1:] else items[0]
 
 
 def _items(listed: str) -> list[str]:
-    """The things that a denied list names; empty where its grammar is not known."""
+    """The things that a denied list names; empty if its grammar is not known."""
     items: list[str] = []
     start = 0
     ends = [match.span() for match in _SEPARATOR.finditer(listed)] + [(len(listed), len(listed))]
@@ -222,9 +297,7 @@ def _items(listed: str) -> list[str]:
     if any(not item.strip() or item != item.strip() or _STATEMENT.search(item) for item in items):
         return []
     placed = any(_PLACED.search(item) for item in items[:-1])
-    if placed and not all(_findings(item) for item in items):
-        return []
-    return items
+    return [] if placed and not all(_findings(item) for item in items) else items
 
 
 def _belongs_to_the_last(last: str, item: str, joint: str) -> bool:
@@ -253,8 +326,8 @@ def _is_many(claim: str) -> bool:
 
 def _there_is(start: str, claim: str) -> str:
     """ "There is" or "There are", by the claim."""
-    there, _, adverb = start.split(" ", 2) if start.count(" ") > 1 else (*start.split(" "), "")
-    return f"{there} {'are' if _is_many(claim) else 'is'} {adverb + ' ' if adverb else ''}{claim}"
+    there, _, *adverb = start.split(" ")
+    return " ".join([there, "are" if _is_many(claim) else "is", *adverb, claim])
 
 
 def _agreeing(tail: str, claim: str) -> str:
@@ -262,122 +335,3 @@ def _agreeing(tail: str, claim: str) -> str:
     many = _is_many(claim)
     numbers = {"is": "are", "was": "were"} if many else {"are": "is", "were": "was"}
     return re.sub(r"^ (\w+)", lambda verb: f" {numbers.get(verb.group(1), verb.group(1))}", tail)
-
-
-def _sentence_edits(answer: str, spans: Sequence[tuple[int, int]]) -> Iterator[Edit]:
-    """Sentences that neither begin with "No" nor with "There is"."""
-    spans = [(start, end) for start, end in spans if answer[start:end].strip()]
-    named = [mention.start for mention in _findings(answer)]
-    for start, end in spans:
-        sentence = answer[start:end]
-        found = sum(start <= place < end for place in named)
-        if not found and not _OVERALL.search(sentence):
-            continue
-        for changed in _turned(sentence, alone=len(spans) == 1, found=found):
-            yield Edit(answer[:start] + changed + answer[end:], "negation")
-
-
-def _turned(sentence: str, *, alone: bool, found: int) -> Iterator[str]:
-    if not lexicon.is_negated(sentence):
-        seen = _IS_SEEN.search(sentence)
-        if found > 1:
-            return
-        if seen:
-            if not _EXPLAINED.search(sentence) and " with " not in sentence[seen.end() :]:
-                yield _IS_SEEN.sub(r"\1 not ", sentence, count=1)
-        elif not alone and not _VERB.search(sentence):
-            lead = sentence[: len(sentence) - len(sentence.lstrip(" \n\t0123456789.)-"))]
-            said = uncapitalise(sentence[len(lead) :])
-            yield f"{lead}No {said[_asserted_end(said) :]}"
-        return
-    yield from _lists_turned(sentence)
-    if found > 1:
-        return
-    for pattern, replacement in (
-        (_IS_NOT_SEEN, r"\1 "),
-        (_NO_LONGER_SEEN, r"\1 still "),
-        (_IS_ABSENT, r"\1 present"),
-    ):
-        if len(pattern.findall(sentence)) == 1:
-            yield pattern.sub(replacement, sentence)
-    resolved = _RESOLVED.search(sentence)
-    if resolved:
-        persists = "persists" if resolved.group(1).lower() == "has" else "persist"
-        yield sentence[: resolved.start()] + persists + sentence[resolved.end() :]
-    absence = _ABSENCE_OF.search(sentence)
-    if absence:
-        yield sentence[: absence.start()] + like(absence.group(1), "presence") + sentence[absence.end() :]
-
-
-def bare_denial_edits(answer: str) -> Iterator[Edit]:
-    """ "Multiple rib fractures" → "No rib fractures": an answer that names findings and says nothing else."""
-    spans = [span for span in lexicon.sentence_spans(answer) if answer[slice(*span)].strip()]
-    named = _findings(answer)
-    if len(spans) != 1 or lexicon.is_negated(answer) or not named or _VERB.search(answer):
-        return
-    if _NO_DESCRIPTION.search(answer, 0, named[0].start) or _SOMEONE.search(answer):
-        return
-    said = answer.strip()
-    said = said if _CAPITAL_WORD.search(said, 1) else uncapitalise(said)
-    denied = said[_asserted_end(said) :].replace(" and ", " or ")
-    yield Edit(like(answer.strip()[0], "no") + " " + denied, "negation")
-
-
-def _asserted_end(said: str) -> int:
-    match = _ASSERTED.match(said)
-    return match.end() if match else 0
-
-
-def _lists_turned(sentence: str) -> Iterator[str]:
-    """Lists of negatives inside a sentence: "without A or B", "show no A", "free of A", "negative for A"."""
-    low = sentence.lower()
-    for words, pattern, turned in (
-        (("without ", "with no "), _WITHOUT_LIST, _with),
-        ((" no ",), _SHOWS_NO_LIST, _shows),
-        ((" free of ",), _FREE_OF_LIST, _shows_instead),
-        (("negative for ",), _NEGATIVE_FOR_LIST, _positive_for),
-    ):
-        match = pattern.search(sentence) if any(word in low for word in words) else None
-        if match is None:
-            continue
-        before, after = sentence[: match.start()], sentence[match.end() :]
-        listed, other = _without_other_statement(match.group(2))
-        if _BUT.match(other):
-            continue
-        predicate = _PREDICATE.search(listed)
-        tail = predicate.group(0) if predicate else ""
-        for claim, rest in _claims(listed.removesuffix(tail)):
-            changed = turned(before, match.group(1), claim, rest)
-            if changed is not None:
-                yield changed + tail + other + after
-
-
-def _with(before: str, word: str, claim: str, rest: str) -> str | None:
-    be = _ENDS_IN_BE.search(before)
-    if be:
-        shows = "show" if be.group(1).lower() in ("are", "were", "remain", "appear") else "shows"
-        return f"{before[: be.start()]}{shows} {claim}{' but no ' + rest if rest else ''}"
-    if not lexicon.is_negated(before) and not _CLEAR.search(before):
-        return f"{before}{like(word, 'with')} {claim}{f' but {word.lower()} {rest}' if rest else ''}"
-    named = {mention.concept.name for mention in _findings(claim)}
-    lungs = CLEAR_LUNGS.search(before)
-    if lungs and not named & _OUTSIDE_THE_LUNGS:
-        if before[lungs.end() :].strip(" ,"):
-            return None
-        said = f"{before[: lungs.start()]}{lungs.group(1)} show {claim}"
-        return f"{said} {word} {rest}" if rest else said
-    return f"{before}{word} {rest} but with {claim}" if rest else f"{before}but with {claim}"
-
-
-def _shows(before: str, verb: str, claim: str, rest: str) -> str:
-    return f"{before}{verb} {claim}{' but no ' + rest if rest else ''}"
-
-
-def _shows_instead(before: str, be: str, claim: str, rest: str) -> str:
-    return _shows(before, "shows" if be.lower() == "is" else "show", claim, rest)
-
-
-def _positive_for(before: str, word: str, claim: str, rest: str) -> str:
-    """No article: "positive for nodule", as "negative for nodule" had none."""
-    bare = claim.removeprefix("an ").removeprefix("a ")
-    return f"{before}{like(word, 'positive')} for {bare}{' but negative for ' + rest if rest else ''}"

@@ -17,15 +17,7 @@ _HEART = (
     r"\b((?:the )?(?:heart(?: size)?|cardiac (?:size|silhouette|shadow)|cardio-?mediastinal (?:silhouette|contours?)))"
     r"((?: and (?:the )?mediastin\w+(?: contours?| silhouettes?)?)?)( (?:is|are|appears?|remains?))? "
 )
-_STATEMENTS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\b(the )(?:heart|cardiac) size is normal\b", re.IGNORECASE), r"\1heart is enlarged"),
-    (
-        re.compile(r"\b(the )heart is (?:of normal size|normal in size|normal)\b(?! in\b)", re.IGNORECASE),
-        r"\1heart is enlarged",
-    ),
-    (re.compile(r"\b(the )heart is enlarged\b", re.IGNORECASE), r"\1heart size is normal"),
-)
-# Wordings beyond these, each keeping its subject.
+# Each keeps its subject.
 _HEART_IS_NORMAL = re.compile(
     _HEART + r"(?:of normal size|within normal limits(?: in size)?|not enlarged|top[- ]normal(?: in size)?|"
     r"(?:normal|unremarkable)(?: in (?:size|contour|configuration))?(?: and (?:contour|configuration))?)\b",
@@ -65,14 +57,6 @@ def statement_edits(answer: str) -> Iterator[Edit]:
     """ "The heart size is normal" → "The heart is enlarged", and back."""
     low = answer.lower()
     if "heart" not in low and "cardi" not in low and "within normal" not in low:
-        return
-    known = False
-    for pattern, replacement in _STATEMENTS:
-        changed, count = pattern.subn(replacement, answer, count=1)
-        if count:
-            known = True
-            yield Edit(changed, "finding")
-    if known:
         return
     normal = _HEART_IS_NORMAL.search(answer)
     if normal:
