@@ -12,9 +12,8 @@ from align_world import with_settings
 from mmedpo_ray.align.checkpoint.checkpoint import checkpoint_folders, load_last_checkpoint
 from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, pair_batch
 from mmedpo_ray.align.data.pair_source import StoredPairs
-from mmedpo_ray.align.losses import preference_objective
+from mmedpo_ray.align.losses import ResponseLogps, preference_objective
 from mmedpo_ray.align.metrics import read_metrics
-from mmedpo_ray.align.packing.logps import LogpOutput
 from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.align.policy import build_policy, learning_rate_factor
 from mmedpo_ray.align.stage import _raise_user_error
@@ -117,7 +116,7 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
     for step, row in enumerate(read_metrics(runs.folder / "plain")):
         chosen_pairs = plan.step_pairs(step)
         batch = pack_pairs(chosen_pairs, images, writer.pad_token_id, both_sides=True)
-        out = LogpOutput(*policy(batch))
+        out = ResponseLogps(*policy(batch))
         count = len(chosen_pairs)
         loss, _ = preference_objective(
             *out.sides(count), pair_batch(chosen_pairs), plan.normaliser(step), spec.align

@@ -22,11 +22,12 @@ from torch import Tensor
 from mmedpo_ray.align.losses import (
     Normaliser,
     PairBatch,
+    ResponseLogps,
     kl_divergence,
     preference_objective,
 )
 from mmedpo_ray.align.packing import lm_head
-from mmedpo_ray.align.packing.logps import LogpOutput, response_logps, use_packed_forward
+from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
 from mmedpo_ray.align.packing.trees import TokenSequence, pack
 from mmedpo_ray.align.settings import LOSSES, AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
@@ -139,7 +140,7 @@ def _pixels() -> Tensor:
 
 def packed(
     world: World, sequences: list[TokenSequence], attention: str = "tree", **options: Any
-) -> LogpOutput:
+) -> ResponseLogps:
     """The packed forward; images are numbered as they come."""
     used = list(dict.fromkeys(sequence.image for sequence in sequences))
     renumbered = [

@@ -131,6 +131,15 @@ def test_a_reference_of_another_model_is_refused(
         TrainingLoop(checked(one_step(world, model, tmp_path, lora=lora, precision=precision))).run()
 
 
+def test_supervised_training_with_dropout_compares_no_reference(
+    tmp_path: Path, world: Path, model: Path
+) -> None:
+    """Its forward passes have no rejected side."""
+    lora = LoraConfig(rank=4, alpha=8, dropout=0.1)
+    TrainingLoop(checked(one_step(world, model, tmp_path, lora=lora, objective="sft"))).run()
+    assert (tmp_path / "adapter").is_dir()
+
+
 def test_a_look_at_the_reference_changes_no_dropout(tmp_path: Path, world: Path, model: Path) -> None:
     known = with_reference(world, model, tmp_path, "fp32", lambda _: 0.0)
     lora = LoraConfig(rank=4, alpha=8, dropout=0.3)

@@ -82,7 +82,7 @@ class TokenCounts:
         self.responses = chosen + rejected if both_sides else chosen
 
     def sizes(self, groups: Sequence[Sequence[int] | np.ndarray]) -> list[list[int]]:
-        """Tokens of each image's tree if every group of pairs is packed by itself; an empty group has none."""
+        """Tokens of each image's tree if every group of pairs is packed alone; an empty group has none."""
         found: list[list[int]] = [[] for _ in groups]
         members = np.fromiter(itertools.chain.from_iterable(groups), np.int64)
         if not len(members):
