@@ -228,3 +228,13 @@ def _nearest(key: str) -> str:
         last = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)
         matches = [by_last_part[name] for name in last]
     return f"; did you mean {matches[0]}?" if matches else "; `mmedpo config show` lists the known ones"
+
+
+def _names_in_schema(schema: Any) -> set[str]:
+    """The names of all properties in a JSON schema."""
+    if isinstance(schema, list):
+        return set().union(*map(_names_in_schema, schema))
+    if not isinstance(schema, dict):
+        return set()
+    properties = schema.get("properties", {})
+    return set(properties).union(*map(_names_in_schema, schema.values()))

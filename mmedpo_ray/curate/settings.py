@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmedpo_ray.clients.settings import EndpointConfig
 from mmedpo_ray.config.base import Section, Share
-from mmedpo_ray.curate.visual.tools import TOOLS
+from mmedpo_ray.curate.tool_registry import TOOLS
 
 
 class TextCurationConfig(Section):
@@ -134,7 +134,9 @@ class VisualCurationConfig(Section):
     prompt: Literal["question", "generic"] = Field(
         "question", description="question: the finding that question and answer name, else the generic word"
     )
-    generic_prompt: str = Field("disease", description="what a tool looks for where no finding is named")
+    generic_prompt: str = Field(
+        "disease", pattern=r"\S", description="what a tool looks for where no finding is named"
+    )
     min_confidence: Share = Field(0.05, description="below this the tool found nothing: no pair is made")
     per_image: int = Field(1, ge=1, description="visual pairs per image (of its questions, drawn by seed)")
     questions: Literal["all", "finding"] = Field(

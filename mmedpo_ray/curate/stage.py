@@ -7,7 +7,6 @@ table or in `dropped/`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,12 @@ import ray
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
+from mmedpo_ray.curate.samples import check_train_split, train_samples
 from mmedpo_ray.curate.text import candidates, rejections
 from mmedpo_ray.curate.text.stage import prepare, text_pairs
 from mmedpo_ray.curate.visual.stage import finished_visual_pairs, make_visual_pairs
-from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
-from mmedpo_ray.tables import joins, schemas
+from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import Manifest, StageRunner, read_manifest
@@ -33,20 +32,22 @@ _TURNED_DOWN = ".turned_down"
 def curate(config: Config) -> Manifest:
     """Makes the preference pairs of the run's train samples. Ray must be initialised.
 
-    What they are made of comes first, each in its own table: `candidates` sampled from the target model, `choices` and
-    `rewrites` of a model behind an endpoint, and the `visual` pairs.
+    First come the tables that the pairs are made of: `candidates` sampled from the target model, `choices` and `rewrites`
+    of a model behind an endpoint, and the `visual` pairs.
 
     Raises:
         UserError: `samples` is missing, has no train row, or no pair is left.
         DroppedShareError: too few samples give a pair.
     """
     run = RunFolder(config.run.folder)
-    _check_samples(run.samples)
-    inputs = prepare(config, lambda: train_samples(config, candidates.COLUMNS))
+    # If the table is missing, the first stage below says what to run.
+    if read_manifest(run.samples) is not None:
+        check_train_split(run.samples)
+    inputs = prepare(config, partial(train_samples, config, candidates.COLUMNS))
     settings = key_settings(config)
     for folder in (run.choices, run.rewrites):
         if folder in inputs and (asked := read_manifest(folder)) is not None:
-            # Why a row was dropped decides about its pair as well, and is no part of the table's own state.
+            # The reasons of dropped rows decide about their pairs too, and are not part of the table's identity.
             settings.append(asked.dropped)
     inputs += make_visual_pairs(config, partial(train_samples, config))
     stage = StageRunner("curate", run.pairs, config, settings=settings, inputs=inputs)
@@ -57,16 +58,9 @@ def curate(config: Config) -> Manifest:
     def build(done: IdSet) -> ray.data.Dataset | None:
         made = (text_pairs(config, done, counts), finished_visual_pairs(config, done))
         parts = [part for part in made if part is not None]
-        if not parts:
-            return None
-        return parts[0] if len(parts) == 1 else parts[0].union(*parts[1:])
+        return parts[0].union(*parts[1:]) if len(parts) > 1 else next(iter(parts), None)
 
-    manifest = stage.write_rows(
-        build,
-        schema=schemas.PAIRS,
-        id_column="pair_id",
-        extra=_Figures(counts),
-    )
+    manifest = stage.write_rows(build, schema=schemas.PAIRS, id_column="pair_id", extra=_Figures(counts))
     storage.remove(storage.join(run.pairs, _TURNED_DOWN))
     if said := rejections.in_words(manifest.extra["turned_down"]):
         console.print(f"{'':<12} {said}", soft_wrap=True)
@@ -76,47 +70,15 @@ def curate(config: Config) -> Manifest:
 def key_settings(config: Config) -> list[Any]:
     """What the pairs depend on besides the tables they are made of.
 
-    The endpoint is not among it: what it wrote is a table with a key of its own. The visual pairs are another.
+    Not the endpoint, whose answers are tables with keys of their own, and not the visual pairs, which are one too.
     """
-    chosen = config.curate.text.model_dump(mode="json", exclude={"endpoint"})
-    return [chosen, config.run.seed]
-
-
-def train_samples(config: Config, columns: Sequence[str] = tuple(schemas.SAMPLES.names)) -> pa.Table:
-    """The train rows of `samples`, all questions of an image together.
-
-    Args:
-        config: all settings.
-        columns: columns to read.
-
-    Raises:
-        UserError: the table is missing or has no train row.
-    """
-    folder = RunFolder(config.run.folder).samples
-    wanted = dict.fromkeys(("image_id", "sample_id", *columns))
-    train = storage.dataset(folder).to_table(columns=list(wanted), filter=pc.field("split") == "train")
-    if train.num_rows == 0:
-        raise _no_train_row(folder)
-    return train.sort_by([("image_id", "ascending"), ("sample_id", "ascending")]).combine_chunks()
-
-
-def _check_samples(folder: str) -> None:
-    # `Stage` says what to run where the table is missing.
-    if read_manifest(folder) is not None and joins.num_rows(folder, split="train") == 0:
-        raise _no_train_row(folder)
-
-
-def _no_train_row(folder: str) -> UserError:
-    return UserError(
-        f"none of the {joins.num_rows(folder):,} samples is in the train split, so there is nothing to make pairs from. "
-        "Lower data.test_share or check data.train_file."
-    )
+    return [config.curate.text.model_dump(mode="json", exclude={"endpoint"}), config.run.seed]
 
 
 class _Figures:
-    """What the manifest tells of the table: pairs of each kind, who wrote the rejected side, images, answers turned down.
+    """For the manifest: pairs of each kind, who wrote the rejected side, images, answers turned down.
 
-    A :class:`~mmedpo_ray.tables.stage_runner.Tally`; images are counted in eight bytes each.
+    A :class:`~mmedpo_ray.tables.stage_runner.Tally`; an image takes eight bytes of memory.
 
     Args:
         counts: folder of what the tasks turned down.

@@ -27,6 +27,13 @@ def _default_agents() -> list[Any]:
     ]
 
 
+class _AnyKind:
+    """Gives the JSON schema the settings of all kinds of judges."""
+
+    def __get_pydantic_json_schema__(self, _: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [handler(kind.settings_class.__pydantic_core_schema__) for kind in JUDGES.values()]}
+
+
 class WeightConfig(Section):
     """Scores → weights."""
 
@@ -52,7 +59,7 @@ class WeightConfig(Section):
 class ScoreConfig(Section):
     """pairs → scored pairs."""
 
-    agents: list[Annotated[SerializeAsAny[AgentConfig], BeforeValidator(_read_agent)]] = Field(
+    agents: list[Annotated[SerializeAsAny[AgentConfig], BeforeValidator(_read_agent), _AnyKind()]] = Field(
         default_factory=_default_agents, min_length=1
     )
     max_rounds: int = Field(5, ge=1, description="debate rounds; then the mean of the history counts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def word_set(name: str) -> frozenset[str]:
     return frozenset(_WORDS[name].split())
 
 
-def pattern_of(entry: str | list[str], pieces: dict[str, str | list[str]]) -> str:
+def pattern_of(entry: str | list[str], pieces: Mapping[str, str | list[str]]) -> str:
     """The regular expression that an entry of a list writes in parts.
 
     Args:

@@ -20,8 +20,9 @@ from tiny_llava import build_tiny_llava
 
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.samples import train_samples
 from mmedpo_ray.curate.settings import VisualCurationConfig
-from mmedpo_ray.curate.stage import curate, key_settings, train_samples
+from mmedpo_ray.curate.stage import curate, key_settings
 from mmedpo_ray.curate.text.filters import problem
 from mmedpo_ray.curate.visual.stage import draw_visual_samples
 from mmedpo_ray.errors import DroppedShareError, UserError

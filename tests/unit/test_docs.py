@@ -66,7 +66,8 @@ def test_the_page_on_judges_shows_a_kind_that_judges() -> None:
     page = (ROOT / "docs/how-to/own-judge.md").read_text(encoding="utf-8")
     section = page.split("## Write your own kind")[1]
     kind: dict[str, Any] = {}
-    exec(next(iter(re.findall(r"```python\n(.+?)```", section, re.DOTALL))), kind)
+    code = next(iter(re.findall(r"```python\n(.+?)```", section, re.DOTALL)))
+    exec(compile(code, "own-judge.md", "exec", dont_inherit=True), kind)
     agent_class = kind["LengthAgent"]
     settings = agent_class.settings_class(name="words")
     agent = agent_class(settings)

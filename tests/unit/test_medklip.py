@@ -16,7 +16,7 @@ from transformers import BertModel, ResNetConfig, ResNetModel
 
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.curate.visual.tools import TOOLS
+from mmedpo_ray.curate.tool_registry import TOOLS
 from mmedpo_ray.curate.visual.tools.base import VisualTool
 from mmedpo_ray.curate.visual.tools.medklip_network import MedklipNetwork, load_network
 from mmedpo_ray.curate.visual.visual_pairs import PairMaker

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmedpo_ray.config.load import load
-from mmedpo_ray.curate.settings import VisualCurationConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.radiology.finding_prompts import (
     OBSERVATIONS,
@@ -18,8 +17,7 @@ from mmedpo_ray.radiology.finding_prompts import (
 )
 from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS
 
-ASKED = VisualCurationConfig()
-GENERIC = VisualCurationConfig(prompt="generic")
+GENERIC = "disease"
 
 # Question, answer, prompt for a free-text tool, MedKLIP's observation.
 EXAMPLES = [
@@ -91,10 +89,10 @@ def test_questions_that_a_lesion_decides(question: str, answer: str, named: bool
 
 @pytest.mark.parametrize(("question", "answer", "prompt", "observation"), EXAMPLES)
 def test_questions_of_the_public_sets_kind(question: str, answer: str, prompt: str, observation: str) -> None:
-    assert prompt_for(question, answer, ASKED) == prompt
-    assert observation_for(question, answer, ASKED) == observation
-    assert prompt_for(question, answer, GENERIC) == "disease"
-    assert observation_for(question, answer, GENERIC) == "disease"
+    assert prompt_for(question, answer, GENERIC) == prompt
+    assert observation_for(question, answer, GENERIC) == observation
+    assert prompt_for(question, answer, GENERIC, always_generic=True) == "disease"
+    assert observation_for(question, answer, GENERIC, always_generic=True) == "disease"
 
 
 def test_of_several_findings_the_most_relevant_is_asked_for() -> None:
@@ -104,26 +102,26 @@ def test_of_several_findings_the_most_relevant_is_asked_for() -> None:
 
 @given(st.text(), st.text())
 def test_any_text_gives_a_prompt(question: str, answer: str) -> None:
-    for settings in (ASKED, GENERIC):
-        prompt = prompt_for(question, answer, settings)
+    for always in (False, True):
+        prompt = prompt_for(question, answer, GENERIC, always_generic=always)
         assert prompt.strip()
-        assert prompt == prompt_for(question, answer, settings)
-        assert observation_for(question, answer, settings) in OBSERVATIONS
+        assert prompt == prompt_for(question, answer, GENERIC, always_generic=always)
+        assert observation_for(question, answer, GENERIC, always_generic=always) in OBSERVATIONS
 
 
 @given(st.sampled_from(sorted(CONCEPTS)), st.sampled_from(sorted(CONCEPTS)))
 def test_any_concept_gives_a_known_observation(first: str, second: str) -> None:
     question, answer = f"Is there a {first}?", f"Yes, a {second}."
-    assert observation_for(question, answer, ASKED) in OBSERVATIONS
+    assert observation_for(question, answer, GENERIC) in OBSERVATIONS
     named = {name for name in (first, second) if CONCEPTS[name].axis == "finding"}
     if second in named:
-        assert prompt_for(question, answer, ASKED) in CONCEPTS
+        assert prompt_for(question, answer, GENERIC) in CONCEPTS
 
 
 def test_every_finding_alone_is_its_own_prompt() -> None:
     for name, concept in CONCEPTS.items():
         if concept.axis == "finding":
-            assert prompt_for(f"Is there {name}?", "Yes", ASKED) == name
+            assert prompt_for(f"Is there {name}?", "Yes", GENERIC) == name
 
 
 def test_the_observations_are_medklips() -> None:
@@ -136,13 +134,12 @@ def test_the_observations_are_medklips() -> None:
 
 
 def test_the_generic_word_is_the_users() -> None:
-    settings = load(None, ("curate.visual.generic_prompt= Lesion ",)).curate.visual
-    assert prompt_for("Why?", "", settings) == "Lesion"
-    assert observation_for("Why?", "", settings) == "lesion"
+    generic = load(None, ("curate.visual.generic_prompt= Lesion ",)).curate.visual.generic_prompt
+    assert prompt_for("Why?", "", generic) == prompt_for("Why?", "", " Lesion ") == "Lesion"
+    assert observation_for("Why?", "", generic) == observation_for("Why?", "", " Lesion ") == "lesion"
     # A word that MedKLIP was not trained on.
-    odd = settings.model_copy(update={"generic_prompt": "tumour bed"})
-    assert prompt_for("Why?", "", odd) == "tumour bed"
-    assert observation_for("Why?", "", odd) == "disease"
-    for tool in (prompt_for, observation_for):
-        with pytest.raises(UserError, match="generic_prompt is empty"):
-            tool("Is there a mass?", "Yes", settings.model_copy(update={"generic_prompt": " "}))
+    assert prompt_for("Why?", "", "tumour bed") == "tumour bed"
+    assert observation_for("Why?", "", "tumour bed") == "disease"
+    for empty in ("", " "):
+        with pytest.raises(UserError, match=r"curate\.visual\.generic_prompt"):
+            load(None, (f"curate.visual.generic_prompt={empty}",))

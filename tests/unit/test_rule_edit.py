@@ -16,7 +16,7 @@ from mmedpo_ray.curate.settings import TextCurationConfig
 from mmedpo_ray.curate.text import rejections
 from mmedpo_ray.curate.text.filters import problem
 from mmedpo_ray.curate.text.rejections import TurnedDown
-from mmedpo_ray.curate.text.text_pairs import Candidate, Material, choose, is_wrong, pick, text_pair
+from mmedpo_ray.curate.text.text_pairs import Candidate, Material, is_wrong, most_conflicting, pick, text_pair
 from mmedpo_ray.datasets.texts import clean, infer_answer_type, text_problem
 from mmedpo_ray.phantom.world import generate
 from mmedpo_ray.radiology import lexicon
@@ -260,7 +260,7 @@ _SAYS_NO = re.compile(
 
 
 def candidate(text: str) -> Candidate:
-    return Candidate(text, "model", "hash", 1, candidate_id=f"id of {text}")
+    return Candidate(f"id of {text}", text, "model", "hash", 1)
 
 
 def material(*texts: str, **tables: dict) -> Material:
@@ -274,10 +274,10 @@ def sample(answer: str, question: str = "Which side?") -> dict[str, str]:
 
 def test_the_most_conflicting_wrong_candidate_is_chosen() -> None:
     answers = [candidate(text) for text in ("Left upper zone", "Left lower zone", "Right upper zone")]
-    found = choose("Left upper zone", "Where?", "open", answers)
+    found = most_conflicting("Left upper zone", "Where?", "open", answers)
     assert found is not None
     assert found.text == "Right upper zone"
-    assert choose("Left upper zone", "Where?", "open", answers[:1]) is None
+    assert most_conflicting("Left upper zone", "Where?", "open", answers[:1]) is None
 
 
 def test_a_right_answer_is_filled_in_or_dropped() -> None:

@@ -41,7 +41,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.curate.visual.tools import TOOLS
+from mmedpo_ray.curate.tool_registry import TOOLS
 from mmedpo_ray.curate.visual.tools.base import Localisation, VisualTool
 from mmedpo_ray.curate.visual.tools.text_prompted import Seen, heat_map
 from mmedpo_ray.errors import UserError

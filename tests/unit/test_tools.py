@@ -18,7 +18,7 @@ from tiny_llava import build_tiny_llava
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.settings import VisualCurationConfig
-from mmedpo_ray.curate.visual.tools import TOOLS
+from mmedpo_ray.curate.tool_registry import TOOLS
 from mmedpo_ray.curate.visual.tools.base import VisualTool, upsample
 from mmedpo_ray.curate.visual.tools.dataset_mask import DatasetMask
 from mmedpo_ray.curate.visual.tools.pretrained import path_fingerprint
@@ -48,7 +48,7 @@ def test_asking_for_a_tool_imports_no_model_library() -> None:
     code = (
         "import sys\n"
         "from mmedpo_ray.config.tree import Config\n"
-        "from mmedpo_ray.curate.visual.tools import TOOLS\n"
+        "from mmedpo_ray.curate.tool_registry import TOOLS\n"
         "assert 'mmedpo_ray.curate.visual.tools.dataset_mask' not in sys.modules\n"
         "TOOLS['dataset_mask'](Config())\n"
         "assert 'mmedpo_ray.curate.visual.tools.medklip' not in sys.modules\n"

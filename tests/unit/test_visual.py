@@ -17,9 +17,9 @@ from PIL import Image
 
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
+from mmedpo_ray.curate.tool_registry import TOOLS
 from mmedpo_ray.curate.visual import visual_pairs
 from mmedpo_ray.curate.visual.stage import _key_settings, make_visual_pairs
-from mmedpo_ray.curate.visual.tools import TOOLS
 from mmedpo_ray.curate.visual.tools.base import Localisation, VisualTool
 from mmedpo_ray.curate.visual.visual_pairs import VisualPairs, heat_map_pixels
 from mmedpo_ray.io import images, storage

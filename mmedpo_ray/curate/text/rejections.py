@@ -63,9 +63,7 @@ def in_words(counted: dict[str, dict[str, int]]) -> str:
     """One line for the terminal: "3 sampled answers turned down (same_answer 2, meta_text 1)"; empty where there is none."""
     said = []
     for writer, reasons in counted.items():
-        total = sum(reasons.values())
-        named = ", ".join(
-            f"{reason} {number:,}" for reason, number in sorted(reasons.items(), key=lambda item: -item[1])
-        )
+        total, ordered = sum(reasons.values()), Counter(reasons).most_common()
+        named = ", ".join(f"{reason} {number:,}" for reason, number in ordered)
         said.append(f"{total:,} {_SINGULAR[writer]}{'' if total == 1 else 's'} turned down ({named})")
     return ", ".join(said)

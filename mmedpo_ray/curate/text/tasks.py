@@ -5,7 +5,6 @@ Apart from the stages, so that a worker imports no model code for them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -29,18 +28,14 @@ from mmedpo_ray.tables import joins, schemas
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import Skip
 
-# The columns of `samples` that each task below wants.
+# The columns of `samples` that each task below reads.
 SAMPLE_COLUMNS = [name for name in schemas.SAMPLES.names if name not in ("image_sha256", "mask_uri")]
 CONCEPT_COLUMNS = ["answer", "split"]
 REWRITE_COLUMNS = ["sample_id", "question", "answer", "answer_type", "split"]
-CHOOSE_COLUMNS = ["sample_id", "question", "answer", "split"]
-_CANDIDATES = pa.schema(
-    [
-        schemas.CANDIDATES.field(name)
-        for name in ("sample_id", "candidate_id", "candidate", "generator", "prompt_sha256", "seed")
-    ]
-)
-_ASKED = pa.schema(
+CHOICE_COLUMNS = ["sample_id", "question", "answer", "split"]
+# The columns of `candidates` that are fields of a Candidate.
+_CANDIDATE_COLUMNS = ["candidate_id", "candidate", "generator", "prompt_sha256", "seed"]
+_REQUESTS = pa.schema(
     [
         ("sample_id", pa.string()),
         ("question", pa.string()),
@@ -52,39 +47,39 @@ _ASKED = pa.schema(
 _CONCEPT = pa.schema([("concept", pa.string())])
 
 
-@dataclass(frozen=True)
-class Joined:
-    """The other tables about a sample, as far as the method has them."""
+class OtherTables:
+    """What the other tables hold about samples. Made on the driver once the tables are finished; travels to the tasks.
 
-    candidates: joins.BySample | None
-    choices: joins.BySample | None
-    rewrites: joins.BySample | None
+    Args:
+        config: all settings; they decide which of the tables exist.
+        names: tables to look into, of candidates, choices and rewrites.
+    """
 
-    @classmethod
-    def of(cls, config: Config, *, choices: bool = True, rewrites: bool = True) -> Joined:
-        """Opens the tables that :func:`prepare` has made."""
+    def __init__(self, config: Config, *names: str) -> None:
         run, text = RunFolder(config.run.folder), config.curate.text
-        is_sampled = text.method == "on_policy"
-        is_rewritten = text.method == "rewrite" or (is_sampled and text.fallback == "rewrite")
-        return cls(
-            joins.BySample([run.candidates], _CANDIDATES) if is_sampled else None,
-            _with_dropped(run.choices, schemas.CHOICES)
-            if choices and is_sampled and text.judge == "endpoint"
-            else None,
-            _with_dropped(run.rewrites, schemas.REWRITES) if rewrites and is_rewritten else None,
-        )
+        sampled = text.method == "on_policy"
+        self._tables: dict[str, joins.BySample] = {}
+        if "candidates" in names and sampled:
+            fields = [schemas.CANDIDATES.field(name) for name in ("sample_id", *_CANDIDATE_COLUMNS)]
+            self._tables["candidates"] = joins.BySample([run.candidates], pa.schema(fields))
+        if "choices" in names and sampled and text.judge == "endpoint":
+            self._tables["choices"] = _with_dropped(run.choices, schemas.CHOICES)
+        if "rewrites" in names and (text.method == "rewrite" or (sampled and text.fallback == "rewrite")):
+            self._tables["rewrites"] = _with_dropped(run.rewrites, schemas.REWRITES)
 
     def material(self, samples: pa.Table) -> dict[str, Material]:
-        """What the tables hold about each of these samples."""
+        """What the tables hold about each of these samples, by its id."""
         ids = samples["sample_id"]
-        candidates = self.candidates.rows(ids) if self.candidates else {}
-        choices = self.choices.rows(ids) if self.choices else {}
-        rewrites = self.rewrites.rows(ids) if self.rewrites else {}
+        found = {name: table.rows(ids) for name, table in self._tables.items()}
+
+        def rows(table: str, sample_id: str) -> list[dict[str, Any]]:
+            return found.get(table, {}).get(sample_id, [])
+
         return {
             name: Material(
-                [_candidate(row) for row in candidates.get(name, ())],
-                next(iter(choices.get(name, ())), None),
-                next(iter(rewrites.get(name, ())), None),
+                [Candidate(*(row[name] for name in _CANDIDATE_COLUMNS)) for row in rows("candidates", name)],
+                next(iter(rows("choices", name)), None),
+                next(iter(rows("rewrites", name)), None),
             )
             for name in ids.to_pylist()
         }
@@ -98,16 +93,17 @@ def make_pairs(
     rows: pa.Table,
     *,
     skip: Skip,
-    joined: Joined,
+    other_tables: OtherTables,
     settings: TextCurationConfig,
     vocabulary: ray.ObjectRef,
     seed: int,
     counts: str,
 ) -> pa.Table:
+    """Samples → their text pairs; writes the counts of what was turned down on the way."""
     samples = skip(_train(rows))
-    material, known = joined.material(samples), ray.get(vocabulary)
+    material, known = other_tables.material(samples), ray.get(vocabulary)
     made = [text_pair(row, material[row["sample_id"]], settings, known, seed) for row in samples.to_pylist()]
-    # Before the rows themselves are written, so that none is there without its counts.
+    # Before the rows themselves are written, so that no row is there without its counts.
     rejections.write(counts, {pair.row["pair_id"]: pair.turned_down for pair in made})
     return schemas.to_table((pair.row for pair in made), schemas.with_drop_columns(schemas.PAIRS))
 
@@ -115,10 +111,11 @@ def make_pairs(
 def released_pairs(
     rows: pa.Table, *, skip: Skip, train: ray.ObjectRef, settings: TextCurationConfig
 ) -> pa.Table:
+    """Pairs that came with the data → those of the train samples, unfit ones dropped."""
     rows = skip(rows)
     rows = rows.filter(pc.is_in(rows["sample_id"], value_set=ray.get(train)))
     made = (
-        # The same answer beside another image: the filters of answers have nothing to say.
+        # A visual pair has the same answer twice, so the filters of answers do not apply.
         row if row["kind"] == "visual" else released_pair(row, settings.max_length_ratio)
         for row in rows.to_pylist()
     )
@@ -126,22 +123,29 @@ def released_pairs(
 
 
 def read_concepts(rows: pa.Table) -> pa.Table:
+    """Samples → the concepts that their answers name."""
     answers = _train(rows)["answer"].to_pylist()
     return pa.table({"concept": sorted(vocabulary_of(answers))}, _CONCEPT)
 
 
-def to_rewrite(rows: pa.Table, *, skip: Skip, joined: Joined, settings: TextCurationConfig) -> pa.Table:
+def to_rewrite(
+    rows: pa.Table, *, skip: Skip, other_tables: OtherTables, settings: TextCurationConfig
+) -> pa.Table:
+    """Samples → those that need a rewrite."""
     samples = skip(_train(rows))
     asked = samples.to_pylist()
     if settings.method == "on_policy":
-        material = joined.material(samples)
+        material = other_tables.material(samples)
         asked = [row for row in asked if needs_rewrite(row, material[row["sample_id"]], settings)]
-    return schemas.to_table(asked, _ASKED)
+    return schemas.to_table(asked, _REQUESTS)
 
 
-def to_choose(rows: pa.Table, *, skip: Skip, joined: Joined, settings: TextCurationConfig) -> pa.Table:
+def to_choose(
+    rows: pa.Table, *, skip: Skip, other_tables: OtherTables, settings: TextCurationConfig
+) -> pa.Table:
+    """Samples → those with candidates to choose from, and these candidates."""
     samples = skip(_train(rows))
-    material = joined.material(samples)
+    material = other_tables.material(samples)
     asked = []
     for row in samples.to_pylist():
         candidates = material[row["sample_id"]].candidates
@@ -149,14 +153,8 @@ def to_choose(rows: pa.Table, *, skip: Skip, joined: Joined, settings: TextCurat
         if fit:
             offered = {"candidate_ids": [c.candidate_id for c in fit], "candidates": [c.text for c in fit]}
             asked.append(row | offered)
-    return schemas.to_table(asked, _ASKED)
+    return schemas.to_table(asked, _REQUESTS)
 
 
 def _with_dropped(folder: str, schema: pa.Schema) -> joins.BySample:
     return joins.BySample([folder, join(folder, "dropped")], schemas.with_drop_columns(schema))
-
-
-def _candidate(row: dict[str, Any]) -> Candidate:
-    return Candidate(
-        row["candidate"], row["generator"], row["prompt_sha256"], row["seed"], row["candidate_id"]
-    )

@@ -1,8 +1,8 @@
-"""Text pairs: which answer is wrong, which wrong one conflicts most, who writes one where none is.
+"""Text pairs: which answers are wrong, which of them conflicts most, and who writes a wrong answer if none is.
 
-The paper lets a strong model pick the candidate most in conflict with the reference and write one where none is wrong. Who
-picks here is ``curate.text.judge``, the lexicon or a model behind an endpoint; who writes is ``curate.text.fallback``, a rule edit
-or such a model.
+The paper lets a strong model pick the candidate that conflicts most with the reference, and write a wrong answer if no
+candidate is wrong. Here ``curate.text.judge`` picks (the lexicon, or a model behind an endpoint) and
+``curate.text.fallback`` writes (a rule edit, or such a model).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NO_WRONG_ANSWER = "no_wrong_answer"
 class Candidate:
     """An answer of the target model; a row of `candidates`."""
 
+    candidate_id: str
     text: str
     generator: str
     prompt_sha256: str
     seed: int
-    candidate_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Material:
 
     Attributes:
         candidates: answers of the target model, in order.
-        choice: its row of `choices`, kept or dropped; None where the judge was not asked.
-        rewrite: its row of `rewrites`, kept or dropped; None where no rewrite was asked for.
+        choice: its row of `choices`, kept or dropped; None if the judge was not asked.
+        rewrite: its row of `rewrites`, kept or dropped; None if no rewrite was asked for.
     """
 
     candidates: Sequence[Candidate] = ()
@@ -53,7 +53,7 @@ class Material:
     rewrite: dict[str, Any] | None = None
 
 
-class Picked(NamedTuple):
+class Pick(NamedTuple):
     """The candidate to reject, or why there is none.
 
     Attributes:
@@ -68,18 +68,18 @@ class Picked(NamedTuple):
 
 
 class TextPair(NamedTuple):
-    """A row of `pairs`, kept or dropped, and the answers that were turned down before it."""
+    """A row of `pairs`, kept or dropped, and the answers that were turned down for it."""
 
     row: dict[str, Any]
     turned_down: tuple[TurnedDown, ...]
 
 
 def is_wrong(reference: str, answer: str, question: str, answer_type: str) -> bool:
-    """Whether an answer conflicts with the reference. One that cannot be judged does not, nor one that only says less.
+    """Whether an answer conflicts with the reference; False if it cannot be judged or only says less.
 
-    Closed: the polarity differs, or the other option is chosen, on word boundaries. Open: it contradicts the reference by the
-    lexicon, or has another word in the place of one of its words. Report: a fact differs by the lexicon; a report claims to be
-    complete, so a finding that it leaves out is denied.
+    Closed: the polarity differs, or the other option is chosen, on word boundaries. Open: it contradicts the reference by
+    the lexicon, or has another word in the place of one of its words. Report: a fact differs by the lexicon; a report is
+    taken to be complete, so it denies a finding that it leaves out.
     """
     if answer_type == "closed":
         expected = lexicon.implied_polarity(question, reference) if lexicon.polarity(reference) else None
@@ -100,7 +100,7 @@ def is_wrong(reference: str, answer: str, question: str, answer_type: str) -> bo
 
 
 def _chooses_another(reference: str, answer: str, question: str) -> bool:
-    """Whether the answer states the other option of an "A or B" question, and that one alone."""
+    """Whether the answer states the other option of an "A or B" question, and no further option."""
     options = lexicon.choices(question) or ()
     expected, stated = (
         [option for option in options if _names(text, option)]
@@ -130,12 +130,12 @@ def usable(
     return list(kept.values()), reasons
 
 
-def choose(
+def most_conflicting(
     reference: str, question: str, answer_type: str, candidates: Sequence[Candidate]
 ) -> Candidate | None:
-    """The wrong candidate that conflicts most with the reference by the lexicon; None where none is wrong.
+    """The wrong candidate that conflicts most with the reference by the lexicon; None if none is wrong.
 
-    Ties go to the one nearest to the reference in length, then to the first.
+    Of equal ones the nearest to the reference in length, then the first.
     """
     wrong = [
         candidate for candidate in candidates if is_wrong(reference, candidate.text, question, answer_type)
@@ -149,23 +149,25 @@ def choose(
     return min(wrong, key=rank, default=None)
 
 
-def pick(sample: dict[str, Any], material: Material, settings: TextCurationConfig) -> Picked:
+def pick(sample: dict[str, Any], material: Material, settings: TextCurationConfig) -> Pick:
     """The candidate to reject, by the judge that the settings name.
 
-    The reason for none is ``no_wrong_answer``, the most frequent filter where every candidate failed one, or the judge's own.
+    The reason for none is ``no_wrong_answer``, the most frequent filter if every candidate failed one, or the judge's own.
     """
     reference, question = sample["answer"], sample["question"]
     fit, filtered = usable(reference, question, material.candidates, settings.max_length_ratio)
     if not fit:
-        return Picked(None, most_frequent(filtered) or NO_WRONG_ANSWER, filtered)
+        return Pick(None, most_frequent(filtered) or NO_WRONG_ANSWER, filtered)
     if settings.judge == "rules":
-        return Picked(choose(reference, question, sample["answer_type"], fit), NO_WRONG_ANSWER, filtered)
+        return Pick(
+            most_conflicting(reference, question, sample["answer_type"], fit), NO_WRONG_ANSWER, filtered
+        )
     choice = material.choice
     if choice is None:
-        return Picked(None, NO_WRONG_ANSWER, filtered)
+        return Pick(None, NO_WRONG_ANSWER, filtered)
     chosen = [candidate for candidate in fit if candidate.candidate_id == choice["candidate_id"]]
     reason = choice.get(DROP_REASON) or NO_WRONG_ANSWER
-    return Picked(chosen[0] if chosen else None, reason, filtered)
+    return Pick(chosen[0] if chosen else None, reason, filtered)
 
 
 def needs_rewrite(sample: dict[str, Any], material: Material, settings: TextCurationConfig) -> bool:
@@ -181,10 +183,9 @@ def text_pair(
     vocabulary: frozenset[str],
     seed: int,
 ) -> TextPair:
-    """The text pair of a sample, dropped where there is no wrong answer to it.
+    """The text pair of a sample, dropped if there is no wrong answer to it.
 
-    What the endpoint may still answer on another run (``endpoint_failed``) is dropped, not filled in otherwise: the pair
-    comes with that run.
+    If the endpoint may still answer on another run (``endpoint_failed``) the pair is dropped and made in that run.
 
     Args:
         sample: row of `samples`.
@@ -193,49 +194,55 @@ def text_pair(
         vocabulary: concepts of the data set, for edits.
         seed: of the run; the edit is drawn from it and the sample's id.
     """
-    pair_id = f"{sample['sample_id']}:text"
     reason = NO_WRONG_ANSWER
     turned_down: list[TurnedDown] = []
+
+    def pair(**provenance: Any) -> TextPair:
+        row = _row(sample) | common(sample)
+        row |= {"rejected_image_uri": sample["image_uri"], "chosen": sample["answer"], **provenance}
+        return TextPair(row, tuple(turned_down))
+
     if settings.method == "on_policy":
         found, reason, filtered = pick(sample, material, settings)
         turned_down += [TurnedDown("candidates", each) for each in filtered]
         if found is not None:
-            provenance = {
-                "rejected": found.text,
-                "generator": found.generator,
-                "prompt_sha256": found.prompt_sha256,
-                "seed": found.seed,
-            }
-            return TextPair(_pair(sample, pair_id, **provenance), tuple(turned_down))
-    if reason != TRANSIENT and material.rewrite is not None:
-        refused = material.rewrite.get(DROP_REASON)
-        if refused is None:
-            provenance = {
-                "rejected": material.rewrite["rewritten"],
-                "generator": REWRITE,
-                "prompt_sha256": material.rewrite["prompt_sha256"],
-            }
-            return TextPair(_pair(sample, pair_id, **provenance), tuple(turned_down))
+            return pair(
+                rejected=found.text,
+                generator=found.generator,
+                prompt_sha256=found.prompt_sha256,
+                seed=found.seed,
+            )
+    rewrite = material.rewrite
+    if reason != TRANSIENT and rewrite is not None:
+        if (refused := rewrite.get(DROP_REASON)) is None:
+            return pair(
+                rejected=rewrite["rewritten"], generator=REWRITE, prompt_sha256=rewrite["prompt_sha256"]
+            )
         if refused != TRANSIENT:
             turned_down.append(TurnedDown("rewrites", refused))
         reason = refused
     if reason != TRANSIENT and "rule_edit" in (settings.method, settings.fallback):
-        edit_seed = stable_seed(seed, pair_id)
+        edit_seed = stable_seed(seed, _pair_id(sample))
         edit = rule_edit(sample["answer"], sample["question"], np.random.default_rng(edit_seed), vocabulary)
         if edit is not None:
             unfit = problem(sample["answer"], edit.text, settings.max_length_ratio, sample["question"])
             if unfit is None:
-                row = _pair(sample, pair_id, rejected=edit.text, generator=RULE_EDIT, seed=edit_seed)
-                return TextPair(row, tuple(turned_down))
+                return pair(rejected=edit.text, generator=RULE_EDIT, seed=edit_seed)
             turned_down.append(TurnedDown("rule_edits", unfit))
             reason = unfit if settings.method == "rule_edit" else reason
-    return TextPair(_dropped(sample, pair_id, reason), tuple(turned_down))
+    return TextPair(_dropped(_row(sample), reason), tuple(turned_down))
 
 
 def released_pair(row: dict[str, Any], max_length_ratio: float) -> dict[str, Any]:
-    """A pair that came with the data, dropped where it is unfit."""
+    """A pair that came with the data, dropped if it is unfit."""
     reason = problem(row["chosen"], row["rejected"], max_length_ratio, row["question"])
-    return row if reason is None else _dropped(row, row["pair_id"], reason)
+    return row if reason is None else _dropped(row, reason)
+
+
+def common(sample: dict[str, Any]) -> dict[str, Any]:
+    """The columns that a pair copies from its sample."""
+    names = ("sample_id", "image_id", "dataset", "task", "answer_type", "image_uri", "question")
+    return {name: sample[name] for name in names}
 
 
 def _names(text: str, option: str) -> bool:
@@ -243,29 +250,20 @@ def _names(text: str, option: str) -> bool:
     return bool(wanted) and wanted <= lexicon.content_words(text)
 
 
-def _pair(sample: dict[str, Any], pair_id: str, **provenance: Any) -> dict[str, Any]:
+def _pair_id(sample: dict[str, Any]) -> str:
+    return f"{sample['sample_id']}:text"
+
+
+def _row(sample: dict[str, Any]) -> dict[str, Any]:
+    """The columns that a text pair has even if it is dropped."""
     return {
-        "pair_id": pair_id,
-        "kind": "text",
-        "rejected_image_uri": sample["image_uri"],
-        "chosen": sample["answer"],
-        **common(sample),
-        **provenance,
-    }
-
-
-def common(sample: dict[str, Any]) -> dict[str, Any]:
-    """The columns that a pair takes over from its sample."""
-    names = ("sample_id", "image_id", "dataset", "task", "answer_type", "image_uri", "question")
-    return {name: sample[name] for name in names}
-
-
-def _dropped(sample: dict[str, Any], pair_id: str, reason: str) -> dict[str, Any]:
-    return {
-        "pair_id": pair_id,
+        "pair_id": _pair_id(sample),
         "sample_id": sample["sample_id"],
         "image_id": sample["image_id"],
         "kind": "text",
-        DROP_REASON: reason,
-        DROP_DETAIL: sample["sample_id"],
     }
+
+
+def _dropped(pair: dict[str, Any], reason: str) -> dict[str, Any]:
+    named = {name: pair[name] for name in ("pair_id", "sample_id", "image_id", "kind")}
+    return {**named, DROP_REASON: reason, DROP_DETAIL: pair["sample_id"]}

@@ -18,8 +18,8 @@ from scipy import ndimage
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
+from mmedpo_ray.curate.samples import train_samples
 from mmedpo_ray.curate.seeds import stable_seed
-from mmedpo_ray.curate.stage import train_samples
 from mmedpo_ray.curate.visual.stage import NO_FINDING_ASKED, draw_visual_samples
 from mmedpo_ray.curate.visual.visual_pairs import PairMaker, VisualPair, visual_pair_id
 from mmedpo_ray.errors import UserError
@@ -101,11 +101,6 @@ def _candidates(config: Config, most: int) -> list[dict[str, Any]]:
     """Samples of visual pairs that `curate` plans, drawn by the seed; one an image as long as there are images enough."""
     seed = config.run.seed
     samples = train_samples(config)
-    if samples.num_rows == 0:
-        raise UserError(
-            "none of the samples is in the train split, so there is no visual pair to preview. Lower data.test_share or "
-            "check data.train_file."
-        )
     settings = config.curate.visual
     planned = draw_visual_samples(samples, settings.model_copy(update={"per_image": 1}), seed)
     if planned.num_rows == 0:

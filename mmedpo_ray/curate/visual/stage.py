@@ -20,7 +20,7 @@ from mmedpo_ray.compat.cluster import MODEL_RESTARTS, has_gpu
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.curate.settings import VisualCurationConfig
-from mmedpo_ray.curate.visual.tools import TOOLS
+from mmedpo_ray.curate.tool_registry import TOOLS
 from mmedpo_ray.curate.visual.visual_pairs import RETRY_REASONS, VisualPairs
 from mmedpo_ray.io import storage
 from mmedpo_ray.radiology.finding_prompts import names_finding

@@ -15,8 +15,8 @@ from PIL import Image
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.curate.text.text_pairs import common
+from mmedpo_ray.curate.tool_registry import TOOLS
 from mmedpo_ray.curate.visual.lesion_noise import Noised, add_lesion_noise
-from mmedpo_ray.curate.visual.tools import TOOLS
 from mmedpo_ray.curate.visual.tools.base import Localisation
 from mmedpo_ray.io import images as image_files
 from mmedpo_ray.io import storage

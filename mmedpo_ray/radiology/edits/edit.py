@@ -6,17 +6,12 @@ import re
 from dataclasses import dataclass
 
 from mmedpo_ray.radiology.lexicon.vocabulary import Concept, Mention
+from mmedpo_ray.radiology.word_lists import load
 
 # How far back words before a place are looked at.
 NEAR = 64
-_ACRONYMS = frozenset({"ct", "mri", "mr", "pet", "t1", "t2", "flair", "dwi", "pa", "ap", "copd"})
-_IRREGULAR = {
-    "pneumothorax": "pneumothoraces",
-    "opacity": "opacities",
-    "mass": "masses",
-    "abscess": "abscesses",
-    "metastasis": "metastases",
-}
+_ACRONYMS = frozenset(load("edits")["acronyms"])
+_PLURALS: dict[str, str] = load("edits")["plurals"]
 _PLURAL_ENDINGS = ("ies", "ses", "xes", "ces", "wires", "fractures", "lymph nodes")
 # Spellings that take an article although their concept takes none, and the other way round.
 _COUNTED = re.compile(r"\b(?:heart|silhouette|mediastinum|liver|lymph node|bleed|subarachnoid)$")
@@ -99,6 +94,5 @@ def uncapitalise(text: str) -> str:
 
 def plural(concept: Concept, spelled: str) -> str:
     """The plural of a concept's spelling."""
-    if spelled in _IRREGULAR:
-        return _IRREGULAR[spelled]
-    return spelled if spelled.endswith("s") or concept.mass_noun else spelled + "s"
+    regular = spelled if spelled.endswith("s") or concept.mass_noun else spelled + "s"
+    return _PLURALS.get(spelled, regular)

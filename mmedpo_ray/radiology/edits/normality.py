@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.edits.edit import NEAR, Edit, capitalise, with_article
 from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS
+from mmedpo_ray.radiology.word_lists import load
 
 # "Pathology", "normal": an answer this short is nothing else.
 WHOLE_NORMAL_WORDS = 4
@@ -54,22 +55,7 @@ _REGIONS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("bone", r"osse|bon[ye]|skelet|fractur|spine|vertebr"),
     )
 )
-# What comes on suddenly, by region.
-_ACUTE = frozenset(
-    {
-        "pneumonia",
-        "pulmonary edema",
-        "pneumothorax",
-        "hemorrhage",
-        "infarct",
-        "appendicitis",
-        "diverticulitis",
-        "pancreatitis",
-        "bowel obstruction",
-        "fracture",
-        "rib fracture",
-    }
-)
+_ACUTE = frozenset(load("edits")["acute"])
 
 
 # ---------------------------------------------------------------------- heart and lungs

@@ -18,70 +18,18 @@ from mmedpo_ray.radiology.edits.edit import (
 from mmedpo_ray.radiology.lexicon.vocabulary import Concept, Mention
 from mmedpo_ray.radiology.word_lists import load
 
-# What has a degree rather than a size: "moderate edema" is mild or severe, "a moderate effusion" small or large.
-_GRADED = frozenset(
-    {
-        "cardiomegaly",
-        "atelectasis",
-        "pulmonary edema",
-        "emphysema",
-        "interstitial lung disease",
-        "hydrocephalus",
-        "midline shift",
-        "mass effect",
-        "edema",
-        "atrophy",
-        "hydronephrosis",
-        "cirrhosis",
-        "inflammation",
-        "obstruction",
-        "hepatomegaly",
-        "pancreatitis",
-        "lymphadenopathy",
-    }
-)
-# Findings that look alike or sit alike, so that one can stand in a sentence made for another: "calcified granuloma" and "5 mm
-# nodule", never "5 mm pneumothorax". One that is in no family stands in for none, but where it is all of an answer.
-_FAMILIES: tuple[frozenset[str], ...] = tuple(
-    frozenset(family.split("|"))
-    for family in (
-        "pleural effusion|pneumothorax",
-        "consolidation|pneumonia|atelectasis|opacity|pulmonary edema",
-        "nodule|granuloma",
-        "emphysema|interstitial lung disease",
-        "hemorrhage|infarct|edema",
-        "hydrocephalus|atrophy",
-        "midline shift|mass effect",
-        "subdural hematoma|epidural hematoma|subarachnoid hemorrhage",
-        "appendicitis|diverticulitis|pancreatitis",
-        "gallstone|kidney stone",
-        "inflammation|obstruction",
-        "mass|lesion|cancer|cyst|abscess|metastasis|calcification",
-        "endotracheal tube|nasogastric tube",
-        "central line|chest tube",
-    )
-)
-FAMILY = {name: family for family in _FAMILIES for name in family}
+_LISTS = load("edits")
+_GRADED = frozenset(_LISTS["graded"])
+FAMILY = {name: frozenset(family) for family in _LISTS["families"] for name in family}
+_PAIRED = frozenset(_LISTS["paired"])
+_ONE_PER_SIDE = frozenset(_LISTS["one_per_side"])
+_COUNTERPARTS = load("counterparts")
 # Words around a finding that fit its whole family only by chance: a measure, a lobe, a stage of healing.
 _FITTED = re.compile(
     r"\b(?:\d|lobe|lobar|segment\w*|calcified|compression|healed|displaced|simple|multiple|several|spiculated|cavitary|patchy|confluent|"
     r"loculated|layering|one|two|three|four|small|large|tiny|trace|mild|minimal|moderate|severe|consistent|compatible|"
     r"suggest\w*|tip|terminat\w*|leads?|amount)",
     re.IGNORECASE,
-)
-_PAIRED = frozenset(
-    {
-        "lung",
-        "kidney",
-        "adrenal gland",
-        "cerebellum",
-        "thalamus",
-        "basal ganglia",
-        "frontal lobe",
-        "parietal lobe",
-        "temporal lobe",
-        "occipital lobe",
-    }
 )
 # What has a size that can be enlarged.
 _SIZABLE = re.compile(
@@ -97,8 +45,6 @@ _PAIRED_NOUNS = re.compile(
     r"hand|eye|orbit|adrenal gland|adrenal|ureter))s\b(?! (?:are|were|have|show|bases|fields|zones))",
     re.IGNORECASE,
 )
-# Findings of which a side has one: "bilateral effusions" are "a left effusion".
-_ONE_A_SIDE = frozenset({"pleural effusion", "pneumothorax", "subdural hematoma", "epidural hematoma"})
 _VERB_FOR_MANY = re.compile(r"\b(?:are|were|have|show|demonstrate|appear|remain)\b", re.IGNORECASE)
 _DESCRIBING = re.compile(r"\s+(?:(?!(?:and|or|with|in|of|at)\b)[\w-]+ ){0,3}", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.;:\n](?:\s|$)")
@@ -201,7 +147,7 @@ class Slot:
     def _on_one_side(self, side: str) -> str | None:
         """The answer with one side in the place of both, and what is there once a side in the singular."""
         before, after = self._before, self._after
-        finding = next((m for m in self._following if m.concept.name in _ONE_A_SIDE), None)
+        finding = next((m for m in self._following if m.concept.name in _ONE_PER_SIDE), None)
         if finding is None or not self._describes(finding) or not self._is_plural(finding):
             return before + side + _PAIRED_NOUNS.sub(r"\1", after, count=1)
         sentence = before[max((end.end() for end in _SENTENCE_END.finditer(before)), default=0) :]
@@ -332,7 +278,7 @@ class Slot:
             and _AT_AN_END.match(self._after)
         ):
             return f"{target.name}-sided"
-        counterparts = load("counterparts").get(target.name, {})
+        counterparts = _COUNTERPARTS.get(target.name, {})
         if low in counterparts:
             return counterparts[low]
         if self._many and target.axis == "zone":

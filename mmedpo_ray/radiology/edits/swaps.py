@@ -5,14 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 
 from mmedpo_ray.radiology import lexicon
+from mmedpo_ray.radiology.context_rules import context_rules
 from mmedpo_ray.radiology.edits.edit import NEAR, Edit
 from mmedpo_ray.radiology.edits.substitution import FAMILY, Slot
-from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS, Axis, Concept, Mention, group_of, mentions
+from mmedpo_ray.radiology.lexicon.vocabulary import (
+    CONCEPTS,
+    Axis,
+    Concept,
+    Mention,
+    group_of,
+    lowered,
+    mentions,
+)
+from mmedpo_ray.radiology.word_lists import load
 
-# Findings that have no side or zone; they do not stand in where one is stated.
-MIDLINE = frozenset({"cardiomegaly", "pneumoperitoneum", "mediastinal widening", "interstitial lung disease"})
+_LISTS = load("edits")
+MIDLINE = frozenset(_LISTS["midline"])
+_FIXED = context_rules(_LISTS["fixed"], _LISTS["pieces"])
 _EXCLUSIVE_OPPOSITE = {"normal": ("abnormal", "enlarged"), "enlarged": ("normal",), "abnormal": ("normal",)}
 # Findings that stand in only for a whole answer: "two cancers" is no radiologist's phrase.
 _ONLY_ALONE = frozenset({"cancer"})
@@ -38,88 +50,11 @@ _PART_OF = re.compile(
     r"side|part|portions?|cortex|hilum|arch|root)\s+of\s+(?:the\s+)?(?:left\s+|right\s+)?$",
     re.IGNORECASE,
 )
-# Adjectives stand before what they name; their counterparts in the other spellings of the group are adjectives as well.
-_ADJECTIVES = frozenset(
-    {"hepatic", "splenic", "renal", "pancreatic", "gastric", "adrenal", "pulmonary", "cardiac"}
-)
-_TOLD_OF_A_FINDING = re.compile(r"\s+(?:patients?|staging|therapy|treatment|risk|protocol)\b", re.IGNORECASE)
+_ADJECTIVES = frozenset(_LISTS["adjectives"])
 # Groups of findings that belong to one part of the body, so that no other part can have them.
 _PLACED_GROUPS = frozenset({"chest", "brain", "bleeding", "abdomen", "device"})
 _MOVABLE_ANATOMY = frozenset({"lobe", "brain part", "matter"})
-# A finding's word in the name of another: "joint effusion", "subcutaneous emphysema", "small cell lung cancer".
-_OTHER_FINDING = re.compile(
-    r"\b(?:joint|pericardial|knee|hip|elbow|ankle|shoulder|mastoid|subdural|epidural|ear|subcutaneous|surgical|pedal|leg|foot|peripheral|"
-    r"limb|macular|tissue|normal pressure|(?:cell|hepatocellular|hodgkin\S*|ductal|lobular|bronchogenic|papillary|medullary|follicular|squamous)"
-    r"(?: lung| breast)?) $",
-    re.IGNORECASE,
-)
-# Names of views, vessels and chambers, in which a side or level is no fact of its own.
-_PART_OF_A_NAME = re.compile(
-    r"(?:\s+and\s+\w+)?\s+(?:views?|projections?|radiographs?|films?|vena cava|limits?|ventric\w*|atri\w+|main\w*|"
-    r"circumflex|anterior descending|mediastinum|internal jugular|jugular|subclavian|decubitus)\b",
-    re.IGNORECASE,
-)
-_LEVEL_OF_A_NAME = re.compile(
-    r"[\s-]+(?:normal|cerebral|cerebellar|communicating|mesenteric|meningeal|cisterns?|cranial|fossa|horns?|sagittal|venous|line|catheter|"
-    r"canal|pontine|sulcus|descending|nervous|obesity|cyanosis|apnea|fovea|finger|toe|phalan\w+|turbinate|meatus|gi|endoscopy|thyroid|pulmonary arter\w+|ear|to)\b",
-    re.IGNORECASE,
-)
-# "PA and lateral chest radiographs": "lateral" is a view, and only a radiograph has these views.
-_FILM = r"(?:views?|projections?|radiographs?|films?|x-?rays?|x ray|cxr|exposures?)"
-_OTHER_VIEW = r"(?:pa|ap|frontal|posteroanterior|anteroposterior|oblique|decubitus|lordotic)"
-_LATERAL_VIEW_BEFORE = re.compile(
-    rf"\b(?:{_OTHER_VIEW}(?: (?:view|chest))?(?:\s*[,&/+]\s*(?:and |or )?| and (?:the )?| or (?:the )?| plus )"
-    rf"|(?:{_FILM}|chest)[:,(\s-]+(?:(?:is|are|was|were|of) )?(?:an? |the |left |right )?)$",
-    re.IGNORECASE,
-)
-_LATERAL_VIEW_AFTER = re.compile(
-    rf"\s*(?:/|,|&|\band\b|\bor\b)\s*{_OTHER_VIEW}\b(?! lobe)|(?:\s+[\w-]+){{0,2}}\s+{_FILM}\b|\s+chest\s*(?:$|[.,;:)])",
-    re.IGNORECASE,
-)
-_VIEW_BEFORE = re.compile(
-    rf"\b(?:{_OTHER_VIEW}|lateral|upright|(?:one|two|three|four|single|\d)[- ]views?)(?:(?: and |, |/| or | & )\w+)?(?: \w+){{0,2}} $",
-    re.IGNORECASE,
-)
-_VIEW_AFTER = re.compile(
-    rf"[\s,:(-]+(?:(?:in|with|of)\s+)?(?:the\s+)?(?:{_OTHER_VIEW}|lateral)\b(?! lobe)", re.IGNORECASE
-)
-_SIZE_OF_A_NAME = re.compile(
-    r"[\s-]+(?:bowel|intestine|vessels?|airways?|joints|(?:[bt][ -])?cell|field|degree|of|for|group|change|quality)\b",
-    re.IGNORECASE,
-)
-# Names in which a plane, a shape or an acuity is no fact of its own.
-_NAMES: dict[Axis, re.Pattern[str]] = {
-    "plane": re.compile(
-        r"[\s-]+(?:process\w*|colon|mesocolon|myelitis|sinus\w*|foram\w+|arch|ligament|fractures?|incision|carpal|diameter|sutures?)\b",
-        re.IGNORECASE,
-    ),
-    "sequence": re.compile(
-        r"[\s-]+(?:vertebra\w*|nerve|level|spinous|dis[ck]|ribs?|body|transverse|compression|fractures?|dermatome|root)\b",
-        re.IGNORECASE,
-    ),
-    "appearance": re.compile(
-        r"[\s-]+(?:ligament|fibrosis|axonal|nodular hyperplasia|large|window|foramen|alveolar damage|cortical dysplasia|ducts?|artery|"
-        r"hygroma|pseudopapillary|idiopathic)\b",
-        re.IGNORECASE,
-    ),
-    "acuity": re.compile(
-        r"[\s-]+(?:obstructive|kidney|renal failure|lymphocytic|lymphoblastic|myeloid|myelogenous|fatigue|granulomatous|respiratory distress|smokers?|users?|use|alcohol\w*|"
-        r"chest syndrome|coronary|abdomen|on)\b",
-        re.IGNORECASE,
-    ),
-}
-# "The angle is acute", "acute on chronic".
-_NO_ACUITY = re.compile(r"\b(?:angles? (?:\w+ )?|on )$", re.IGNORECASE)
-_TOLD_OF_A_SEX = re.compile(r"\s+(?:pattern|genital\w*|catheter|connector)\b", re.IGNORECASE)
 _PRONOUN = re.compile(r"\b(?:he|she|his|her|hers|him|himself|herself)\b", re.IGNORECASE)
-# "normal limits", "normal variant": no state. "mildly enlarged": nothing is mildly normal. "limits of normal" neither.
-_STATE_OF_A_NAME = re.compile(
-    r"[\s-]+(?:limits?|variants?|variation|pressure|saline|range|for)\b", re.IGNORECASE
-)
-_STATE_IN_A_PHRASE = re.compile(
-    r"\b(?:limits? of |top[- ]|high |low |borderline |near |otherwise )$|\w[^\W\d_]*ly $", re.IGNORECASE
-)
-_GROSSLY = re.compile(r"\b(?:grossly|completely|entirely|overall) $", re.IGNORECASE)
 # In running text other words hold sentences together ("the heart is …"), so only these are exchanged.
 _SWAPPED_IN_REPORTS = frozenset({"finding", "side", "zone", "size"})
 _SHORT_WORDS = 12
@@ -190,51 +125,16 @@ def _filled_again(text: str, concept: Concept, target: Concept) -> str | None:
 
 def _is_fact_of_its_own(answer: str, mention: Mention, found: tuple[Mention, ...]) -> bool:
     """Whether a mention can change alone; the names of views, vessels and parts have words that cannot."""
-    concept, end = mention.concept, mention.end
-    axis = concept.axis
-    if _COMPOUND.match(answer, end) and axis != "modality":
+    concept, low = mention.concept, lowered(answer)
+    if _COMPOUND.match(answer, mention.end) and concept.axis != "modality":
         return False
-    if axis in _NAMES and _NAMES[axis].match(answer, end):
+    # "The woman hurt his leg": other words would have to follow.
+    if concept.axis == "sex" and _PRONOUN.search(answer):
         return False
-    if axis == "acuity":
-        return not _NO_ACUITY.search(answer, max(0, mention.start - NEAR), mention.start)
-    if axis == "sex":
-        # "The woman hurt his leg": other words would have to follow.
-        return not (_PRONOUN.search(answer) or _TOLD_OF_A_SEX.match(answer, end))
-    if axis == "side":
-        return not _PART_OF_A_NAME.match(answer, end)
-    if axis == "zone":
-        return not (
-            _PART_OF_A_NAME.match(answer, end)
-            or _LEVEL_OF_A_NAME.match(answer, end)
-            or (
-                concept.name == "lateral"
-                and _is_by(answer, mention, _LATERAL_VIEW_BEFORE, _LATERAL_VIEW_AFTER)
-            )
-        )
-    if axis == "modality":
-        return concept.name != "x-ray" or not _is_by(answer, mention, _VIEW_BEFORE, _VIEW_AFTER)
-    if axis == "size":
-        return not _SIZE_OF_A_NAME.match(answer, end)
-    if axis == "state":
-        return not _STATE_OF_A_NAME.match(answer, end) and (
-            not _STATE_IN_A_PHRASE.search(answer, max(0, mention.start - NEAR), mention.start)
-            or _GROSSLY.search(answer, max(0, mention.start - NEAR), mention.start) is not None
-        )
-    if axis == "finding":
-        return not (
-            _OTHER_FINDING.search(answer, max(0, mention.start - NEAR), mention.start)
-            or _TOLD_OF_A_FINDING.match(answer, end)
-        )
-    if axis == "anatomy":
-        return _stands_alone(answer, mention, found)
-    return True
-
-
-def _is_by(answer: str, mention: Mention, before: re.Pattern[str], after: re.Pattern[str]) -> bool:
-    return bool(
-        before.search(answer, max(0, mention.start - NEAR), mention.start) or after.match(answer, mention.end)
-    )
+    if concept.axis == "anatomy" and not _stands_alone(answer, mention, found):
+        return False
+    rules = chain(_FIXED.get(concept.axis, ()), _FIXED.get(concept.name, ()))
+    return not any(rule.holds(low, mention.start, mention.end) for rule in rules)
 
 
 def _stands_alone(answer: str, mention: Mention, found: tuple[Mention, ...]) -> bool:

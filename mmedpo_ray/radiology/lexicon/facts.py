@@ -25,7 +25,7 @@ NEGATION = re.compile(
 )
 _IS_CONTRAST = re.compile(_CONTRAST, re.IGNORECASE)
 _AFTER_NEGATION = re.compile(
-    rf"\b(?:is|are|was|were)?\s*(?:absent|(?:not|no longer) (?:clearly |definitely )?{SEEN}|ruled out|"
+    rf"\b(?:is|are|was|were)?\s*(?:absent|(?:not|no longer) (?:clearly |definitely )?(?:{SEEN}|there)|ruled out|"
     r"excluded|unlikely|improbable|doubtful|(?<!not )resolved)\b",
     re.IGNORECASE,
 )

@@ -34,13 +34,13 @@ _LEAD = (
 _YES_WORDS = r"(?:yes|yeah|yea|yep|yup|yah|aye|affirmative)"
 _NO_WORDS = r"(?:no|nope|nah|nay)"
 _YES_ALONE = (
-    rf"(?:true|correct|positive|{SEEN}{_IN_THE_IMAGE}|certainly|definitely|absolutely|surely|sure|indeed|of course|exactly|"
+    rf"(?:true|correct|positive|(?:{SEEN}|there){_IN_THE_IMAGE}|certainly|definitely|absolutely|surely|sure|indeed|of course|exactly|"
     r"agreed|probably|(?:most |very )?likely)"
 )
 _NO_ALONE = (
     r"(?:false|incorrect|untrue|wrong|absent|negative|none|nil|nothing|never|neither|unlikely|"
     r"not(?: (?:at all|really|true|correct|right|so|likely|any))?|"
-    rf"(?:not|none|nothing|never)(?: (?:\w+ly|been|is|are|was|were))*(?: {SEEN}){_IN_THE_IMAGE})"
+    rf"(?:not|none|nothing|never)(?: (?:\w+ly|been|is|are|was|were))*(?: (?:{SEEN}|there)){_IN_THE_IMAGE})"
 )
 _LEADING = re.compile(
     rf"{_LEAD}(?:(?P<yes>{_YES_WORDS}\b|(?:{_YES_ALONE}){_END})"

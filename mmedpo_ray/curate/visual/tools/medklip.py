@@ -70,9 +70,12 @@ class Medklip(VisualTool):
 
     def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
         settings = self.config.curate.visual
-        asked = [
-            OBSERVATIONS.index(observation_for(row["question"], row["answer"], settings)) for row in rows
+        generic, is_generic = settings.generic_prompt, settings.prompt == "generic"
+        observations = [
+            observation_for(row["question"], row["answer"], generic, always_generic=is_generic)
+            for row in rows
         ]
+        asked = list(map(OBSERVATIONS.index, observations))
         pixels = self._torch.from_numpy(np.stack([pixels_of(image) for image in images]))
         pixels = pixels.to(self._device, memory_format=self._layout)
         with self._torch.inference_mode():

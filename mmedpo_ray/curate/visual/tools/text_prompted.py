@@ -71,7 +71,12 @@ class TextPrompted(VisualTool):
         import torch
 
         pictures = [to_rgb(image) for image in images]
-        prompts = [prompt_for(row["question"], row["answer"], self.config.curate.visual) for row in rows]
+        asked = self.config.curate.visual
+        is_generic = asked.prompt == "generic"
+        prompts = [
+            prompt_for(row["question"], row["answer"], asked.generic_prompt, always_generic=is_generic)
+            for row in rows
+        ]
         with torch.inference_mode():
             seen = self._find(pictures, prompts)
             if self._segment is not None:
