@@ -2,16 +2,20 @@
 
     python benchmarks/align_vs_trl.py --shape slake|report [--visual] [--json FILE]
 
-Both train the same random LLaVA (576 image tokens, CLIP 336/14) with the same LoRA, AdamW and pairs; both get their batches
-ready-made, so reading images and tokenising count on neither side. TRL runs its fastest working settings for a
-vision-language model: LoRA with the adapter switched off as reference, no gradient checkpointing (TRL 1.16 has no padding-free batches
-and no precomputed reference for images). Ours are packed trees; the one reference pass is counted in, spread over three epochs.
-Each side runs in the smallest micro-batches that were within 3 % of its fastest in a trial.
+Both train the same random LLaVA (576 image tokens, CLIP 336/14) with the same LoRA, AdamW and pairs; both get
+their batches ready-made, so reading images and tokenising count on neither side. TRL runs its fastest working
+settings for a vision-language model: LoRA with the adapter switched off as reference, no gradient
+checkpointing (TRL 1.16 has no padding-free batches and no precomputed reference for images). Ours are packed
+trees; the one reference pass is counted in, spread over three epochs. Each side runs in the smallest
+micro-batches that were within 3 % of its fastest in a trial.
 
-shapes  slake   two images with 11 questions each, chosen about 3 tokens, rejected about 17 (the released SLAKE pairs)
+shapes  slake   two images with 11 questions each, chosen about 3 tokens, rejected about 17 (the released
+SLAKE pairs)
         report  eight images with one report each, about 75 tokens a side
---visual  adds a visual pair to every text pair. TRL has none, so the other side is the padded way of the authors' code on the same
-        model: every pair's two sides in rows of their own, reference recomputed, (2 text + 2 visual) × (policy + reference) forwards.
+--visual  adds a visual pair to every text pair. TRL has none, so the other side is the padded way of the
+authors' code on the same
+        model: every pair's two sides in rows of their own, reference recomputed, (2 text + 2 visual) ×
+        (policy + reference) forwards.
 
 Cost: a few minutes on two cores. Peak memory is taken in a process of its own for each side.
 """
@@ -318,7 +322,8 @@ class Trl:
 
         data = datasets.Dataset.from_list([_trl_row(row) for row in rows])
         self.trainer = trl.DPOTrainer(
-            # Given an adapter TRL would take a copy of it as reference; given its settings it switches the adapter off.
+            # Given an adapter TRL would take a copy of it as reference; given its settings it switches the
+            # adapter off.
             model=LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype),
             peft_config=lora(),
             args=trl.DPOConfig(
@@ -372,7 +377,7 @@ def _trl_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Padded:
-    """The padded way: each side of each pair a row of its own, policy and reference forwards for both kinds of pair."""
+    """The padded way: each side of each pair in its own row, with policy and reference forwards."""
 
     def __init__(
         self,
@@ -580,9 +585,10 @@ def main() -> int:
     speed, sizes = result["pairs_per_second"], result["batch_sizes"]
     print(
         f"{result['shape']}{' + visual' if arguments.visual else ''} against {result['against']}: "
-        f"{speed['ours']:.2f} and {speed['theirs']:.2f} pairs/s, ratio {result['pairs_per_second_ratio']:.1f}; "
-        f"peak memory {memory['ours']:.0f} and {memory['theirs']:.0f} MiB, ratio {result['peak_memory_ratio']:.2f}; "
-        f"loss difference {result['loss_difference']:.1e} (in a forward: {sizes['ours']} images, {sizes['theirs']} pairs)"
+        f"{speed['ours']:.2f} and {speed['theirs']:.2f} pairs/s, ratio "
+        f"{result['pairs_per_second_ratio']:.1f}; peak memory {memory['ours']:.0f} and "
+        f"{memory['theirs']:.0f} MiB, ratio {result['peak_memory_ratio']:.2f}; loss difference "
+        f"{result['loss_difference']:.1e} (in a forward: {sizes['ours']} images, {sizes['theirs']} pairs)"
     )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,17 +1,18 @@
-"""Our training step at 7B on one GPU: pairs and tokens per second, model FLOP utilisation, memory; attention along
-trees against a dense mask and FlexAttention.
+"""Our training step at 7B on one GPU: pairs and tokens per second, model FLOP utilisation, memory; attention
+along trees against a dense mask and FlexAttention.
 
     python benchmarks/gpu_step.py [--attention tree sdpa flex] [--checkpointing] [--json FILE]
     python benchmarks/gpu_step.py --tiny          the same code on a tiny model, on any machine
 
-Random bf16 weights in the geometry of LLaVA-Med 1.5 (Mistral 7B, CLIP-L/14-336, 576 image tokens), LoRA r 128 on all linear
-layers of the language model, packed trees of one SLAKE-shaped image (11 questions) each. The rate that a step could reach is
-measured in the same run: large bf16 matrix products. Utilisation counts what a step must compute: 2 FLOPs per weight and token
-for the forward pass and 2 for the gradient of activations (frozen weights have no gradient of their own), plus LoRA's own 6; in the
-last layer queries, output projection and MLP only at the tokens that predict a response.
+Random bf16 weights in the geometry of LLaVA-Med 1.5 (Mistral 7B, CLIP-L/14-336, 576 image tokens), LoRA r 128
+on all linear layers of the language model, packed trees of one SLAKE-shaped image (11 questions) each. The
+rate that a step could reach is measured in the same run: large bf16 matrix products. Utilisation counts what
+a step must compute: 2 FLOPs per weight and token for the forward pass and 2 for the gradient of activations
+(frozen weights have no gradient of their own), plus LoRA's own 6; in the last layer queries, output
+projection and MLP only at the tokens that predict a response.
 
-Memory, reckoned and not measured: 14 GiB of frozen weights, 6 GiB of adapter, gradient and optimizer state, and for each
-tree in a forward about 6 GiB of activations, with checkpointing half a GiB.
+Memory, reckoned and not measured: 14 GiB of frozen weights, 6 GiB of adapter, gradient and optimizer state,
+and for each tree in a forward about 6 GiB of activations, with checkpointing half a GiB.
 """
 
 from __future__ import annotations
@@ -263,9 +264,9 @@ def main() -> int:
     for result in results:
         memory = result["peak_memory_gib"]
         print(
-            f"{result['attention']}: {result['pairs_per_second']:.1f} pairs/s, {result['tokens_per_second']:.0f} tokens/s, "
-            f"{result['utilisation_of_measured_matmul']:.0%} of {result['matmul_tflops']:.1f} TFLOP/s"
-            + (f", {memory:.1f} GiB" if memory else "")
+            f"{result['attention']}: {result['pairs_per_second']:.1f} pairs/s, "
+            f"{result['tokens_per_second']:.0f} tokens/s, {result['utilisation_of_measured_matmul']:.0%} of "
+            f"{result['matmul_tflops']:.1f} TFLOP/s" + (f", {memory:.1f} GiB" if memory else "")
         )
     if arguments.json:
         hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

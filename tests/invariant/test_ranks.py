@@ -1,4 +1,4 @@
-"""The same updates, however they are computed: plain torch, ZeRO-3 on one rank, on two, in small micro-batches."""
+"""The same updates in every way: plain torch, ZeRO-3 on one rank, on two, in small micro-batches."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_projector_beside_lora_is_the_same_on_sharded_ranks(runs: Runs) -> Non
 
 
 def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
-    """The objective over each whole step, torch's AdamW and clipping, without DeepSpeed, plan packing or sharding."""
+    """The objective over each whole step, torch's AdamW and clipping, without DeepSpeed or micro-batches."""
     spec = runs.spec
     align = spec.align
     writer = PromptWriter(load_processor(spec.model))

@@ -52,7 +52,7 @@ def test_the_figures_are_the_objective_over_all_held_out_pairs_at_once(runs: Run
     )
     with torch.no_grad():
         sides = ResponseLogps(*policy(batch)).sides(len(apart))
-        loss, _ = preference_objective(*sides, pair_batch(apart), total, spec.align_objective)
+        loss, _ = preference_objective(*sides, pair_batch(apart), total, spec.align)
     assert found.validation_loss == pytest.approx(loss.item(), rel=1e-4)
 
 

@@ -55,7 +55,7 @@ def one_step(world: Path, model: Path, folder: Path, **changes: Any) -> Training
 def with_reference(
     world: Path, model: Path, folder: Path, precision: str, noise: Callable[[int], float]
 ) -> Path:
-    """The same tables with the model's own values, moved by ``noise`` (number of the side → nats per token)."""
+    """The same tables with the model's own values plus ``noise`` (number of the side → nats per token)."""
     loop = TrainingLoop(one_step(world, model, folder / "values", precision=precision, pairs_per_forward=4))
     loop.engine.train(False)
     found: dict[str, tuple[float, float]] = {}

@@ -1,4 +1,4 @@
-"""The prepared table on disk gives the plan that the same pairs in memory give, however its files and row groups are cut."""
+"""The prepared table gives the plan of the same pairs in memory, for any files and row groups."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_training_pairs_need_a_shared_path() -> None:
 def test_sums_are_those_of_the_packed_forests(
     scored: list[dict], tmp_path: Path, is_image_first: bool
 ) -> None:
-    """The table's prompts have one image token, the model's have all; also where the question comes before the image."""
+    """The table's prompts have one image token, the model's have all; also if the question comes first."""
     folder = build_tiny_llava(tmp_path / "tiny")
     if not is_image_first:
         put_the_image_last(folder)

@@ -1,4 +1,4 @@
-"""Attention along trees equals attention under a dense mask, on any forest and with any size of its blocks."""
+"""Tree attention equals attention under a dense mask, on any trees and with any block size."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 
 
 def llava_around(family: str) -> Any:
-    """A tiny LLaVA whose language model is of another family; random weights, several times the usual scale."""
+    """A tiny LLaVA with a language model of another family; random weights of several times the usual scale."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32,

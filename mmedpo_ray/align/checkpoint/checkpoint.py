@@ -190,7 +190,7 @@ def load_last_checkpoint(folder: Path, key: str) -> Checkpoint | None:
 
 
 def load_best_checkpoint(folder: Path, key: str | None) -> Checkpoint | None:
-    """The usable checkpoint with the lowest validation loss, the earliest of equals; ``None`` without validation.
+    """The usable checkpoint with the lowest validation loss, if any; the earliest of equals.
 
     Args:
         folder: of the run.
