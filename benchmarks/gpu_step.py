@@ -124,7 +124,7 @@ def build_policy(geometry: Geometry, device: torch.device, attention: str, *, ch
     return Policy(peft_model)
 
 
-def draw_forest(images: int, device: torch.device) -> tuple[PackedTrees, int, int]:
+def draw_packed(images: int, device: torch.device) -> tuple[PackedTrees, int, int]:
     """Trees of random tokens in SLAKE's shape: the forest, its pairs and their chosen tokens."""
     generator = torch.Generator().manual_seed(0)
     rows = draw_rows(replace(SHAPES["slake"], images=1), visual=False)
@@ -189,7 +189,7 @@ def measure(arguments: argparse.Namespace, attention: str, device: torch.device)
         torch.cuda.empty_cache()
     geometry = TINY if arguments.tiny else Geometry()
     policy = build_policy(geometry, device, attention, checkpointing=arguments.checkpointing)
-    forest, pairs, chosen_tokens = draw_forest(arguments.images, device)
+    forest, pairs, chosen_tokens = draw_packed(arguments.images, device)
     spec = TrainingSpec(
         align=AlignConfig(strategy="ddp", learning_rate=1e-6),
         model="",

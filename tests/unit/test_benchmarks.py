@@ -34,9 +34,9 @@ def test_a_slake_shaped_tree_has_eleven_questions_of_the_stated_length() -> None
 
 
 def test_the_step_on_a_gpu_has_eleven_questions_on_every_image() -> None:
-    from gpu_step import IMAGE_TOKENS, draw_forest
+    from gpu_step import IMAGE_TOKENS, draw_packed
 
-    forest, pairs, chosen_tokens = draw_forest(3, torch.device("cpu"))
+    forest, pairs, chosen_tokens = draw_packed(3, torch.device("cpu"))
     assert pairs == 3 * 11
     assert chosen_tokens == 3 * 11 * 3
     assert forest.pixel_values.shape[0] == 3
