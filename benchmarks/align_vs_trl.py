@@ -247,8 +247,8 @@ class Ours:
         whole = list(trees.values())
         for start in range(0, len(whole), batch_size):
             pairs = list(itertools.chain.from_iterable(whole[start : start + batch_size]))
-            forest = pack_pairs(pairs, load, writer.pad_token_id, both_sides=True)  # type: ignore[arg-type]
-            self.batches.append((forest.to(device), pair_batch(pairs, device=device)))
+            packed_trees = pack_pairs(pairs, load, writer.pad_token_id, both_sides=True)  # type: ignore[arg-type]
+            self.batches.append((packed_trees.to(device), pair_batch(pairs, device=device)))
         tokens = sum(len(pair.chosen) for tree in trees.values() for pair in tree)
         self.total = Normaliser(float(len(rows)), tokens, len(rows))
         spec = TrainingSpec(
@@ -266,18 +266,18 @@ class Ours:
     def reference_pass(self) -> None:
         """What the stage `prepare` does once."""
         known = []
-        for forest, pairs in self.batches:
+        for packed_trees, pairs in self.batches:
             count = len(pairs.weight)
             with torch.no_grad(), self.policy.disable_adapter():
-                out = response_logps(self.policy, forest).logps
-            known.append((forest, replace(pairs, ref_chosen=out[:count], ref_rejected=out[count:])))
+                out = response_logps(self.policy, packed_trees).logps
+            known.append((packed_trees, replace(pairs, ref_chosen=out[:count], ref_rejected=out[count:])))
         self.batches = known
 
     def step(self) -> float:
         """Forward, backward, update."""
         value = 0.0
-        for number, (forest, pairs) in enumerate(self.batches):
-            out = self.engine.logps(forest)
+        for number, (packed_trees, pairs) in enumerate(self.batches):
+            out = self.engine.logps(packed_trees)
             sides = out.sides(len(pairs.weight))
             loss, _ = preference_objective(*sides, pairs, self.total, AlignConfig(beta=BETA))
             self.engine.backward(loss, is_last=number == len(self.batches) - 1)

@@ -79,7 +79,7 @@ def build(settings: LlavaConfig, align: AlignConfig) -> Any:
     return model
 
 
-def forest(images: int, questions: int) -> PackedTrees:
+def packed_trees(images: int, questions: int) -> PackedTrees:
     """Questions of 20 tokens with two answers of 8 on every image."""
     generator = torch.Generator().manual_seed(0)
 
@@ -119,7 +119,7 @@ def test_expected_activations_are_what_autograd_keeps(
     train: Any, hidden: int, intermediate: int, key_heads: int, images: int, questions: int
 ) -> None:
     align = align_settings(train=train)
-    settings, batch = llava(hidden, intermediate, key_heads), forest(images, questions)
+    settings, batch = llava(hidden, intermediate, key_heads), packed_trees(images, questions)
     shape = Geometry.of(settings, align)
     size = ForwardSize(batch.input_ids.numel(), batch.edge_token.numel(), images)
     kept = kept_bytes(build(settings, align), batch)

@@ -290,7 +290,8 @@ def test_rows_that_cannot_be_trained_on_are_dropped_with_the_reason(
     weights = {row["pair_id"]: row["weight"] for row in rows}
     for pair in pairs:
         assert pair.weight == pytest.approx(weights[pair.pair_id] * (0.5 if pair.is_visual else 1.0))
-    # The visual pair of the second image shares its answer with a text pair; that of the first has lost its own.
+    # The visual pair of the second image shares its answer with a text pair; that of the first has lost its
+    # own.
     assert {pair.pair_id: pair.counts_nll for pair in pairs if pair.is_visual} == {
         "s000-1:visual": True,
         "s001-1:visual": False,

@@ -50,8 +50,8 @@ def make_pairs(sizes: list[int]) -> list[Pair]:
     return pairs
 
 
-def forest_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> PackedTrees:
-    """The packed forest of some pairs, with images that nobody looks at."""
+def packed_trees_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> PackedTrees:
+    """The packed trees of some pairs, with blank images."""
     sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
     if both_sides:
         sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
@@ -62,13 +62,13 @@ def forest_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> PackedTrees:
 
 def num_tokens(pairs: Sequence[Pair], *, both_sides: bool) -> int:
     """Tokens of a packed forward pass, rows filled up."""
-    return forest_of(pairs, both_sides=both_sides).input_ids.numel()
+    return packed_trees_of(pairs, both_sides=both_sides).input_ids.numel()
 
 
 def num_distinct(pairs: Sequence[Pair], *, both_sides: bool) -> int:
     """The same without what fills the rows up."""
-    forest = forest_of(pairs, both_sides=both_sides)
-    return forest.input_ids.numel() - len(forest.layout.padding)
+    packed_trees = packed_trees_of(pairs, both_sides=both_sides)
+    return packed_trees.input_ids.numel() - len(packed_trees.layout.padding)
 
 
 def make_plan(sizes: list[int], **changes: object) -> Plan:
@@ -183,7 +183,7 @@ def alike_pairs(draw: st.DrawFn) -> list[Pair]:
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=alike_pairs(), limit=st.integers(8, 60), num_ranks=st.integers(1, 3), both_sides=st.booleans())
-def test_counts_are_those_of_the_packed_forests(
+def test_counts_are_those_of_the_packed_trees(
     pairs: list[Pair], limit: int, num_ranks: int, both_sides: bool
 ) -> None:
     source = PairsInMemory(pairs)

@@ -77,7 +77,9 @@ _SUBJECT = (
     rf"(?:(?:it|this|that|everything|all|(?:the|this) (?:\w+ )?{IMAGE}) "
     r"(?:is|are|appears?|looks?|seems?|shows?|demonstrates?|reveals?|has|have)(?: to be)? |there (?:is|are) )?"
 )
-_SEEN_HERE = rf"(?:,? (?:(?:is|are|was|were|can be) )?(?:{SEEN}|there))?(?: (?:in|on) (?:this|the) (?:\w+ )?{IMAGE})?"
+_SEEN_HERE = (
+    rf"(?:,? (?:(?:is|are|was|were|can be) )?(?:{SEEN}|there))?(?: (?:in|on) (?:this|the) (?:\w+ )?{IMAGE})?"
+)
 _SENSES: dict[Literal["normal", "none"], re.Pattern[str]] = {
     "normal": re.compile(
         rf"\W*{_SUBJECT}(?:an? )?(?:completely |entirely |essentially |otherwise |grossly )?(?:"
