@@ -1,19 +1,26 @@
 """Our training step against TRL's DPOTrainer: pairs per second, peak memory, loss, in one interleaved run.
 
-    python benchmarks/align_vs_trl.py --shape slake|report [--visual] [--json FILE]
+    python benchmarks/align_vs_trl.py [--shape slake|report] [--rounds N] [--images N] [--visual] [--json
+    FILE]
 
-Both train the same random LLaVA (576 image tokens, CLIP 336/14) with the same LoRA, AdamW and pairs; both get their batches
-ready-made, so reading images and tokenising count on neither side. TRL runs its fastest working settings for a
-vision-language model: LoRA with the adapter switched off as reference, no gradient checkpointing (TRL 1.16 has no padding-free batches
-and no precomputed reference for images). Ours are packed trees; the one reference pass is counted in, spread over three epochs.
-Each side runs in the smallest micro-batches that were within 3 % of its fastest in a trial.
+Both train the same random LLaVA (576 image tokens, CLIP 336/14) with the same LoRA, AdamW and pairs; both get
+their batches ready-made, so reading images and tokenising count on neither side. TRL runs its fastest working
+settings for a vision-language model: LoRA with the adapter switched off as reference, no gradient
+checkpointing (TRL 1.16 has no padding-free batches and no precomputed reference for images). Ours are packed
+trees; the one reference pass is included, spread over three epochs. Each side runs in the smallest
+micro-batches that were within 3 % of its fastest in a trial.
 
-shapes  slake   two images with 11 questions each, chosen about 3 tokens, rejected about 17 (the released SLAKE pairs)
-        report  eight images with one report each, about 75 tokens a side
---visual  adds a visual pair to every text pair. TRL has none, so the other side is the padded way of the authors' code on the same
-        model: every pair's two sides in rows of their own, reference recomputed, (2 text + 2 visual) × (policy + reference) forwards.
+shapes    slake   images with 11 questions each, chosen about 3 tokens, rejected about 17 (the released SLAKE
+pairs)
+          report  images with one report each, about 75 tokens a side
+--visual  adds a visual pair to every text pair. TRL has none, so the other side is the padded way of the
+authors' code
+          on the same model: every pair's two sides in rows of their own, reference recomputed, (2 text + 2
+          visual) × (policy + reference) forwards.
 
-Cost: a few minutes on two cores. Peak memory is taken in a process of its own for each side.
+The ratio is that of the medians; its spread is the ratio of each round. The default takes less than 5 minutes
+on two idle cores; ``--images 2 --rounds 5`` (slake) and ``--images 8 --rounds 5`` (report) are the larger
+runs of the docs. Peak memory is measured in a process of its own for each side.
 """
 
 from __future__ import annotations
@@ -89,6 +96,8 @@ class Shape:
 
 
 SHAPES = {"slake": Shape(2, 11, 9, 2, 16), "report": Shape(8, 1, 8, 74, 74)}
+# Images of a step unless --images is given, so that a run takes minutes.
+FEW_IMAGES = {"slake": 1, "report": 4}
 
 
 @dataclass(frozen=True)
@@ -238,8 +247,8 @@ class Ours:
         whole = list(trees.values())
         for start in range(0, len(whole), batch_size):
             pairs = list(itertools.chain.from_iterable(whole[start : start + batch_size]))
-            forest = pack_pairs(pairs, load, writer.pad_token_id, both_sides=True)  # type: ignore[arg-type]
-            self.batches.append((forest.to(device), pair_batch(pairs, device=device)))
+            packed_trees = pack_pairs(pairs, load, writer.pad_token_id, both_sides=True)  # type: ignore[arg-type]
+            self.batches.append((packed_trees.to(device), pair_batch(pairs, device=device)))
         tokens = sum(len(pair.chosen) for tree in trees.values() for pair in tree)
         self.total = Normaliser(float(len(rows)), tokens, len(rows))
         spec = TrainingSpec(
@@ -257,18 +266,18 @@ class Ours:
     def reference_pass(self) -> None:
         """What the stage `prepare` does once."""
         known = []
-        for forest, pairs in self.batches:
+        for packed_trees, pairs in self.batches:
             count = len(pairs.weight)
             with torch.no_grad(), self.policy.disable_adapter():
-                out = response_logps(self.policy, forest).logps
-            known.append((forest, replace(pairs, ref_chosen=out[:count], ref_rejected=out[count:])))
+                out = response_logps(self.policy, packed_trees).logps
+            known.append((packed_trees, replace(pairs, ref_chosen=out[:count], ref_rejected=out[count:])))
         self.batches = known
 
     def step(self) -> float:
         """Forward, backward, update."""
         value = 0.0
-        for number, (forest, pairs) in enumerate(self.batches):
-            out = self.engine.logps(forest)
+        for number, (packed_trees, pairs) in enumerate(self.batches):
+            out = self.engine.logps(packed_trees)
             sides = out.sides(len(pairs.weight))
             loss, _ = preference_objective(*sides, pairs, self.total, AlignConfig(beta=BETA))
             self.engine.backward(loss, is_last=number == len(self.batches) - 1)
@@ -318,7 +327,8 @@ class Trl:
 
         data = datasets.Dataset.from_list([_trl_row(row) for row in rows])
         self.trainer = trl.DPOTrainer(
-            # Given an adapter TRL would take a copy of it as reference; given its settings it switches the adapter off.
+            # Given an adapter TRL would take a copy of it as reference; given its settings it switches the
+            # adapter off.
             model=LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype),
             peft_config=lora(),
             args=trl.DPOConfig(
@@ -372,7 +382,7 @@ def _trl_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Padded:
-    """The padded way: each side of each pair a row of its own, policy and reference forwards for both kinds of pair."""
+    """The padded way: each side of each pair in its own row, with policy and reference forwards."""
 
     def __init__(
         self,
@@ -456,38 +466,51 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 def best_batch_size(make: Callable[[int], Any], count: int, device: torch.device) -> int:
     """The smallest micro-batch that is within 3 % of the fastest."""
     seconds: dict[int, float] = {}
-    for size in sorted({1, 2, 4, count}):
-        if size <= count:
-            side = make(size)
-            side.step()
-            seconds[size] = min(timed(side.step, device) for _ in range(2))
+    for size in sorted({1, min(4, count)}):
+        side = make(size)
+        side.step()
+        seconds[size] = timed(side.step, device)
     return min(size for size, value in seconds.items() if value <= 1.03 * min(seconds.values()))
+
+
+def shape_of(arguments: argparse.Namespace) -> Shape:
+    """The shape with the number of images on the command line."""
+    return replace(SHAPES[arguments.shape], images=arguments.images or FEW_IMAGES[arguments.shape])
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Interleaved repetitions of both sides."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    rows = draw_rows(SHAPES[arguments.shape], visual=arguments.visual)
+    rows = draw_rows(shape_of(arguments), visual=arguments.visual)
     other = Padded if arguments.visual else Trl
+
+    def make_ours(size: int) -> Ours:
+        return Ours(folder, rows, device, dtype, size)
+
+    def make_theirs(size: int) -> Any:
+        return other(folder, rows, device, dtype, size)
+
     sizes = {
-        "ours": best_batch_size(
-            lambda size: Ours(folder, rows, device, dtype, size), SHAPES[arguments.shape].images, device
-        ),
-        "theirs": best_batch_size(lambda size: other(folder, rows, device, dtype, size), len(rows), device),
+        "ours": best_batch_size(make_ours, shape_of(arguments).images, device),
+        "theirs": best_batch_size(make_theirs, len(rows), device),
     }
     # Both begin again from the same weights; the first step of each gives the losses to compare.
-    ours = Ours(folder, rows, device, dtype, sizes["ours"])
+    ours = make_ours(sizes["ours"])
     ours.reference_pass()
-    theirs = other(folder, rows, device, dtype, sizes["theirs"])
+    theirs = make_theirs(sizes["theirs"])
     losses = {"ours": ours.step(), "theirs": theirs.step()}
     times: dict[str, list[float]] = {"ours": [], "theirs": [], "reference": []}
-    for _ in range(arguments.repetitions):
+    for _ in range(arguments.rounds):
         times["theirs"].append(timed(theirs.step, device))
         times["ours"].append(timed(ours.step, device))
         times["reference"].append(timed(ours.reference_pass, device))
     ours_seconds = statistics.median(times["ours"]) + statistics.median(times["reference"]) / EPOCHS
     theirs_seconds = statistics.median(times["theirs"])
+    ratios = [
+        theirs_step / (ours_step + reference / EPOCHS)
+        for ours_step, theirs_step, reference in zip(*times.values(), strict=True)
+    ]
     return {
         "shape": arguments.shape,
         "visual": arguments.visual,
@@ -495,6 +518,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "pairs": len(rows),
         "pairs_per_second": {"ours": len(rows) / ours_seconds, "theirs": len(rows) / theirs_seconds},
         "pairs_per_second_ratio": theirs_seconds / ours_seconds,
+        "ratio_spread": [min(ratios), max(ratios)],
         "loss_difference": abs(losses["ours"] - losses["theirs"]),
         "losses": losses,
         "batch_sizes": sizes,
@@ -504,10 +528,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def peak_memory(arguments: argparse.Namespace, folder: Path, side: str, batch_size: int) -> float:
     """MiB that two steps of one side take above the loaded model, in a process of its own."""
-    command = [sys.executable, __file__, "--shape", arguments.shape, "--memory", side, "--model", str(folder)]
-    command += (
-        ["--batch-size", str(batch_size)] + ["--visual"] * arguments.visual + ["--bf16"] * arguments.bf16
-    )
+    command = [sys.executable, __file__, "--memory", side, "--model", str(folder)]
+    command += ["--shape", arguments.shape, "--images", str(shape_of(arguments).images)]
+    command += ["--batch-size", str(batch_size)]
+    command += ["--visual"] * arguments.visual + ["--bf16"] * arguments.bf16
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(result.stdout.strip().splitlines()[-1])
 
@@ -516,7 +540,7 @@ def print_peak_memory(arguments: argparse.Namespace) -> None:
     """The child's part of :func:`peak_memory`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    rows = draw_rows(SHAPES[arguments.shape], visual=arguments.visual)
+    rows = draw_rows(shape_of(arguments), visual=arguments.visual)
     if arguments.memory == "ours":
         side: Any = Ours(arguments.model, rows, device, dtype, arguments.batch_size)
         side.reference_pass()
@@ -549,7 +573,8 @@ def main() -> int:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="slake")
     parser.add_argument("--visual", action="store_true", help="text and visual pairs, against the padded way")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--images", type=int, help="images in a step; default: 1 (slake) or 4 (report)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--memory", choices=["ours", "theirs"], help=argparse.SUPPRESS)
@@ -577,12 +602,14 @@ def main() -> int:
         else f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
-    speed, sizes = result["pairs_per_second"], result["batch_sizes"]
+    speed, sizes, (low, high) = result["pairs_per_second"], result["batch_sizes"], result["ratio_spread"]
     print(
         f"{result['shape']}{' + visual' if arguments.visual else ''} against {result['against']}: "
-        f"{speed['ours']:.2f} and {speed['theirs']:.2f} pairs/s, ratio {result['pairs_per_second_ratio']:.1f}; "
-        f"peak memory {memory['ours']:.0f} and {memory['theirs']:.0f} MiB, ratio {result['peak_memory_ratio']:.2f}; "
-        f"loss difference {result['loss_difference']:.1e} (in a forward: {sizes['ours']} images, {sizes['theirs']} pairs)"
+        f"{speed['ours']:.2f} and {speed['theirs']:.2f} pairs/s, ratio "
+        f"{result['pairs_per_second_ratio']:.1f} ({low:.1f} to {high:.1f} in {arguments.rounds} rounds); "
+        f"peak memory {memory['ours']:.0f} and "
+        f"{memory['theirs']:.0f} MiB, ratio {result['peak_memory_ratio']:.2f}; loss difference "
+        f"{result['loss_difference']:.1e} (in a forward: {sizes['ours']} images, {sizes['theirs']} pairs)"
     )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,17 +1,18 @@
-"""Our training step at 7B on one GPU: pairs and tokens per second, model FLOP utilisation, memory; attention along
-trees against a dense mask and FlexAttention.
+"""Our training step at 7B on one GPU: pairs and tokens per second, model FLOP utilisation, memory; attention
+along trees against a dense mask and FlexAttention.
 
     python benchmarks/gpu_step.py [--attention tree sdpa flex] [--checkpointing] [--json FILE]
     python benchmarks/gpu_step.py --tiny          the same code on a tiny model, on any machine
 
-Random bf16 weights in the geometry of LLaVA-Med 1.5 (Mistral 7B, CLIP-L/14-336, 576 image tokens), LoRA r 128 on all linear
-layers of the language model, packed trees of one SLAKE-shaped image (11 questions) each. The rate that a step could reach is
-measured in the same run: large bf16 matrix products. Utilisation counts what a step must compute: 2 FLOPs per weight and token
-for the forward pass and 2 for the gradient of activations (frozen weights have no gradient of their own), plus LoRA's own 6; in the
-last layer queries, output projection and MLP only at the tokens that predict a response.
+Random bf16 weights in the geometry of LLaVA-Med 1.5 (Mistral 7B, CLIP-L/14-336, 576 image tokens), LoRA r 128
+on all linear layers of the language model, packed trees of one SLAKE-shaped image (11 questions) each. The
+rate that a step could reach is measured in the same run: large bf16 matrix products. Utilisation counts what
+a step must compute: 2 FLOPs per weight and token for the forward pass and 2 for the gradient of activations
+(frozen weights have no gradient of their own), plus LoRA's own 6; in the last layer queries, output
+projection and MLP only at the tokens that predict a response.
 
-Memory, reckoned and not measured: 14 GiB of frozen weights, 6 GiB of adapter, gradient and optimizer state, and for each
-tree in a forward about 6 GiB of activations, with checkpointing half a GiB.
+Memory, reckoned and not measured: 14 GiB of frozen weights, 6 GiB of adapter, gradient and optimizer state,
+and for each tree in a forward about 6 GiB of activations, with checkpointing half a GiB.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def build_policy(geometry: Geometry, device: torch.device, attention: str, *, ch
     return Policy(peft_model)
 
 
-def draw_forest(images: int, device: torch.device) -> tuple[PackedTrees, int, int]:
-    """Trees of random tokens in SLAKE's shape: the forest, its pairs and their chosen tokens."""
+def draw_packed(images: int, device: torch.device) -> tuple[PackedTrees, int, int]:
+    """Trees of random tokens in SLAKE's shape: the packed_trees, its pairs and their chosen tokens."""
     generator = torch.Generator().manual_seed(0)
     rows = draw_rows(replace(SHAPES["slake"], images=1), visual=False)
 
@@ -140,8 +141,8 @@ def draw_forest(images: int, device: torch.device) -> tuple[PackedTrees, int, in
             chosen.append(TokenSequence(prompt, tokens(3), image))
             rejected.append(TokenSequence(prompt, tokens(17), image))
     pixels = torch.randn(images, 3, 336, 336, generator=generator)
-    forest = pack([*chosen, *rejected], pixels, 0).to(device)
-    return forest, len(chosen), sum(len(item.response) for item in chosen)
+    packed_trees = pack([*chosen, *rejected], pixels, 0).to(device)
+    return packed_trees, len(chosen), sum(len(item.response) for item in chosen)
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -154,9 +155,9 @@ def matmul_rate(device: torch.device) -> float:
     return best
 
 
-def step_flops(policy: Policy, forest: PackedTrees, geometry: Geometry) -> float:
+def step_flops(policy: Policy, packed_trees: PackedTrees, geometry: Geometry) -> float:
     """FLOPs that a step must compute (a checkpointed forward repeated is not counted as work)."""
-    tokens = forest.input_ids.numel()
+    tokens = packed_trees.input_ids.numel()
     linear = [
         (name, module) for name, module in policy.model.named_modules() if isinstance(module, torch.nn.Linear)
     ]
@@ -165,7 +166,7 @@ def step_flops(policy: Policy, forest: PackedTrees, geometry: Geometry) -> float
     def uses(name: str) -> int:
         """Tokens that pass a layer."""
         is_cut = last in name and ".k_proj" not in name and ".v_proj" not in name
-        return forest.outputs.numel() if is_cut else tokens
+        return packed_trees.outputs.numel() if is_cut else tokens
 
     lora = sum(module.weight.numel() * uses(name) for name, module in linear if "lora_" in name)
     frozen = sum(
@@ -175,8 +176,8 @@ def step_flops(policy: Policy, forest: PackedTrees, geometry: Geometry) -> float
     )
     tower = sum(module.weight.numel() for name, module in linear if "vision_tower" in name)
     head = geometry.vocabulary * geometry.hidden
-    edges = forest.edge_token.numel()
-    images = forest.pixel_values.shape[0]
+    edges = packed_trees.edge_token.numel()
+    images = packed_trees.pixel_values.shape[0]
     return float(4 * frozen + 6 * lora + 4 * head * edges + 2 * tower * images * (IMAGE_TOKENS + 1))
 
 
@@ -188,7 +189,7 @@ def measure(arguments: argparse.Namespace, attention: str, device: torch.device)
         torch.cuda.empty_cache()
     geometry = TINY if arguments.tiny else Geometry()
     policy = build_policy(geometry, device, attention, checkpointing=arguments.checkpointing)
-    forest, pairs, chosen_tokens = draw_forest(arguments.images, device)
+    packed_trees, pairs, chosen_tokens = draw_packed(arguments.images, device)
     spec = TrainingSpec(
         align=AlignConfig(strategy="ddp", learning_rate=1e-6),
         model="",
@@ -205,7 +206,7 @@ def measure(arguments: argparse.Namespace, attention: str, device: torch.device)
     total = Normaliser(float(pairs), chosen_tokens, pairs)
 
     def step() -> None:
-        out = engine.logps(forest)
+        out = engine.logps(packed_trees)
         loss, _ = preference_objective(*out.sides(pairs), batch, total, AlignConfig())
         engine.backward(loss, is_last=True)
         engine.update(1e-6)
@@ -215,15 +216,15 @@ def measure(arguments: argparse.Namespace, attention: str, device: torch.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(_seconds(step, device) for _ in range(arguments.repetitions))
-    flops = step_flops(policy, forest, geometry)
+    flops = step_flops(policy, packed_trees, geometry)
     rate = matmul_rate(device)
     return {
         "attention": attention,
         "seconds": seconds,
         "pairs_per_second": pairs / seconds,
-        "tokens_per_second": forest.input_ids.numel() / seconds,
+        "tokens_per_second": packed_trees.input_ids.numel() / seconds,
         "pairs": pairs,
-        "tokens": forest.input_ids.numel(),
+        "tokens": packed_trees.input_ids.numel(),
         "utilisation_of_measured_matmul": flops / seconds / rate,
         "matmul_tflops": rate / 1e12,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
@@ -263,9 +264,9 @@ def main() -> int:
     for result in results:
         memory = result["peak_memory_gib"]
         print(
-            f"{result['attention']}: {result['pairs_per_second']:.1f} pairs/s, {result['tokens_per_second']:.0f} tokens/s, "
-            f"{result['utilisation_of_measured_matmul']:.0%} of {result['matmul_tflops']:.1f} TFLOP/s"
-            + (f", {memory:.1f} GiB" if memory else "")
+            f"{result['attention']}: {result['pairs_per_second']:.1f} pairs/s, "
+            f"{result['tokens_per_second']:.0f} tokens/s, {result['utilisation_of_measured_matmul']:.0%} of "
+            f"{result['matmul_tflops']:.1f} TFLOP/s" + (f", {memory:.1f} GiB" if memory else "")
         )
     if arguments.json:
         hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

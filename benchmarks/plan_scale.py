@@ -2,10 +2,11 @@
 
     python benchmarks/plan_scale.py [--pairs 10000 100000 1000000] [--json FILE]
 
-Writes synthetic `prepared` tables (four pairs an image: three text pairs and a visual one; 40 prompt tokens beside the
-image, answers of 2 to 40 tokens) in files of 50,000 rows as the prepare stage does, indexes them, and starts a rank: a fresh process
-that opens the table, plans and loads its part of steps of one image a rank among 64, then of eight images a rank among 512. Times are
-of the processor, so that other work on the machine does not count.
+Writes synthetic `prepared` tables (four pairs an image: three text pairs and a visual one; 40 prompt tokens
+beside the image, answers of 2 to 40 tokens) in files of 50,000 rows as the prepare stage does, indexes them,
+and starts a rank: a fresh process that opens the table, plans and loads its part of steps of one image a rank
+among 64, then of eight images a rank among 512. Times are of the processor, so that other work on the machine
+does not count.
 """
 
 from __future__ import annotations
@@ -200,8 +201,9 @@ def main() -> int:
     for row in results:
         print(
             f"| {row['pairs']:,} | {row['table_bytes_per_pair']:.0f} | {row['index_bytes_per_pair']:.1f} "
-            f"| {row['index_seconds']:.2f} | {row['first_step_seconds_64']:.2f} | {row['step_milliseconds_64']:.1f} "
-            f"| {row['step_milliseconds_512']:.0f} | {row['rank_private_mib']:.0f} | {row['order_mib']:.2f} |"
+            f"| {row['index_seconds']:.2f} | {row['first_step_seconds_64']:.2f} | "
+            f"{row['step_milliseconds_64']:.1f} | {row['step_milliseconds_512']:.0f} | "
+            f"{row['rank_private_mib']:.0f} | {row['order_mib']:.2f} |"
         )
     if arguments.json:
         hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py
 
-Exact arithmetic on the geometry of LLaVA-Med 1.5 (Mistral 7B, CLIP-L/14-336, LoRA r 128 on all linear layers of the
-language model); nothing is measured and nothing is allocated. Rates of computation are inputs: the peak of an H100 SXM
-as its vendor states it, and 40 % of it.
+Exact arithmetic on the geometry of LLaVA-Med 1.5 (Mistral 7B, CLIP-L/14-336, LoRA r 128 on all linear layers
+of the language model); nothing is measured and nothing is allocated. Rates of computation are inputs: the
+peak of an H100 SXM as its vendor states it, and 40 % of it.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ FORWARDS = tuple(Forward(1024 * trees, 256 * trees, trees, rows=trees) for trees
 def forward_flops(shape: Geometry, forward: Forward, train: Train, *, recompute: bool) -> int:
     """Floating-point operations of the forward and backward pass of a micro-batch.
 
-    2 per weight and token for the forward pass, 2 for the gradient of the activations, 2 for that of trained weights, and
-    the layers' forward again if activations are recomputed (Kaplan et al., 2020, section 2.1). Attention adds 4·T·hidden
-    per layer and token in a row of T tokens, and its backward twice that. It is counted over all pairs of tokens of a
-    row, of which tree attention computes a third to a half: at 1,024 tokens that is a few per cent too many.
+    2 per weight and token for the forward pass, 2 for the gradient of the activations, 2 for that of trained
+    weights, and the layers' forward again if activations are recomputed (Kaplan et al., 2020, section 2.1).
+    Attention adds 4·T·hidden per layer and token in a row of T tokens, and its backward twice that. It is
+    counted over all pairs of tokens of a row, of which tree attention computes a third to a half: at 1,024
+    tokens that is a few per cent too many.
     """
     passes = 2 + int(recompute)  # forward, (forward again,) gradient of the activations
     layers = 2 * shape.layers * forward.tokens

@@ -2,9 +2,10 @@
 
     python benchmarks/weak_scaling.py --run DIR [--ranks 1 2] [--strategy zero3] [--json FILE]
 
-DIR is the folder of a run whose `prepared` table is finished (``make demo`` writes runs/phantom). Every rank is
-a process with one thread, as a GPU would be a rank; the loop is the one that Ray Train runs. Steps begin after the first, which
-builds the optimizer's state. On the machine's own cores more ranks than cores mean nothing.
+DIR is the folder of a run whose `prepared` table is finished (``make demo`` writes runs/phantom). Every rank
+is a process with one thread, as a GPU would be a rank; the loop is the one that Ray Train runs. Steps begin
+after the first, which builds the optimizer's state. On the machine's own cores more ranks than cores mean
+nothing.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ ANSWERS = (
 
 
 def write_scored(folder: Path, num_images: int = 6, seed: int = 0, **changes: Any) -> list[dict[str, Any]]:
-    """Writes images and a finished `scored` table under ``folder``: three text pairs and one visual pair an image.
+    """Writes images and a finished `scored` table under ``folder``: three text pairs and one visual pair an
+    image.
 
     Args:
         folder: receives ``images/`` and ``scored/``.
@@ -91,7 +92,8 @@ def write_prepared(
     seed: int = 1,
     chosen: float | None = None,
 ) -> None:
-    """Writes a finished `prepared` table, with plausible reference values (they need not be the model's for an equality).
+    """Writes a finished `prepared` table, with plausible reference values (they need not be the model's for
+    an equality).
 
     Args:
         folder: of the table.
@@ -160,7 +162,8 @@ class Launch:
         crash_after: ends it, as a crash would, once that many updates are done.
         is_refused: run it as a Ray Train worker does; it must end with a user error.
         most_logits: computed at once; fewer than there are make chunks.
-        releases_weights: ZeRO-3 shards the smallest weights too, and releases them after every use, as it does large ones.
+        releases_weights: ZeRO-3 shards the smallest weights too, and releases them after every use, as it
+            does large ones.
     """
 
     spec: TrainingSpec
@@ -171,7 +174,7 @@ class Launch:
 
 
 def train(launches: Sequence[Launch], world_size: int = 1) -> None:
-    """Runs training loops one after the other on ``world_size`` processes (started once: their imports take long)."""
+    """Runs training loops one after the other on ``world_size`` processes, started once."""
     arguments = (world_size, _free_port(), list(launches))
     torch.multiprocessing.spawn(_rank, args=arguments, nprocs=world_size, join=True)
 
@@ -218,7 +221,8 @@ def _rank(rank: int, world_size: int, port: int, launches: list[Launch]) -> None
         try:
             loop.run()
         except _CrashError:
-            # The next launch begins as after a real crash: with nothing still being written, and on all ranks at once.
+            # The next launch begins as after a real crash: with nothing still being written, and on all ranks
+            # at once.
             loop.checkpoints.wait()
     torch.distributed.destroy_process_group()
 

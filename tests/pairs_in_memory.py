@@ -21,7 +21,7 @@ from mmedpo_ray.align.data.pair_index import (
 )
 from mmedpo_ray.align.data.pair_source import PairSource
 from mmedpo_ray.align.data.tokenise import make_pair, prepare_table
-from mmedpo_ray.align.losses import Side
+from mmedpo_ray.align.losses import ResponseLogps
 from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.loading import PromptWriter
@@ -120,9 +120,9 @@ def prepare_pairs(
     return sorted(pairs, key=lambda pair: pair.pair_id), dropped
 
 
-def plain_side(logps: Tensor, num_tokens: Tensor) -> Side:
+def plain_side(logps: Tensor, num_tokens: Tensor) -> ResponseLogps:
     """A side without span weights and divergence."""
-    return Side(logps, num_tokens, logps, num_tokens)
+    return ResponseLogps(logps, num_tokens, logps, num_tokens)
 
 
 def plan_of(source: PairSource, *, seed: int = 0, both_sides: bool = True, **settings: Any) -> Plan:

@@ -61,8 +61,8 @@ class _GracefulBackend(_TorchBackend):
         super().on_training_start(worker_group, backend_config)
         if not all(worker_group.execute(_save_on_sigterm)):
             log.warning(
-                "align: SIGTERM cannot be caught in these workers; a lost machine costs the steps since the last "
-                "checkpoint"
+                "align: SIGTERM cannot be caught in these workers; a lost machine costs the steps since the "
+                "last checkpoint"
             )
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:

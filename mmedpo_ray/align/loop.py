@@ -20,21 +20,13 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from mmedpo_ray.align import losses
 from mmedpo_ray.align.checkpoint.manager import CheckpointManager
 from mmedpo_ray.align.checkpoint.run_lock import is_stop_requested
 from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, pair_batch, read_ahead
 from mmedpo_ray.align.data.pair_source import StoredPairs
 from mmedpo_ray.align.engines.base import Engine, make_engine
-from mmedpo_ray.align.losses import (
-    SUMS,
-    Normaliser,
-    PairBatch,
-    Side,
-    preference_objective,
-    reference_source,
-    sft_objective,
-    summarise,
-)
+from mmedpo_ray.align.losses import SUMS, Normaliser, PairBatch, ResponseLogps
 from mmedpo_ray.align.metrics import MetricsWriter
 from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.plan.plan import MicroBatch, Plan, effective_sample_size
@@ -88,7 +80,7 @@ class TrainingLoop:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.writer = PromptWriter(load_processor(spec.model))
         self.both_sides = spec.align.objective == "dpo"
-        self.stored_reference = reference_source(spec.align) == "precomputed"
+        self.stored_reference = losses.reference_source(spec.align) == "precomputed"
         # Whether the policy in training mode differs from the one that is evaluated.
         self.has_dropout = spec.align.train == "lora" and spec.align.lora.dropout > 0
         pixels = self.writer.pixels([Image.new("RGB", (32, 32))])
@@ -115,7 +107,7 @@ class TrainingLoop:
                 self.metrics.close()
 
     def _train(self) -> None:
-        validation_loss = None
+        align, validation_loss = self.spec.align, None
         steps = range(self.step, self.plan.total_steps)
         # One step is read ahead in a thread.
         read = read_ahead(lambda step: list(self._read(self.plan, step, self.images)), steps)
@@ -127,14 +119,18 @@ class TrainingLoop:
             self._refuse_non_finite_loss(step, sums)
             if self._checks_reference:
                 self._check_reference()
-            learning_rate = self._learning_rate(step)
+            learning_rate = align.learning_rate * learning_rate_factor(
+                align.scheduler, step, self.plan.total_steps, align.warmup_ratio
+            )
             grad_norm = self.engine.update(learning_rate)
-            self._refuse_non_finite_gradient(step, grad_norm)
+            if not math.isfinite(grad_norm):
+                # Before NaN weights become a checkpoint.
+                raise self._not_finite("gradient", step, " though its loss is")
             self.step = step + 1
             seconds = time.monotonic() - started
             is_last = self.step == self.plan.total_steps
             stopping = bool(sums[_STOP]) and not is_last
-            is_due = is_last or self.step % self.spec.align.validate_every == 0
+            is_due = is_last or self.step % align.validate_every == 0
             # A machine that is about to be taken away has no time for validation.
             validation = self._validate() if is_due and not stopping else {}
             self._log(step, sums, grad_norm, learning_rate, seconds, validation)
@@ -142,7 +138,7 @@ class TrainingLoop:
             is_best = self.checkpoints.is_best(validation_loss)
             if is_last:
                 break
-            if stopping or is_best or self.step % self.spec.align.checkpoint_every == 0:
+            if stopping or is_best or self.step % align.checkpoint_every == 0:
                 self.checkpoints.save(self.engine, self.step, validation_loss)
             if stopping:
                 self.checkpoints.wait()
@@ -160,7 +156,7 @@ class TrainingLoop:
             yield micro, packed
 
     def _forward_backward(self, step: int, batches: Batches) -> Tensor:
-        """Accumulates the step's gradients; returns its sums over all ranks (:data:`SUMS`, then tokens and stop)."""
+        """Accumulates the step's gradients; returns its sums over all ranks (SUMS, tokens, stop)."""
         total = self.plan.normaliser(step)
         # Each step has its own dropout: the same in a run that resumes there, a different one on every rank.
         seeds = np.random.SeedSequence([self.spec.seed, step, self.rank])
@@ -187,16 +183,15 @@ class TrainingLoop:
         """A micro-batch's share of the loss, its sums, and which pairs have finite log-probabilities."""
         out = self.engine.logps(batch)
         pairs = pair_batch(micro.pairs, is_filler=micro.is_filler, device=self.engine.device)
-        count = len(micro.pairs)
-        chosen, rejected = out.sides(count)
+        chosen, rejected = out.sides(len(micro.pairs))
         if not self.both_sides:
-            share, sums = sft_objective(chosen, pairs, total)
+            share, sums = losses.sft_objective(chosen, pairs, total)
             return share, sums, torch.isfinite(chosen.likelihood).tolist()
-        if out.ref_logps is not None and not self.stored_reference:
-            pairs = replace(pairs, ref_chosen=out.ref_logps[:count], ref_rejected=out.ref_logps[count:])
+        if chosen.ref_logps is not None and rejected.ref_logps is not None and not self.stored_reference:
+            pairs = replace(pairs, ref_chosen=chosen.ref_logps, ref_rejected=rejected.ref_logps)
         if self._checks_reference and not self.has_dropout and not micro.is_filler:
             self._disagreements.append(_disagreements(chosen, rejected, pairs))
-        share, sums = preference_objective(chosen, rejected, pairs, total, self.spec.align)
+        share, sums = losses.preference_objective(chosen, rejected, pairs, total, self.spec.align)
         values = torch.stack([chosen.logps, rejected.logps, pairs.ref_chosen, pairs.ref_rejected])
         if chosen.kl is not None:
             values = torch.cat([values, chosen.kl[None]])
@@ -211,27 +206,22 @@ class TrainingLoop:
         ids = sorted({pair_id for part in found for pair_id in part})
         named = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         cause = f"; log-probabilities or their reference overflow for pairs {named}" if ids else ""
-        raise UserError(
-            f"align: the loss of step {step + 1} is not finite{cause}. Lower align.learning_rate, use "
-            "align.precision=fp32, or remove these pairs. The last checkpoint is in "
+        raise self._not_finite("loss", step, cause)
+
+    def _not_finite(self, what: str, step: int, cause: str) -> UserError:
+        return UserError(
+            f"align: the {what} of step {step + 1} is not finite{cause}. Lower align.learning_rate, use "
+            "align.precision=fp32, or remove pairs that overflow. The last checkpoint is in "
             f"{self.spec.folder / 'checkpoints'}."
         )
 
-    def _refuse_non_finite_gradient(self, step: int, grad_norm: float) -> None:
-        """Stops all ranks before NaN weights become a checkpoint: the gradient of a finite loss may be infinite."""
-        if not math.isfinite(grad_norm):
-            raise UserError(
-                f"align: the gradient of step {step + 1} is not finite though its loss is. Lower align.learning_rate or "
-                f"use align.precision=fp32. The last checkpoint is in {self.spec.folder / 'checkpoints'}."
-            )
-
     @property
     def _checks_reference(self) -> bool:
-        """Whether nothing is trained yet, so that the policy is the reference whose values are in the table."""
+        """Whether nothing is trained yet, so that the table must have the policy's values."""
         return self.step == 0 and self.spec.check_reference and self.stored_reference
 
     def _compare_without_dropout(self, batches: Batches) -> None:
-        """Compares the first micro-batch with the reference; one forward on every rank, because sharded ranks meet."""
+        """Compares the first micro-batch with the reference, in one forward on every rank."""
         micro, batch = batches[0]
         self.engine.train(False)
         with torch.no_grad():
@@ -254,17 +244,11 @@ class TrainingLoop:
         # Written so that NaN is refused too.
         if not (mean <= most_mean and float(largest) <= most):
             raise UserError(
-                f"align: the reference log-probabilities in {self.spec.prepared} differ from those of {self.spec.model} "
-                f"by {mean:.3g} nats per token on average (at most {most_mean} is rounding) and by up to "
-                f"{float(largest):.3g} (at most {most}): they were computed with another model, image processing or "
-                "precision. Delete that folder and run align again."
+                f"align: the reference log-probabilities in {self.spec.prepared} differ from those of "
+                f"{self.spec.model} by {mean:.3g} nats per token on average (at most {most_mean} is "
+                f"rounding) and by up to {float(largest):.3g} (at most {most}): they were computed with "
+                "another model, image processing or precision. Delete that folder and run align again."
             )
-
-    def _learning_rate(self, step: int) -> float:
-        align = self.spec.align
-        return align.learning_rate * learning_rate_factor(
-            align.scheduler, step, self.plan.total_steps, align.warmup_ratio
-        )
 
     # ------------------------------------------------------------------ figures
 
@@ -283,7 +267,7 @@ class TrainingLoop:
                     sums += self._objective(micro, batch.to(self.engine.device), total)[1]
         self.engine.train()
         dist.all_reduce(sums)
-        figures = summarise(sums)
+        figures = losses.summarise(sums)
         if not math.isfinite(float(sums[SUMS.index("loss")])):
             log.warning("align: the validation loss after step %d is not finite", self.step)
             figures["loss"] = None
@@ -301,12 +285,13 @@ class TrainingLoop:
         if self.metrics is None:
             return
         weights = self.plan.step_weights(step)
-        tokens = int(sums[_TOKENS])
+        tokens, device = int(sums[_TOKENS]), self.engine.device
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         self.metrics.write(
             {
                 "step": step + 1,
                 "epoch": round((step + 1) / self.plan.steps_per_epoch, 4),
-                **summarise(sums[: len(SUMS)]),
+                **losses.summarise(sums[: len(SUMS)]),
                 **validation,
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
@@ -316,7 +301,7 @@ class TrainingLoop:
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
                 "seconds": seconds,
-                "gpu_memory_gib": _peak_gpu_memory(self.engine.device),
+                "gpu_memory_gib": None if memory is None else round(memory, 2),
             }
         )
 
@@ -356,11 +341,7 @@ class TrainingLoop:
         return engine, found.step
 
 
-def _disagreements(chosen: Side, rejected: Side, pairs: PairBatch) -> Tensor:
+def _disagreements(chosen: ResponseLogps, rejected: ResponseLogps, pairs: PairBatch) -> Tensor:
     """Differences between policy and reference on both sides of N pairs, nats per response token: (2N,)."""
     sides = ((chosen, pairs.ref_chosen), (rejected, pairs.ref_rejected))
     return torch.cat([(side.logps.detach() - reference).abs() / side.num_tokens for side, reference in sides])
-
-
-def _peak_gpu_memory(device: torch.device) -> float | None:
-    return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,10 +100,10 @@ def reference_source(align: AlignConfig) -> Literal["precomputed", "online"] | N
 _FEWEST_TOKENS = 1e-6
 
 SUMS = (
-    *("loss", "text_pairs", "visual_pairs", "text_correct", "visual_correct", "text_margin", "visual_margin"),
-    *("chosen_reward", "rejected_reward", "nll", "nll_tokens", "kl", "non_finite"),
+    *("loss", "text_pairs", "visual_pairs", "text_correct", "visual_correct", "text_margin"),
+    *("visual_margin", "chosen_reward", "rejected_reward", "nll", "nll_tokens", "kl", "non_finite"),
 )
-"""What a micro-batch reports. Plain sums: added over micro-batches and ranks they are those of the whole step."""
+"""Sums that a micro-batch reports; added over micro-batches and ranks they are those of the whole step."""
 
 
 class Normaliser(NamedTuple):
@@ -139,27 +139,35 @@ class PairBatch:
     counts_nll: Tensor
 
 
-@dataclass(frozen=True)
-class Side:
-    """The policy's log-probabilities of one side of N pairs; every tensor is (N,).
+class ResponseLogps(NamedTuple):
+    """Sums over the response tokens of N sequences; every tensor is (N,).
 
     Attributes:
-        logps: Σ c_t · log π(token t), nats: c_t = 1, or less for tokens that both sides share (span weights).
-        tokens: Σ c_t, the divisor of a mean over tokens.
-        likelihood: Σ log π(token t) over all tokens, nats; equals ``logps`` without span weights.
-        num_tokens: tokens of the response.
-        kl: Σ over tokens of the divergence from the reference, nats; ``None`` without that term.
+        logps: float32, Σ c_t · log π(token t | everything before), nats: c_t = 1, or less for tokens that
+            both sides of a pair share (span weights).
+        tokens: float32, Σ c_t, the divisor of a mean over tokens.
+        likelihood: float32, ``logps`` with all c_t = 1.
+        num_tokens: int64, tokens of the response.
+        ref_logps: ``logps`` of the reference; ``None`` unless requested.
+        kl: Σ of the divergence from the reference, nats; ``None`` unless requested.
     """
 
     logps: Tensor
     tokens: Tensor
     likelihood: Tensor
     num_tokens: Tensor
+    ref_logps: Tensor | None = None
     kl: Tensor | None = None
+
+    def sides(self, count: int) -> tuple[ResponseLogps, ResponseLogps]:
+        """The first ``count`` sequences (chosen) and the others (rejected)."""
+        chosen: list[Any] = [value if value is None else value[:count] for value in self]
+        rejected: list[Any] = [value if value is None else value[count:] for value in self]
+        return ResponseLogps(*chosen), ResponseLogps(*rejected)
 
 
 def preference_objective(
-    chosen: Side, rejected: Side, pairs: PairBatch, total: Normaliser, align: AlignConfig
+    chosen: ResponseLogps, rejected: ResponseLogps, pairs: PairBatch, total: Normaliser, align: AlignConfig
 ) -> tuple[Tensor, Tensor]:
     """This micro-batch's share of the step's loss.
 
@@ -216,7 +224,7 @@ def preference_objective(
     return share, sums
 
 
-def sft_objective(chosen: Side, pairs: PairBatch, total: Normaliser) -> tuple[Tensor, Tensor]:
+def sft_objective(chosen: ResponseLogps, pairs: PairBatch, total: Normaliser) -> tuple[Tensor, Tensor]:
     """Supervised fine-tuning: the mean negative log-likelihood per token of the step's chosen answers.
 
     Args and returns: as :func:`preference_objective`.
@@ -265,14 +273,14 @@ def summarise(sums: Tensor) -> dict[str, float | None]:
     }
 
 
-def _log_ratios(side: Side, reference: Tensor, loss: PairLoss, align: AlignConfig) -> Tensor:
+def _log_ratios(side: ResponseLogps, reference: Tensor, loss: PairLoss, align: AlignConfig) -> Tensor:
     """Δ_w or Δ_l (N,): to the reference if the loss uses one, per token if it is normalised by length."""
     ratios = side.logps - reference if loss.needs_reference else side.logps
     per_token = loss.per_token if align.length_normalised is None else align.length_normalised
     return ratios / side.tokens.clamp_min(_FEWEST_TOKENS) if per_token else ratios
 
 
-def _nll(chosen: Side, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _nll(chosen: ResponseLogps, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Σ −log π(y_w|x) and Σ |y_w| over the answers that count."""
     return -torch.where(counts, chosen.likelihood, 0.0).sum(), (chosen.num_tokens * counts).sum()
 

@@ -81,7 +81,7 @@ class Policy(nn.Module):
         }
 
     def forward(self, batch: PackedTrees) -> tuple[Any, ...]:
-        """See :class:`~mmedpo_ray.align.packing.logps.LogpOutput`; a plain tuple, because hooks rebuild it."""
+        """See :class:`~mmedpo_ray.align.losses.ResponseLogps`; a plain tuple, because hooks rebuild it."""
         return tuple(response_logps(self.model, batch, **self._options))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -124,7 +124,7 @@ def build_policy(spec: TrainingSpec) -> Policy:
 
 
 def _disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability of a transformers model to 0: in layers, attention and configurations."""
+    """Sets all dropout probabilities of a transformers model to 0, also those in configurations."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -181,7 +181,7 @@ def _with_lora(model: Any, spec: TrainingSpec) -> Any:
 
 
 def _unfreeze(model: Any, align: AlignConfig) -> Any:
-    """Makes all weights of the language model trainable, with embeddings, norms and lm_head; returns the model."""
+    """Makes the language model trainable, with embeddings, norms and lm_head; returns the model."""
     trained = [model.model.language_model, model.lm_head]
     trained += [getattr(model.model, PROJECTOR)] if align.train_projector else []
     for module in trained:
@@ -190,7 +190,7 @@ def _unfreeze(model: Any, align: AlignConfig) -> Any:
 
 
 def _target_pattern(names: Sequence[str]) -> str:
-    """A pattern of full names of layers; CLIP towers have a q_proj too, so it is limited to the language model."""
+    """A pattern of full names of layers, in the language model only: CLIP towers have a q_proj too."""
     return rf".*\.language_model\..*\.({'|'.join(names)})"
 
 

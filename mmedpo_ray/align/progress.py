@@ -55,7 +55,7 @@ def show_progress(name: str, folder: Path) -> Iterator[None]:
 
 def _show(name: str, folder: Path, stop: threading.Event) -> None:
     tail = MetricsTail(folder)
-    tail.read()  # lines of an earlier launch; the workers write them again, up to the step at which they resume
+    tail.read()  # lines of an earlier launch, which the workers rewrite
     recent = RecentSteps(tail)
     plan: dict[str, Any] | None = None
     pauses = line_times()

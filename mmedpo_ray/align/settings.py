@@ -25,7 +25,7 @@ class LoraConfig(Section):
     alpha: float = Field(256, gt=0)
     dropout: Share = 0.0
     target_modules: list[str] = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         description="linear layers of the language model",
     )
 
@@ -36,32 +36,26 @@ class AlignConfig(Section):
     objective: Literal["dpo", "sft"] = Field("dpo", description="sft: likelihood of the chosen answers only")
     loss: Annotated[str, AfterValidator(LOSSES.check)] = Field(
         "sigmoid",
-        description="loss of a pair's margin: sigmoid (DPO, as in the paper), hinge, ipo, cdpo, robust, simpo, "
-        "or one that another package adds",
+        description="loss of a pair's margin: sigmoid (DPO, as in the paper), hinge, ipo, cdpo, robust, "
+        "simpo, or one that another package adds",
     )
     beta: float = Field(0.1, gt=0, description="inverse temperature of the loss")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="cdpo, robust: assumed share of swapped pairs"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="cdpo, robust: share of swapped pairs")
     length_normalised: bool | None = Field(
         None, description="log-ratios per token; null: as the loss is published (ipo and simpo: yes)"
     )
     simpo_margin: float = Field(0.5, ge=0, description="simpo: target margin γ")
-    nll_coefficient: float = Field(
-        0.0, ge=0, description="weight of the negative log-likelihood per chosen token"
-    )
-    visual_coefficient: float = Field(
-        1.0, ge=0, description="weight of a visual pair's loss beside a text pair's"
-    )
+    nll_coefficient: float = Field(0.0, ge=0, description="weight of the mean NLL per chosen token")
+    visual_coefficient: float = Field(1.0, ge=0, description="factor on the loss of visual pairs")
     reversed_visual_coefficient: float = Field(
         0.0,
         ge=0,
-        description="weight of the reversed visual pair: on the noised image the wrong answer over the right one",
+        description="the same of reversed visual pairs: on the noised image, wrong answer over right",
     )
     anchor_coefficient: float = Field(
         0.0, ge=0, description="weight of mDPO's anchor, which keeps the chosen answer's reward positive"
     )
-    anchor_margin: float = Field(0.0, description="the reward δ that the anchor asks for")
+    anchor_margin: float = Field(0.0, description="the reward δ that the anchor requires")
     kl_coefficient: float = Field(
         0.0,
         ge=0,
@@ -69,25 +63,20 @@ class AlignConfig(Section):
     )
     kl_forward_share: Share = Field(0.5, description="λ of λ·KL(ref‖policy) + (1 − λ)·KL(policy‖ref)")
     common_token_weight: Share = Field(
-        1.0,
-        description="weight of tokens that both answers of a text pair share; 0: only differing tokens count",
+        1.0, description="weight of tokens that both answers of a text pair share; 0: only differing tokens"
     )
     reduction: Literal["weighted_mean", "mean"] = Field(
-        "weighted_mean",
-        description="Σ w·ℓ / Σ w, or the mean of w·ℓ as the authors' code computes (with score.weights.mode=raw)",
+        "weighted_mean", description="Σ w·ℓ / Σ w, or the authors' mean of w·ℓ (with score.weights.mode=raw)"
     )
     reference: Literal["precomputed", "online"] = Field(
-        "precomputed",
-        description="reference log-probabilities from the table, or from a second forward with the adapter off",
+        "precomputed", description="log-probabilities from the table, or from a forward with the adapter off"
     )
     train: Literal["lora", "full"] = Field(
         "lora",
-        description="what is trained of the language model: low-rank updates, or all weights (embeddings, norms and "
-        "lm_head too); the vision tower never is",
+        description="what is trained of the language model: low-rank updates, or all weights (embeddings, "
+        "norms and lm_head too); the vision tower never is",
     )
-    train_projector: bool = Field(
-        False, description="train the projector between vision tower and language model too"
-    )
+    train_projector: bool = Field(False, description="train the projector behind the vision tower too")
     learning_rate: float = Field(1e-7, gt=0)
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Share = 0.03
@@ -96,17 +85,13 @@ class AlignConfig(Section):
     epochs: int = Field(3, ge=1)
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     images_per_step: int = Field(
-        8, ge=1, description="images (with all their pairs) in one optimizer step, over all ranks"
+        8, ge=1, description="images, with all their pairs, in a step over all ranks"
     )
     pairs_per_forward: int = Field(
-        64,
-        ge=1,
-        description="most pairs a rank runs through the model at once; fewer than an image has repeat its tokens",
+        64, ge=1, description="most pairs a rank computes at once; fewer than an image has repeat its tokens"
     )
     tokens_per_forward: int | None = Field(
-        16_384,
-        ge=64,
-        description="most tokens too, after packing and with what fills rows up; null: no such limit",
+        16_384, ge=64, description="most tokens at once, after packing, padding included; null: no limit"
     )
     max_length: int = Field(2048, ge=64, description="tokens of prompt + response, image tokens included")
     lora: LoraConfig = LoraConfig()
@@ -114,21 +99,21 @@ class AlignConfig(Section):
     gradient_checkpointing: bool = True
     attention: Literal["tree", "sdpa", "flex"] = Field(
         "tree",
-        description="tree: trunks and branches apart; sdpa: a dense mask; flex: FlexAttention's block mask, on CUDA. Equal values",
+        description="tree: trunks and branches apart; sdpa: a dense mask; flex: FlexAttention's block mask, "
+        "on CUDA. Equal values",
     )
     strategy: Literal["zero3", "zero2", "ddp"] = Field(
         "zero3",
-        description="what ranks share out: all weights (zero3), optimizer state and gradients (zero2), or nothing (ddp)",
+        description="what ranks share: all (zero3), optimizer state and gradients (zero2), or nothing (ddp)",
     )
     num_workers: int | tuple[int, int] = Field(
-        2,
-        description="training processes; [min, max]: as many as the cluster has room for, even as it changes",
+        2, description="training processes; [min, max]: as many as fit into the cluster, even as it changes"
     )
     resize_check_seconds: float = Field(
-        60.0, ge=0, description="num_workers=[min, max]: time between looks at what the cluster has room for"
+        60.0, ge=0, description="num_workers=[min, max]: time between checks of the cluster's room"
     )
     cpus_per_worker: float = Field(
-        1.0, gt=0, description="CPUs that a worker is given; from 2 on as many threads read its images"
+        1.0, gt=0, description="CPUs of a worker; from 2 on, as many threads read its images"
     )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker's tensor operations")
     use_gpu: bool | None = Field(None, description="null: if the cluster has GPUs")
@@ -141,7 +126,7 @@ class AlignConfig(Section):
         50, ge=1, description="optimizer steps between evaluations of the held-out images; also at the end"
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="which weights come out: the last, or those with the lowest validation loss"
+        "last", description="result: the last weights, or those with the lowest validation loss"
     )
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         ("tensorboard",), description="where metrics go besides metrics.jsonl"
@@ -150,7 +135,7 @@ class AlignConfig(Section):
 
     @property
     def image_threads(self) -> int:
-        """Threads of a worker that read images, beside the one that computes."""
+        """Threads of a worker that read images, in addition to the one that computes."""
         return max(1, int(self.cpus_per_worker))
 
     @property
@@ -169,7 +154,8 @@ class AlignConfig(Section):
             raise ValueError(f"loss={self.loss} needs align.label_smoothing > 0; at 0 it is sigmoid")
         if self.loss in _UNSMOOTHED and self.label_smoothing:
             raise ValueError(
-                f"label_smoothing has no effect with align.loss={self.loss}; use cdpo or robust, or set it to 0"
+                f"label_smoothing has no effect with align.loss={self.loss}; use cdpo or robust, or set it "
+                "to 0"
             )
         if self.train == "full" and self.reference == "online":
             raise ValueError(
@@ -188,7 +174,7 @@ class AlignConfig(Section):
 
 
 class ControlConfig(Section):
-    """A supervised fine-tuning control with as many updates, trained and evaluated beside the aligned model."""
+    """A supervised fine-tuning control with as many updates, trained and evaluated like the aligned model."""
 
     enabled: bool = True
     name: str = Field("sft_control", description="name under which it is served")

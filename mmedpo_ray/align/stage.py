@@ -54,16 +54,9 @@ log = logging.getLogger(__name__)
 _ERROR_FILE = "error.json"
 # Settings that change how a run is carried out but not its result.
 _OPERATIONAL = {
-    *(
-        "num_workers",
-        "resize_check_seconds",
-        "cpus_per_worker",
-        "threads_per_worker",
-        "use_gpu",
-        "max_failures",
-    ),
-    *("checkpoint_every", "keep_checkpoints", "trackers", "strategy", "attention", "gradient_checkpointing"),
-    *("pairs_per_forward", "tokens_per_forward"),
+    *("num_workers", "resize_check_seconds", "cpus_per_worker", "threads_per_worker", "use_gpu"),
+    *("max_failures", "checkpoint_every", "keep_checkpoints", "trackers", "strategy", "attention"),
+    *("gradient_checkpointing", "pairs_per_forward", "tokens_per_forward"),
 }
 
 
@@ -188,8 +181,8 @@ def _fit(spec: TrainingSpec) -> None:
         causes = sorted({str(cause).strip().split("\n", 1)[0] for cause in failures})
         raise UserError(
             f"align: the workers failed more than align.max_failures={align.max_failures} times: "
-            f"{'; '.join(causes) or str(error).strip()}. Checkpoints are in {spec.folder / 'checkpoints'}; running "
-            "align again resumes from the last one."
+            f"{'; '.join(causes) or str(error).strip()}. Checkpoints are in {spec.folder / 'checkpoints'}; "
+            "running align again resumes from the last one."
         ) from error
     finally:
         storage.remove(str(spec.folder / "ray"))
@@ -272,8 +265,8 @@ def _finish(stage: StageRunner, folder: Path) -> Manifest:
     plan, metrics, output = _read_json(folder / PLAN_FILE), read_metrics(folder), find_output(folder)
     if plan is None or not metrics or output is None:
         raise UserError(
-            f"align: the workers ended without trained weights in {folder}. All nodes must share this folder (NFS, "
-            "Lustre, FSx)."
+            f"align: the workers ended without trained weights in {folder}. All nodes must share this folder "
+            "(NFS, Lustre, FSx)."
         )
     validated = [row for row in metrics if row.get("validation_loss") is not None]
     best = min(validated, key=lambda row: row["validation_loss"], default=None)

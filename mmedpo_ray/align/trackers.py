@@ -127,8 +127,8 @@ def _wandb(folder: Path, step: int, logged: int) -> Tracker:  # noqa: ARG001
         )
     except wandb.errors.UsageError as error:
         raise UserError(
-            f"align.trackers names wandb, which does not start: {str(error).splitlines()[0]}. Set WANDB_API_KEY for the "
-            "workers, or WANDB_MODE=offline to keep the figures under the run's folder."
+            f"align.trackers names wandb, which does not start: {str(error).splitlines()[0]}. Set "
+            "WANDB_API_KEY for the workers, or WANDB_MODE=offline to keep the figures under the run's folder."
         ) from error
     _store(folder, "wandb", run_id)
     return Tracker(
@@ -141,7 +141,7 @@ TRACKERS: dict[str, Callable[[Path, int, int], Tracker]] = {
     "mlflow": _mlflow,
     "wandb": _wandb,
 }
-"""Name → function of (folder of the run, updates done so far, last step that an interrupted launch logged)."""
+"""Name → function of (folder of the run, updates done so far, last step logged before)."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -155,7 +155,8 @@ def check_trackers(names: Sequence[str]) -> None:
             if importlib.util.find_spec(module) is None:
                 raise UserError(
                     f"align.trackers names {name}, but {module} is not installed: pip install "
-                    f"{' '.join(_PACKAGES[name].values())}, or pip install 'mmedpo-ray[trackers]' for all of them."
+                    f"{' '.join(_PACKAGES[name].values())}, or pip install 'mmedpo-ray[trackers]' for all of "
+                    "them."
                 )
 
 

@@ -27,7 +27,7 @@ class Runs:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The same training done in several ways; every name is a folder with ``adapter/`` and ``metrics.jsonl``."""
+    """The same training done in several ways, each in a folder with ``adapter/`` and ``metrics.jsonl``."""
     folder = tmp_path_factory.mktemp("runs")
     model = build_tiny_llava(folder / "model")
     rows = write_scored(folder)

@@ -1,7 +1,7 @@
 """With all weights 1 the objective is plain DPO: TRL's own trainer, collator and loss on the same pairs.
 
-Nothing of TRL is copied here. Its vision collator tokenises the same rows, so equal losses also say that prompts,
-responses, end tokens and images reach the model alike.
+Nothing of TRL is copied here. Its vision collator tokenises the same rows, so equal losses also say that
+prompts, responses, end tokens and images reach the model alike.
 """
 
 from __future__ import annotations

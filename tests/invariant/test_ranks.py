@@ -1,4 +1,4 @@
-"""The same updates, however they are computed: plain torch, ZeRO-3 on one rank, on two, in small micro-batches."""
+"""The same updates in every way: plain torch, ZeRO-3 on one rank, on two, in small micro-batches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from align_world import with_settings
 from mmedpo_ray.align.checkpoint.checkpoint import checkpoint_folders, load_last_checkpoint
 from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, pair_batch
 from mmedpo_ray.align.data.pair_source import StoredPairs
-from mmedpo_ray.align.losses import preference_objective
+from mmedpo_ray.align.losses import ResponseLogps, preference_objective
 from mmedpo_ray.align.metrics import read_metrics
-from mmedpo_ray.align.packing.logps import LogpOutput
 from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.align.policy import build_policy, learning_rate_factor
 from mmedpo_ray.align.stage import _raise_user_error
@@ -102,7 +101,7 @@ def test_a_projector_beside_lora_is_the_same_on_sharded_ranks(runs: Runs) -> Non
 
 
 def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
-    """The objective over each whole step, torch's AdamW and clipping, without DeepSpeed, plan packing or sharding."""
+    """The objective over each whole step, torch's AdamW and clipping, without DeepSpeed or micro-batches."""
     spec = runs.spec
     align = spec.align
     writer = PromptWriter(load_processor(spec.model))
@@ -117,7 +116,7 @@ def test_deepspeed_does_what_plain_torch_does(runs: Runs) -> None:
     for step, row in enumerate(read_metrics(runs.folder / "plain")):
         chosen_pairs = plan.step_pairs(step)
         batch = pack_pairs(chosen_pairs, images, writer.pad_token_id, both_sides=True)
-        out = LogpOutput(*policy(batch))
+        out = ResponseLogps(*policy(batch))
         count = len(chosen_pairs)
         loss, _ = preference_objective(
             *out.sides(count), pair_batch(chosen_pairs), plan.normaliser(step), spec.align

@@ -1,7 +1,8 @@
 """Packed trees equal the padded way: one row a sequence, two forwards (chosen, rejected), nothing shared.
 
-The padded way is written here with transformers alone: right-padded rows, an image a row, ``model(**inputs).logits`` at
-every position. Log-probabilities, losses and every LoRA gradient must be those of the packed trees, in float32.
+The padded way is written here with transformers alone: right-padded rows, an image a row,
+``model(**inputs).logits`` at every position. Log-probabilities, losses and every LoRA gradient must be those
+of the packed trees, in float32.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from torch import Tensor
 from mmedpo_ray.align.losses import (
     Normaliser,
     PairBatch,
+    ResponseLogps,
     kl_divergence,
     preference_objective,
 )
 from mmedpo_ray.align.packing import lm_head
-from mmedpo_ray.align.packing.logps import LogpOutput, response_logps, use_packed_forward
+from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
 from mmedpo_ray.align.packing.trees import TokenSequence, pack
 from mmedpo_ray.align.settings import LOSSES, AlignConfig
 from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
@@ -139,7 +141,7 @@ def _pixels() -> Tensor:
 
 def packed(
     world: World, sequences: list[TokenSequence], attention: str = "tree", **options: Any
-) -> LogpOutput:
+) -> ResponseLogps:
     """The packed forward; images are numbered as they come."""
     used = list(dict.fromkeys(sequence.image for sequence in sequences))
     renumbered = [
@@ -153,7 +155,7 @@ def packed(
 
 
 def padded(world: World, sequences: list[TokenSequence]) -> tuple[Tensor, Tensor]:
-    """Response logits of each sequence computed alone in a padded row: (N, T, V), and the mask of response positions."""
+    """Response logits of each sequence in its own padded row, (N, T, V), and the response mask."""
     length = max(len(item.prompt) + len(item.response) for item in sequences)
     ids = torch.full((len(sequences), length), world.writer.pad_token_id)
     attended = torch.zeros(len(sequences), length, dtype=torch.int64)
@@ -355,7 +357,8 @@ def test_every_way_of_attention_gives_the_same_values(world: World) -> None:
 
 
 def test_a_block_mask_gives_the_same_lora_gradients(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    # PyTorch refuses FlexAttention's backward pass on a CPU as its kernel has none there; the uncompiled form has one.
+    # PyTorch refuses FlexAttention's backward pass on a CPU as its kernel has none there; the uncompiled form
+    # has one.
     from torch.nn.attention import flex_attention as flex
     from transformers.integrations import flex_attention as in_transformers
 

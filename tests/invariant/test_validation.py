@@ -13,9 +13,8 @@ from align_compare import assert_same_training, trained
 from mmedpo_ray.align.checkpoint.checkpoint import Checkpoint, checkpoint_folders, load_best_checkpoint
 from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, pair_batch
 from mmedpo_ray.align.data.pair_source import StoredPairs
-from mmedpo_ray.align.losses import Normaliser, preference_objective
+from mmedpo_ray.align.losses import Normaliser, ResponseLogps, preference_objective
 from mmedpo_ray.align.metrics import read_metrics
-from mmedpo_ray.align.packing.logps import LogpOutput
 from mmedpo_ray.align.policy import build_policy
 from mmedpo_ray.models.loading import PromptWriter, load_processor
 
@@ -52,8 +51,8 @@ def test_the_figures_are_the_objective_over_all_held_out_pairs_at_once(runs: Run
         pairs=len(apart),
     )
     with torch.no_grad():
-        sides = LogpOutput(*policy(batch)).sides(len(apart))
-        loss, _ = preference_objective(*sides, pair_batch(apart), total, spec.align_objective)
+        sides = ResponseLogps(*policy(batch)).sides(len(apart))
+        loss, _ = preference_objective(*sides, pair_batch(apart), total, spec.align)
     assert found.validation_loss == pytest.approx(loss.item(), rel=1e-4)
 
 

@@ -94,7 +94,7 @@ def _check_trackers(folder: Path) -> None:
 
 
 def test_workers_ask_no_other_cluster_whether_a_controller_lives(ray_cluster: None) -> None:
-    """A dashboard of another cluster on the machine would not know it, and Ray Train would end the training."""
+    """The dashboard of another cluster would not know it, and Ray Train would end the training."""
     import ray
     from ray.dashboard.utils import get_address_for_submission_client
 

@@ -1,4 +1,5 @@
-"""kill -9 of a rank, a node and the driver in the middle of training, and a cluster that grows and shrinks under it.
+"""kill -9 of a rank, a node and the driver in the middle of training, and a cluster that grows and shrinks
+under it.
 
 Every run ends with the adapter of a run that nothing disturbed, to 1e-5. The cluster outlives the drivers.
 """
@@ -33,7 +34,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 40
 
-# Ranks wait after the step that a file beside the settings names: what takes a cluster its time then happens in the middle.
+# Ranks wait after the step that a file beside the settings names: what takes a cluster its time then happens
+# in the middle.
 DRIVER = """
 import sys
 from pathlib import Path

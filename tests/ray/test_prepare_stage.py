@@ -1,4 +1,4 @@
-"""The prepare stage on a real Ray cluster: slices, reversed pairs across their borders, resuming, the plan before training."""
+"""The prepare stage on a real Ray cluster: slices, reversed pairs across slices, resuming, the dry run."""
 
 from __future__ import annotations
 

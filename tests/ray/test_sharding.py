@@ -34,13 +34,14 @@ def looking(model, **others):
     return initialize(model=model, **others)
 
 deepspeed.initialize = looking
-spec = with_settings(training_spec(folder, folder / "model", folder / "run"), folder / "run", strategy="zero3")
+spec = training_spec(folder, folder / "model", folder / "run", strategy="zero3")
 policy = build_policy(spec)
 found["expected"] = sum(value.numel() for value in policy.parameters())
 engine = deepspeed_engine.DeepSpeedEngine(policy, spec)
 stage3 = engine._optimizer
 held = [*stage3.fp32_partitioned_groups_flat, stage3.grad_partitions_flat_buffer]
-held += [value for shard in stage3.fp32_partitioned_groups_flat for value in stage3.optimizer.state[shard].values()]
+states = [stage3.optimizer.state[shard] for shard in stage3.fp32_partitioned_groups_flat]
+held += [value for state in states for value in state.values()]
 found["state"] = sum(value.nbytes for value in held if value.ndim)
 found["bucket"] = engine._engine.zero_reduce_bucket_size()
 found["trained"] = sum(value.ds_numel for value in policy.trained_parameters().values())

@@ -34,14 +34,14 @@ def test_a_slake_shaped_tree_has_eleven_questions_of_the_stated_length() -> None
 
 
 def test_the_step_on_a_gpu_has_eleven_questions_on_every_image() -> None:
-    from gpu_step import IMAGE_TOKENS, draw_forest
+    from gpu_step import IMAGE_TOKENS, draw_packed
 
-    forest, pairs, chosen_tokens = draw_forest(3, torch.device("cpu"))
+    packed_trees, pairs, chosen_tokens = draw_packed(3, torch.device("cpu"))
     assert pairs == 3 * 11
     assert chosen_tokens == 3 * 11 * 3
-    assert forest.pixel_values.shape[0] == 3
+    assert packed_trees.pixel_values.shape[0] == 3
     own = 11 * (9 + 4 + 2 + 16)
-    assert forest.input_ids.numel() == pytest.approx(3 * (4 + IMAGE_TOKENS + own), rel=0.01)
+    assert packed_trees.input_ids.numel() == pytest.approx(3 * (4 + IMAGE_TOKENS + own), rel=0.01)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def build(text_config: type) -> Any:
 
 
 @pytest.fixture(scope="module")
-def forest() -> PackedTrees:
+def packed_trees() -> PackedTrees:
     start = [1, *[IMAGE_TOKEN] * IMAGE_TOKENS, 2]
     sequences = [
         TokenSequence([*start, *question], answer, image)
@@ -80,14 +80,14 @@ def forest() -> PackedTrees:
     [(MistralConfig, True), (LlamaConfig, True), (Qwen2Config, True), (Qwen3Config, False)],
 )
 def test_log_probabilities_and_gradients_are_transformers_own(
-    text_config: type, is_known: bool, attention: str, forest: PackedTrees
+    text_config: type, is_known: bool, attention: str, packed_trees: PackedTrees
 ) -> None:
     """All weights are trained here; an architecture that is not known still attends along trees."""
     plain = build(text_config)
     fast = copy.deepcopy(plain)
     use_packed_forward(fast, attention=attention)
     assert fast_layers.is_installed(fast.model.language_model) == is_known
-    logps = [response_logps(model, forest).logps for model in (plain, fast)]
+    logps = [response_logps(model, packed_trees).logps for model in (plain, fast)]
     assert torch.allclose(*logps, atol=1e-4)
     for found in logps:
         found.sum().backward()

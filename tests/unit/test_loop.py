@@ -55,7 +55,7 @@ def one_step(world: Path, model: Path, folder: Path, **changes: Any) -> Training
 def with_reference(
     world: Path, model: Path, folder: Path, precision: str, noise: Callable[[int], float]
 ) -> Path:
-    """The same tables with the model's own values, moved by ``noise`` (number of the side → nats per token)."""
+    """The same tables with the model's own values plus ``noise`` (number of the side → nats per token)."""
     loop = TrainingLoop(one_step(world, model, folder / "values", precision=precision, pairs_per_forward=4))
     loop.engine.train(False)
     found: dict[str, tuple[float, float]] = {}
@@ -129,6 +129,15 @@ def test_a_reference_of_another_model_is_refused(
     lora = LoraConfig(rank=4, alpha=8, dropout=dropout)
     with pytest.raises(UserError, match=r"differ from those of .* nats per token"):
         TrainingLoop(checked(one_step(world, model, tmp_path, lora=lora, precision=precision))).run()
+
+
+def test_supervised_training_with_dropout_compares_no_reference(
+    tmp_path: Path, world: Path, model: Path
+) -> None:
+    """Its forward passes have no rejected side."""
+    lora = LoraConfig(rank=4, alpha=8, dropout=0.1)
+    TrainingLoop(checked(one_step(world, model, tmp_path, lora=lora, objective="sft"))).run()
+    assert (tmp_path / "adapter").is_dir()
 
 
 def test_a_look_at_the_reference_changes_no_dropout(tmp_path: Path, world: Path, model: Path) -> None:

@@ -105,7 +105,7 @@ def _minus_log_sigmoid(value: float) -> float:
 
 
 def test_the_anchor_holds_each_right_answer_once_as_in_mdpo() -> None:
-    """A text and a visual pair share (x, y); a reversed pair's better side is the wrong answer, which nothing may hold up."""
+    """A text and a visual pair share (x, y); the better side of a reversed pair, a wrong answer, has no anchor."""
     beta, margin, weight = 0.5, 0.2, 0.8
     chosen, rejected = torch.tensor([-4.0, -4.0, -7.0]), torch.tensor([-8.0, -6.5, -4.5])
     tokens = torch.tensor([2, 2, 3])

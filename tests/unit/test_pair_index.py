@@ -1,4 +1,4 @@
-"""The prepared table on disk gives the plan that the same pairs in memory give, however its files and row groups are cut."""
+"""The prepared table gives the plan of the same pairs in memory, for any files and row groups."""
 
 from __future__ import annotations
 
@@ -127,10 +127,8 @@ def test_training_pairs_need_a_shared_path() -> None:
 
 
 @pytest.mark.parametrize("is_image_first", [True, False])
-def test_sums_are_those_of_the_packed_forests(
-    scored: list[dict], tmp_path: Path, is_image_first: bool
-) -> None:
-    """The table's prompts have one image token, the model's have all; also where the question comes before the image."""
+def test_sums_are_those_of_the_packed_trees(scored: list[dict], tmp_path: Path, is_image_first: bool) -> None:
+    """The table's prompts have one image token, the model's have all; also if the question comes first."""
     folder = build_tiny_llava(tmp_path / "tiny")
     if not is_image_first:
         put_the_image_last(folder)
@@ -154,11 +152,11 @@ def test_sums_are_those_of_the_packed_forests(
 
 
 def num_tokens(pairs: list[Pair], *, both_sides: bool) -> int:
-    """Tokens of the packed forest of some pairs, without what fills its rows up."""
+    """Tokens of the packed trees of some pairs, without padding."""
     sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
     if both_sides:
         sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
     uris = list(dict.fromkeys(uri for _, _, uri in sides))
     sequences = [TokenSequence(prompt, response, uris.index(uri)) for prompt, response, uri in sides]
-    forest = pack(sequences, torch.zeros(len(uris), 3, 1, 1), pad_token_id=0)
-    return forest.input_ids.numel() - len(forest.layout.padding)
+    packed_trees = pack(sequences, torch.zeros(len(uris), 3, 1, 1), pad_token_id=0)
+    return packed_trees.input_ids.numel() - len(packed_trees.layout.padding)

@@ -50,8 +50,8 @@ def make_pairs(sizes: list[int]) -> list[Pair]:
     return pairs
 
 
-def forest_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> PackedTrees:
-    """The packed forest of some pairs, with images that nobody looks at."""
+def packed_trees_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> PackedTrees:
+    """The packed trees of some pairs, with blank images."""
     sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
     if both_sides:
         sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
@@ -62,13 +62,13 @@ def forest_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> PackedTrees:
 
 def num_tokens(pairs: Sequence[Pair], *, both_sides: bool) -> int:
     """Tokens of a packed forward pass, rows filled up."""
-    return forest_of(pairs, both_sides=both_sides).input_ids.numel()
+    return packed_trees_of(pairs, both_sides=both_sides).input_ids.numel()
 
 
 def num_distinct(pairs: Sequence[Pair], *, both_sides: bool) -> int:
     """The same without what fills the rows up."""
-    forest = forest_of(pairs, both_sides=both_sides)
-    return forest.input_ids.numel() - len(forest.layout.padding)
+    packed_trees = packed_trees_of(pairs, both_sides=both_sides)
+    return packed_trees.input_ids.numel() - len(packed_trees.layout.padding)
 
 
 def make_plan(sizes: list[int], **changes: object) -> Plan:
@@ -157,7 +157,7 @@ def test_no_micro_batch_exceeds_its_tokens_but_for_a_single_pair(
 
 @st.composite
 def alike_pairs(draw: st.DrawFn) -> list[Pair]:
-    """Pairs whose prompts and answers often begin alike, with the image's tokens (9) before or behind the question."""
+    """Pairs that often begin alike, with the image's tokens (9) before or behind the question."""
     tokens = st.lists(st.integers(1, 3), min_size=1, max_size=5)
     is_image_first = draw(st.booleans())
     pairs = []
@@ -183,7 +183,7 @@ def alike_pairs(draw: st.DrawFn) -> list[Pair]:
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=alike_pairs(), limit=st.integers(8, 60), num_ranks=st.integers(1, 3), both_sides=st.booleans())
-def test_counts_are_those_of_the_packed_forests(
+def test_counts_are_those_of_the_packed_trees(
     pairs: list[Pair], limit: int, num_ranks: int, both_sides: bool
 ) -> None:
     source = PairsInMemory(pairs)
@@ -244,7 +244,7 @@ def test_every_question_of_an_image_counts() -> None:
 def test_figures_are_those_of_the_micro_batches(
     limits: dict[str, int], cut_by: tuple[str, ...], both_sides: bool
 ) -> None:
-    """Tokens that every rank packs in an epoch, counted one by one, and the micro-batches that nothing is left for."""
+    """Tokens that every rank packs in an epoch, counted one by one, and the empty micro-batches."""
     plan = make_plan([9, 1, 4, 8, 6], images_per_step=2, both_sides=both_sides, **limits)
     micros = [
         micro
@@ -381,7 +381,7 @@ def test_denominators_run_over_the_whole_step() -> None:
 
 @pytest.mark.parametrize("pairs_per_forward", [1, 4])
 def test_the_mean_of_the_released_code_counts_pairs_without_weight(pairs_per_forward: int) -> None:
-    """Their loss is ``(weights * losses).mean()`` over a batch, in which a weight may be 0 (three images here, one of them all 0)."""
+    """Their loss is ``(weights * losses).mean()`` over a batch, in which a weight may be 0."""
     pairs = [
         replace(pair, weight=0.0, counts_nll=False)
         if pair.pair_id in ("000-01", "002-00", "002-01")

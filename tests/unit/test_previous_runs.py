@@ -1,4 +1,4 @@
-"""A folder in which another run was trained before: that run is kept, and resumed when its settings return."""
+"""A folder with another run: that run is kept, and resumed when its settings return."""
 
 from __future__ import annotations
 

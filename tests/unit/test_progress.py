@@ -70,7 +70,8 @@ def test_figures_fit_a_terminal_and_leave_out_what_was_not_measured() -> None:
     }  # fmt: skip
     line = figures_line(figures)
     assert line == (
-        "1,234.5 pairs/s · 1,234,567 tokens/s · loss 0.693 · margin -12.25 · accuracy 100% · ESS 100% · GPU 79.2 GiB"
+        "1,234.5 pairs/s · 1,234,567 tokens/s · loss 0.693 · margin -12.25 · accuracy 100% · ESS 100% · GPU "
+        "79.2 GiB"
     )
     assert len(line) < 110
     assert figures_line(figures | {"reward_margin": None, "gpu_memory_gib": None}).count("·") == 4

@@ -1,4 +1,4 @@
-"""Figures of large runs: the arithmetic against known sizes and simple cases, and the page against the arithmetic."""
+"""Figures of large runs: the arithmetic against known sizes, and the page against the arithmetic."""
 
 from __future__ import annotations
 

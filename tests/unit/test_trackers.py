@@ -1,4 +1,4 @@
-"""The real TensorBoard, MLflow and W&B clients, offline: what was logged can be read back, once, from one run."""
+"""The real TensorBoard, MLflow and W&B clients, offline: every step is read back once, from one run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmedpo_ray.errors import UserError
 
 @pytest.fixture
 def calls_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """What any client, wandb's own Go process too, asks of the world: a proxy that answers nothing and takes notes."""
+    """Requests of any client, wandb's own Go process too: a proxy that records them and answers none."""
     asked: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -182,7 +182,8 @@ def wandb_history(file: Path) -> list[tuple[int, float]]:
 @pytest.mark.skipif(not importlib.util.find_spec("mlflow"), reason="MLflow is an extra")
 def test_deepspeed_does_not_bring_mlflow_into_every_rank() -> None:
     script = (
-        "import sys; from mmedpo_ray.align.engines import deepspeed as engine; engine._import_deepspeed(use_gpu=False); "
-        "assert 'mlflow' not in sys.modules; import mlflow; assert mlflow.set_tracking_uri"
+        "import sys; from mmedpo_ray.align.engines import deepspeed as engine; "
+        "engine._import_deepspeed(use_gpu=False); assert 'mlflow' not in sys.modules; import mlflow; assert "
+        "mlflow.set_tracking_uri"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,4 +1,4 @@
-"""Attention along trees equals attention under a dense mask, on any forest and with any size of its blocks."""
+"""Tree attention equals attention under a dense mask, on any trees and with any block size."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SCALING = SIZE**-0.5
 tokens = st.lists(st.integers(1, 3), min_size=1, max_size=9)
 
 
-def draw_states(forest: PackedTrees, heads: int, seed: int) -> Tensor:
+def draw_states(packed_trees: PackedTrees, heads: int, seed: int) -> Tensor:
     """(R, H, T, D) as a layer makes them: a transposed view."""
-    rows, length = forest.input_ids.shape
+    rows, length = packed_trees.input_ids.shape
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(rows, length, heads, SIZE, dtype=torch.float64, generator=generator)
     return states.requires_grad_().transpose(1, 2)
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, forest: PackedTrees) -> Tensor:
+def dense(query: Tensor, key: Tensor, value: Tensor, packed_trees: PackedTrees) -> Tensor:
     key, value = (part.repeat_interleave(HEADS // KEY_HEADS, dim=1) for part in (key, value))
-    mask = forest.dense_mask()
+    mask = packed_trees.dense_mask()
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=SCALING).transpose(1, 2)
 
 
@@ -48,15 +48,17 @@ def test_values_and_gradients_are_those_of_the_dense_mask(
     monkeypatch.setattr(tree_attention, "QUERIES_PER_BLOCK", block)
     images = sorted({image for _, _, image in items})
     sequences = [TokenSequence(prompt, response, images.index(image)) for prompt, response, image in items]
-    forest = pack(sequences, torch.zeros(len(images), 3, 2, 2), pad_token_id=0)
-    states = [draw_states(forest, heads, seed) for seed, heads in enumerate((HEADS, KEY_HEADS, KEY_HEADS))]
+    packed_trees = pack(sequences, torch.zeros(len(images), 3, 2, 2), pad_token_id=0)
+    states = [
+        draw_states(packed_trees, heads, seed) for seed, heads in enumerate((HEADS, KEY_HEADS, KEY_HEADS))
+    ]
     config = SimpleNamespace(num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS)
     model = SimpleNamespace(config=config, dtype=torch.float64)
-    bias = attention_bias(forest.layout.sees, model)
-    ours = tree_attention.tree_attention(*states, LayerTree(forest.layout, bias), SCALING)
-    theirs = dense(*states, forest)
-    is_token = torch.ones(forest.input_ids.shape, dtype=torch.bool)
-    is_token.view(-1)[forest.layout.padding] = False
+    bias = attention_bias(packed_trees.layout.sees, model)
+    ours = tree_attention.tree_attention(*states, LayerTree(packed_trees.layout, bias), SCALING)
+    theirs = dense(*states, packed_trees)
+    is_token = torch.ones(packed_trees.input_ids.shape, dtype=torch.bool)
+    is_token.view(-1)[packed_trees.layout.padding] = False
     assert torch.allclose(ours[is_token], theirs[is_token], atol=1e-12)
     weights = torch.randn(
         ours[is_token].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
@@ -108,7 +110,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 
 
 def llava_around(family: str) -> Any:
-    """A tiny LLaVA whose language model is of another family; random weights, several times the usual scale."""
+    """A tiny LLaVA with a language model of another family; random weights of several times the usual scale."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32,

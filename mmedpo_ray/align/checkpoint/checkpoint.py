@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,7 +144,7 @@ class CheckpointWriter:
         self._shards = ShardWriter(self._temporary, pool, shard_bytes)
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Takes a parameter and its moments (:data:`PARAMETER` and :data:`MOMENTS` → whole float32 tensors)."""
+        """Takes a parameter and its moments: :data:`PARAMETER`, :data:`MOMENTS` → whole float32 tensor."""
         for kind, tensor in tensors.items():
             self._shards.add(f"{kind}.{name}", tensor)
 
@@ -180,17 +180,33 @@ def load_last_checkpoint(folder: Path, key: str) -> Checkpoint | None:
     Raises:
         OSError: names an existing file that cannot be read.
     """
-    return next(_usable(folder, key), None)
+    for path in reversed(checkpoint_folders(folder)):
+        found = _read(path)
+        if found is None:
+            log.warning("align: the checkpoint %s is damaged and is skipped", path)
+        elif found.key == key:
+            return found
+    return None
 
 
-def load_best_checkpoint(folder: Path, key: str) -> Checkpoint | None:
-    """The usable checkpoint with the lowest validation loss, the earliest of equals; ``None`` without
-    validation.
+def load_best_checkpoint(folder: Path, key: str | None) -> Checkpoint | None:
+    """The usable checkpoint with the lowest validation loss, if any; the earliest of equals.
+
+    Args:
+        folder: of the run.
+        key: identity of the run; ``None`` accepts any.
 
     Raises:
         OSError: names an existing file that cannot be read.
     """
-    return _best(_usable(folder, key))
+    measured = [
+        found
+        for path in checkpoint_folders(folder)
+        if (found := _read(path)) is not None
+        and found.validation_loss is not None
+        and key in (None, found.key)
+    ]
+    return min(measured, key=lambda found: (found.validation_loss or 0.0, found.step), default=None)
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -237,16 +253,6 @@ def set_aside_unusable(folder: Path, key: str) -> list[Path]:
     return renamed
 
 
-def _usable(folder: Path, key: str) -> Iterator[Checkpoint]:
-    """Usable checkpoints of this run, newest first."""
-    for path in reversed(checkpoint_folders(folder)):
-        found = _read(path)
-        if found is None:
-            log.warning("align: the checkpoint %s is damaged and is skipped", path)
-        elif found.key == key:
-            yield found
-
-
 def _read(path: Path) -> Checkpoint | None:
     """The checkpoint; ``None`` if it is damaged."""
     try:
@@ -259,16 +265,11 @@ def _read(path: Path) -> Checkpoint | None:
         raise OSError(error.errno, why, error.filename or str(path)) from error
 
 
-def _best(checkpoints: Iterator[Checkpoint]) -> Checkpoint | None:
-    measured = [(found.validation_loss, found.step, found) for found in checkpoints]
-    return min((item for item in measured if item[0] is not None), default=(None,))[-1]
-
-
 def _remove_old(folder: Path, keep: int) -> None:
     """Removes all but the last ``keep`` checkpoints and the best."""
     paths = checkpoint_folders(folder)
     try:
-        best = _best(found for path in paths if (found := _read(path)) is not None)
+        best = load_best_checkpoint(folder, None)
     except OSError as error:
         log.warning("align: all checkpoints are kept, because the best one is unknown: %s", error)
         return

@@ -56,8 +56,9 @@ class CheckpointManager:
         dist.all_gather_object(seen, here)
         if len(set(seen)) > 1:
             raise UserError(
-                f"align: the ranks see different checkpoints in {folder} (steps {[steps[0] for steps in seen]}). All "
-                "nodes must share this folder (NFS, Lustre, FSx); set run.folder to one they share."
+                f"align: the ranks see different checkpoints in {folder} (steps "
+                f"{[steps[0] for steps in seen]}). All nodes must share this folder (NFS, Lustre, FSx); set "
+                "run.folder to one they share."
             )
         if self._rank == 0:
             set_aside_unusable(folder, key)
@@ -68,14 +69,14 @@ class CheckpointManager:
         return found
 
     def is_best(self, validation_loss: float | None) -> bool:
-        """Whether a validation loss is the lowest so far; remembers it. ``None``: not measured, or not finite."""
+        """Whether a validation loss (``None``: not measured or not finite) is the lowest so far."""
         if validation_loss is None or validation_loss >= self._lowest_loss:
             return False
         self._lowest_loss = validation_loss
         return True
 
     def save(self, engine: Engine, step: int, validation_loss: float | None) -> None:
-        """Gathers the state one parameter at a time; the last two shards are written while training continues."""
+        """Gathers the state by parameter; the last two shards are written while training continues."""
         if step == self._saved_step:
             return
         self.wait()
@@ -104,7 +105,7 @@ class CheckpointManager:
         dist.barrier()
 
     def finish(self, engine: Engine, step: int, validation_loss: float | None) -> None:
-        """Saves the last state, and writes the last or the best weights (``align.keep``) as the run's result."""
+        """Saves the last state, and writes the result: the last or the best weights (``align.keep``)."""
         self.save(engine, step, validation_loss)
         self.wait()
         if self._rank == 0:

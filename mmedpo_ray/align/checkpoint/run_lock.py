@@ -30,7 +30,8 @@ def check_claim(folder: Path, launch: str) -> None:
     """
     if _launch_in(folder / _OWNER_FILE) not in (None, launch):
         raise UserError(
-            f"align: another align was started on {folder} and resumes from its last checkpoint; this one ends here."
+            f"align: another align was started on {folder} and resumes from its last checkpoint; this one "
+            "ends here."
         )
 
 

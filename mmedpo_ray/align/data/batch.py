@@ -81,8 +81,8 @@ class ImageLoader:
             self._cache.update(zip(missing, self._pool.map(self._read, missing), strict=True))
         except ImageError as error:
             raise UserError(
-                f"an image of a pair cannot be read any more ({error}). Restore the file, or run ingest and curate "
-                "again so that its rows are dropped."
+                f"an image of a pair cannot be read any more ({error}). Restore the file, or run ingest and "
+                "curate again so that its rows are dropped."
             ) from error
         for uri in uris:
             self._cache.move_to_end(uri)

@@ -12,7 +12,6 @@ the table's files and their rows), which is written last.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -52,17 +51,8 @@ PAIR = np.dtype(
 )
 
 _COLUMNS = [
-    *(
-        "image_id",
-        "kind",
-        "image_uri",
-        "rejected_image_uri",
-        "prompt",
-        "chosen",
-        "rejected",
-        "image_position",
-    ),
-    *("prompt_tokens", "chosen_tokens", "rejected_tokens", "answer_hash", "weight"),
+    *("image_id", "kind", "image_uri", "rejected_image_uri", "image_position", "answer_hash", "weight"),
+    *("prompt", "chosen", "rejected", "prompt_tokens", "chosen_tokens", "rejected_tokens"),
 ]
 # Raised when the content of the files changes.
 _VERSION = 3
@@ -90,29 +80,20 @@ def sum_pairs(pairs: np.ndarray, starts: np.ndarray) -> Sums:
     tree = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(pairs))))
     prompt, chosen, rejected = (pairs[name].astype(np.int64) for name in ("prompt", "chosen", "rejected"))
     computed, counted = np.flatnonzero(pairs["weight"] > 0), np.flatnonzero(pairs["counts_nll"])
+    both = TokenCounts(pairs, tree, both_sides=True).total(computed)
+    one = TokenCounts(pairs, tree, both_sides=False).total(counted)
+    separate = (2 * prompt + chosen + rejected - 2)[computed].sum(), (prompt + chosen - 1)[counted].sum()
     return {
         "pairs": of_kind.sum(axis=1),
         "weight": np.array([found.sum() for found in weights]),
         "weight_squared": np.array([(found**2).sum() for found in weights]),
-        "packed": np.array(
-            [
-                TokenCounts(pairs, tree, both_sides=True).total(computed),
-                TokenCounts(pairs, tree, both_sides=False).total(counted),
-            ]
-        ),
-        "separate": np.array(
-            [(2 * prompt + chosen + rejected - 2)[computed].sum(), (prompt + chosen - 1)[counted].sum()]
-        ),
+        "packed": np.array([both, one]),
+        "separate": np.array(separate),
     }
 
 
-def _add(parts: Sequence[Sums], sign: int = 1) -> Sums:
-    """The first sums plus (or minus) the others."""
-    first, *others = parts
-    return {
-        name: functools.reduce(lambda a, b: a + sign * b[name], others, value)
-        for name, value in first.items()
-    }
+def _total(parts: Sequence[Sums]) -> Sums:
+    return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]}
 
 
 @dataclass(frozen=True)
@@ -168,12 +149,13 @@ class PairIndex:
         for start in range(0, len(images), _TREES_AT_ONCE):
             rows, sizes = self.rows(images[start : start + _TREES_AT_ONCE])
             parts.append(sum_pairs(self.pairs[rows], np.cumsum(sizes) - sizes))
-        sums = _add(parts)
+        sums = _total(parts)
+        others = {name: value - sums[name] for name, value in self.sums.items()}
         numbers = np.arange(len(self.trees) - 1) if self.selected is None else self.selected
         stays = np.ones(len(numbers), bool)
         stays[images] = False
         return (
-            replace(self, sums=_add([self.sums, sums], -1), selected=numbers[stays].astype(np.uint32)),
+            replace(self, sums=others, selected=numbers[stays].astype(np.uint32)),
             replace(self, sums=sums, selected=numbers[~stays].astype(np.uint32)),
         )
 
@@ -276,10 +258,11 @@ def load_index(folder: str) -> PairIndex:
     """
     source = storage.local_path(folder, "training") / _FOLDER
     info = json.loads((source / _INFO).read_text())
+    pairs, trees, images = (np.load(source / name, mmap_mode="r") for name in (_PAIRS, _TREES, _IMAGES))
     return PairIndex(
-        np.load(source / _PAIRS, mmap_mode="r"),
-        np.load(source / _TREES, mmap_mode="r"),
-        np.load(source / _IMAGES, mmap_mode="r"),
+        pairs,
+        trees,
+        images,
         {name: np.array(values) for name, values in info["sums"].items()},
         [(storage.join(folder, name), rows) for name, rows in info["files"]],
     )
@@ -295,19 +278,21 @@ def _build(folder: str, target: Path, identity: list[Any]) -> None:
         table = storage.read_parquet(path, _COLUMNS)
         table = table if waiting is None else pa.concat_tables([waiting, table])
         # The last tree of a file may continue in the next one.
-        cut = table.num_rows if number == len(paths) - 1 else _last_tree(table)
+        images = table["image_id"]
+        is_last = number == len(paths) - 1 or not table.num_rows
+        cut = table.num_rows if is_last else pc.index(images, images[-1]).as_py()
         waiting = table.slice(cut)
         found, first = index_pairs(table.slice(0, cut))
         pairs[done : done + cut] = found
         starts.append(first + done)
-        hashes.append(hash_images(table["image_id"].take(pa.array(first)).to_pylist()))
+        hashes.append(hash_images(images.take(pa.array(first)).to_pylist()))
         sums.append(sum_pairs(found, first))
         done += cut
     pairs.flush()
     np.save(target / _TREES, np.concatenate([*starts, [done]]).astype(np.int64))
     np.save(target / _IMAGES, np.concatenate(hashes))
     files = [(Path(path).name, size) for path, size in zip(paths, sizes, strict=True)]
-    totals = {name: values.tolist() for name, values in _add(sums).items()}
+    totals = {name: values.tolist() for name, values in _total(sums).items()}
     content = {"identity": identity, "sums": totals, "files": files}
     storage.write_bytes(str(target / _INFO), json.dumps(content).encode())
 
@@ -322,14 +307,6 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 def _array(table: pa.Table, name: str) -> pa.Array:
     return table[name].combine_chunks()
-
-
-def _last_tree(table: pa.Table) -> int:
-    """The row at which the last tree begins."""
-    if not table.num_rows:
-        return 0
-    images = table["image_id"]
-    return pc.index(images, images[-1]).as_py()
 
 
 def _token_bytes(table: pa.Table, name: str) -> list[bytes]:

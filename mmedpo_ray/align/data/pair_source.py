@@ -29,21 +29,14 @@ from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
 from mmedpo_ray.models.loading import PromptWriter
-from mmedpo_ray.tables.schemas import PREPARED
 
 # Footers and row groups kept by a rank: at most about 10 and 100 MiB.
 _OPEN_FILES = 64
 _ROW_GROUPS = 64
-_INDEXED = (
-    "tree_key",
-    "image_position",
-    "prompt_tokens",
-    "chosen_tokens",
-    "rejected_tokens",
-    "answer_hash",
-    "weight",
-)
-_COLUMNS = [name for name in PREPARED.names if name not in _INDEXED]
+_COLUMNS = [
+    *("pair_id", "image_id", "kind", "image_uri", "rejected_image_uri", "prompt", "chosen", "rejected"),
+    *("chosen_weights", "rejected_weights", "ref_chosen_logp", "ref_rejected_logp"),
+]
 
 
 class PairSource(ABC):
@@ -93,7 +86,8 @@ class PairSource(ABC):
         images = self.index.num_images
         if images < 2:
             raise UserError(
-                f"align.validation_share={share} holds out images, and there are pairs of {images}. Set it to 0."
+                f"align.validation_share={share} holds out images, and there are pairs of {images}. Set it "
+                "to 0."
             )
         count = min(max(round(share * images), 1), images - 1)
         order = np.argpartition(self.index.image_codes(seed), count - 1)

@@ -18,18 +18,10 @@ import ray
 import torch
 from rich.markup import escape
 
+from mmedpo_ray.align.data import tokenise
 from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, read_ahead
 from mmedpo_ray.align.data.pair_index import VISUAL, ensure_index, index_pairs
 from mmedpo_ray.align.data.token_counts import TokenCounts
-from mmedpo_ray.align.data.tokenise import (
-    COLUMNS,
-    WEIGHT_ZERO,
-    make_pair,
-    prepare_rows,
-    tree_key,
-    with_reversed_pairs,
-    wrong_answers,
-)
 from mmedpo_ray.align.losses import reference_source
 from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
 from mmedpo_ray.align.packing.trees import PackedTrees
@@ -62,7 +54,7 @@ _ID = "tree_key"
 # Raised when the table's columns change.
 _COLUMNS_VERSION = 2
 _RAW = schemas.with_drop_columns(schemas.PREPARED)
-_ROWS = pa.schema([schemas.SCORED.field(name) for name in COLUMNS])
+_ROWS = pa.schema([schemas.SCORED.field(name) for name in tokenise.COLUMNS])
 _ANSWERS = pa.schema([schemas.SCORED.field(name) for name in ("sample_id", "kind", "rejected")])
 
 
@@ -96,10 +88,10 @@ def prepare(config: Config) -> Manifest:
             lambda done: _pipeline(config, done),
             schema=schemas.PREPARED,
             id_column=_ID,
-            total=_num_rows(run.scored),
+            total=_rows_in(run.scored),
             extra=lambda _: {MADE_WITH: parts},
             extra_columns=(),
-            intended_reasons=(WEIGHT_ZERO,),
+            intended_reasons=(tokenise.WEIGHT_ZERO,),
         )
     ensure_index(run.prepared, manifest)
     return manifest
@@ -144,14 +136,14 @@ def _stage(config: Config) -> StageRunner:
     return StageRunner("prepare", run.prepared, config, settings=settings, inputs=[run.scored])
 
 
-def _num_rows(folder: str) -> int:
+def _rows_in(folder: str) -> int:
     manifest = read_manifest(folder)
     return manifest.rows_out if manifest else 0
 
 
 def _pipeline(config: Config, done: IdSet) -> ray.data.Dataset | None:
     align, run = config.align, RunFolder(config.run.folder)
-    total = _num_rows(run.scored)
+    total = _rows_in(run.scored)
     if len(done) >= total and not align.reversed_visual_coefficient:
         return None
     reader = _Reader(config.model.path, align, run.scored, done)
@@ -198,10 +190,12 @@ class _Reader:
             # The text pair of a sample may be in another slice.
             samples = [row["sample_id"] for row in rows if row["kind"] == VISUAL]
             found = self._answers.rows(pa.chunked_array([samples], pa.string()))
-            rows = with_reversed_pairs(rows, wrong_answers(row for group in found.values() for row in group))
+            rows = tokenise.with_reversed_pairs(
+                rows, tokenise.wrong_answers(row for group in found.values() for row in group)
+            )
         if self._done:
-            rows = [row for row in rows if tree_key(row) not in self._done]
-        return prepare_rows(rows, _writer(self.model), self.align)
+            rows = [row for row in rows if tokenise.tree_key(row) not in self._done]
+        return tokenise.prepare_rows(rows, _writer(self.model), self.align)
 
     def prepare(self, slice_: pa.Table) -> pa.Table:
         """The prepared rows as a table, without reference log-probabilities."""
@@ -259,5 +253,5 @@ class ReferenceScorer:
         return [members for members in balance(trees, counts, 1, Limits.of(self._reader.align)) if members]
 
     def _pack(self, rows: list[dict[str, Any]]) -> PackedTrees:
-        pairs = [make_pair(row, self._writer) for row in rows]
+        pairs = [tokenise.make_pair(row, self._writer) for row in rows]
         return pack_pairs(pairs, self._images, self._writer.pad_token_id, both_sides=True)

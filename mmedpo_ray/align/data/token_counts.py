@@ -30,18 +30,15 @@ def order_sequences(images: Sequence[int], sequences: Sequence[bytes]) -> tuple[
         The place of each in sorted order, from 0 (equal sequences have the same), and the tokens it shares
         with the place before.
     """
-    order, shared = [0] * len(sequences), [0] * len(sequences)
-    place, prefix = -1, 0
-    before: tuple[int, bytes] | None = None
-    for number in sorted(range(len(sequences)), key=lambda number: (images[number], sequences[number])):
-        current = images[number], sequences[number]
-        if current != before:
-            place += 1
-            is_same_image = before is not None and before[0] == current[0]
-            prefix = common_prefix(before[1], current[1]) // TOKEN_BYTES if before and is_same_image else 0
-            before = current
-        order[number], shared[number] = place, prefix
-    return order, shared
+    keys = list(zip(images, sequences, strict=True))
+    ordered = sorted(set(keys))
+    shared = [0]
+    for (image, sequence), (next_image, next_sequence) in itertools.pairwise(ordered):
+        prefix = common_prefix(sequence, next_sequence) if image == next_image else 0
+        shared.append(prefix // TOKEN_BYTES)
+    place = {key: number for number, key in enumerate(ordered)}
+    order = [place[key] for key in keys]
+    return order, [shared[number] for number in order]
 
 
 class TokenCounts:
@@ -82,7 +79,7 @@ class TokenCounts:
         self.responses = chosen + rejected if both_sides else chosen
 
     def sizes(self, groups: Sequence[Sequence[int] | np.ndarray]) -> list[list[int]]:
-        """Tokens of each image's tree if every group of pairs is packed by itself; an empty group has none."""
+        """Tokens of each image's tree if every group of pairs is packed alone; an empty group has none."""
         found: list[list[int]] = [[] for _ in groups]
         members = np.fromiter(itertools.chain.from_iterable(groups), np.int64)
         if not len(members):

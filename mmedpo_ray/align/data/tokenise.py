@@ -1,4 +1,4 @@
-"""Rows of `scored` → rows of `prepared`: tokenised pairs, and the rows that cannot be trained on with the reason."""
+"""Rows of `scored` → rows of `prepared`: tokenised pairs, and dropped rows with the reason."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def wrong_answers(rows: Iterable[Row]) -> dict[str, str]:
 def span_weights(
     chosen: Sequence[int], rejected: Sequence[int], common_weight: float
 ) -> tuple[list[float], list[float]]:
-    """Weight 1 for tokens in which two answers differ, ``common_weight`` for those in spans that both share."""
+    """Weight 1 for tokens in which two answers differ, ``common_weight`` for those they share."""
     weights = [1.0] * len(chosen), [1.0] * len(rejected)
     for block in difflib.SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks():
         for side, start in zip(weights, (block.a, block.b), strict=True):
@@ -193,7 +193,7 @@ def _check_weight(row: Row, align: AlignConfig) -> None:
 
 
 def _tokenise(row: Row, writer: PromptWriter, align: AlignConfig) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of prompt, chosen and rejected response; a response is cut at ``align.max_length``, a prompt never."""
+    """Token ids of prompt, chosen and rejected response; responses are cut at ``align.max_length``."""
     question, same_image = row["question"], row["image_uri"] == row["rejected_image_uri"]
     if same_image and row["chosen"].strip() == row["rejected"].strip():
         raise _UnusableRowError("equal_sides", "chosen and rejected are the same answer to the same image")

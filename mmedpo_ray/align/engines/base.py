@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmedpo_ray.align.checkpoint.checkpoint import Checkpoint
-from mmedpo_ray.align.packing.logps import LogpOutput
+from mmedpo_ray.align.losses import ResponseLogps
 from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 from mmedpo_ray.align.settings import AlignConfig
@@ -27,7 +27,7 @@ class Engine(ABC):
     device: torch.device
 
     @abstractmethod
-    def logps(self, batch: PackedTrees) -> LogpOutput:
+    def logps(self, batch: PackedTrees) -> ResponseLogps:
         """Forward pass of this rank's sequences."""
 
     def train(self, mode: bool = True) -> None:
@@ -43,7 +43,7 @@ class Engine(ABC):
 
     @abstractmethod
     def update(self, learning_rate: float) -> float:
-        """Clips, updates the trained parameters and clears the gradients; returns the norm before clipping."""
+        """Clips, updates the parameters and clears the gradients; returns the norm before clipping."""
 
     @abstractmethod
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmedpo_ray.align.checkpoint.checkpoint import MOMENTS, PARAMETER, Checkpoint
 from mmedpo_ray.align.engines.base import Engine, make_optimizer
-from mmedpo_ray.align.packing.logps import LogpOutput
+from mmedpo_ray.align.losses import ResponseLogps
 from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 
@@ -53,8 +53,8 @@ class DdpEngine(Engine):
             value.grad = torch.zeros_like(value)
         self._optimizer = make_optimizer(self._exact, spec.align, fused=True)
 
-    def logps(self, batch: PackedTrees) -> LogpOutput:
-        return LogpOutput(*self.policy(batch))
+    def logps(self, batch: PackedTrees) -> ResponseLogps:
+        return ResponseLogps(*self.policy(batch))
 
     def backward(self, share: Tensor, *, is_last: bool) -> None:  # noqa: ARG002
         share.backward()

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-2 and ZeRO-3: the policy's parameters, gradients and optimizer state sharded over the ranks."""
+"""DeepSpeed ZeRO-2 and ZeRO-3: parameters, gradients and optimizer state sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmedpo_ray.align.checkpoint.checkpoint import MOMENTS, PARAMETER, Checkpoint
 from mmedpo_ray.align.engines.base import Engine, make_optimizer
-from mmedpo_ray.align.packing.logps import LogpOutput
+from mmedpo_ray.align.losses import ResponseLogps
 from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 
@@ -80,8 +80,8 @@ class DeepSpeedEngine(Engine):
         self._world_size = torch.distributed.get_world_size()
         self.device: torch.device = torch.device(self._engine.device)
 
-    def logps(self, batch: PackedTrees) -> LogpOutput:
-        return LogpOutput(*self._engine(batch))
+    def logps(self, batch: PackedTrees) -> ResponseLogps:
+        return ResponseLogps(*self._engine(batch))
 
     def backward(self, share: Tensor, *, is_last: bool) -> None:
         # DeepSpeed averages gradients over ranks, while our loss is a sum over them.

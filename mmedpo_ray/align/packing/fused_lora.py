@@ -82,7 +82,7 @@ def install(model: Any, *, sharded: bool = False) -> None:
 
 
 def project(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
-    """Linear layers of one input: (..., in) → (..., outᵢ) each, in shared products if all have the fused forward."""
+    """Linear layers of one input, (..., in) → (..., outᵢ); in shared products if all are fused."""
     if not all(_is_active(layer) for layer in layers):
         return [layer(x) for layer in layers]
     weights: list[Any] = []

@@ -24,7 +24,7 @@ MOST_LOGITS = 2**26
 
 
 def install(head: Any) -> None:
-    """Makes :func:`token_values` the forward of an ``lm_head``, so that hooks on the module (DeepSpeed's) see it."""
+    """Makes :func:`token_values` the forward of an ``lm_head``, so that DeepSpeed's hooks run."""
     head.forward = types.MethodType(token_values, head)
 
 

@@ -7,51 +7,22 @@ computed on packed trees (:mod:`mmedpo_ray.align.packing.trees`).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from mmedpo_ray.align.losses import Side
+from mmedpo_ray.align.losses import ResponseLogps
 from mmedpo_ray.align.packing import fast_layers, fused_lora, lm_head, tree_attention
 from mmedpo_ray.align.packing.tree_attention import attention_bias
 from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.models.image_tokens import image_mismatch
 
 
-class LogpOutput(NamedTuple):
-    """Sums over the response tokens of N sequences.
-
-    Attributes:
-        logps: (N,) float32, Σ c_t · log π(token t | everything before), nats, with span weights c_t.
-        tokens: (N,) float32, Σ c_t.
-        likelihood: (N,) float32, the same as ``logps`` with all c_t = 1.
-        num_tokens: (N,) int64, tokens summed.
-        ref_logps: (N,) ``logps`` of the model without its adapter; ``None`` unless asked for.
-        kl: (N,) Σ of the divergence from the model without its adapter, nats; ``None`` unless asked for.
-    """
-
-    logps: Tensor
-    tokens: Tensor
-    likelihood: Tensor
-    num_tokens: Tensor
-    ref_logps: Tensor | None = None
-    kl: Tensor | None = None
-
-    def sides(self, count: int) -> tuple[Side, Side]:
-        """The first ``count`` sequences (chosen) and the others (rejected)."""
-
-        def side(part: slice) -> Side:
-            kl = None if self.kl is None else self.kl[part]
-            return Side(self.logps[part], self.tokens[part], self.likelihood[part], self.num_tokens[part], kl)
-
-        return side(slice(count)), side(slice(count, None))
-
-
 def response_logps(
     model: Any, batch: PackedTrees, *, with_reference: bool = False, kl_forward_share: float | None = None
-) -> LogpOutput:
+) -> ResponseLogps:
     """Evaluates every response of a batch.
 
     Each distinct image passes the vision tower once, each shared token the language model once, and
@@ -85,7 +56,7 @@ def response_logps(
     )
     edges, *further = to_values(states, batch.edge_token, reference, kl_forward_share)
     weights = batch.term_weight
-    return LogpOutput(
+    return ResponseLogps(
         logps=_sum(edges, batch, weights),
         tokens=_sum(torch.ones_like(edges), batch, weights).detach(),
         likelihood=_sum(edges, batch),

@@ -146,7 +146,7 @@ def _cut(start: int, end: int) -> list[tuple[int, int]]:
 
 
 def _ancestors(ends: Sequence[int], fork: int, start: int) -> list[int]:
-    """Positions between ``fork``, where the trunk ends, and ``start`` that are ancestors of tokens from ``start`` on."""
+    """Positions from ``fork`` (end of the trunk) to ``start`` that are ancestors of later tokens."""
     found = []
     position = fork
     while position < start:
@@ -159,7 +159,7 @@ def _ancestors(ends: Sequence[int], fork: int, start: int) -> list[int]:
 
 
 def _slots(spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """(N, longest) int64: the positions of every span, padded with its last; and bool, True for what is no padding."""
+    """(N, longest): the positions of every span, padded with its last; and True if not padding."""
     length = max((end - start for start, end in spans), default=0)
     starts, ends = (torch.tensor([span[side] for span in spans], dtype=torch.int64) for side in (0, 1))
     positions = starts[:, None] + torch.arange(length)
@@ -254,7 +254,7 @@ class _Rearrange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, order: Tensor, inverse: Tensor, unused: Tensor) -> Tensor:
-        """states[order]; ``inverse`` restores the order, and the rows ``unused`` of ``states`` are not read."""
+        """states[order]; ``inverse`` restores the order, and the rows ``unused`` are not read."""
         ctx.save_for_backward(inverse, unused)
         return states.index_select(0, order)
 
@@ -334,8 +334,8 @@ def check_family(config: Any, *, along_tree: bool) -> None:
         raise UserError(f"the language model is a {family}, {_UNSUPPORTED}")
     if getattr(config, "attn_logit_softcapping", None):
         raise UserError(
-            f"the language model is a {family} with attn_logit_softcapping, which attention on packed trees does not "
-            f"compute. {_KNOWN_TO_WORK}"
+            f"the language model is a {family} with attn_logit_softcapping, which attention on packed trees "
+            f"does not compute. {_KNOWN_TO_WORK}"
         )
 
 

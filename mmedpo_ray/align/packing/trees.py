@@ -90,7 +90,7 @@ class PackedTrees:
         return replace(self, **moved)
 
     def dense_mask(self) -> Tensor:
-        """(R, 1, T, T) bool, True if the query (third axis) sees the key; for scaled dot-product attention."""
+        """(R, 1, T, T) bool for scaled dot-product attention, True if the query (third axis) sees the key."""
         return self._sees(torch.arange(self.input_ids.shape[1], device=self.input_ids.device)[None])[:, None]
 
     def output_mask(self) -> Tensor:
@@ -116,7 +116,7 @@ class PackedTrees:
 
 
 class _Tree:
-    """The tokens of one image's sequences in the order they are added; a node comes after its parent (-1: none)."""
+    """The tokens of one image's sequences, in the order they are added (parent -1: a root)."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -280,7 +280,7 @@ def num_slots(sizes: Sequence[int]) -> int:
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many items two lists (or byte strings) share at the start, by bisection: image prefixes are long."""
+    """How many items two lists (or byte strings) share at the start, by bisection."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

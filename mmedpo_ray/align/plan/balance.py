@@ -86,7 +86,7 @@ def balance(
 
 
 def _pieces(trees: Sequence[list[int]], counts: TokenCounts, limits: Limits) -> list[_Group]:
-    """The trees, cut if they do not fit into a micro-batch; each piece of a tree repeats the image's tokens."""
+    """The trees, cut if they do not fit into a micro-batch; pieces repeat the image's tokens."""
     found = []
     for number, (tree, sizes) in enumerate(zip(trees, counts.sizes(trees), strict=True)):
         if len(tree) <= limits.pairs and num_slots(sizes) <= limits.tokens:
@@ -131,7 +131,7 @@ def _fill(
 
 
 def _merged_sizes(into: _Group, piece: _Group, counts: TokenCounts, limits: Limits) -> list[int] | None:
-    """Tokens of each image's tree in a bin with one more piece; ``None`` if a micro-batch may not have as many."""
+    """Tokens of each image's tree in a bin with one more piece; ``None`` if they are too many."""
     if piece.trees & into.trees:
         # They share tokens.
         sizes = counts.sizes([into.members + piece.members])[0]

@@ -64,8 +64,8 @@ def _table(figures: dict[str, Any], expected: Preview, config: Config) -> Table:
         f"{figures['dropped']:,} dropped)",
         "images (trees)": f"{about}{figures['images']:,}",
         "optimizer steps": f"{about}{figures['steps']:,} ({figures['epochs']:g} epochs)",
-        "tokens an epoch": f"{about}{figures['tokens_per_epoch']:,}, {figures['sharing_factor']} times fewer than "
-        "unpacked",
+        "tokens an epoch": f"{about}{figures['tokens_per_epoch']:,}, {figures['sharing_factor']} times "
+        "fewer than unpacked",
         "effective sample size": f"{figures['effective_sample_size']:.0%} of the pairs",
         "largest forward": f"{figures['largest_forward_tokens']:,} tokens, "
         f"{figures['largest_forward_responses']:,} with logits",

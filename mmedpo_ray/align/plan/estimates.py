@@ -65,7 +65,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: Any, align: AlignConfig) -> Geometry:
-        """Counts the parameters of a ``LlavaConfig`` without allocating any; ``align`` says what is trained."""
+        """Counts the parameters of a ``LlavaConfig`` without allocating any."""
         from transformers import AutoModelForImageTextToText
 
         with torch.device("meta"):

@@ -215,8 +215,8 @@ class Plan:
         sums, factors = self._source.index.sums, self._source.coefficients
         if not sums["weight"].any():
             raise UserError(
-                f"align: the weights of all {self.num_pairs:,} pairs are 0, so nothing could be learnt. Check the column "
-                "`weight` of the scored table and score.weights."
+                f"align: the weights of all {self.num_pairs:,} pairs are 0, so nothing could be learnt. "
+                "Check the column `weight` of the scored table and score.weights."
             )
         weight = math.fsum(sums["weight"] * factors)
         squared = math.fsum(sums["weight_squared"] * factors**2)
@@ -271,6 +271,6 @@ class Plan:
 
 
 def effective_sample_size(weights: Sequence[float] | np.ndarray) -> float:
-    """(Σw)² / (n·Σw²) in [0, 1]: the effective share of the pairs under the weights; 0 if all weights are 0."""
+    """(Σw)² / (n·Σw²) in [0, 1]: the effective share of the pairs; 0 if all weights are 0."""
     squared = math.fsum(weight**2 for weight in weights)
     return math.fsum(weights) ** 2 / (len(weights) * squared) if squared else 0.0

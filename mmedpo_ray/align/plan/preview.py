@@ -1,4 +1,4 @@
-"""What a training run will need, from its pairs, before any weight is loaded: steps, tokens, memory, traffic."""
+"""What a training run will need, before any weight is loaded: steps, tokens, memory, traffic."""
 
 from __future__ import annotations
 
@@ -134,10 +134,10 @@ def announce_ahead(config: Config) -> None:
 def _line(name: str, expected: Preview, align: AlignConfig) -> str:
     plan, about = expected.figures, expected.about
     return (
-        f"[dim]{name}: {about}{plan['steps']:,} steps of {plan['pairs']:,} pairs on {plan['images']:,} images; "
-        f"{about}{plan['tokens_per_epoch']:,} tokens an epoch, {plan['sharing_factor']} times fewer than unpacked; "
-        f"effective sample size {plan['effective_sample_size']:.0%}; memory of {described_rank(align)} about "
-        f"{expected.memory}[/dim]"
+        f"[dim]{name}: {about}{plan['steps']:,} steps of {plan['pairs']:,} pairs on {plan['images']:,} "
+        f"images; {about}{plan['tokens_per_epoch']:,} tokens an epoch, {plan['sharing_factor']} times fewer "
+        f"than unpacked; effective sample size {plan['effective_sample_size']:.0%}; memory of "
+        f"{described_rank(align)} about {expected.memory}[/dim]"
     )
 
 
@@ -154,8 +154,8 @@ def warn_of_waste(expected: Preview, align: AlignConfig) -> None:
     if forwards.repetition > REPETITION_WARN_ABOVE:
         limits = [f"align.{name} (now {getattr(align, name):,})" for name in forwards.cut_by]
         log.warning(
-            "align: an image has more pairs than fit into a micro-batch, so %.3g times the tokens of whole trees are "
-            "computed. Raise %s as far as memory allows",
+            "align: an image has more pairs than fit into a micro-batch, so %.3g times the tokens of whole "
+            "trees are computed. Raise %s as far as memory allows",
             forwards.repetition,
             " and ".join(limits),
         )
@@ -231,7 +231,7 @@ def _read_scored(folder: str, most_rows: int) -> tuple[pa.Table, float]:
 
 
 def _row_groups(paths: list[str], most_rows: int) -> pa.Table:
-    """Rows of row groups spread over some files of a table, without images that a row group may hold in part."""
+    """Rows of row groups spread over some files, without images that a group may hold in part."""
     places = np.linspace(0, len(paths) - 1, min(len(paths), _FILES_LOOKED_AT)).astype(int)
     found = []
     for place in places.tolist():

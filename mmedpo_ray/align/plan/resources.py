@@ -25,8 +25,8 @@ def check_cluster(align: AlignConfig, *, use_gpu: bool) -> None:
     """
     if align.attention == "flex" and not use_gpu:
         raise UserError(
-            "align.attention=flex needs a GPU for every worker, and training here has none (align.use_gpu, or a cluster "
-            "without GPUs). Set align.attention=tree, which gives equal values."
+            "align.attention=flex needs a GPU for every worker, and training here has none (align.use_gpu, "
+            "or a cluster without GPUs). Set align.attention=tree, which gives equal values."
         )
     if use_gpu and align.use_gpu and not cluster.has_gpu() and not cluster.may_grow():
         raise UserError("align.use_gpu is true but the cluster has no GPU. Set it to null or false.")
@@ -36,6 +36,7 @@ def check_cluster(align: AlignConfig, *, use_gpu: bool) -> None:
         return
     one = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
     raise UserError(
-        f"align.num_workers asks for at least {align.min_workers} ranks of {one} each (align.cpus_per_worker), but the "
-        f"nodes of the cluster hold {room}. Lower one of them, or add nodes (a local cluster: raise ray.local_cpus)."
+        f"align.num_workers asks for at least {align.min_workers} ranks of {one} each "
+        f"(align.cpus_per_worker), but the nodes of the cluster hold {room}. Lower one of them, or add nodes "
+        "(a local cluster: raise ray.local_cpus)."
     )
