@@ -607,9 +607,9 @@ def main() -> int:
         f"{result['shape']}{' + visual' if arguments.visual else ''} against {result['against']}: "
         f"{speed['ours']:.2f} and {speed['theirs']:.2f} pairs/s, ratio "
         f"{result['pairs_per_second_ratio']:.1f} ({low:.1f} to {high:.1f} in {arguments.rounds} rounds); "
-        f"peak memory {memory['ours']:.0f} and "
-        f"{memory['theirs']:.0f} MiB, ratio {result['peak_memory_ratio']:.2f}; loss difference "
-        f"{result['loss_difference']:.1e} (in a forward: {sizes['ours']} images, {sizes['theirs']} pairs)"
+        f"peak memory {memory['ours']:.0f} and {memory['theirs']:.0f} MiB, ratio "
+        f"{result['peak_memory_ratio']:.2f}; loss difference {result['loss_difference']:.1e} (in a forward: "
+        f"{sizes['ours']} images, {sizes['theirs']} pairs)"
     )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -371,9 +371,8 @@ def _table(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {size['rows']:,} | {name} | {seconds:.1f} | {size['rows_per_s'][name]:,.0f} | "
                 f"{size['rows_per_s_without_start'][name]:,.0f} | {size['ratio'][name]:.2f} | "
-                f"{size['start_seconds'][name]:.2f} | "
-                f"{size['cpu_ms_per_row'][name]:.3f} | "
-                f"{driver:.0f} ({own:.0f}) | {worker:.0f} ({unshared:.0f}) |"
+                f"{size['start_seconds'][name]:.2f} | {size['cpu_ms_per_row'][name]:.3f} | {driver:.0f} "
+                f"({own:.0f}) | {worker:.0f} ({unshared:.0f}) |"
             )
     return "\n".join([*lines, "", f"{result['hardware']}, {result['date']}, `{result['command']}`"])
 
@@ -385,8 +384,8 @@ def _growth(result: dict[str, Any]) -> str:
     for size in others:
         of_all = [item["all"] for item in size["least"]["rows_per_s_without_start"]]
         changes = [
-            f"rows/s without start-up {size['ratio']['all'] - 1:+.1%} "
-            f"(rounds of {size['least']['rows']:,} beside it: {min(of_all):,.0f} to {max(of_all):,.0f})",
+            f"rows/s without start-up {size['ratio']['all'] - 1:+.1%} (rounds of {size['least']['rows']:,} "
+            f"beside it: {min(of_all):,.0f} to {max(of_all):,.0f})",
             f"CPU a row {size['cpu_ms_per_row']['all'] / first['cpu_ms_per_row']['all'] - 1:+.1%}",
         ]
         changes += [

@@ -200,8 +200,8 @@ def main() -> int:
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for row in results:
         print(
-            f"| {row['pairs']:,} | {row['table_bytes_per_pair']:.0f} | {row['index_bytes_per_pair']:.1f} "
-            f"| {row['index_seconds']:.2f} | {row['first_step_seconds_64']:.2f} | "
+            f"| {row['pairs']:,} | {row['table_bytes_per_pair']:.0f} | {row['index_bytes_per_pair']:.1f} | "
+            f"{row['index_seconds']:.2f} | {row['first_step_seconds_64']:.2f} | "
             f"{row['step_milliseconds_64']:.1f} | {row['step_milliseconds_512']:.0f} | "
             f"{row['rank_private_mib']:.0f} | {row['order_mib']:.2f} |"
         )

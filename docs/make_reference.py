@@ -26,8 +26,8 @@ def settings() -> str:
     """The settings page."""
     lines = [
         HEADER + "# Settings\n",
-        "One tree, in `mmedpo_ray/config/tree.py`. A YAML file given with `--config` holds what differs "
-        "from these defaults;",
+        "One tree, in `mmedpo_ray/config/tree.py`. A YAML file given with `--config` holds what differs from "
+        "these defaults;",
         "`section.key=value` on the command line holds what differs from the file. `mmedpo config show` "
         "prints the result,",
         "`mmedpo config validate` checks it without running anything.\n",
@@ -94,8 +94,8 @@ def table_pages() -> str:
     """The tables page."""
     lines = [
         HEADER + "# Tables\n",
-        "The Parquet tables between the stages, from `mmedpo_ray/tables/schemas.py`. Every table folder "
-        "also has `manifest.json`",
+        "The Parquet tables between the stages, from `mmedpo_ray/tables/schemas.py`. Every table folder also "
+        "has `manifest.json`",
         "(key, the tables it was made of, settings, versions, rows in and out, dropped by reason, seconds) "
         "and, where rows were",
         "left out, `dropped/` with the same columns plus `drop_reason` and `drop_detail`. Rows in = rows "
@@ -135,10 +135,9 @@ def _summary_section() -> list[str]:
         "| `counts` | model → `answers`, `failed`, `empty`, `closed` (closed questions), `undecided` (of "
         "these), `undecided_share` |",
         "| `difference`, `difference_to_control` | metric → aligned minus base (control): `value`, `low`, "
-        "`high`, `n`, `p` (paired test), "
-        "`p_holm` (corrected for the metrics compared), `verdict`: better, worse, uncorrected (only before "
-        "the correction), tiny (prints as 0.0) "
-        "or open; both null for metrics that are not judged |",
+        "`high`, `n`, `p` (paired test), `p_holm` (corrected for the metrics compared), `verdict`: better, "
+        "worse, uncorrected (only before the correction), tiny (prints as 0.0) or open; both null for "
+        "metrics that are not judged |",
         "| `left_out` | metric → why it could not be computed here |",
         "| `questions`, `images`, `bootstrap`, `confidence`, `command` | what was scored, and how |",
         "",
@@ -165,7 +164,8 @@ def command_page() -> str:
     known = stages()
     lines = [
         HEADER + "# Commands\n",
-        "`mmedpo COMMAND --help` prints the same. Commands with settings take `--config FILE` and `key=value`; every",
+        "`mmedpo COMMAND --help` prints the same. Commands with settings take `--config FILE` and "
+        "`key=value`; every",
         "command takes `--debug` (show the traceback of an error) and `--verbose`.\n",
         "| stage | reads | writes | next |",
         "| --- | --- | --- | --- |",
@@ -179,7 +179,8 @@ def command_page() -> str:
     for name, parser in commands.choices.items():
         lines += [f"\n## mmedpo {name}\n", f"{summaries[name]}.\n"]
         rows = [
-            f"| `{' '.join([*(action.option_strings or [action.dest]), *_metavar(action)])}` | {action.help} |"
+            f"| `{' '.join([*(action.option_strings or [action.dest]), *_metavar(action)])}` | {action.help} "
+            "|"
             for action in parser._actions
             if action.dest not in ("help", "config", "overrides", "debug", "verbose")
         ]

@@ -50,8 +50,7 @@ def system_message(error: BaseException) -> str | None:
             named = f"{seen.filename}: {seen.strerror}" if seen.filename is not None else what
             return (
                 f"{named or type(seen).__name__}. Check that the path is right, that you may use it, and "
-                f"that its disk has "
-                "room; then the same command goes on. --debug shows the traceback."
+                "that its disk has room; then the same command goes on. --debug shows the traceback."
             )
     return None
 
@@ -74,8 +73,7 @@ def unexpected_message(error: BaseException) -> str:
         where = f"the traceback is in {file.name}, which may quote your data"
     return (
         f"unexpected {type(innermost).__name__}{place}; {where}. What is finished stays: the same command "
-        f"goes on. If it fails "
-        "again, report it."
+        "goes on. If it fails again, report it."
     )
 
 

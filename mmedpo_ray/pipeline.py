@@ -91,8 +91,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
             handle.seek(0)
             raise UserError(
                 f"another process ({handle.read().strip() or 'unknown'}) is working in {folder}. Wait for "
-                f"it, end it, or "
-                "give this run its own folder with run.folder=DIR."
+                "it, end it, or give this run its own folder with run.folder=DIR."
             ) from None
         handle.truncate(0)
         handle.write(f"pid {os.getpid()} on {os.uname().nodename}")

@@ -9,7 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# The time of an example depends on the load of the machine, so there is no deadline. CI repeats the same examples.
+# The time of an example depends on the load of the machine, so there is no deadline. CI repeats the same
+# examples.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -21,7 +21,8 @@ from mmedpo_ray.radiology.finding_prompts import OBSERVATIONS
 
 
 def build_tiny_medklip(folder: Path) -> Path:
-    """Saves checkpoint, texts and text model under ``folder`` and returns it; the weights are the same every time."""
+    """Saves checkpoint, texts and text model under ``folder`` and returns it; the weights are the same every
+    time."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"module.{name}": value for name, value in made_up_state().items()}
     torch.save({"model": weights}, folder / "medklip.pth")

@@ -79,12 +79,13 @@ class Check:
 
     Attributes:
         name: of the finding.
-        message: the finding in words, without any text of the data: ``{n:pair}`` is the count with its noun, other placeholders
-            are `Measured.values`. What follows a colon is left out where the check passes.
+        message: the finding in words, without any text of the data: ``{n:pair}`` is the count with its noun,
+            other placeholders are `Measured.values`. What follows a colon is left out where the check passes.
         remedy: what to do; several remedies by their cause.
-        measure: (N,) bool, the rows that show it, or `Measured` where there is more to tell. May raise `NotCheckedError`.
-        shares: least share of the checked rows for each severity, worst first; 0: from the first row on. Empty: ``measure`` says
-            the severity.
+        measure: (N,) bool, the rows that show it, or `Measured` where there is more to tell. May raise
+            `NotCheckedError`.
+        shares: least share of the checked rows for each severity, worst first; 0: from the first row on.
+            Empty: ``measure`` says the severity.
         kind: which pairs are checked.
         columns: columns that the table must have.
         fixable: whether ``--fix`` removes or repairs the rows.

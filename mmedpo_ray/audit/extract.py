@@ -1,4 +1,5 @@
-"""The table → `Features`: a Ray Data task reads each slice of it where Ray runs; else this process does, batch by batch."""
+"""The table → `Features`: a Ray Data task reads each slice of it where Ray runs; else this process does,
+batch by batch."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def _here(pairs: PairTable, samples: Samples | None) -> Iterator[tuple[int, pa.T
 
 
 def _plan(pairs: PairTable, num_cpus: float) -> list[pa.Table]:
-    """The slices of a Parquet table, each with the number of its first row; none without a row, or for JSON."""
+    """The slices of a Parquet table, each with the number of its first row; none without a row, or for
+    JSON."""
     plan, start = [], 0
     for planned in plan_files(pairs.files(), num_cpus=num_cpus, most=_MOST_ROWS):
         plan.append(planned.append_column(_ROW, pa.array([start])))

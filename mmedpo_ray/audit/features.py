@@ -17,7 +17,8 @@ from mmedpo_ray.radiology.finding_prompts import names_finding
 from mmedpo_ray.radiology.lexicon import polarity
 from mmedpo_ray.radiology.lexicon.meta_text import COMMENTARY_PARTS, LEAKED_PROMPT
 
-# One bit each of `format_chosen` and `format_rejected`: what a model could tell the sides apart by without the image.
+# One bit each of `format_chosen` and `format_rejected`: what a model could tell the sides apart by without
+# the image.
 FORMATS: dict[str, str] = {
     "leading_space": r"\A\s",
     "trailing_space": r"\s\z",
@@ -73,7 +74,8 @@ class Features:
         format_chosen, format_rejected: (N,) uint16, bits in the order of `FORMATS`.
         polarity: (N,) int8, 1 where chosen says yes, -1 no, 0 neither.
         equal: (N,) bool, both sides are the same text.
-        near_equal: (N,) bool, they differ in case, spacing, punctuation or other characters for the same signs only.
+        near_equal: (N,) bool, they differ in case, spacing, punctuation or other characters for the same
+            signs only.
         empty: (N,) bool, a side has no text.
         untrimmed: (N,) bool, a side begins or ends with white space.
         leak: (N,) uint8, bits `LEAK_CHOSEN`, `LEAK_REJECTED`, `COMMENT_CHOSEN`, `COMMENT_REJECTED`.
@@ -86,16 +88,20 @@ class Features:
         question_form: (N,) int8, index in `QUESTION_FORMS`.
         first_word: (N,) int32, index in ``first_words``.
         answer_type: (N,) int32, index in ``answer_types``.
-        finding_named: (N,) bool, question or answer of a visual pair name a finding; False for text pairs, where nobody asks.
+        finding_named: (N,) bool, question or answer of a visual pair name a finding; False for text pairs,
+            where nobody asks.
         noise_share: (N,) float32, share of the image that the noise covers, NaN where unknown.
-        noise_bound: (N,) int8, `AREA_SHARE` (also where nothing is recorded), `GIVEN_MASK` (the data set's), `EVEN_MAP` (the tool's map
-            has one value over more than that share, so that it is kept whole) or `RELEASED_SCRIPT`.
-        lesion_covered: (N,) float32, share of the lesion that lies under the noise, as recorded with the pair; NaN where unknown.
+        noise_bound: (N,) int8, `AREA_SHARE` (also where nothing is recorded), `GIVEN_MASK` (the data set's),
+            `EVEN_MAP` (the tool's map has one value over more than that share, so that it is kept whole) or
+            `RELEASED_SCRIPT`.
+        lesion_covered: (N,) float32, share of the lesion that lies under the noise, as recorded with the
+            pair; NaN where unknown.
         sample_row: (N,) int64, row of the samples table, -1 where unknown.
         truth: (N,) int8, `UNKNOWN`, `AGREES`, `DIFFERS` or `OPPOSITE` (yes for no).
         of_test: (N,) bool, the pair's sample is of split test.
         image_in_test: (N,) bool, it is not, but one of the pair's images is also one of split test.
-        image_in_validation: (N,) bool, neither is so, but one of the pair's images, or its sample, is of split validate.
+        image_in_validation: (N,) bool, neither is so, but one of the pair's images, or its sample, is of
+            split validate.
     """
 
     columns: frozenset[str]
@@ -154,7 +160,8 @@ class Features:
 
 
 def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarray | pa.Array]:
-    """The numbers of some rows, by the names in `Features`; first words and answer types as texts, which have no number yet.
+    """The numbers of some rows, by the names in `Features`; first words and answer types as texts, which have
+    no number yet.
 
     Args:
         batch: rows with the columns that checks use, each in one chunk.
@@ -342,7 +349,8 @@ def _against_samples(
 
 
 def _shows(batch: pa.Table, images: SplitImages) -> np.ndarray:
-    """(N,) bool: a pair's image, or that of its rejected side, is one of a split, whatever sample the pair names."""
+    """(N,) bool: a pair's image, or that of its rejected side, is one of a split, whatever sample the pair
+    names."""
     shown = images.with_id(_text(batch, "image_id"))
     for name in ("image_uri", "rejected_image_uri"):
         shown |= images.at(_text(batch, name))

@@ -1,7 +1,9 @@
 """``--fix``: a cleaned copy of the audited table, with a log of every change.
 
-A row is left out by the first rule of `RULES` that it meets; the rows that stay have both answers trimmed. Nothing else
-changes: columns, types and order are the input's (the index of a dictionary may be wider). What a rule cannot decide (length, style, relevance) stays as it is.
+A row is left out by the first rule of `RULES` that it meets; the rows that stay have both answers trimmed.
+Nothing else
+changes: columns, types and order are the input's (the index of a dictionary may be wider). What a rule cannot
+decide (length, style, relevance) stays as it is.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def _not_alone(keys: np.ndarray, alive: np.ndarray) -> np.ndarray:
     return mask
 
 
-# Rule → the rows it leaves out, given those still there. The order counts: an answer that is a leak is no contradiction.
+# Rule → the rows it leaves out, given those still there. The order counts: an answer that is a leak is no
+# contradiction.
 RULES: dict[str, Callable[[Features, np.ndarray], np.ndarray]] = {
     "invalid_weight": lambda f, _: bad_weight(f.weight) if "weight" in f.columns else np.zeros(len(f), bool),
     "empty_side": lambda f, _: f.empty,
@@ -258,7 +261,8 @@ def _kept(batch: pa.Table, stays: np.ndarray) -> pa.Table:
 
 
 def _widely_indexed(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A dictionary column with indices of 32 bits at least: those of many chunks, written together, may need them."""
+    """A dictionary column with indices of 32 bits at least: those of many chunks, written together, may need
+    them."""
     kind = column.type
     if not pa.types.is_dictionary(kind) or kind.index_type.bit_width >= _INDEX_BITS:
         return column

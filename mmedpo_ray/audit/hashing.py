@@ -27,7 +27,8 @@ _IS_DIGIT[list(b"0123456789")] = True
 _IS_LETTER[list(b"abcdefghijklmnopqrstuvwxyz")] = True
 # Bytes of letters beyond ASCII.
 _IS_LETTER[128:] = True
-# Spaces beside signs and units, after all gaps are one space: "< 5", "5 - 10", "5 x 4 x 3", "effusion - right", "5 mm".
+# Spaces beside signs and units, after all gaps are one space: "< 5", "5 - 10", "5 x 4 x 3", "effusion -
+# right", "5 mm".
 _MAY_BE_SPACED = r"[<>=] |[^ ] [x~-]+ |\d (?:%|[mc]m\b|ml\b)"
 _SPACINGS = (
     (r"([<>=]) ", r"\1"),
@@ -40,8 +41,9 @@ _SPACINGS = (
 def normalised(texts: pa.Array) -> pa.Array:
     """Texts in lower case and in one form of characters, without punctuation and needless spaces.
 
-    Signs that carry meaning stay (+ < > / %, the point of 1.5, the minus of -5, the dash of 5-10); a hyphen between letters is a
-    space. Full-width, typographic and invisible characters are those of `same_characters`.
+    Signs that carry meaning stay (+ < > / %, the point of 1.5, the minus of -5, the dash of 5-10); a hyphen
+    between letters is a space. Full-width, typographic and invisible characters are those of
+    `same_characters`.
     """
     lower = pc.utf8_lower(_where(texts, pc.invert(pc.string_is_ascii(texts)), _in_ascii_marks))
     folded = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(_without_punctuation(lower)))

@@ -1,7 +1,7 @@
 """What the images of some visual pairs show: how much of the image, and of its lesion, the noise changes.
 
-Decoding every image of a large table would take hours, so a seeded sample stands for them. The images of one pair are in
-memory at a time.
+Decoding every image of a large table would take hours, so a seeded sample stands for them. The images of one
+pair are in memory at a time.
 """
 
 from __future__ import annotations

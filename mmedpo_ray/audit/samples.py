@@ -1,7 +1,8 @@
 """The samples table behind the pairs that are audited: their truth, their split, their images.
 
-Pairs find their sample by its id; those of a JSON, which has none, by the image's file name and the question. Whether a split
-holds out their image is asked of the image itself: an id tells the split that its sample had when the pair was made.
+Pairs find their sample by its id; those of a JSON, which has none, by the image's file name and the question.
+Whether a split holds out their image is asked of the image itself: an id tells the split that its sample had
+when the pair was made.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Index:
 
         Args:
             keys: (rows,) int64.
-            values: (rows,) int64, what rows of one key must share for the first to stand for them; None: the first does.
+            values: (rows,) int64, what rows of one key must share for the first to stand for them; None: the
+                first does.
         """
         order = np.argsort(keys, kind="stable")
         order = order[keys[order] != 0]
@@ -67,8 +69,8 @@ class SplitImages:
         of_rows: (rows,) bool, samples whose image (by content, id or address) is one of the split.
         ids: image ids of these samples.
         uris: addresses of their images.
-        names: the last part, and the last two parts, of these addresses, as far as no other sample's image has them; None where the
-            pairs name their sample.
+        names: the last part, and the last two parts, of these addresses, as far as no other sample's image
+            has them; None where the pairs name their sample.
     """
 
     of_rows: np.ndarray
@@ -81,7 +83,8 @@ class SplitImages:
         return _each(image_ids, lambda texts: self.ids.find(_keys(texts)) >= 0)
 
     def at(self, image_uris: pa.Array) -> np.ndarray:
-        """(N,) bool, the split has this image, by its address or, where the pairs name no sample, the end of it."""
+        """(N,) bool, the split has this image, by its address or, where the pairs name no sample, the end of
+        it."""
         return _each(image_uris, self._at)
 
     def _at(self, uris: pa.Array) -> np.ndarray:
@@ -98,13 +101,13 @@ class Samples:
     Attributes:
         path: where it is.
         fingerprint: changes with the content.
-        table: columns sample_id, split, answer, image_sha256, image_id, image_uri, mask_uri and, where asked for, question, as far
-            as they are there.
+        table: columns sample_id, split, answer, image_sha256, image_id, image_uri, mask_uri and, where asked
+            for, question, as far as they are there.
         in_test: (rows,) bool, the sample is of split test.
         held_out: the images of split test and of split validate, as far as there are rows of it.
         by_id: rows by their id.
-        by_question: rows by the question and the last part, and the last two parts, of the image's address; None where the
-            questions were not asked for.
+        by_question: rows by the question and the last part, and the last two parts, of the image's address;
+            None where the questions were not asked for.
     """
 
     path: str
@@ -126,7 +129,8 @@ class Samples:
     def rows_asking(self, image_uris: pa.Array, questions: pa.Array) -> np.ndarray:
         """Row with the image and the question, -1 where there is none or several with different answers.
 
-        An image with a folder ("xmlab1/source.jpg") needs that folder in the sample's address too, one without its name only.
+        An image with a folder ("xmlab1/source.jpg") needs that folder in the sample's address too, one
+        without its name only.
 
         Args:
             image_uris: addresses, or paths inside the data set.
@@ -137,14 +141,16 @@ class Samples:
 
 
 def _by_ending(indices: tuple[Index, Index], image_uris: pa.Array, *more: pa.Array) -> np.ndarray:
-    """Row by the last two parts of an image's address, or by the last where there is one only, and more; -1 where there is none."""
+    """Row by the last two parts of an image's address, or by the last where there is one only, and more; -1
+    where there is none."""
     alone, in_folder = (_ending_keys(image_uris, parts, *more) for parts in (1, 2))
     by_name, by_folder = indices
     return np.where(in_folder != 0, by_folder.find(in_folder), by_name.find(alone))
 
 
 def _ending_keys(image_uris: pa.Array, parts: int, *more: pa.Array) -> np.ndarray:
-    """Hash of the last parts of an image's address and more texts; 0 where the address has fewer, or there is none."""
+    """Hash of the last parts of an image's address and more texts; 0 where the address has fewer, or there is
+    none."""
     pattern = r"(?P<name>[^/]+)$" if parts == 1 else r"(?P<name>[^/]+/[^/]+)$"
     names = pc.fill_null(pc.struct_field(pc.extract_regex(image_uris, pattern), [0]), "")
     return _keys(names, *more)

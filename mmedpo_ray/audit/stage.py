@@ -1,4 +1,5 @@
-"""The step of `mmedpo run` and the command `mmedpo audit`, and what they print: ids, counts and figures, never a text."""
+"""The step of `mmedpo run` and the command `mmedpo audit`, and what they print: ids, counts and figures,
+never a text."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ _COLOURS = {"high": "bold red", "medium": "yellow", "low": "cyan", "info": "dim"
 
 
 def audit(config: Config) -> dict[str, Any]:
-    """Audits the scored pairs of a run and writes ``audit.json``; an audit of the same tables is printed again, not made again.
+    """Audits the scored pairs of a run and writes ``audit.json``; an audit of the same tables is printed
+    again, not made again.
 
     Args:
         config: all settings.
@@ -56,8 +58,8 @@ def audit(config: Config) -> dict[str, Any]:
     show(result, run.audit)
     if reached(result, config.audit.fail_on):
         raise UserError(
-            f"audit: there are findings of severity {config.audit.fail_on} or above (audit.fail_on). {run.audit} names the "
-            "pairs and the remedies; `mmedpo audit --fix DIR` mends some of them."
+            f"audit: there are findings of severity {config.audit.fail_on} or above (audit.fail_on). "
+            f"{run.audit} names the pairs and the remedies; `mmedpo audit --fix DIR` mends some of them."
         )
     return result
 
@@ -69,10 +71,11 @@ def audit_command(
 
     Args:
         config: all settings.
-        table: folder of Parquet files, a Parquet file, or a released MMedPO JSON; the run's scored/ where None.
+        table: folder of Parquet files, a Parquet file, or a released MMedPO JSON; the run's scored/ where
+            None.
         samples: samples table; where None, a folder ``samples`` beside the table is used if there is one.
-        out: file of the findings; where None, ``audit.json`` beside a folder ``scored``, ``<name>.audit.json`` beside any other
-            table.
+        out: file of the findings; where None, ``audit.json`` beside a folder ``scored``,
+            ``<name>.audit.json`` beside any other table.
         fix: folder of a cleaned table, or None.
 
     Returns:
@@ -114,7 +117,8 @@ def reached(result: dict[str, Any], fail_on: str) -> bool:
 
 
 def _beside(path: str) -> str:
-    """Each table has a file of its own: a run's ``audit.json`` is that of its scored pairs, which the report reads."""
+    """Each table has a file of its own: a run's ``audit.json`` is that of its scored pairs, which the report
+    reads."""
     folder, name = posixpath.split(storage.absolute(path))
     return storage.join(folder, "audit.json" if name == _SCORED else f"{name}.audit.json")
 
@@ -197,9 +201,11 @@ def _show_fixed(fixed: Fixed, source: str) -> None:
     reasons = ", ".join(f"{name} {count:,}" for name, count in fixed.removed.items())
     total = sum(fixed.removed.values())
     console.print(
-        f"[bold]fixed[/bold] {escape(fixed.folder)}: {fixed.rows_in:,} in, {fixed.rows_out:,} out, {total:,} removed"
+        f"[bold]fixed[/bold] {escape(fixed.folder)}: {fixed.rows_in:,} in, {fixed.rows_out:,} out, {total:,} "
+        "removed"
         + (f" ({reasons})" if reasons else "")
-        + f"; {Count(fixed.trimmed):pair} trimmed. Every change: {escape(storage.join(fixed.folder, CHANGES))}",
+        + f"; {Count(fixed.trimmed):pair} trimmed. Every change: "
+        f"{escape(storage.join(fixed.folder, CHANGES))}",
         soft_wrap=True,
     )
     if step := _step_after(fixed.folder, source):
@@ -207,7 +213,8 @@ def _show_fixed(fixed: Fixed, source: str) -> None:
 
 
 def _step_after(fixed: str, source: str) -> str | None:
-    """What goes on with a fixed table of a run, under this run's settings; None where the table is of no run."""
+    """What goes on with a fixed table of a run, under this run's settings; None where the table is of no
+    run."""
     run, name = posixpath.split(storage.absolute(source))
     settings = RunFolder(run).config
     if name not in _NEXT or not storage.exists(settings):

@@ -1,7 +1,8 @@
-"""How well one feature tells chosen from rejected: threshold accuracy, AUC, accuracy within pairs, and whether chance explains it.
+"""How well one feature tells chosen from rejected: threshold accuracy, AUC, accuracy within pairs, and
+whether chance explains it.
 
-Half of the responses are chosen, so 0.5 is chance everywhere. A threshold's best accuracy is (1 + D)/2 with D the
-two-sample Kolmogorov-Smirnov statistic, whose p-value says how often shuffled labels would do as well.
+Half of the responses are chosen, so 0.5 is chance everywhere. A threshold's best accuracy is (1 + D)/2 with D
+the two-sample Kolmogorov-Smirnov statistic, whose p-value says how often shuffled labels would do as well.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ class Separation:
 
     Attributes:
         pairs: pairs measured.
-        threshold: the best rule calls a response rejected where its value is above this (below, if ``rejected_is`` is "less").
+        threshold: the best rule calls a response rejected where its value is above this (below, if
+            ``rejected_is`` is "less").
         accuracy: share of the 2·pairs responses that this rule gets right, 0.5 to 1.
-        auc: probability that a rejected response has more of the feature than a chosen one (ties half), 0 to 1.
-        pair_accuracy: share of the pairs told apart by which side has more (ties half), in the better direction, 0.5 to 1.
+        auc: probability that a rejected response has more of the feature than a chosen one (ties half), 0 to
+            1.
+        pair_accuracy: share of the pairs told apart by which side has more (ties half), in the better
+            direction, 0.5 to 1.
         rejected_is: "more" or "less": which side the rejected response usually is on.
         p_value: probability of such an ``accuracy`` or ``pair_accuracy`` by chance, the smaller one doubled.
     """
@@ -90,7 +94,8 @@ class Explained:
         rows: rows measured.
         groups: groups with a row.
         eta_squared: between-group sum of squares over the total, 0 to 1.
-        epsilon_squared: the same corrected for the number of groups (0 expected without any effect), at least 0.
+        epsilon_squared: the same corrected for the number of groups (0 expected without any effect), at least
+            0.
         p_value: one-way F test.
         means: mean weight of each group code that occurs.
     """

@@ -113,8 +113,7 @@ def read_key(settings: EndpointConfig) -> str | None:
     if not key and not _base_url(settings):
         raise UserError(
             f"no key for {settings.model}: set the environment variable {settings.api_key_env}, or base_url "
-            "to a "
-            "server that needs none."
+            "to a server that needs none."
         )
     return key or None
 
@@ -182,8 +181,7 @@ class ChatClient:
             raise UserError(
                 f"{self._place} failed {self._failures_in_a_row} requests one after the other, each tried "
                 f"{self._settings.retries + 1} times (last: {answer.detail}). Run again when it answers; "
-                "finished rows are "
-                "kept."
+                "finished rows are kept."
             )
         return answer
 
@@ -244,8 +242,7 @@ class ChatClient:
         if status == 404 or code == "model_not_found":
             raise UserError(
                 f"{self._place} does not know the model {self._settings.model!r} or is no OpenAI-compatible "
-                "endpoint "
-                f"(HTTP {status}). Check base_url (it ends in /v1) and model."
+                f"endpoint (HTTP {status}). Check base_url (it ends in /v1) and model."
             ) from None
         detail = f"HTTP {status}" + (f" {code}" if code else "")
         if status >= 500 or status in _RETRIED_BELOW_500:
@@ -258,8 +255,7 @@ class ChatClient:
         raise UserError(
             f"{self._place} cannot be reached ({cause}, {self._settings.retries + 1} tries of at most "
             f"{self._settings.timeout_s:g} s). Start the server, or correct base_url (if it is not set, "
-            "OPENAI_BASE_URL); it "
-            "ends in /v1."
+            "OPENAI_BASE_URL); it ends in /v1."
         ) from None
 
     def _suspect(self, failure: Failure) -> Failure:
@@ -279,13 +275,11 @@ class ChatClient:
         if reason == UNREADABLE:
             raise UserError(
                 f"{self._place} answers, but not as an OpenAI-compatible endpoint does ({detail}). Check "
-                "base_url (it ends "
-                "in /v1)."
+                "base_url (it ends in /v1)."
             )
         raise UserError(
             f"{self._place} refuses every request ({detail}). Check what model {self._settings.model!r} "
-            "accepts: JSON "
-            "schemas (structured outputs), temperature, max_tokens (some models want "
+            "accepts: JSON schemas (structured outputs), temperature, max_tokens (some models want "
             "max_tokens_name=max_completion_tokens and temperature=null)."
         )
 

@@ -130,10 +130,8 @@ def async_client(base_url: str | None, **options: Any) -> Any:
         # httpx needs another package for SOCKS proxies, and refuses schemes that it does not know.
         raise UserError(
             f"{base_url or 'the endpoint'} cannot be asked through the proxy that the environment names "
-            "(http_proxy, "
-            f"https_proxy, ALL_PROXY): {type(error).__name__}. For a SOCKS proxy run `pip install "
-            "httpx[socks]`; to use no "
-            "proxy, unset the variable or add the host to no_proxy."
+            f"(http_proxy, https_proxy, ALL_PROXY): {type(error).__name__}. For a SOCKS proxy run `pip "
+            "install httpx[socks]`; to use no proxy, unset the variable or add the host to no_proxy."
         ) from error
 
 

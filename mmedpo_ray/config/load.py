@@ -86,8 +86,7 @@ class _OncePerKey(yaml.SafeLoader):
             if isinstance(name, str) and name in lines:
                 raise yaml.YAMLError(
                     f"the key {name!r} occurs twice in one section, in line {lines[name]} and in line "
-                    f"{line}. The "
-                    "first would be ignored: remove one of them."
+                    f"{line}. The first would be ignored: remove one of them."
                 )
             lines[name if isinstance(name, str) else id(key)] = line
         return node

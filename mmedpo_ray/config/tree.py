@@ -3,8 +3,8 @@
 A YAML file holds what differs from the defaults, ``section.key=value`` on the command line holds what
 differs from the file. ``mmedpo config show`` prints the result with every default filled in.
 
-On the command line the value of a setting that holds a text (a path, a name, a choice) is that text as it is; the value of
-any other is YAML.
+On the command line the value of a setting that holds a text (a path, a name, a choice) is that text as it is;
+the value of any other is YAML.
 """
 
 from __future__ import annotations

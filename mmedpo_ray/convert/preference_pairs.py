@@ -1,8 +1,8 @@
 """`mmedpo convert-pairs`: preference pairs as TRL, LLaMA-Factory and ms-swift read them.
 
-Every picture is one that their decoders read as training here does: plain PNG and JPEG files are named as they are, DICOM, 16-bit
-files and the like are written as PNG beside the output. Visual pairs (the same answer beside a noised image) can be said in ms-swift's
-format alone; for the others they are counted and left out.
+Every picture is one that their decoders read as training here does: plain PNG and JPEG files are named as
+they are, DICOM, 16-bit files and the like are written as PNG beside the output. Visual pairs (the same answer
+beside a noised image) can be said in ms-swift's format alone; for the others they are counted and left out.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def _swift(pair: Row, image: Any, rejected_image: Any) -> Row:
     row = {"messages": talk, "images": [image]}
     if rejected_image is None:
         return row | {"rejected_response": pair["rejected"]}
-    # In every row of a file or in none: ms-swift 4.6 deletes rows that lack a `rejected_response` which others have.
+    # In every row of a file or in none: ms-swift 4.6 deletes rows that lack a `rejected_response` which
+    # others have.
     other = [talk[0], {"role": "assistant", "content": pair["rejected"]}]
     return row | {"rejected_messages": other, "rejected_images": [rejected_image]}
 
@@ -105,14 +106,16 @@ def convert_pairs(table: str, target: str, out: Path) -> dict[str, int]:
     Args:
         table: folder of Parquet files, or one.
         target: trl, llama-factory or swift.
-        out: file to write: ``.jsonl``, ``.json``, or, for trl, ``.parquet`` with the pictures in it. Pictures that had to be made are in
-            the folder ``<stem>_images`` beside it; for llama-factory, ``dataset_info.json`` beside it names the file.
+        out: file to write: ``.jsonl``, ``.json``, or, for trl, ``.parquet`` with the pictures in it. Pictures
+            that had to be made are in the folder ``<stem>_images`` beside it; for llama-factory,
+            ``dataset_info.json`` beside it names the file.
 
     Returns:
         How many pairs were ``written``, and how many were left out by reason.
 
     Raises:
-        UserError: the table is missing or no table of pairs, the output is there already, or of no known kind.
+        UserError: the table is missing or no table of pairs, the output is there already, or of no known
+            kind.
     """
     _check_out(out, target)
     pairs = _open(table)

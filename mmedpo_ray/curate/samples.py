@@ -37,6 +37,5 @@ def check_train_split(folder: str) -> None:
     if joins.num_rows(folder, split="train") == 0:
         raise UserError(
             f"none of the {joins.num_rows(folder):,} samples is in the train split, so there is nothing to "
-            "make pairs from. "
-            "Lower data.test_share or check data.train_file."
+            "make pairs from. Lower data.test_share or check data.train_file."
         )

@@ -18,8 +18,7 @@ class TextCurationConfig(Section):
     method: Literal["on_policy", "rewrite", "rule_edit", "released", "none"] = Field(
         "on_policy",
         description="on_policy: wrong answers of the target model; rewrite: a strong model edits one fact of "
-        "the "
-        "reference; rule_edit: the lexicon does; released: the pairs that came with the data",
+        "the reference; rule_edit: the lexicon does; released: the pairs that came with the data",
     )
     num_candidates: int = Field(3, ge=1, description="on_policy: answers sampled per question")
     temperature: float | list[float] = Field(
@@ -86,8 +85,8 @@ class NoiseConfig(Section):
         336,
         ge=1,
         description="diffusion, additive: shorter side at which the model sees an image, in pixels; in a "
-        "larger image the noise has grains of two such pixels, since single ones are averaged away; "
-        "null: always single pixels",
+        "larger image the noise has grains of two such pixels, since single ones are averaged away; null: "
+        "always single pixels",
     )
     mask: Literal["hard", "soft"] = "hard"
     area_share: Share = Field(0.15, description="largest share of the image that a tool's heat map may cover")
@@ -145,8 +144,7 @@ class VisualCurationConfig(Section):
     questions: Literal["all", "finding"] = Field(
         "all",
         description="of which questions: all, as in the paper; finding: those that name a finding in "
-        "question "
-        "or answer. Noise on a lesion does not change the answer to others (modality, plane, organ)",
+        "question or answer. Noise on a lesion does not change the answer to others (modality, plane, organ)",
     )
     batch_images: int = Field(8, ge=1, description="images handed to a tool at a time")
     noise: NoiseConfig = NoiseConfig()

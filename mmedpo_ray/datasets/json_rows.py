@@ -1,10 +1,11 @@
 """JSON annotation files of any size, a run of neighbouring rows at a time.
 
-The driver passes over a file once and cuts it into runs; a task then reads the bytes of its run alone, so neither holds
-the file. Three layouts: a list of rows, an object of such lists (sections), and JSON Lines.
+The driver passes over a file once and cuts it into runs; a task then reads the bytes of its run alone, so
+neither holds the file. Three layouts: a list of rows, an object of such lists (sections), and JSON Lines.
 
-The rows are found with the standard library's scanner. Streaming parsers such as ijson refuse a whole file for a NaN, a
-long integer or a byte-order mark, all of which real annotation files hold, and quote its text in their messages.
+The rows are found with the standard library's scanner. Streaming parsers such as ijson refuse a whole file
+for a NaN, a long integer or a byte-order mark, all of which real annotation files hold, and quote its text in
+their messages.
 """
 
 from __future__ import annotations
@@ -179,7 +180,10 @@ class _Window:
             self.text = self._decode(first)
 
     def grow(self) -> bool:
-        """Reads on; False at the end of the file. Doubles, so that a long row is not decoded over and over."""
+        """Reads on; False at the end of the file.
+
+        Doubles, so that a long row is not decoded over and over.
+        """
         data = self._stream.read(max(_CHUNK, len(self.text)))
         self.text += self._decode(data)
         return bool(data)
@@ -239,7 +243,8 @@ class _Window:
             return self._bytes.decode(data, final=not data)
         except UnicodeDecodeError:
             raise UserError(
-                f"{self.uri} is not valid JSON: it is not UTF-8 after line {self._line + self.text.count(chr(10))}."
+                f"{self.uri} is not valid JSON: it is not UTF-8 after line "
+                f"{self._line + self.text.count(chr(10))}."
             ) from None
 
 
@@ -267,7 +272,10 @@ def _wrong_layout(uri: str, layout: Layout, first: str) -> UserError:
 
 
 def _scan_sections(window: _Window, at: int, rows_per_run: int) -> Generator[Run, None, int]:
-    """The lists of an object; its other members are no rows and are passed over. Returns the place behind it."""
+    """The lists of an object; its other members are no rows and are passed over.
+
+    Returns the place behind it.
+    """
     at = window.skip(at)
     if window.text[at : at + 1] == "}":
         return at + 1

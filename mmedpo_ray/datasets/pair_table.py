@@ -71,8 +71,10 @@ class PairTable:
         path: where it is.
         num_rows: readable rows.
         columns: names of the columns that checks may use.
-        fingerprint: changes with the content (for Parquet with the manifest's key, or with the files' sizes and times).
-        malformed: positions (0-based, in the JSON list) of rows that are no preference pair; they are no rows here.
+        fingerprint: changes with the content (for Parquet with the manifest's key, or with the files' sizes
+            and times).
+        malformed: positions (0-based, in the JSON list) of rows that are no preference pair; they are no rows
+            here.
         source: the open Parquet data set, or the JSON as a table.
         json_rows: the JSON rows behind ``source``, in order; null for Parquet.
         is_lines: the JSON is one of lines, a row each.
@@ -91,8 +93,8 @@ class PairTable:
         """The rows in order, in tables of 65,536 rows.
 
         Args:
-            columns: names to read, as they are in the file, in any number of chunks; null reads those that checks use, texts as
-                strings, in one chunk each.
+            columns: names to read, as they are in the file, in any number of chunks; null reads those that
+                checks use, texts as strings, in one chunk each.
         """
         wanted = columns if columns is not None else sorted(self.columns)
         if isinstance(self.source, pa.Table):
@@ -141,7 +143,8 @@ class PairTable:
 
 
 def as_expected(table: pa.Table, names: Sequence[str], path: str) -> pa.Table:
-    """The columns that checks use, in the types that they expect and in one chunk each; null where the table has none.
+    """The columns that checks use, in the types that they expect and in one chunk each; null where the table
+    has none.
 
     Raises:
         UserError: a column of ``path`` is of another type.
@@ -166,7 +169,8 @@ def _expected_type(name: str) -> pa.DataType:
 
 
 def open_pairs(path: str) -> PairTable:
-    """Opens a folder of Parquet files, a Parquet file, or JSON (a list, or JSON Lines) in the released layout or that of a peer.
+    """Opens a folder of Parquet files, a Parquet file, or JSON (a list, or JSON Lines) in the released layout
+    or that of a peer.
 
     Raises:
         UserError: nothing is there, it is none of these, or a required column is missing.
@@ -282,9 +286,10 @@ def _table_of_rows(path: str, rows: list[Any], *, is_lines: bool) -> PairTable:
             kept.append(row)
     if not pairs:
         raise UserError(
-            f"{path}: none of its {len(rows):,} rows is a preference pair. Expected the released layout, a list of "
-            '{"id", "image", "conversations", "rejected_conversations", "weighted_score"}, or that of TRL, LLaMA-Factory '
-            "or ms-swift."
+            f"{path}: none of its {len(rows):,} rows is a preference pair. Expected the released layout, a "
+            f"list of "
+            '{"id", "image", "conversations", "rejected_conversations", "weighted_score"}, or that of TRL, '
+            "LLaMA-Factory or ms-swift."
         )
     table = pa.Table.from_pylist(pairs, _JSON_FIELDS)
     columns = set(table.column_names)

@@ -1,8 +1,8 @@
 """Rows of a Parquet file, a few at a time whatever the size of its row groups.
 
-Parquet cannot be entered in the middle of a row group. Where a large one is shared among n tasks, each reads over the rows
-before its own, and together they read the group (n + 1) / 2 times: at most 4.5 times, which is little beside decoding all
-its images on one CPU.
+Parquet cannot be entered in the middle of a row group. Where a large one is shared among n tasks, each reads
+over the rows before its own, and together they read the group (n + 1) / 2 times: at most 4.5 times, which is
+little beside decoding all its images on one CPU.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def scan(uri: str, rows_per_run: int, id_key: str | None) -> Iterator[tuple[int,
     """Cuts a file into runs of neighbouring rows: some row groups, one, or a share of a very large one.
 
     Yields:
-        First row group, the one after the last, position of the first row, and the rows with their id alone; `DAMAGED` from
-        where their row groups are.
+        First row group, the one after the last, position of the first row, and the rows with their id alone;
+        `DAMAGED` from where their row groups are.
 
     Raises:
         UserError: the file is missing or no Parquet, or storage failed.
@@ -86,7 +86,8 @@ def column_names(uri: str) -> list[str]:
 
 
 def footer_sha256(uri: str) -> str:
-    """Size of a file, and hash of its footer: it holds place, size and extremes of every column, so it changes with them.
+    """Size of a file, and hash of its footer: it holds place, size and extremes of every column, so it
+    changes with them.
 
     Raises:
         UserError: the file is missing or no Parquet.
@@ -132,7 +133,8 @@ def open_file(uri: str) -> Iterator[pa.NativeFile]:
         file = filesystem.open_input_file(path)
     except OSError as error:
         raise UserError(
-            f"cannot read {uri} ({type(error).__name__}). Check data.root, data.train_file and data.test_file."
+            f"cannot read {uri} ({type(error).__name__}). Check data.root, data.train_file and "
+            f"data.test_file."
         ) from error
     with file:
         yield file
@@ -174,12 +176,14 @@ def _check_bytes(uri: str, metadata: pq.FileMetaData, start: int, stop: int) -> 
                         file.read(min(_PIECE, size - done))
     except OSError as error:
         raise UserError(
-            f"{uri} could not be read to its end ({type(error).__name__}): storage failed. Run again, which goes on from here."
+            f"{uri} could not be read to its end ({type(error).__name__}): storage failed. Run again, which "
+            f"goes on from here."
         ) from error
 
 
 def _row_groups(metadata: pq.FileMetaData, rows_per_run: int) -> Iterator[tuple[int, int, int, int]]:
-    """Neighbouring row groups of about a run's rows: first, past the last, position of the first row, rows."""
+    """Neighbouring row groups of about a run's rows: first, past the last, position of the first row,
+    rows."""
     start = position = rows = 0
     for group in range(metadata.num_row_groups):
         rows += metadata.row_group(group).num_rows

@@ -1,4 +1,5 @@
-"""Preference rows as other projects write them: one question with a chosen and a rejected answer, and their images.
+"""Preference rows as other projects write them: one question with a chosen and a rejected answer, and their
+images.
 
 | format | row |
 | --- | --- |
@@ -6,8 +7,8 @@
 | ``llama_factory`` | ``conversations`` or ``messages`` with ``chosen`` and ``rejected`` messages; or ``instruction``, ``input`` and two texts |
 | ``swift`` | ``messages`` (or ``query`` and ``response``) with ``rejected_response``, or ``rejected_messages`` and ``rejected_images`` |
 
-An image may also be a part of a message, where the row has no ``images``. Texts come back as they are, so that an audit sees white space
-around them.
+An image may also be a part of a message, where the row has no ``images``. Texts come back as they are, so
+that an audit sees white space around them.
 """
 
 from __future__ import annotations
@@ -205,8 +206,8 @@ def _rejected(value: Any) -> list[_Message]:
 
 
 def _common_beginning(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected answer of two texts, cut where TRL cuts them: before the first letter that differs, or the
-    space before it."""
+    """Prompt, chosen and rejected answer of two texts, cut where TRL cuts them: before the first letter that
+    differs, or the space before it."""
     letters = enumerate(zip(chosen, rejected, strict=False))
     length = next((at for at, (one, other) in letters if one != other), min(len(chosen), len(rejected)))
     if chosen[length - 1 : length] == " ":

@@ -14,10 +14,12 @@ _EXACT = 2**53
 
 
 def given_name(given: Any) -> str | None:
-    """A row's own id as part of a sample id, None where it has none. "~" is ours: it separates what we append.
+    """A row's own id as part of a sample id, None where it has none.
 
-    Text, bytes (UTF-8, else their hex digits), numbers (17, 17.0 and Decimal("17.00") are the same id) and UUIDs are ids;
-    null, NaN, true and false, dates and anything nested are none.
+    "~" is ours: it separates what we append.
+
+    Text, bytes (UTF-8, else their hex digits), numbers (17, 17.0 and Decimal("17.00") are the same id) and
+    UUIDs are ids; null, NaN, true and false, dates and anything nested are none.
     """
     if isinstance(given, bytes):
         try:

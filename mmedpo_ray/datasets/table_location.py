@@ -1,4 +1,7 @@
-"""What lies where a table was looked for, and what to give instead. No name of a file inside a folder is told."""
+"""What lies where a table was looked for, and what to give instead.
+
+No name of a file inside a folder is told.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +55,8 @@ def why_no_table(path: str, wanted: Wanted) -> str:
 
 def _not_yet(run: str, name: str, wanted: Wanted) -> str:
     return (
-        f"{run} is the folder of a run without {name}/ yet: `mmedpo {command_of(name)} run.folder={run}` writes it. "
-        f"Or another table: {GIVE[wanted][0].lower()}{GIVE[wanted][1:]}"
+        f"{run} is the folder of a run without {name}/ yet: `mmedpo {command_of(name)} run.folder={run}` "
+        f"writes it. Or another table: {GIVE[wanted][0].lower()}{GIVE[wanted][1:]}"
     )
 
 
@@ -67,6 +70,6 @@ def why_other_columns(path: str, columns: list[str], missing: str, wanted: Wante
     needed = "question, chosen and rejected" if wanted == "pairs" else "sample_id and answer"
     kind = "preference pairs" if wanted == "pairs" else "samples"
     return (
-        f"{path} has no column {missing!r}, so it is no table of {kind} (it has {shown}; needed are {needed}). "
-        f"{GIVE[wanted]}"
+        f"{path} has no column {missing!r}, so it is no table of {kind} (it has {shown}; needed are "
+        f"{needed}). {GIVE[wanted]}"
     )

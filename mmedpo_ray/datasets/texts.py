@@ -11,7 +11,8 @@ from mmedpo_ray.io.text import storable
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.lexicon.meta_text import is_leaked_prompt
 
-# White space and what takes no room: control characters, byte order marks, soft hyphens, zero-width and direction marks.
+# White space and what takes no room: control characters, byte order marks, soft hyphens, zero-width and
+# direction marks.
 _NOTHING = "[\\s\\x00-\\x1f\\x7f-\\x9f\\xad\\u180e\\u200b-\\u200f\\u202a-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb]+"
 _EDGES = re.compile(f"^{_NOTHING}|{_NOTHING}$")
 _REPORT_INSTRUCTION = re.compile(
@@ -26,7 +27,8 @@ _DESCRIPTION = re.compile(
     r"(?:(?:the|this|these|given|following|provided|attached|above|medical|radiolog\w+|chest|abdominal|brain|frontal|lateral"
     r"|ap|pa|ct|mri?|x-?ray)\s+)*"
     r"(?:image|radiograph|x-?ray|scan|film|picture|photo|study|ct|mri)s?"
-    r"(?:\s+(?:in (?:\w+\s+)?detail|briefly|concisely|for me|in (?:one|a few|your own) (?:sentences?|words)))*\W*$",
+    r"(?:\s+(?:in (?:\w+\s+)?detail|briefly|concisely|for me|in (?:one|a few|your own) "
+    r"(?:sentences?|words)))*\W*$",
     re.IGNORECASE,
 )
 _YES_NO_QUESTION = re.compile(
@@ -46,8 +48,8 @@ _ANSWER_TYPES = ("closed", "open", "report")
 def clean(value: Any) -> str:
     """A question or answer without image placeholder, surrounding space and invisible marks such as U+FEFF.
 
-    A number is written out, as VQA-RAD's counts are, true and false as yes and no; of a list the text that is all of it.
-    Anything else that is no text is empty.
+    A number is written out, as VQA-RAD's counts are, true and false as yes and no; of a list the text that is
+    all of it. Anything else that is no text is empty.
 
     Raises:
         UnusableError: a list holds several texts.
@@ -69,8 +71,8 @@ def clean(value: Any) -> str:
 def text_problem(question: str, answer: str) -> str | None:
     """The reason to drop a question with its answer, or None.
 
-    Of the text about the task only repeated prompts count: a reference answer that reads like a refusal may be a
-    radiologist's, and curation, which can do without a pair, looks closer.
+    Of the text about the task only repeated prompts count: a reference answer that reads like a refusal may
+    be a radiologist's, and curation, which can do without a pair, looks closer.
     """
     if not question:
         return "empty_question"
@@ -88,8 +90,8 @@ def stated_answer_type(value: Any) -> str | None:
 def infer_answer_type(question: str, answer: str) -> str:
     """closed, open or report, for formats that do not say.
 
-    Closed is a question answered by yes or no, or by one of the two options that it names; a report is what an
-    instruction asks for (to write one, or to describe the image), or an answer of more than 25 words.
+    Closed is a question answered by yes or no, or by one of the two options that it names; a report is what
+    an instruction asks for (to write one, or to describe the image), or an answer of more than 25 words.
     """
     if _REPORT_INSTRUCTION.search(question) or _DESCRIPTION.match(question):
         return "report"

@@ -111,8 +111,7 @@ def answers_command(uri: str, options: Options, *, json_path: str | None, rows_p
     if summary["clusters"] != "images":
         console.print(
             "There is no image_id: each question counts as an image of its own. If images have several "
-            "questions, the "
-            "intervals are too narrow."
+            "questions, the intervals are too narrow."
         )
     for item in summary["differences"]:
         unpaired = sum(item["unpaired"].values())

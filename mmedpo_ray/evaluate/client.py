@@ -100,8 +100,7 @@ class QuestionClient:
         except (openai.OpenAIError, ValueError) as error:
             raise UserError(
                 f"the endpoint {self._base_url} does not list its models ({type(error).__name__}). Check "
-                "that it runs and "
-                "that evaluate.endpoint ends in /v1."
+                "that it runs and that evaluate.endpoint ends in /v1."
             ) from error
         finally:
             await http.close()

@@ -47,8 +47,7 @@ def pair(given: Sequence[Given], uri: str) -> Pairing:
         if lacking and len(lacking) < len(given):
             raise UserError(
                 f"{uri}, {lacking[0].where}: {name} is missing, though other rows have it. Give it in all "
-                "rows or in "
-                "none."
+                "rows or in none."
             )
     clustered = "image_id" in given[0].names
     by, keys = _keys(given, uri)
@@ -57,8 +56,7 @@ def pair(given: Sequence[Given], uri: str) -> Pairing:
         if asked.setdefault(key, (row.answer_type, row.reference)) != (row.answer_type, row.reference):
             raise UserError(
                 f"{uri}, {row.where}{row.id_in_words}: another model's row with this {by} has another "
-                "reference or "
-                f"answer_type. Give rows about one question one {by}, or leave it out."
+                f"reference or answer_type. Give rows about one question one {by}, or leave it out."
             )
     rows = [
         Row(
@@ -88,8 +86,7 @@ def _keys(given: Sequence[Given], uri: str) -> tuple[str, list[str]]:
                 if key in seen:
                     raise UserError(
                         f"{uri}, {row.where}: {name} occurs twice for one model, so its rows cannot be "
-                        "paired. Make it "
-                        "unique, or leave it out."
+                        "paired. Make it unique, or leave it out."
                     )
                 seen.add(key)
         shared = len(set(ids)) < len(ids)

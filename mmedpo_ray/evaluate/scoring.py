@@ -168,8 +168,7 @@ def check_script(what: str, question: str, reference: str) -> None:
         if script is not None:
             raise UserError(
                 f"{what}: the {kind} is in {script} script. Scores are defined for Latin and Chinese texts "
-                "only: leave "
-                "such questions out, or translate them."
+                "only: leave such questions out, or translate them."
             )
 
 

@@ -106,8 +106,7 @@ def _stage(config: Config, run: RunFolder) -> tuple[StageRunner, list[str]]:
         if config.evaluate.aligned_name not in names:
             raise UserError(
                 f"there is no aligned model in {run.model('aligned')} to evaluate. Run `mmedpo export` "
-                "first, or set "
-                "evaluate.endpoint to one that serves it."
+                "first, or set evaluate.endpoint to one that serves it."
             )
     for role, name in (("aligned", config.evaluate.aligned_name), ("control", config.control.name)):
         folder = str(run.model(role))  # type: ignore[arg-type]
@@ -129,8 +128,8 @@ def _names_at(config: Config, offered: Sequence[str]) -> list[str]:
     if missing:
         raise UserError(
             f"the endpoint {config.evaluate.endpoint} has no model {missing[0]!r}; it has "
-            f"{', '.join(offered) or 'none'}. "
-            "Set model.name and evaluate.aligned_name to served names, or serve the run with `mmedpo serve`."
+            f"{', '.join(offered) or 'none'}. Set model.name and evaluate.aligned_name to served names, or "
+            "serve the run with `mmedpo serve`."
         )
     return wanted + ([config.control.name] if config.control.name in offered else [])
 

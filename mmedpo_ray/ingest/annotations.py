@@ -216,14 +216,17 @@ class AnnotationReader(Reader):
 
 
 def _repeated_id(reader: Reader, name: str, split: str | None) -> UnusableError:
-    """The reason to drop a row whose id an earlier row has, which keeps it even if its image turns out to be unusable.
+    """The reason to drop a row whose id an earlier row has, which keeps it even if its image turns out to be
+    unusable.
 
-    Ids are known before any image is looked at, and an image that is mended later must not take a kept sample's place.
+    Ids are known before any image is looked at, and an image that is mended later must not take a kept
+    sample's place.
 
     Args:
         reader: the format.
         name: the id as part of a sample id.
-        split: of both rows; None: drawn by the image, which for the earlier row may have fallen out either way.
+        split: of both rows; None: drawn by the image, which for the earlier row may have fallen out either
+            way.
     """
     found = (reader.sample_id(each, name) for each in ((split,) if split else ("train", "test")))
     return UnusableError("duplicate_id", f"its id is that of an earlier row, {' or '.join(found)}")
@@ -266,7 +269,8 @@ def talk(row: dict[str, Any]) -> Any:
 
 
 def conversation(value: Any) -> list[Turn]:
-    """Pairs the turns of a LLaVA conversation: human, gpt, human, gpt, …; a system prompt before them is left out.
+    """Pairs the turns of a LLaVA conversation: human, gpt, human, gpt, …; a system prompt before them is left
+    out.
 
     Raises:
         UnusableError: it is no list of alternating turns.

@@ -1,4 +1,5 @@
-"""The images of a unit's rows: checked that they can be decoded, and written as files where they lie in the rows."""
+"""The images of a unit's rows: checked that they can be decoded, and written as files where they lie in the
+rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """What every data format shares: units of work, ids, image checks, the split, the rows of `samples`.
 
-A format cuts its source into *units* on the driver (a few hundred neighbouring rows each, not read) and turns a unit
-into rows of `samples` inside a Ray task. Whatever is wrong with a row becomes a dropped row that names file and position.
+A format cuts its source into *units* on the driver (a few hundred neighbouring rows each, not read) and turns
+a unit into rows of `samples` inside a Ray task. Whatever is wrong with a row becomes a dropped row that names
+file and position.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON
 
 _LONGEST_DETAIL = 400
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:\\")
-# Few tasks: each new worker process costs a second of imports. Not fewer: their images are decoded one after another.
+# Few tasks: each new worker process costs a second of imports. Not fewer: their images are decoded one after
+# another.
 ROWS_PER_UNIT = 256
 
 
@@ -119,11 +121,14 @@ class Reader(ABC):
 
     @abstractmethod
     def samples(self, unit: Unit, done: Container[str] = ()) -> Iterator[dict[str, Any]]:
-        """The `samples` rows of a unit; one that is no use has ``drop_reason``. Runs in a Ray task, never raises on bad data.
+        """The `samples` rows of a unit; one that is no use has ``drop_reason``.
+
+        Runs in a Ray task, never raises on bad data.
 
         Args:
             unit: what to read.
-            done: ids of rows that are written already; work on them may be saved, they are left out afterwards.
+            done: ids of rows that are written already; work on them may be saved, they are left out
+                afterwards.
         """
 
     def fingerprint(self) -> list[str]:
@@ -178,10 +183,12 @@ class Reader(ABC):
         }
 
     def image_address(self, name: str, folder: str, checker: ImageChecker) -> str:
-        """Address of the image that a row names; backslashes are read as Windows means them where there is no such file.
+        """Address of the image that a row names; backslashes are read as Windows means them where there is no
+        such file.
 
         Raises:
-            UnusableError: ``outside_root``: the name climbs out of the data set; ``image_missing``: it begins with a drive's letter.
+            UnusableError: ``outside_root``: the name climbs out of the data set; ``image_missing``: it begins
+                with a drive's letter.
         """
         uri = self._inside(name, folder)
         if "\\" not in name or checker.exists(uri):
@@ -192,7 +199,8 @@ class Reader(ABC):
         return self._inside(name.replace("\\", "/"), folder)
 
     def mask(self, value: Any, folder: str, checker: ImageChecker) -> str | None:
-        """Address of the lesion mask that a row names or holds; None where it names none or there is no such file.
+        """Address of the lesion mask that a row names or holds; None where it names none or there is no such
+        file.
 
         Args:
             value: what stands in the row, of any type.
@@ -215,7 +223,8 @@ class Reader(ABC):
         return uri if checker.exists(uri) else None
 
     def _inside(self, name: str, folder: str) -> str:
-        """The address of a name relative to a folder, which must not lead out of the data set; absolute names are as they are."""
+        """The address of a name relative to a folder, which must not lead out of the data set; absolute names
+        are as they are."""
         uri = address(name, folder)
         if ".." in name.split("/") and "://" not in name and not name.startswith("/"):
             homes = (folder, storage.absolute(self.data.root or "."))
@@ -226,9 +235,11 @@ class Reader(ABC):
     def by_frame(
         self, name: str, image: ImageFacts, checker: ImageChecker
     ) -> Iterator[tuple[str, ImageFacts]]:
-        """The samples that an image makes of a row: name and image, one for each frame that is wanted of its file.
+        """The samples that an image makes of a row: name and image, one for each frame that is wanted of its
+        file.
 
-        The split is that of the file, so all frames are in one. A mask of several frames has one for each of the image.
+        The split is that of the file, so all frames are in one. A mask of several frames has one for each of
+        the image.
 
         Args:
             name: of the row.
@@ -267,14 +278,16 @@ class Reader(ABC):
 
 
 def _shortened(detail: str) -> str:
-    """The detail without its middle where it is long: what is no name at all may stand in the place of one."""
+    """The detail without its middle where it is long: what is no name at all may stand in the place of
+    one."""
     if len(detail) <= _LONGEST_DETAIL:
         return detail
     return f"{detail[: _LONGEST_DETAIL // 2]} … {detail[-_LONGEST_DETAIL // 4 :]}"
 
 
 def address(name: str, folder: str) -> str:
-    """Address of a file, or a frame of it, that the data names relative to a folder; names may hold characters that a URI must escape."""
+    """Address of a file, or a frame of it, that the data names relative to a folder; names may hold
+    characters that a URI must escape."""
     if "://" in folder and "://" not in name:
         file, frame = images.file_and_frame(name)
         uri = storage.join(folder, quote(file, errors="replace"))
@@ -289,6 +302,7 @@ def _lies_in(uri: str, folder: str) -> bool:
 
 
 def draw_split(seed: int, image_sha256: str, test_share: float) -> str:
-    """Train or test by a hash of the seed and the image's content: no image, not even a copy of one, is in both."""
+    """Train or test by a hash of the seed and the image's content: no image, not even a copy of one, is in
+    both."""
     value = int.from_bytes(hashlib.sha256(f"{seed}:{image_sha256}".encode()).digest()[:8], "big")
     return "test" if value < test_share * 2**64 else "train"

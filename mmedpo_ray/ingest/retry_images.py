@@ -1,4 +1,5 @@
-"""Whether ingesting again could keep more rows: reads the images for which rows were dropped, and nothing else."""
+"""Whether ingesting again could keep more rows: reads the images for which rows were dropped, and nothing
+else."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ _IMAGES_PER_TASK = 64
 def could_retry_succeed(config: Config) -> bool:
     """Whether an image of a dropped row of `samples` can be used now, or fails for another reason.
 
-    Ray tasks read each image once, until one has changed. Rows whose image lies in the data itself (Parquet) name no image:
-    their data cannot change without being ingested again.
+    Ray tasks read each image once, until one has changed. Rows whose image lies in the data itself (Parquet)
+    name no image: their data cannot change without being ingested again.
     """
     folder = storage.join(RunFolder(config.run.folder).samples, DROPPED)
     rows = storage.dataset(folder).to_table(
@@ -45,9 +46,11 @@ def could_retry_succeed(config: Config) -> bool:
 
 
 def any_changed(images: pa.Table, data: DataConfig) -> bool:
-    """Whether any of these images (columns ``image_uri`` and ``drop_reason``) can be used, or fails for another reason.
+    """Whether any of these images (columns ``image_uri`` and ``drop_reason``) can be used, or fails for
+    another reason.
 
-    Storage that fails says nothing of an image: else an outage would make another table, and later stages run again.
+    Storage that fails says nothing of an image: else an outage would make another table, and later stages run
+    again.
     """
     checker = ImageChecker(data)
     for row in images.to_pylist():

@@ -49,7 +49,8 @@ class DataConfig(Section):
     root: str | None = Field(None, description="folder of the data set (path, s3://, gs://)")
     train_file: str | None = Field(
         None,
-        description="annotation file under root for making pairs; null: the format's own (slake: train.json, …)",
+        description="annotation file under root for making pairs; null: the format's own (slake: "
+        "train.json, …)",
     )
     test_file: str | None = Field(None, description="annotation file under root for evaluation")
     image_folder: str | None = Field(
@@ -67,8 +68,8 @@ class DataConfig(Section):
     )
     frames: Literal["refuse", "first", "middle", "all"] = Field(
         "refuse",
-        description="image files of several frames (DICOM, TIFF pages, animations): dropped, or which frame is meant; all: a "
-        "sample each, with the frame's number in its id",
+        description="image files of several frames (DICOM, TIFF pages, animations): dropped, or which frame "
+        "is meant; all: a sample each, with the frame's number in its id",
     )
     columns: ParquetColumnsConfig = ParquetColumnsConfig()
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are dropped undecoded")
@@ -90,13 +91,13 @@ class DataConfig(Section):
         if not reader.needs_root and self.root is not None:
             others = ", ".join(name for name in FORMATS if name != self.format)
             raise ValueError(
-                f"data.root={self.root} would be ignored with data.format={self.format}, which makes its own images: "
-                f"set data.format (--format) to that of your data ({others}), or data.root=null"
+                f"data.root={self.root} would be ignored with data.format={self.format}, which makes its own "
+                f"images: set data.format (--format) to that of your data ({others}), or data.root=null"
             )
         if reader.needs_train_file and self.train_file is None:
             raise ValueError(f"data.train_file is required with data.format={self.format}")
         if needs_pairs and not reader.brings_pairs:
             raise ValueError(
-                "curate.text.method=released needs data that bring pairs: data.format=mmedpo_json, trl, llama_factory "
-                f"or swift, not {self.format}"
+                "curate.text.method=released needs data that bring pairs: data.format=mmedpo_json, trl, "
+                f"llama_factory or swift, not {self.format}"
             )

@@ -1,7 +1,7 @@
 """`mmedpo show`: writes what a model will see of image files, and says how it was made.
 
-Every picture goes through the decoder that sampling, training and evaluation use. Nothing but sizes, depths, frames and the numbers
-and terms of the display is printed: DICOM tags hold patient data.
+Every picture goes through the decoder that sampling, training and evaluation use. Nothing but sizes, depths,
+frames and the numbers and terms of the display is printed: DICOM tags hold patient data.
 """
 
 from __future__ import annotations

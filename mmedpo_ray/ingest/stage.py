@@ -95,7 +95,8 @@ def _map_units(
     done: ray.ObjectRef,
     config: Config,
 ) -> Work:
-    """Has ``convert`` run over the units in Ray tasks, small neighbours together, and its rows written a part at a time.
+    """Has ``convert`` run over the units in Ray tasks, small neighbours together, and its rows written a part
+    at a time.
 
     The driver holds of a unit only where it is: about 100 bytes for hundreds of rows.
     """
@@ -129,7 +130,8 @@ def _blocks(units: Iterable[Unit]) -> Iterator[pa.Table]:
 
 
 class _Figures:
-    """What the manifest tells of the table: images and questions of each split, questions of each kind and those with a mask.
+    """What the manifest tells of the table: images and questions of each split, questions of each kind and
+    those with a mask.
 
     A :class:`~mmedpo_ray.tables.stage_runner.Tally`; images are counted in eight bytes each.
     """

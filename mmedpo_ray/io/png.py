@@ -67,9 +67,8 @@ def _unpacked(data: bytes) -> bytes | None:
     """None where the file is out of the ordinary.
 
     Raises:
-        KeyError: there is no such colour type.
-        struct.error: a chunk is cut off.
-        isal_zlib.error: the pixels cannot be inflated, or their checksum is wrong.
+        KeyError: there is no such colour type. struct.error: a chunk is cut off. isal_zlib.error: the pixels
+        cannot be inflated, or their checksum is wrong.
     """
     if data[:8] != _SIGNATURE or data[12:16] != b"IHDR":
         return None

@@ -41,8 +41,8 @@ def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(text)
     except (pa.ArrowInvalid, OSError, ValueError) as error:
         raise UserError(
-            f"cannot open {text}: {error}. Give a local path, s3:// or gs:// and check the "
-            "credentials of this machine."
+            f"cannot open {text}: {error}. Give a local path, s3:// or gs:// and check the credentials of "
+            "this machine."
         ) from error
 
 
@@ -287,7 +287,7 @@ def local_path(uri: str | Path, purpose: str) -> Path:
     """
     if "://" in str(uri):
         raise UserError(
-            f"{purpose} needs a path that every node sees (NFS, Lustre, FSx), not {uri}. Set run.folder "
-            "to one."
+            f"{purpose} needs a path that every node sees (NFS, Lustre, FSx), not {uri}. Set run.folder to "
+            "one."
         )
     return Path(absolute(uri))

@@ -262,8 +262,7 @@ class _Figures:
         if not self._summary.any_weight:
             raise UserError(
                 f"score: every weight is 0 with score.weights.mode={mode}, so nothing could be learned. Use "
-                "match_moments, "
-                "or check the scores in the data."
+                "match_moments, or check the scores in the data."
             )
         held = {
             "agents": [agent.name for agent in self._settings.agents],

@@ -1,8 +1,8 @@
 """Relevance scores → weights of the loss.
 
 The paper states s' = (s − µ)/σ, clipped to [0.75, 1.25], with µ = 1 and σ² = 0.1 (MMedPO, section 3.2). Mode
-``literal`` is
-that formula as written: as scores lie in [0, 1] it is never above 0, so every weight becomes the lower clip
+``literal`` is that formula as written: as scores lie in [0, 1] it is never above 0, so every weight becomes
+the lower clip
     bound. Mode ``match_moments``, the default, gives the scores mean 1 and variance 0.1 and then clips. Mode
     ``raw`` is the score itself, as in the released code.
 

@@ -29,8 +29,8 @@ def meteor(answers: Sequence[Answer], _references: Sequence[str]) -> Array:
     if not wordnet_found():
         raise UnavailableError(
             "METEOR is left out: nltk finds no WordNet (`python -m nltk.downloader wordnet`; offline, copy "
-            "its folder "
-            "corpora/ and set NLTK_DATA to where it lies). In its place, meteor-exact is another score"
+            "its folder corpora/ and set NLTK_DATA to where it lies). In its place, meteor-exact is another "
+            "score"
         )
     from nltk.corpus import wordnet
 

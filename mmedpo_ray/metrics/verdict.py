@@ -172,8 +172,8 @@ def _headline(named: dict[Call, list[str]], tone: str, whom: str) -> str:
 def _figures(name: str, item: dict[str, Any], confidence: float) -> str:
     test = f", p = {_p_words(item['p_holm'])} corrected" if item.get("p_holm") is not None else ""
     return (
-        f"{label(name)} {_points(item['value'])} points ({confidence:.0%} interval "
-        f"{_points(item['low'])} to {_points(item['high'])}{test})"
+        f"{label(name)} {_points(item['value'])} points ({confidence:.0%} interval {_points(item['low'])} to "
+        f"{_points(item['high'])}{test})"
     )
 
 

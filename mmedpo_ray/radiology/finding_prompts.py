@@ -33,9 +33,11 @@ _LIKE_A_FINDING = re.compile(
 
 
 def names_finding(question: str, answer: str) -> bool:
-    """Whether question or answer name a finding, or ask for any ("Is this image normal?"): what noise on a lesion can hide.
+    """Whether question or answer name a finding, or ask for any ("Is this image normal?"): what noise on a
+    lesion can hide.
 
-    Wider than :func:`finding_asked`: also true for what has the form of a finding's name but is not in the lexicon.
+    Wider than :func:`finding_asked`: also true for what has the form of a finding's name but is not in the
+    lexicon.
     """
     return any(facts(text) or _LIKE_A_FINDING.search(text) for text in (question, answer))
 
@@ -43,8 +45,8 @@ def names_finding(question: str, answer: str) -> bool:
 def finding_asked(question: str, answer: str) -> str | None:
     """The finding that question and answer are about, by its name in the lexicon; None if they name none.
 
-    A finding that the answer affirms comes first ("No. There is an effusion."), then one that the question names (the answer
-    is yes, no or a place). Of several the clinically most relevant, then the first.
+    A finding that the answer affirms comes first ("No. There is an effusion."), then one that the question
+    names (the answer is yes, no or a place). Of several the clinically most relevant, then the first.
     """
     affirmed = [fact.finding for fact in facts(_POLARITY.sub("", answer)) if fact.present]
     for names in (affirmed, [fact.finding for fact in facts(question)]):
@@ -69,7 +71,10 @@ def prompt_for(question: str, answer: str, generic: str, *, always_generic: bool
 
 
 def observation_for(question: str, answer: str, generic: str, *, always_generic: bool = False) -> str:
-    """The one of MedKLIP's 75 observations to ask for; "disease" if none fits. Takes the arguments of :func:`prompt_for`."""
+    """The one of MedKLIP's 75 observations to ask for; "disease" if none fits.
+
+    Takes the arguments of :func:`prompt_for`.
+    """
     fallback = _known(generic.strip().lower()) or GENERIC_OBSERVATION
     if always_generic:
         return fallback

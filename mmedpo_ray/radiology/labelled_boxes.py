@@ -1,7 +1,8 @@
 """The part of a mask that a question is about, by the labelled boxes that SLAKE ships beside its masks.
 
-SLAKE's `mask.png` marks every organ and lesion of an image; `detection.json` beside it is a list of `{label: [x, y, w, h]}`. The
-boxes of the labels that the answer or the question names cut the mask down to what was asked.
+SLAKE's `mask.png` marks every organ and lesion of an image; `detection.json` beside it is a list of `{label:
+[x, y, w, h]}`. The boxes of the labels that the answer or the question names cut the mask down to what was
+asked.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def asked_region(
         answer: reference answer.
 
     Returns:
-        bool (H, W), and the choice, for the column ``noise``: ``region`` is the list of the labels, or "whole" with
-        ``region_reason``: ``no_boxes``, ``boxes_unreadable``, ``nothing_named`` or ``boxes_beside_mask``. Empty for other masks.
+        bool (H, W), and the choice, for the column ``noise``: ``region`` is the list of the labels, or
+        "whole" with ``region_reason``: ``no_boxes``, ``boxes_unreadable``, ``nothing_named`` or
+        ``boxes_beside_mask``. Empty for other masks.
 
     Raises:
         OSError: a store does not give out the boxes now, but may another time.
@@ -76,7 +78,8 @@ def parse(data: bytes) -> list[Box]:
     """Reads a `detection.json`.
 
     Raises:
-        ValueError: it is no list of objects of four finite numbers of pixels, with a width and a height above 0.
+        ValueError: it is no list of objects of four finite numbers of pixels, with a width and a height above
+            0.
     """
     try:
         rows = json.loads(data)
@@ -104,8 +107,9 @@ def _box(label: str, value: Any) -> Box:
 def named_labels(labels: list[str], question: str, answer: str) -> list[str]:
     """Of the labels those that the texts are about, in their order.
 
-    A finding comes before the organ that it is in, and the answer before the question. A question for anything abnormal means every
-    finding, unless it names an organ. A label with a side ("Left Lung") is meant where that side is named, or none.
+    A finding comes before the organ that it is in, and the answer before the question. A question for
+    anything abnormal means every finding, unless it names an organ. A label with a side ("Left Lung") is
+    meant where that side is named, or none.
     """
     texts = (answer, question)
     findings = [label for label in labels if _findings(label)]

@@ -1,4 +1,5 @@
-"""Reads the word lists in ``radiology/data``: vocabulary, patterns and relations that need no knowledge of Python to edit."""
+"""Reads the word lists in ``radiology/data``: vocabulary, patterns and relations that need no knowledge of
+Python to edit."""
 
 from __future__ import annotations
 

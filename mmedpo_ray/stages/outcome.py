@@ -32,6 +32,6 @@ def outcome(stage: Stage, folder: str, manifest: Manifest) -> str:
         return written
     dropped = storage.join(folder, "dropped")
     return (
-        f"{written}; {total:,} dropped ({counts_in_words(manifest.dropped)}), "
-        f"see {dropped}{image_example(dropped)}"
+        f"{written}; {total:,} dropped ({counts_in_words(manifest.dropped)}), see "
+        f"{dropped}{image_example(dropped)}"
     )

@@ -30,15 +30,14 @@ def announce(command: str, config: Config) -> None:
         "phantom (the embedded synthetic world)" if data.format == "phantom" else f"{data.format} {data.root}"
     )
     console.print(
-        f"[bold]mmedpo {command}[/bold]  model: {escape(model)}  data: {escape(source)}  "
-        f"run: {escape(config.run.folder)}",
+        f"[bold]mmedpo {command}[/bold]  model: {escape(model)}  data: {escape(source)}  run: "
+        f"{escape(config.run.folder)}",
         soft_wrap=True,
     )
     if is_embedded and data.format != "phantom" and _needs_model(command, config):
         log.warning(
             "model.path is 'phantom': the embedded tiny LLaVA knows only its synthetic world, so on these "
-            "data its "
-            "answers and scores mean nothing. Set model.path to your model."
+            "data its answers and scores mean nothing. Set model.path to your model."
         )
 
 
@@ -75,8 +74,8 @@ def _check_input(stage: Stage, config: Config) -> None:
     if read_manifest(folder) is None:
         raise UserError(
             f"{stage.name} needs {folder}, which is missing or unfinished. Run the stage that writes it "
-            f"first: "
-            f"`{command_line(needed.name, config)}` (`mmedpo run` runs all in order), or correct run.folder."
+            f"first: `{command_line(needed.name, config)}` (`mmedpo run` runs all in order), or correct "
+            "run.folder."
         )
 
 
@@ -89,9 +88,8 @@ def _check_root(config: Config) -> None:
         raise UserError(f"data.root: there is no folder {path}. Correct data.root.")
     if not path.is_dir():
         raise UserError(
-            f"data.root: {path} is a file, not a folder. Set data.root to its folder, and data.train_file "
-            f"to its "
-            "name if the format does not find it there."
+            f"data.root: {path} is a file, not a folder. Set data.root to its folder, and data.train_file to "
+            "its name if the format does not find it there."
         )
 
 

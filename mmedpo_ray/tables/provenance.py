@@ -67,8 +67,7 @@ def check_prepared(folder: str, key: str | None, now: Parts | None) -> Manifest:
     if key is not None and manifest.key != key:
         raise UserError(
             f"align: the table {folder} was made under other settings (key {manifest.key}, now {key}). "
-            f"Changed: "
-            f"{changes(manifest.extra.get(MADE_WITH), now)}. Delete that folder and run align again."
+            f"Changed: {changes(manifest.extra.get(MADE_WITH), now)}. Delete that folder and run align again."
         )
     return manifest
 

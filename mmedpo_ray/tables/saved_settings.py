@@ -30,8 +30,7 @@ def manifests_to_report(run: RunFolder) -> dict[str, Manifest]:
     if not found:
         raise UserError(
             f"report: nothing has run in {run.root} yet. Give the folder of a run with run.folder=DIR, or "
-            f"start one "
-            "with `mmedpo run`."
+            "start one with `mmedpo run`."
         )
     return found
 

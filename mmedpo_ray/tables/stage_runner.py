@@ -136,8 +136,8 @@ class StageRunner:
         failed = {} if accept_failed else manifest.to_retry()
         if failed and (could_retry_succeed is None or could_retry_succeed()):
             console.print(
-                f"[dim]{self.name}: {sum(failed.values()):,} rows failed ({counts_in_words(failed)}); "
-                "trying them again[/dim]"
+                f"[dim]{self.name}: {sum(failed.values()):,} rows failed ({counts_in_words(failed)}); trying "
+                "them again[/dim]"
             )
             return None
         console.print(f"[dim]{manifest.line()} (already done)[/dim]", soft_wrap=True)
@@ -299,10 +299,9 @@ class StageRunner:
                     raise
                 raise UserError(
                     f"{self.name}: the process that holds a model died again and again, mostly for lack of "
-                    f"memory. "
-                    "Lower replicas, max_num_seqs or max_model_len of its engine, or the batch size, or use "
-                    "larger "
-                    "nodes; Ray's logs (worker-*.err) say more. Written rows stay: the same command resumes."
+                    "memory. Lower replicas, max_num_seqs or max_model_len of its engine, or the batch size, "
+                    "or use larger nodes; Ray's logs (worker-*.err) say more. Written rows stay: the same "
+                    "command resumes."
                 ) from error
 
     def _check(
@@ -313,8 +312,7 @@ class StageRunner:
             name, times = merged.example
             raise UserError(
                 f"{self.name}: {id_column} {name!r} occurs {times} times ({merged.repeated:,} ids repeat). "
-                f"Ids must "
-                "be unique."
+                "Ids must be unique."
             )
         dropped, limit = merged.dropped.total(), self.config.run.max_dropped_share
         total = merged.rows + dropped
@@ -327,8 +325,7 @@ class StageRunner:
             raise DroppedShareError(
                 f"{self.name}: {sum(faults.values()):,} of {total:,} rows would be dropped "
                 f"({counts_in_words(faults)}), more than run.max_dropped_share={limit}. Correct the input "
-                f"and run "
-                f"again, or raise the limit{self._image_example()}."
+                f"and run again, or raise the limit{self._image_example()}."
             )
         if merged.rows == 0 and not allow_empty:
             reasons = counts_in_words(merged.dropped)

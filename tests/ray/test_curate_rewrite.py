@@ -1,4 +1,5 @@
-"""`curate.text.method: rewrite` on a real cluster, against a misbehaving HTTP server and against vLLM's own server."""
+"""`curate.text.method: rewrite` on a real cluster, against a misbehaving HTTP server and against vLLM's own
+server."""
 
 from __future__ import annotations
 
@@ -326,8 +327,8 @@ def test_a_stopped_run_asks_only_for_what_is_missing(tmp_path: Path, server: Cha
     stopped = len(server.requests)
     server.answer = swap_sides
     assert curate(config).rows_out == 20
-    # With one request in flight blocks have 8, 8 and 4 rows in any order; what was answered in the last is lost, and what was
-    # on its way to the disk may be.
+    # With one request in flight blocks have 8, 8 and 4 rows in any order; what was answered in the last is
+    # lost, and what was on its way to the disk may be.
     assert len(server.requests) - stopped <= 16
     sent = stage_runner.read_manifest(RunFolder(str(tmp_path)).rewrites)
     assert sent is not None
@@ -397,7 +398,8 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_answers_of_a_real_server_are_all_accounted_for(tmp_path: Path, vllm_server: str) -> None:
-    """A model made of chance keeps to the schema and says nonsense: every row has a reason, or is an exact edit."""
+    """A model made of chance keeps to the schema and says nonsense: every row has a reason, or is an exact
+    edit."""
     answers = {f"s{number}": f"Small effusion number {number} on the left." for number in range(4)}
     write_samples(tmp_path, answers | {"long": "left lung " * 900})
     config = rewrite_config(

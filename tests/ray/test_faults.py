@@ -58,8 +58,7 @@ def report(number: int) -> str:
     findings = ("pleural effusion", "nodule", "consolidation", "pneumothorax", "atelectasis")
     sentences = [
         f"There is a {number + index} mm {findings[(number + index) % 5]} in the "
-        f"{sides[(number >> index) % 2]} "
-        f"{zones[(number + index) % 3]} zone."
+        f"{sides[(number >> index) % 2]} {zones[(number + index) % 3]} zone."
         for index in range(4)
     ]
     return " ".join([*sentences, "No fracture."])

@@ -1,4 +1,5 @@
-"""kill -9 of a node and of the driver in the middle of an audit: it finds what a quiet one finds, and leaves nothing half-written."""
+"""kill -9 of a node and of the driver in the middle of an audit: it finds what a quiet one finds, and leaves
+nothing half-written."""
 
 from __future__ import annotations
 

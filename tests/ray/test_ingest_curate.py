@@ -1,4 +1,5 @@
-"""`ingest` and `curate` on a real cluster, with a real vLLM engine: nothing lost, resumed, skipped, clear errors."""
+"""`ingest` and `curate` on a real cluster, with a real vLLM engine: nothing lost, resumed, skipped, clear
+errors."""
 
 from __future__ import annotations
 
@@ -383,7 +384,8 @@ def test_answers_sampled_with_vllm(ingested: Path, tmp_path: Path) -> None:
 def check_judge_and_rewrite_behind_an_endpoint(
     folder: Path, sampling: tuple[str, ...], sampled: stage_runner.Manifest
 ) -> None:
-    """The candidates that are there, now judged by a model that knows every third question, which then writes itself."""
+    """The candidates that are there, now judged by a model that knows every third question, which then writes
+    itself."""
     opposites = {"Yes": "No", "No": "Yes", "left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 
     def answer(body: dict[str, Any], before: int) -> Reply:

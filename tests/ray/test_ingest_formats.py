@@ -1,4 +1,5 @@
-"""`ingest` of the publishers' layouts on a real cluster: streams, resumes, counts, and fails with a clear message."""
+"""`ingest` of the publishers' layouts on a real cluster: streams, resumes, counts, and fails with a clear
+message."""
 
 from __future__ import annotations
 

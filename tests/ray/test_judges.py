@@ -1,4 +1,5 @@
-"""Judges on a real cluster and a real vLLM engine: scores from words and from log-probabilities, texts that attack, endpoints."""
+"""Judges on a real cluster and a real vLLM engine: scores from words and from log-probabilities, texts that
+attack, endpoints."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def test_no_text_moves_the_form_and_the_expectation_is_that_of_the_model(tmp_pat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = build_tiny_chat(tmp_path / "model", max_positions=4096)
-    # A chance of 1 makes seeds matter, and 64 prompts of 1,000 tokens are more than the engine takes in one step.
+    # A chance of 1 makes seeds matter, and 64 prompts of 1,000 tokens are more than the engine takes in one
+    # step.
     model = {"kind": "vllm", "model": str(folder), "temperature": 1.0, "max_tokens": 96}
     agents = [
         {"kind": "rules", "name": "lexicon"},
@@ -199,7 +201,8 @@ MANY = {f"{number:02}": ("Where is it?", "left", f"right {number}") for number i
 
 @pytest.mark.parametrize("num_failing", [2, 6])
 def test_only_pairs_that_failed_in_passing_are_judged_again(tmp_path: Path, num_failing: int) -> None:
-    """Some pairs fail with the first agent, some with the second; six are more than the share that may be dropped."""
+    """Some pairs fail with the first agent, some with the second; six are more than the share that may be
+    dropped."""
     failing = [rejected for _, _, rejected in MANY.values()][:num_failing]
     with running() as server:
         turns: dict[str, int] = {}
@@ -249,7 +252,8 @@ def test_only_pairs_that_failed_in_passing_are_judged_again(tmp_path: Path, num_
 
 
 def test_an_outage_in_the_first_pass_costs_the_answers_that_failed(tmp_path: Path) -> None:
-    """More pairs fail than may be dropped before the debate has ended; what was answered is not asked for again."""
+    """More pairs fail than may be dropped before the debate has ended; what was answered is not asked for
+    again."""
     with running() as server:
         is_up = False
 

@@ -1,4 +1,5 @@
-"""Stage score on a real cluster: rules, scores that came with the data, tools, and a chat model on a real vLLM engine."""
+"""Stage score on a real cluster: rules, scores that came with the data, tools, and a chat model on a real
+vLLM engine."""
 
 from __future__ import annotations
 
@@ -137,7 +138,8 @@ def test_no_pairs_names_the_stage_to_run(tmp_path: Path) -> None:
 
 
 def test_a_chat_model_joins_the_debate_and_cannot_be_talked_out_of_its_format(tmp_path: Path) -> None:
-    """Rules and a real vLLM engine in turn; the first attempt dies in the model's pass and costs only that pass."""
+    """Rules and a real vLLM engine in turn; the first attempt dies in the model's pass and costs only that
+    pass."""
     model = build_tiny_chat(tmp_path / "judge", template=False, max_positions=2600)
     agents = [
         {"kind": "rules", "name": "lexicon"},

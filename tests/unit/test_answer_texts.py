@@ -1,4 +1,5 @@
-"""Words of answers as metrics compare them: what differs in meaning differs, what differs in spelling does not."""
+"""Words of answers as metrics compare them: what differs in meaning differs, what differs in spelling does
+not."""
 
 from __future__ import annotations
 

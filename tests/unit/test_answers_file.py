@@ -1,4 +1,5 @@
-"""``mmedpo evaluate --answers``: scores answers that exist, says what it cannot use, and quotes nobody's text."""
+"""``mmedpo evaluate --answers``: scores answers that exist, says what it cannot use, and quotes nobody's
+text."""
 
 from __future__ import annotations
 

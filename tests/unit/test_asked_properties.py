@@ -1,4 +1,5 @@
-"""Yes/no questions answered by statements: properties, sizes, counts, hedges, corrections; Chinese statements; odd lists of options."""
+"""Yes/no questions answered by statements: properties, sizes, counts, hedges, corrections; Chinese
+statements; odd lists of options."""
 
 from __future__ import annotations
 

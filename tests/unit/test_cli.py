@@ -204,7 +204,8 @@ def test_settings_of_an_existing_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Config | None]:
-    """Stages that read nothing and do nothing, or fail where they are set to ``None``; no cluster is started."""
+    """Stages that read nothing and do nothing, or fail where they are set to ``None``; no cluster is
+    started."""
     reached: dict[str, Config | None] = {}
 
     def run(stage: Stage, config: Config) -> None:
@@ -439,8 +440,10 @@ def chained(cause: BaseException) -> Exception:
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (PermissionError(13, "Permission denied", "/archive/run"), 2, "error: /archive/run: Permission denied. Check"),
-        (OSError("Failed to open local file '/a'. Detail: [errno 28] No space left"), 2, "No space left. Check"),
+        (PermissionError(13, "Permission denied", "/archive/run"), 2, "error: /archive/run: Permission "
+                                                                      "denied. Check"),
+        (OSError("Failed to open local file '/a'. Detail: [errno 28] No space left"), 2, "No space left. "
+                                                                                         "Check"),
         (KeyError("the text of a patient"), 1, "error: unexpected KeyError in pipeline_commands.py, line"),
         (KeyboardInterrupt(), 130, "interrupted; the same command resumes"),
         (chained(KeyboardInterrupt()), 130, "interrupted; the same command resumes"),
@@ -505,7 +508,7 @@ def test_a_command_ends_with_what_it_made_and_the_next_one(
     monkeypatch.setattr(pipeline, "run_stage", work)
     assert cli.main(["ingest", f"run.folder={run}"]) == 0
     assert capsys.readouterr().err.splitlines() == [
-        f"9 samples in {run}/samples; 3 dropped (image_missing 2, empty_answer 1), see {run}/samples/dropped; "
-        "image_missing: /scans/7.png",
+        f"9 samples in {run}/samples; 3 dropped (image_missing 2, empty_answer 1), see "
+        f"{run}/samples/dropped; image_missing: /scans/7.png",
         f"next: mmedpo curate run.folder={run}",
     ]

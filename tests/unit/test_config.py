@@ -204,8 +204,10 @@ def test_a_key_that_occurs_twice_is_named_with_its_lines(
 def test_anchors_merges_and_equal_keys_of_different_sections_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        "align:\n  lora: &lora {rank: 4}\n  beta: 0.2\ndata: {name: a}\nmodel: {name: b}\ncontrol: {name: c}\n"
-        "score:\n  agents:\n    - &first {kind: rules, name: a}\n    - {<<: *first, name: b}\n    - {<<: *first, name: c}\n"
+        "align:\n  lora: &lora {rank: 4}\n  beta: 0.2\ndata: {name: a}\nmodel: {name: b}\ncontrol: {name: "
+        "c}\n"
+        "score:\n  agents:\n    - &first {kind: rules, name: a}\n    - {<<: *first, name: b}\n    - {<<: "
+        "*first, name: c}\n"
     )
     config = load(path)
     assert [agent.name for agent in config.score.agents] == ["a", "b", "c"]
@@ -236,12 +238,16 @@ def test_relative_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     ("text", "said"),
     [
         ("align:\n  btea: 2\n", "unknown key align.btea; did you mean align.beta? (line 2)"),
-        ("curate:\n\n  text: rewrite\n", "curate.text: is a section: set its keys, not itself (got 'rewrite') (line 3)"),
+        ("curate:\n\n  text: rewrite\n", "curate.text: is a section: set its keys, not itself (got "
+                                         "'rewrite') (line 3)"),
         ("score:\n  agents:\n  - {kind: rules, foccus: x}\n", "did you mean score.agents.0.focus? (line 3)"),
-        ("score:\n  agents:\n  - {focus: x}\n", "score.agents.0: needs a key `kind` (got {'focus': 'x'}) (line 3)"),
-        ("score:\n  agents:\n  - {kind: rulez}\n", "there is no kind of judge 'rulez'. Known: rules, vllm, openai"),
+        ("score:\n  agents:\n  - {focus: x}\n", "score.agents.0: needs a key `kind` (got {'focus': 'x'}) "
+                                                "(line 3)"),
+        ("score:\n  agents:\n  - {kind: rulez}\n", "there is no kind of judge 'rulez'. Known: rules, vllm, "
+                                                   "openai"),
         ("align:\n  num_workers: two\n", "(got 'two'), or must be a valid tuple (got 'two') (line 2)"),
-        ("align:\n  beta: x\n", "align.beta: must be a valid number, unable to parse string as a number (got 'x') (line 2)"),
+        ("align:\n  beta: x\n", "align.beta: must be a valid number, unable to parse string as a number "
+                                "(got 'x') (line 2)"),
     ],
 )  # fmt: skip
 def test_a_fault_of_a_file_names_key_and_line(text: str, said: str, tmp_path: Path) -> None:

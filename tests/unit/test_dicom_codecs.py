@@ -157,8 +157,8 @@ def test_few_bits_do_not_end_the_process() -> None:
         dataset_of(pixels, 4), [imagecodecs.ljpeg_encode(pixels, bitspersample=4)], uid.JPEGLosslessSV1
     )
     code = (
-        "import sys; from mmedpo_ray.io import images; "
-        "print(images.decode(sys.stdin.buffer.read(), 'x').info)"
+        "import sys; from mmedpo_ray.io import images; print(images.decode(sys.stdin.buffer.read(), "
+        "'x').info)"
     )
     done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

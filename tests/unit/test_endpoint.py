@@ -1,4 +1,5 @@
-"""The endpoint client against a real HTTP server: order, pace, retries, counters, and who has to mend what."""
+"""The endpoint client against a real HTTP server: order, pace, retries, counters, and who has to mend
+what."""
 
 from __future__ import annotations
 
@@ -249,7 +250,8 @@ def test_a_strange_error_body_is_a_refusal(server: ChatServer, body: bytes) -> N
         # vLLM names no code.
         Reply(
             status=400,
-            raw=b'{"error": {"message": "The prompt is longer than the maximum model length of 8192.", "code": 400}}',
+            raw=b'{"error": {"message": "The prompt is longer than the maximum model length of 8192.", '
+            b'"code": 400}}',
         ),
         Reply(
             status=400, raw=b'{"error": {"message": "This model\'s maximum context length is 8192 tokens."}}'

@@ -31,7 +31,8 @@ def reader_of(root: Path, kind: str, *overrides: str) -> Reader:
 
 
 def read(root: Path, kind: str, *overrides: str) -> list[dict[str, Any]]:
-    """All rows, checked for what holds of any input: unique ids, a position for each dropped row, whole kept rows."""
+    """All rows, checked for what holds of any input: unique ids, a position for each dropped row, whole kept
+    rows."""
     reader = reader_of(root, kind, *overrides)
     rows = [row for unit in reader.units() for row in reader.samples(unit)]
     assert len({row["sample_id"] for row in rows}) == len(rows)

@@ -234,7 +234,8 @@ def test_units_are_row_groups_and_nothing_done_is_decoded(
 def test_a_large_row_group_is_shared_and_read_a_few_rows_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the sizes, every row is in one unit, and the units hold the same samples as the whole would."""
+    """Whatever the sizes, every row is in one unit, and the units hold the same samples as the whole
+    would."""
     source = [row(number % 7, question=f"Is it {number}?", key=number % 90) for number in range(100)]
     write(tmp_path / "train.parquet", source, row_group_size=60)
     keyed = "data.columns.sample_id=key"

@@ -1,4 +1,5 @@
-"""Proxies of the environment: passed by for endpoints on this machine, used for others, explained where they cannot be."""
+"""Proxies of the environment: passed by for endpoints on this machine, used for others, explained where they
+cannot be."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What is judged is data: whatever a text says, it changes neither the form of the question nor that of the answer, skips no
-agent and adds no judgement."""
+"""What is judged is data: whatever a text says, it changes neither the form of the question nor that of the
+answer, skips no agent and adds no judgement."""
 
 from __future__ import annotations
 

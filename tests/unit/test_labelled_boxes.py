@@ -1,4 +1,5 @@
-"""SLAKE's labelled boxes: which labels a question is about, what of the mask is left, and what a broken file does."""
+"""SLAKE's labelled boxes: which labels a question is about, what of the mask is left, and what a broken file
+does."""
 
 from __future__ import annotations
 

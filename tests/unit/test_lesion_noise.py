@@ -1,4 +1,5 @@
-"""Noise in the lesion region: equal to the formulas written out, confined to the mask, in every image mode."""
+"""Noise in the lesion region: equal to the formulas written out, confined to the mask, in every image
+mode."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def noised(image: Image.Image, heat_map: np.ndarray, seed: int = 0, **settings_:
 
 
 def hottest(heat_map: np.ndarray, area_share: float) -> np.ndarray:
-    """The mask rule, slowly: the largest set "at least this hot" that fits, else the pixels of the highest value."""
+    """The mask rule, slowly: the largest set "at least this hot" that fits, else the pixels of the highest
+    value."""
     allowed = int(area_share * heat_map.size + 1e-6)
     for level in np.unique(heat_map[heat_map > 0]):
         if (heat_map >= level).sum() <= allowed:
@@ -246,7 +248,8 @@ def test_noise_survives_the_shrinking_to_what_the_model_sees(
     image, whole = Image.fromarray(np.full(size, 128, np.uint8)), np.ones(size, np.float32)
 
     def left(**settings_: Any) -> float:
-        """Share of the noise's variance left when the shorter side is shrunk to 336, as CLIP's processor does."""
+        """Share of the noise's variance left when the shorter side is shrunk to 336, as CLIP's processor
+        does."""
         result = noised(image, whole, mode=mode, area_share=1, **strength, **settings_)
         shrunk = [round(side * 336 / min(size)) for side in reversed(size)]
         small = result.image.resize(shrunk, Image.Resampling.BICUBIC)

@@ -17,8 +17,8 @@ from mmedpo_ray.radiology.lexicon.meta_text import COMMENTARY, LEAKED_PROMPT
 from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS, mentions
 
 REPORT = (
-    "The heart size is normal. There is a large left pleural effusion. There is a nodule in the right middle zone. "
-    "No pneumothorax."
+    "The heart size is normal. There is a large left pleural effusion. There is a nodule in the right middle "
+    "zone. No pneumothorax."
 )
 
 

@@ -105,7 +105,8 @@ def _minus_log_sigmoid(value: float) -> float:
 
 
 def test_the_anchor_holds_each_right_answer_once_as_in_mdpo() -> None:
-    """A text and a visual pair share (x, y); the better side of a reversed pair, a wrong answer, has no anchor."""
+    """A text and a visual pair share (x, y); the better side of a reversed pair, a wrong answer, has no
+    anchor."""
     beta, margin, weight = 0.5, 0.2, 0.8
     chosen, rejected = torch.tensor([-4.0, -4.0, -7.0]), torch.tensor([-8.0, -6.5, -4.5])
     tokens = torch.tensor([2, 2, 3])

@@ -46,12 +46,14 @@ def network(state: dict[str, torch.Tensor]) -> MedklipNetwork:
 def test_outputs_equal_the_original_code(network: MedklipNetwork) -> None:
     """Logits and the four attention maps, to 1e-5, on the same made-up weights.
 
-    The golden file holds what the original network computed: ``Sample_Zero-Shot_Grounding_RSNA/models/model_MedKLIP.py`` of
-    MediaBrain-SJTU/MedKLIP on GitHub, commit a58087d1b49a1612fec76ac1ab78465b81ab65c3, which returns logits and attention and which MMedPO
-    uses. Its ``transformer.py`` was taken from Shef-AIRE/MeDSLIP (``PreTrain_MedKLIP/models``, commit
-    036fc4221210deb32911c9693a3cec1cc54c7c95), a re-formatted copy, and torchvision's ResNet-50 from a stand-in with the same modules
-    (the next test compares the trunk with another library's). Configuration: the official one (d_model 256, N 4, H 4, resnet50,
-    2 attributes). Weights: ``made_up_weights`` of its own state dict. Inputs: ``made_up_inputs``, the second as ``disease_book``.
+    The golden file holds what the original network computed:
+    ``Sample_Zero-Shot_Grounding_RSNA/models/model_MedKLIP.py`` of MediaBrain-SJTU/MedKLIP on GitHub, commit
+    a58087d1b49a1612fec76ac1ab78465b81ab65c3, which returns logits and attention and which MMedPO uses. Its
+    ``transformer.py`` was taken from Shef-AIRE/MeDSLIP (``PreTrain_MedKLIP/models``, commit
+    036fc4221210deb32911c9693a3cec1cc54c7c95), a re-formatted copy, and torchvision's ResNet-50 from a
+    stand-in with the same modules (the next test compares the trunk with another library's). Configuration:
+    the official one (d_model 256, N 4, H 4, resnet50, 2 attributes). Weights: ``made_up_weights`` of its own
+    state dict. Inputs: ``made_up_inputs``, the second as ``disease_book``.
     """
     golden = load_file(GOLDEN)
     with torch.inference_mode():
@@ -172,7 +174,8 @@ def sample(question: str, answer: str = "Yes") -> dict[str, Any]:
 
 
 def test_the_tool_answers_for_the_observation_asked_about(tool: VisualTool, folder: Path) -> None:
-    """The heat map is the mean attention of that observation, the confidence its probability; from the file to the result."""
+    """The heat map is the mean attention of that observation, the confidence its probability; from the file
+    to the result."""
     from mmedpo_ray.curate.visual.tools.medklip import embed_texts, read_texts
 
     rng = np.random.default_rng(3)
@@ -240,7 +243,8 @@ def test_a_pair_is_the_same_whatever_shares_its_batch(folder: Path, tmp_path: Pa
 
 
 def test_the_text_is_read_as_the_official_scripts_do(folder: Path) -> None:
-    """Lower case, [CLS] in front, no [SEP] behind, the first 64 tokens: equal to BERT on ids written by hand."""
+    """Lower case, [CLS] in front, no [SEP] behind, the first 64 tokens: equal to BERT on ids written by
+    hand."""
     from mmedpo_ray.curate.visual.tools.medklip import embed_texts
 
     found = embed_texts(["It Means", "very " * 200, "it"], str(folder / "bert"))

@@ -1,4 +1,5 @@
-"""Notes on an edit, refusals in Chinese and role tags are told apart from what reports say; one answer in both engines."""
+"""Notes on an edit, refusals in Chinese and role tags are told apart from what reports say; one answer in
+both engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The judge behind an endpoint: what it sends, what it makes of answers and failures, and what it is charged for."""
+"""The judge behind an endpoint: what it sends, what it makes of answers and failures, and what it is charged
+for."""
 
 from __future__ import annotations
 
@@ -164,7 +165,8 @@ def debates(*answers: str) -> pa.Table:
 def test_in_a_debate_it_sees_the_score_before_and_is_charged_for_what_it_sent(
     server: ChatServer, tmp_path: Path
 ) -> None:
-    """The first agent disagrees with nobody; the second agrees with the scores up to 0.5 and is unavailable for one row."""
+    """The first agent disagrees with nobody; the second agrees with the scores up to 0.5 and is unavailable
+    for one row."""
 
     def answer(body: dict[str, Any], before: int) -> Reply:
         record = asked_about(body)

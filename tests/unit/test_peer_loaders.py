@@ -1,4 +1,5 @@
-"""What `mmedpo convert-pairs` writes, read by the loaders of LLaMA-Factory and ms-swift, where these are installed."""
+"""What `mmedpo convert-pairs` writes, read by the loaders of LLaMA-Factory and ms-swift, where these are
+installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One reader of yes and no: the leading or the last committed word, statements beside their question, Chinese."""
+"""One reader of yes and no: the leading or the last committed word, statements beside their question,
+Chinese."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The sheet of visual pairs: what `curate` would make, without text unless asked for, nothing else written."""
+"""The sheet of visual pairs: what `curate` would make, without text unless asked for, nothing else
+written."""
 
 from __future__ import annotations
 

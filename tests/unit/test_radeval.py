@@ -1,6 +1,8 @@
-"""RadEval's scores: left out with one line where something is missing, equal to the package where it is there.
+"""RadEval's scores: left out with one line where something is missing, equal to the package where it is
+there.
 
-The weights are tiny and random, in a cache of the hub's layout; RadGraph's archive is too much to rebuild here.
+The weights are tiny and random, in a cache of the hub's layout; RadGraph's archive is too much to rebuild
+here.
 """
 
 from __future__ import annotations
@@ -186,7 +188,8 @@ print(json.dumps(found.tolist()))
 
 @needs_radeval
 def test_radgraph_f1_is_the_partial_one_of_each_report(tmp_path: Path) -> None:
-    """Entities count with whether they stand in a relation; a left-out annotation model stands in for the archive."""
+    """Entities count with whether they stand in a relation; a left-out annotation model stands in for the
+    archive."""
     scores, counts = zip(*json.loads(run(RADGRAPH, tmp_path).splitlines()[-1]), strict=True)
     assert counts == (1.0,) * 5
     assert scores[0] == 1.0 and scores[3] == scores[4] == 0.0

@@ -1,4 +1,5 @@
-"""The report: says what the figures show and no more, escapes what it shows, needs nothing else, and bears missing parts."""
+"""The report: says what the figures show and no more, escapes what it shows, needs nothing else, and bears
+missing parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Report metrics: equal to the packages that papers use, on 300 random pairs, and sound where those are not defined."""
+"""Report metrics: equal to the packages that papers use, on 300 random pairs, and sound where those are not
+defined."""
 
 from __future__ import annotations
 
@@ -263,7 +264,8 @@ def test_without_wordnet_another_score_goes_by_another_name(tmp_path: Path) -> N
     assert "WordNet" in said and "NLTK_DATA" in said
 
 
-# ---------------------------------------------------------------------- Chinese, thought blocks, empty answers
+# ---------------------------------------------------------------------- Chinese, thought blocks, empty
+# answers
 
 
 def at_hand(prefix: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""Rule edits change one fact of an answer or a report; which sampled answer is wrong, and which pair comes of it."""
+"""Rule edits change one fact of an answer or a report; which sampled answer is wrong, and which pair comes of
+it."""
 
 from __future__ import annotations
 
@@ -230,7 +231,8 @@ def test_a_report_that_leaves_a_finding_out_denies_it() -> None:
 
 
 def test_what_is_wrong_on_real_answers(shared_data: Path) -> None:
-    """Answers that GPT-4o wrote to be wrong are found; references that lose a word never are, beyond a handful."""
+    """Answers that GPT-4o wrote to be wrong are found; references that lose a word never are, beyond a
+    handful."""
     found, less = [], []
     for name in ("slake", "vqa-rad"):
         for row in json.loads((shared_data / "released" / f"{name}_dpo_weighted.json").read_text()):
@@ -455,8 +457,8 @@ def test_a_rewrite_is_taken_filled_in_or_awaited() -> None:
 # (report, one of the edits it must be able to get)
 REPORTS = [
     (
-        "Heart size and mediastinal contours are within normal limits. No focal consolidation, pneumothorax, or "
-        "pleural effusion. No acute bony abnormality.",
+        "Heart size and mediastinal contours are within normal limits. No focal consolidation, pneumothorax, "
+        "or pleural effusion. No acute bony abnormality.",
         "There is a pneumothorax. No focal consolidation or pleural effusion.",
     ),
     (
@@ -465,46 +467,48 @@ REPORTS = [
         "There is a pleural effusion but no pneumothorax.",
     ),
     (
-        "Stable cardiomegaly with mild pulmonary vascular congestion. Small bilateral pleural effusions. Left basilar "
-        "atelectasis.",
+        "Stable cardiomegaly with mild pulmonary vascular congestion. Small bilateral pleural effusions. "
+        "Left basilar atelectasis.",
         "Left apical atelectasis.",
     ),
     (
-        "PA and lateral views of the chest. There is a small right apical pneumothorax. Left-sided chest tube in place.",
+        "PA and lateral views of the chest. There is a small right apical pneumothorax. Left-sided chest "
+        "tube in place.",
         "small right basal pneumothorax",
     ),
     (
-        "The cardiac silhouette is enlarged. The lungs are without focal consolidation. No large pleural effusions are "
-        "seen.",
+        "The cardiac silhouette is enlarged. The lungs are without focal consolidation. No large pleural "
+        "effusions are seen.",
         "The lungs show focal consolidation.",
     ),
     (
-        "Interval removal of the endotracheal tube. Right internal jugular central venous catheter terminates in the "
-        "SVC. No pneumothorax is seen.",
+        "Interval removal of the endotracheal tube. Right internal jugular central venous catheter "
+        "terminates in the SVC. No pneumothorax is seen.",
         "A pneumothorax is seen.",
     ),
     (
-        "1. Right lower lobe pneumonia. 2. Small parapneumonic effusion. 3. Follow-up radiograph in 6 weeks is "
-        "recommended.",
+        "1. Right lower lobe pneumonia. 2. Small parapneumonic effusion. 3. Follow-up radiograph in 6 weeks "
+        "is recommended.",
         "2. No small parapneumonic effusion.",
     ),
     (
-        "CT abdomen and pelvis with contrast: The liver, spleen, and pancreas are normal. There is moderate right "
-        "hydronephrosis due to a 6 mm stone in the distal right ureter. No free air or free fluid.",
+        "CT abdomen and pelvis with contrast: The liver, spleen, and pancreas are normal. There is moderate "
+        "right hydronephrosis due to a 6 mm stone in the distal right ureter. No free air or free fluid.",
         "severe right hydronephrosis",
     ),
     (
-        "Non-contrast CT of the head demonstrates an acute subdural hematoma along the left cerebral convexity "
-        "measuring 8 mm, with 4 mm of rightward midline shift. No skull fracture.",
+        "Non-contrast CT of the head demonstrates an acute subdural hematoma along the left cerebral "
+        "convexity measuring 8 mm, with 4 mm of rightward midline shift. No skull fracture.",
         "There is a skull fracture.",
     ),
     (
-        "MRI brain: There is restricted diffusion in the left basal ganglia consistent with acute infarct. No "
-        "hemorrhage. Ventricles are normal in size.",
+        "MRI brain: There is restricted diffusion in the left basal ganglia consistent with acute infarct. "
+        "No hemorrhage. Ventricles are normal in size.",
         "in the right basal ganglia",
     ),
     (
-        "There is no evidence of acute intracranial hemorrhage, mass, or midline shift. The ventricles are symmetric.",
+        "There is no evidence of acute intracranial hemorrhage, mass, or midline shift. The ventricles are "
+        "symmetric.",
         "There is evidence of mass but no evidence of acute intracranial hemorrhage or midline shift.",
     ),
     ("Lungs are clear bilaterally. No pleural effusions or pneumothoraces.", "There are pleural effusions."),
@@ -874,8 +878,10 @@ def test_no_edit_of_a_typical_sentence_is_broken(sentence: str) -> None:
 
 
 _PIECES = (
-    "No|no|There is|There are|a|the|left|Right|bilateral|effusion|pneumothorax or|nodule,|pleural effusions|without|"
-    "is seen|is not seen|heart is enlarged|lungs are clear|mild|moderate edema|1.|2 cm|two|.|;|but|CT|L lung|Yes,|"
+    "No|no|There is|There are|a|the|left|Right|bilateral|effusion|pneumothorax or|nodule,|pleural "
+    "effusions|without|"
+    "is seen|is not seen|heart is enlarged|lungs are clear|mild|moderate edema|1.|2 cm|two|.|;|but|CT|L "
+    "lung|Yes,|"
     "evidence of|negative for|consolidation, and|apical|middle lobe|both lungs"
 )
 FRAGMENTS = st.sampled_from(_PIECES.split("|"))

@@ -1,4 +1,7 @@
-"""Words of the vocabulary in another sense are no facts: no edit changes them. In their own sense they stay facts."""
+"""Words of the vocabulary in another sense are no facts: no edit changes them.
+
+In their own sense they stay facts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The clustered bootstrap and the paired test: exact where the answer is known, right as often as they say."""
+"""The clustered bootstrap and the paired test: exact where the answer is known, right as often as they
+say."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_without_images_there_is_no_number():
 
 
 def test_intervals_cover_as_often_as_they_say():
-    """200 simulated test sets of 60 correlated images: a 90 % interval covers the truth in about 90 % of them."""
+    """200 simulated test sets of 60 correlated images: a 90 % interval covers the truth in about 90 % of
+    them."""
     generator = np.random.default_rng(5)
     covered = 0
     for trial in range(200):
@@ -135,7 +137,8 @@ def test_drawn_swaps_come_near_all_of_them(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_equal_models_differ_as_often_as_the_level_says() -> None:
-    """400 simulated pairs of equal models on 40 images: p < 0.05 in about 5 % of them, also for a score that is no mean."""
+    """400 simulated pairs of equal models on 40 images: p < 0.05 in about 5 % of them, also for a score that
+    is no mean."""
     generator = np.random.default_rng(9)
     found = 0
     for trial in range(400):

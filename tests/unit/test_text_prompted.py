@@ -1,4 +1,5 @@
-"""Text-prompted models of transformers as visual tools: tiny ones of each architecture, with their real processors."""
+"""Text-prompted models of transformers as visual tools: tiny ones of each architecture, with their real
+processors."""
 
 from __future__ import annotations
 

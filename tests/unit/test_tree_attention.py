@@ -110,7 +110,8 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 
 
 def llava_around(family: str) -> Any:
-    """A tiny LLaVA with a language model of another family; random weights of several times the usual scale."""
+    """A tiny LLaVA with a language model of another family; random weights of several times the usual
+    scale."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32,

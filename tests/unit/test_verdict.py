@@ -1,4 +1,5 @@
-"""Verdicts claim a difference only where it is beyond chance among all that was looked at, and large enough to print."""
+"""Verdicts claim a difference only where it is beyond chance among all that was looked at, and large enough
+to print."""
 
 from __future__ import annotations
 

@@ -161,8 +161,8 @@ def warn_of_waste(expected: Preview, align: AlignConfig) -> None:
         )
     if forwards.empty > EMPTY_WARN_ABOVE:
         log.warning(
-            "align: a step has %d images for %d ranks, so %.0f%% of the micro-batches are empty. "
-            "Lower align.num_workers%s",
+            "align: a step has %d images for %d ranks, so %.0f%% of the micro-batches are empty. Lower "
+            "align.num_workers%s",
             images,
             align.max_workers,
             100 * forwards.empty,

@@ -1,4 +1,7 @@
-"""The checks of the audit, a file for each family. `CHECKS` lists them; a new file is added to `_FAMILIES`."""
+"""The checks of the audit, a file for each family.
+
+`CHECKS` lists them; a new file is added to `_FAMILIES`.
+"""
 
 from __future__ import annotations
 

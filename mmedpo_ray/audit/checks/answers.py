@@ -37,8 +37,8 @@ CHECKS = (
     ),
     Check(
         "task_commentary",
-        "{chosen} chosen and {rejected} rejected answers that speak of the task (original, candidate or preferred answer) "
-        "or refuse",
+        "{chosen} chosen and {rejected} rejected answers that speak of the task (original, candidate or "
+        "preferred answer) or refuse",
         "remove them (--fix), or make the answer again",
         _commentary,
         {"high": 0.05, "medium": 0.01, "low": 0},
@@ -55,7 +55,8 @@ CHECKS = (
     ),
     Check(
         "near_equal_sides",
-        "{n:pair} whose sides differ only in case, spacing or punctuation (also typographic or full-width): they teach form",
+        "{n:pair} whose sides differ only in case, spacing or punctuation (also typographic or full-width): "
+        "they teach form",
         _ANOTHER,
         lambda audited: audited.features.near_equal,
         {"high": 0.01, "medium": 0.001, "low": 0},

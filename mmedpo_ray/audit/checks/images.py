@@ -12,8 +12,8 @@ from mmedpo_ray.audit.checks.visual import noise_causes
 from mmedpo_ray.audit.features import AREA_SHARE, EVEN_MAP, GIVEN_MASK, RELEASED_SCRIPT
 from mmedpo_ray.audit.image_sample import ImageSample
 
-# Noise that changes less of the lesion than this leaves it as it is. Clipping at black hides about half of the noise
-# on a dark lesion, so that a half-changed lesion is no fault.
+# Noise that changes less of the lesion than this leaves it as it is. Clipping at black hides about half of
+# the noise on a dark lesion, so that a half-changed lesion is no fault.
 _LEAST_CHANGED = 0.1
 
 
@@ -47,7 +47,8 @@ def _unchanged(audited: Audited) -> Measured:
 
 
 def _beside_lesion(audited: Audited) -> Measured:
-    """All pairs by what they record, those of the sample by their images; the worse of the two shares counts."""
+    """All pairs by what they record, those of the sample by their images; the worse of the two shares
+    counts."""
     features = audited.features
     recorded = features.visual & ~np.isnan(features.lesion_covered)
     try:
@@ -99,9 +100,11 @@ CHECKS = (
     ),
     Check(
         "unchanged_image",
-        "{n} of {looked_at:rejected image} looked at have the original's pixels (median changed {median} of the image)",
+        "{n} of {looked_at:rejected image} looked at have the original's pixels (median changed {median} of "
+        "the image)",
         "more noise (curate.visual.noise.steps; of mode additive curate.visual.noise.std, of blur "
-        "curate.visual.noise.blur_sigma), or leave out pairs whose tool was not sure (curate.visual.min_confidence)",
+        "curate.visual.noise.blur_sigma), or leave out pairs whose tool was not sure "
+        "(curate.visual.min_confidence)",
         _unchanged,
         {"high": 0.01, "medium": 0},
     ),
@@ -110,8 +113,9 @@ CHECKS = (
         "the noise of {n} of {checked:visual pair} leaves the lesion as it is: {how}",
         {
             AREA_SHARE: "a larger curate.visual.noise.area_share, or another curate.visual.tool",
-            GIVEN_MASK: "the noise lies on the mask and changes little: more of it (curate.visual.noise.steps; of mode "
-            "additive curate.visual.noise.std, of blur curate.visual.noise.blur_sigma)",
+            GIVEN_MASK: "the noise lies on the mask and changes little: more of it "
+            "(curate.visual.noise.steps; of mode additive curate.visual.noise.std, of blur "
+            "curate.visual.noise.blur_sigma)",
             EVEN_MAP: "another curate.visual.tool",
             RELEASED_SCRIPT: "another curate.visual.tool",
         },

@@ -25,7 +25,8 @@ def repeated_pairs(features: Features) -> np.ndarray:
 
 
 def contradictions(features: Features, alive: np.ndarray) -> tuple[np.ndarray, int]:
-    """Pairs whose image and question occur with another chosen answer, and how many questions have a yes and a no.
+    """Pairs whose image and question occur with another chosen answer, and how many questions have a yes and
+    a no.
 
     Two answers that both begin with yes, or both with no, agree.
 
@@ -111,14 +112,16 @@ CHECKS = (
     ),
     Check(
         "repeated_question",
-        "{n:row} with the image and the question of an earlier row but another rejected side: that question counts more",
+        "{n:row} with the image and the question of an earlier row but another rejected side: that question "
+        "counts more",
         "keep one pair per question, unless several rejected answers are meant",
         _repeated_question,
         {"medium": 0.2, "low": 0.05, "info": 0},
     ),
     Check(
         "contradicting_chosen",
-        "{questions:question} about one image with different chosen answers ({n:pair}; yes against no in {opposite})",
+        "{questions:question} about one image with different chosen answers ({n:pair}; yes against no in "
+        "{opposite})",
         "look at them and keep the right answer; --fix removes all of them",
         _contradicting_chosen,
         {"high": 0.01, "medium": 0.001, "low": 0},

@@ -17,8 +17,9 @@ from mmedpo_ray.audit.check import (
 from mmedpo_ray.audit.features import DIFFERS, OPPOSITE, Features
 
 _HOLD_OUT = (
-    "remove them (--fix); a split that shares no image is drawn by `mmedpo ingest` into a new run.folder where the data "
-    "states no test part: all rows in one data.train_file, data.test_file unset, data.test_share above 0"
+    "remove them (--fix); a split that shares no image is drawn by `mmedpo ingest` into a new run.folder "
+    "where the data states no test part: all rows in one data.train_file, data.test_file unset, "
+    "data.test_share above 0"
 )
 _SHARED = "{{n:pair}} with an image (same content, id or file) that split {split} has too"
 
@@ -91,17 +92,19 @@ CHECKS = (
         "unknown_sample",
         "{n:pair} of no row of the samples table: their answer and split cannot be checked",
         {
-            "id": "the samples table is another one, or was ingested again after the pairs were made: give the one that they "
-            "were made of (--samples), or make them again (`mmedpo curate`, `mmedpo score`)",
-            "image": "give the samples table of these images and questions (--samples); a question that it has twice with "
-            "different answers is found for neither",
+            "id": "the samples table is another one, or was ingested again after the pairs were made: give "
+            "the one that they were made of (--samples), or make them again (`mmedpo curate`, `mmedpo "
+            "score`)",
+            "image": "give the samples table of these images and questions (--samples); a question that it "
+            "has twice with different answers is found for neither",
         },
         _unknown_sample,
         {"high": 0.5, "medium": 0.01, "low": 0},
     ),
     Check(
         "chosen_against_truth",
-        "{n:chosen answer} ({share}) other than the sample's reference answer, {opposite} of them yes for no or no for yes",
+        "{n:chosen answer} ({share}) other than the sample's reference answer, {opposite} of them yes for no "
+        "or no for yes",
         "restore the reference answer as chosen and make the pair again",
         _chosen_against_truth,
     ),

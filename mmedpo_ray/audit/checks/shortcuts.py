@@ -112,8 +112,8 @@ _FORMATS = {
 CHECKS = (
     Check(
         "length_shortcut",
-        "one threshold ({threshold:.0f} {unit}) tells {told} of the responses apart (AUC {auc:.3f}); the rejected one is "
-        "{longer} in {within} of the pairs",
+        "one threshold ({threshold:.0f} {unit}) tells {told} of the responses apart (AUC {auc:.3f}); the "
+        "rejected one is {longer} in {within} of the pairs",
         "match lengths: rewrite the rejected side as a minimal edit (curate.text.method=rewrite or "
         "curate.text.method=rule_edit), or lower curate.text.max_length_ratio",
         _length,

@@ -9,7 +9,8 @@ from mmedpo_ray.audit.features import AREA_SHARE, EVEN_MAP, GIVEN_MASK, RELEASED
 
 
 def noise_causes(features: Features, mask: np.ndarray) -> tuple[int, ...]:
-    """What decides how much of the image the noise covers, of the rows in a mask (N,) bool: values of `noise_bound`."""
+    """What decides how much of the image the noise covers, of the rows in a mask (N,) bool: values of
+    `noise_bound`."""
     return tuple(np.unique(features.noise_bound[mask]).tolist())
 
 
@@ -43,8 +44,8 @@ CHECKS = (
     ),
     Check(
         "finding_not_asked",
-        "question and answer of {n:visual pair} name no finding (modality, plane, organ): noise on a lesion leaves their "
-        "answer right, and training turns from it all the same",
+        "question and answer of {n:visual pair} name no finding (modality, plane, organ): noise on a lesion "
+        "leaves their answer right, and training turns from it all the same",
         "curate.visual.questions=finding",
         lambda audited: ~audited.features.finding_named,
         {"medium": 0.25, "low": 0.05, "info": 0},
@@ -52,15 +53,15 @@ CHECKS = (
     ),
     Check(
         "noise_area",
-        "the noise of {n:visual pair} covers more than {limit} of the image (median {median}): any model sees it without "
-        "reading the lesion",
+        "the noise of {n:visual pair} covers more than {limit} of the image (median {median}): any model "
+        "sees it without reading the lesion",
         {
             AREA_SHARE: "a smaller curate.visual.noise.area_share",
-            GIVEN_MASK: "the masks of the data set are noised whole (curate.visual.noise.area_share is for other tools): look "
-            "at them with `mmedpo curate --preview 8`, correct those that mark more than the lesion, or take another "
-            f"curate.visual.tool; {_LARGE_LESIONS}",
-            EVEN_MAP: "the tool marks one even region, which is noised whole whatever curate.visual.noise.area_share is: take "
-            f"another curate.visual.tool; {_LARGE_LESIONS}",
+            GIVEN_MASK: "the masks of the data set are noised whole (curate.visual.noise.area_share is for "
+            "other tools): look at them with `mmedpo curate --preview 8`, correct those that mark more than "
+            f"the lesion, or take another curate.visual.tool; {_LARGE_LESIONS}",
+            EVEN_MAP: "the tool marks one even region, which is noised whole whatever "
+            f"curate.visual.noise.area_share is: take another curate.visual.tool; {_LARGE_LESIONS}",
             RELEASED_SCRIPT: "curate.visual.noise.mode=diffusion: mode released noises most of any image",
         },
         _noise_area,

@@ -1,4 +1,5 @@
-"""Checks of the weights: invalid, zero or constant ones, a few that carry all, and weights that only follow the question."""
+"""Checks of the weights: invalid, zero or constant ones, a few that carry all, and weights that only follow
+the question."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ CHECKS = (
         "{which} pairs weigh the same: nothing is known of their relevance",
         {
             "text": "judge the pairs (score.agents) and let the scores count (score.weights.mode)",
-            "visual": "a tool that is always equally sure (as dataset_mask) gives no other weights; that is fine if it is meant",
+            "visual": "a tool that is always equally sure (as dataset_mask) gives no other weights; that is "
+            "fine if it is meant",
         },
         _constant,
         columns=("weight",),

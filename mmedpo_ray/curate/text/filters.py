@@ -95,8 +95,8 @@ def contains_truth(chosen: str, rejected: str, question: str = "") -> bool:
     - One option of an "A or B" question is stated if it is named and the other is not: "The liver is
       larger than the kidney" names both.
     - Any other answer is stated if its words occur one after the other, whole and in any spelling that the
-      lexicon
-      knows, and are not denied there: "MRI" is stated by "This is an MRI of the brain", not by "This is a CT,
+      lexicon knows, and are not denied there: "MRI" is stated by "This is an MRI of the brain", not by "This
+      is a CT,
           not an MRI". Words of the question prove nothing, since every answer may repeat them.
     """
     chosen, rejected, question = map(lexicon.canonical, (chosen, rejected, question))

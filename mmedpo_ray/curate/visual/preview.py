@@ -66,8 +66,7 @@ def preview(config: Config, count: int) -> Path:
     if not pairs:
         raise UserError(
             f"none of the {dropped.total()} samples tried gives a visual pair ({reasons}). See "
-            "curate.visual.tool and "
-            "curate.visual.min_confidence."
+            "curate.visual.tool and curate.visual.min_confidence."
         )
     sheet = draw_sheet(pairs, show_text=config.report.show_text)
     storage.write_bytes(path, encode_pixels(np.asarray(sheet)))

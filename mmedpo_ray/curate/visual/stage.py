@@ -93,8 +93,7 @@ def _warn_of_none(manifest: Manifest, config: Config) -> None:
     )
     log.warning(
         "curate: none of the %s visual pairs of curate.visual.tool=%s could be made (%s), so training would "
-        "see text pairs "
-        "alone. %s; curate.visual.tool=none if that is meant.",
+        "see text pairs alone. %s; curate.visual.tool=none if that is meant.",
         f"{manifest.rows_in:,}",
         tool,
         counts_in_words(manifest.dropped),

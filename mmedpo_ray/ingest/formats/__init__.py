@@ -1,4 +1,7 @@
-"""Data formats, one file each. A new one is a file with a :class:`~mmedpo_ray.ingest.reader.Reader` and a line here."""
+"""Data formats, one file each.
+
+A new one is a file with a :class:`~mmedpo_ray.ingest.reader.Reader` and a line here.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Hugging Face style Parquet: `train-*.parquet`, `test-*.parquet`, `validation-*.parquet`, with the image in a column.
+"""Hugging Face style Parquet: `train-*.parquet`, `test-*.parquet`, `validation-*.parquet`, with the image in
+a column.
 
-The files lie under the root or in `data/`; file names give the split, ``data.columns`` names the columns. An image is
-struct<bytes, path>, bytes, or the path of a file, and so is a lesion mask. Their bytes are written once per distinct image
-under the run's `raw/` by the task that reads them, so that the tables carry addresses as with every other format.
+The files lie under the root or in `data/`; file names give the split, ``data.columns`` names the columns. An
+image is struct<bytes, path>, bytes, or the path of a file, and so is a lesion mask. Their bytes are written
+once per distinct image under the run's `raw/` by the task that reads them, so that the tables carry addresses
+as with every other format.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ class HfParquetReader(AnnotationReader):
         names = next(filter(None, map(self._names, _FOLDERS)), [])
         if not names:
             raise UserError(
-                f"no Parquet file in {self.data.root} or its folder data/. Check data.root, or name the file in "
-                "data.train_file."
+                f"no Parquet file in {self.data.root} or its folder data/. Check data.root, or name the file "
+                "in data.train_file."
             )
         stated = {name: _split_of_name(name) for name in names}
         held_out = self.data.test_share > 0 and "test" not in stated.values()

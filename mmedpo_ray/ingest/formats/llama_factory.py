@@ -1,4 +1,5 @@
-"""LLaMA-Factory's ranking data (:func:`~mmedpo_ray.datasets.preferences.from_llama_factory`), as JSON, JSON Lines or Parquet."""
+"""LLaMA-Factory's ranking data (:func:`~mmedpo_ray.datasets.preferences.from_llama_factory`), as JSON, JSON
+Lines or Parquet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The released MMedPO rows: a LLaVA conversation, the same with the rejected answer, and a relevance score."""
+"""The released MMedPO rows: a LLaVA conversation, the same with the rejected answer, and a relevance
+score."""
 
 from __future__ import annotations
 

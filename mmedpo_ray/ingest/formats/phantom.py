@@ -1,7 +1,7 @@
 """The embedded phantom world as a data set: draws every image and its lesion mask, asks its questions.
 
-Fresh images of the "align" split for making pairs, of the "test" split (which never has text priors) for evaluation;
-the embedded model has seen neither.
+Fresh images of the "align" split for making pairs, of the "test" split (which never has text priors) for
+evaluation; the embedded model has seen neither.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""R2Gen's `annotation.json` for report generation: `{"train": [{"id", "report", "image_path": […]}], "val": …, "test": …}`.
+"""R2Gen's `annotation.json` for report generation: `{"train": [{"id", "report", "image_path": […]}], "val":
+…, "test": …}`.
 
-IU X-Ray studies have two views, MIMIC-CXR ones one or more (its rows carry more members, which are ignored). The answer
-is the report, the question is ``data.report_instruction``. A lesion mask may be named like the image, by a path or a
-list of them, of which the first counts.
+IU X-Ray studies have two views, MIMIC-CXR ones one or more (its rows carry more members, which are ignored).
+The answer is the report, the question is ``data.report_instruction``. A lesion mask may be named like the
+image, by a path or a list of them, of which the first counts.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class R2GenReader(AnnotationReader):
     def files(self) -> list[tuple[str, str | None]]:
         if self.data.test_file is not None:
             raise UserError(
-                "data.test_file has no place in data.format=r2gen: the annotation file holds the test part. Leave it out."
+                "data.test_file has no place in data.format=r2gen: the annotation file holds the test part. "
+                "Leave it out."
             )
         return [(self.data.train_file or self.train_name, None)]
 

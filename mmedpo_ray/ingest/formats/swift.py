@@ -1,4 +1,5 @@
-"""ms-swift's RLHF data (:func:`~mmedpo_ray.datasets.preferences.from_swift`), as JSON, JSON Lines or Parquet."""
+"""ms-swift's RLHF data (:func:`~mmedpo_ray.datasets.preferences.from_swift`), as JSON, JSON Lines or
+Parquet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""TRL's preference data (:func:`~mmedpo_ray.datasets.preferences.from_trl`), as JSON, JSON Lines or Parquet."""
+"""TRL's preference data (:func:`~mmedpo_ray.datasets.preferences.from_trl`), as JSON, JSON Lines or
+Parquet."""
 
 from __future__ import annotations
 

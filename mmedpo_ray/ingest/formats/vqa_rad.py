@@ -1,7 +1,7 @@
 """VQA-RAD as its publishers ship it: `VQA_RAD Dataset Public.json` and `VQA_RAD Image Folder/`.
 
-The official test part is the rows whose `phrase_type` begins with "test" (test_freeform, test_para); its images also
-occur in the training part. Stated answer types may end in a space, answers may be numbers.
+The official test part is the rows whose `phrase_type` begins with "test" (test_freeform, test_para); its
+images also occur in the training part. Stated answer types may end in a space, answers may be numbers.
 """
 
 from __future__ import annotations

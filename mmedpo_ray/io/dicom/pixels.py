@@ -196,8 +196,8 @@ def _decompressed(dataset: Dataset, name: str, options: dict[str, Any]) -> np.nd
         detail = "no decoder reads it here; export its frames to another transfer syntax"
     else:
         detail = (
-            "damaged, or install a decoder for pydicom that reads it "
-            "(pip install pylibjpeg pylibjpeg-libjpeg) on every node"
+            "damaged, or install a decoder for pydicom that reads it (pip install pylibjpeg "
+            "pylibjpeg-libjpeg) on every node"
         )
     raise ImageError("image_undecodable", f"{name}: DICOM compressed by {syntax.name}; {detail}")
 

@@ -1,8 +1,8 @@
 """What a judge is.
 
 A judge sees question, reference answer, dispreferred answer and the judgements given so far. It gives a score
-in [0, 1] with
-a reason: how clinically relevant it is that the dispreferred answer is wrong (0: it says the same or nothing
+in [0, 1] with a reason: how clinically relevant it is that the dispreferred answer is wrong (0: it says the
+same or nothing
     that matters,
 1: acting on it could harm the patient).
 """

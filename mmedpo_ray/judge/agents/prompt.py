@@ -9,8 +9,8 @@ The judged texts are data: they reach the model as one JSON object in which the 
 Two ways to ask for the score:
 
 * choice: ``{"rationale": …, "score": …}`` in one answer; the score is an enumerated string, or "same" to
-  agree with the score
-  before, whatever number that is: so there are two forms only, and engines compile each once.
+  agree with the score before, whatever number that is: so there are two forms only, and engines compile each
+  once.
 * expectation: first ``{"rationale": …}``, then, in a second turn, one letter. Each letter stands for a score
   of the grid, so the choices differ in one token and their probabilities are those of that token (as in
   G-Eval, arXiv 2303.16634).

@@ -59,8 +59,7 @@ class VllmAgent(Agent):
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"score.agents: {settings.model} has no chat template, so it cannot judge. Use an "
-                "instruction-tuned "
-                "model."
+                "instruction-tuned model."
             )
         engine = _engine(settings, has_gpu=bool(ray.get_gpu_ids()))
         self._llm = LLM(model=settings.model, **engine_arguments(engine))
@@ -80,8 +79,7 @@ class VllmAgent(Agent):
         if longest - settings.max_tokens < 1:
             raise UserError(
                 f"score.agents, {settings.name}: max_tokens={settings.max_tokens} leaves no room for a "
-                "prompt in "
-                f"{longest} tokens. Lower max_tokens or raise engine.max_model_len."
+                f"prompt in {longest} tokens. Lower max_tokens or raise engine.max_model_len."
             )
         return {
             "concurrency": settings.engine.replicas,

@@ -4,8 +4,8 @@ changes_fact("No nodule identified.", "No nodule observed.")  -> False
 changes_fact("Right upper lobe", "RUL")                       -> False
 changes_fact("Meningioma", "Glioma")                          -> True
 
-The lexicon has the say on its own words. Beyond it a word in the place of another one makes an answer wrong, unless the two are
-known to mean the same, or the text denies the place before and after.
+The lexicon has the say on its own words. Beyond it a word in the place of another one makes an answer wrong,
+unless the two are known to mean the same, or the text denies the place before and after.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _LISTED = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
 def changes_fact(reference: str, edited: str, question: str = "") -> bool:
     """Whether an edit makes the answer say something else than the reference.
 
-    To leave a word out, or to add one, is none where the lexicon sees no contradiction in it: the answer says less, or more.
+    To leave a word out, or to add one, is none where the lexicon sees no contradiction in it: the answer says
+    less, or more.
 
     Args:
         reference: reference answer.
@@ -61,7 +62,8 @@ def changes_fact(reference: str, edited: str, question: str = "") -> bool:
 
 
 def _contradicts(reference: str, edited: str, question: str = "") -> bool:
-    """Whether the lexicon sees a contradiction; a finding that the reference has in words beyond the lexicon is not invented."""
+    """Whether the lexicon sees a contradiction; a finding that the reference has in words beyond the lexicon
+    is not invented."""
     return any(
         conflict.kind != "invented" or _meaning(conflict.subject) not in _meanings(reference)
         for conflict in lexicon.contradictions(reference, edited, question)
@@ -69,7 +71,8 @@ def _contradicts(reference: str, edited: str, question: str = "") -> bool:
 
 
 def _plain(text: str) -> str:
-    """The text in one spelling, with lengths in millimetres, and one word for "nothing abnormal" or "no change"."""
+    """The text in one spelling, with lengths in millimetres, and one word for "nothing abnormal" or "no
+    change"."""
     text = lexicon.in_millimetres(lexicon.canonical(text))
     return _NO_CHANGE.sub("unchanged", _ALL_NORMAL.sub("normal", text))
 
@@ -85,8 +88,8 @@ def _place(before: list[str], after: list[str]) -> tuple[int, list[str], list[st
 
 
 def _denies(text: str, word: int) -> bool:
-    """Whether a word of the text stands where the text denies what it says: after a negation up to a comma, unless the commas
-    belong to a list ("no effusion, nodule or mass")."""
+    """Whether a word of the text stands where the text denies what it says: after a negation up to a comma,
+    unless the commas belong to a list ("no effusion, nodule or mass")."""
     places = [match.start() for match in re.finditer(r"\S+", text)]
     position = places[word] if word < len(places) else len(text)
     for start, end in lexicon.negated_spans(text):
@@ -103,7 +106,8 @@ def _is_well(positive: str, negative: str) -> bool:
 
 
 def _replaces_a_word(before: str, after: str, has_lengths: bool) -> bool:
-    """Whether a word beyond the lexicon went and another came, neither of them a word of seeing or one of the same meaning."""
+    """Whether a word beyond the lexicon went and another came, neither of them a word of seeing or one of the
+    same meaning."""
     wanted, given = _meanings(before), _meanings(after)
     lacking, added = wanted - given, given - wanted
     if has_lengths:

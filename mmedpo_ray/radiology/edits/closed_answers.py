@@ -1,4 +1,5 @@
-"""Turns a yes into a no and back, with the statement behind it: "Yes, there is a nodule" → "No, there is no nodule"."""
+"""Turns a yes into a no and back, with the statement behind it: "Yes, there is a nodule" → "No, there is no
+nodule"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""An edit of one fact, and how replaced words take over capitals, number and article from the text around them."""
+"""An edit of one fact, and how replaced words take over capitals, number and article from the text around
+them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Turns present into absent and absent into present, one fact at a time.
 
-In a list of negatives ("no effusion, consolidation or pneumothorax") one item becomes a positive statement and the others
-stay denied. A sentence whose grammar is not known here stays as it is.
+In a list of negatives ("no effusion, consolidation or pneumothorax") one item becomes a positive statement
+and the others stay denied. A sentence whose grammar is not known here stays as it is.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from mmedpo_ray.radiology.edits.normality import CLEAR_LUNGS, WHOLE_NORMAL_WORDS
 from mmedpo_ray.radiology.lexicon.vocabulary import Mention, mentions
 from mmedpo_ray.radiology.word_lists import SEEN, load
 
-# What a denial leaves out: how sure, how many, how large, since when. "There is no likely a small effusion" says nothing.
+# What a denial leaves out: how sure, how many, how large, since when. "There is no likely a small effusion"
+# says nothing.
 _UNDENIED = (
     r"(?:(?:likely|probably|probable|possibly|possible|presumably|suspected|several|multiple|many|numerous|"
-    r"innumerable|scattered|some|a few|one|two|three|four|five|an?|stable|unchanged|persistent|mild|mildly|moderate|"
+    r"innumerable|scattered|some|a "
+    r"few|one|two|three|four|five|an?|stable|unchanged|persistent|mild|mildly|moderate|"
     r"moderately|severe|severely|minimal|slight|trace|marked|massive|extensive|"
     r"\d+(?:\.\d+)?(?: ?[x×] ?\d+(?:\.\d+)?)*[ -]?[mc]m)(?:,? |(?<=,)))*"
 )
 THERE_IS = re.compile(
-    r"\b(there (?:is|are)) (?!(?:no|not|neither|only|at|about|more|less)\b)(?:((?:now|again|also|currently) )|(still ))?"
-    + _UNDENIED,
+    r"\b(there (?:is|are)) (?!(?:no|not|neither|only|at|about|more|less)\b)(?:((?:now|again|also|currently) "
+    r")|(still ))?" + _UNDENIED,
     re.IGNORECASE,
 )
 _ASSERTED = re.compile(_UNDENIED, re.IGNORECASE)
@@ -45,7 +47,8 @@ _EXPLAINED = re.compile(
 THERE_IS_NO = re.compile(r"\b(there (?:is|are)) no ", re.IGNORECASE)
 # Words up to the end of a sentence; a decimal point is none.
 _LISTED = r"((?:[^.;:!?\n]|\.(?=\d))+?)(?=\.(?!\d)|[;:!?\n]|$)"
-# A denial with its list: at the beginning of a sentence, behind "there is", behind another verb, behind "with".
+# A denial with its list: at the beginning of a sentence, behind "there is", behind another verb, behind
+# "with".
 _DENIAL = re.compile(rf"(^|[.;:]\s+)(No|Neither) (?!longer\b){_LISTED}", re.IGNORECASE)
 _THERE_IS_NO_LIST = re.compile(
     rf"\b(there (?:is|are)(?: again| also| now| still| currently)?) (?:no|neither) (?!longer\b){_LISTED}",
@@ -62,7 +65,8 @@ _WITHOUT_LIST = re.compile(
 # "The lungs are free of nodules" → "The lungs show nodules".
 _SHOWING = {"is": "shows", "are": "show"}
 _EVIDENCE = re.compile(
-    r"^(?:\w+ )?(?:evidence|signs?|suggestion|findings? suggestive|indication) (?:of|for|to suggest) (?:an? )?",
+    r"^(?:\w+ )?(?:evidence|signs?|suggestion|findings? suggestive|indication) (?:of|for|to suggest) (?:an? "
+    r")?",
     re.IGNORECASE,
 )
 _PREDICATE = re.compile(rf" (?:is|are|was|were) (?:\w+ )?{SEEN}\b.*$", re.IGNORECASE)
@@ -131,7 +135,10 @@ _OVERALL_UNCOUNTED = re.compile(r"disease\b", re.IGNORECASE)
 
 
 def negation_edits(answer: str) -> Iterator[Edit]:
-    """ "There is a nodule" → "There is no nodule"; "No effusion or nodule" → "There is an effusion. No nodule"."""
+    """ "There is a nodule" → "There is no nodule"; "No effusion or nodule" → "There is an effusion.
+
+    No nodule".
+    """
     spans = [span for span in lexicon.sentence_spans(answer) if answer[slice(*span)].strip()]
     if "there " in answer.lower():
         for changed in _denied_there_is(answer, spans):
@@ -220,7 +227,8 @@ def _claimed(answer: str) -> Iterator[str]:
 
 
 def _claim(match: re.Match[str], claim: str, rest: str, tail: str, before: str) -> str | None:
-    """What replaces a denied list of one of the four patterns; None if the claim makes no sense behind the words before it.
+    """What replaces a denied list of one of the four patterns; None if the claim makes no sense behind the
+    words before it.
 
     Args:
         match: of the pattern; its last group is the list.

@@ -14,7 +14,8 @@ from mmedpo_ray.radiology.word_lists import load
 WHOLE_NORMAL_WORDS = 4
 
 _HEART = (
-    r"\b((?:the )?(?:heart(?: size)?|cardiac (?:size|silhouette|shadow)|cardio-?mediastinal (?:silhouette|contours?)))"
+    r"\b((?:the )?(?:heart(?: size)?|cardiac (?:size|silhouette|shadow)|cardio-?mediastinal "
+    r"(?:silhouette|contours?)))"
     r"((?: and (?:the )?mediastin\w+(?: contours?| silhouettes?)?)?)( (?:is|are|appears?|remains?))? "
 )
 # Each keeps its subject.
@@ -75,7 +76,8 @@ def statement_edits(answer: str) -> Iterator[Edit]:
 
 
 def _heart_enlarged(match: re.Match[str]) -> str:
-    """ "Heart size and mediastinal contours are normal" → "Heart size is enlarged and mediastinal contours are normal"."""
+    """ "Heart size and mediastinal contours are normal" → "Heart size is enlarged and mediastinal contours
+    are normal"."""
     subject, beside, verb = match.group(1), match.group(2), match.group(3)
     if not beside or not verb:
         return f"{subject}{beside}{verb or ''} enlarged"
@@ -106,7 +108,8 @@ def clear_lung_edits(answer: str, findings: list[tuple[str, bool]]) -> Iterator[
 
 
 def abnormality_edits(answer: str, question: str, vocabulary: frozenset[str]) -> Iterator[Edit]:
-    """ "No abnormality" → the name of a finding; "No acute intracranial abnormality" → "Acute infarct" or without its "No"."""
+    """ "No abnormality" → the name of a finding; "No acute intracranial abnormality" → "Acute infarct" or
+    without its "No"."""
     said = lexicon.facts(answer)
     if len(said) != 1 or said[0].finding != "abnormality" or said[0].present:
         return

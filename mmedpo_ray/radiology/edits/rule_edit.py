@@ -1,7 +1,9 @@
-"""Writes a dispreferred answer by changing one fact of the reference: a side, a finding, a negation, a zone, a number.
+"""Writes a dispreferred answer by changing one fact of the reference: a side, a finding, a negation, a zone,
+a number.
 
-What is left is word for word the reference, so that length and style give nothing away and the preference is about
-the fact alone. Every edit is checked with the lexicon to make the answer wrong: a wider word ("mass" for "cancer") does not.
+What is left is word for word the reference, so that length and style give nothing away and the preference is
+about the fact alone. Every edit is checked with the lexicon to make the answer wrong: a wider word ("mass"
+for "cancer") does not.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def vocabulary_of(texts: Iterable[str]) -> frozenset[str]:
 def rule_edit(
     answer: str, question: str, rng: np.random.Generator, vocabulary: frozenset[str] | None = None
 ) -> Edit | None:
-    """Changes one fact of an answer, drawn evenly over the kinds of fact it states; None where it states none we know.
+    """Changes one fact of an answer, drawn evenly over the kinds of fact it states; None where it states none
+    we know.
 
     Args:
         answer: reference answer.
@@ -78,7 +81,8 @@ def _drawn_edit(
 
 
 def _shouted(answer: str, question: str, rng: np.random.Generator, vocabulary: frozenset[str]) -> Edit | None:
-    """The edit of an answer in capitals, in capitals: by the grammar of the same answer in ordinary letters."""
+    """The edit of an answer in capitals, in capitals: by the grammar of the same answer in ordinary
+    letters."""
     small = _SENTENCE_BEGIN.sub(lambda begin: begin.group().upper(), _SIDE_CAPITAL.sub(_lower, answer))
     if small.upper() != answer:
         return None
@@ -102,7 +106,8 @@ def _drawn(by_axis: dict[str, Iterable[Edit]], rng: np.random.Generator) -> Iter
 
 
 def _first_fitting(answer: str, question: str, edits: Iterable[Edit]) -> Edit | None:
-    """The first edit that makes the answer wrong in one fact; where there is none, the first that makes it wrong."""
+    """The first edit that makes the answer wrong in one fact; where there is none, the first that makes it
+    wrong."""
     second_best: list[Edit] = []
     for edit in edits:
         if lexicon.equivalent(answer, edit.text):
@@ -123,7 +128,8 @@ def _is_one_fact(found: tuple[lexicon.Conflict, ...]) -> bool:
 
 
 def _edits(answer: str, question: str, vocabulary: frozenset[str]) -> dict[str, Iterable[Edit]]:
-    """All edits by the kind of fact that they change; those of a kind are made when it is drawn, but for the first."""
+    """All edits by the kind of fact that they change; those of a kind are made when it is drawn, but for the
+    first."""
     # A closed answer has one fact; everything behind it is comment.
     if closed := list(polarity_edits(answer)):
         return {"polarity": closed}

@@ -1,4 +1,5 @@
-"""The place of a mention in an answer, and which other concepts fit it, in its spelling, number, capitals and article."""
+"""The place of a mention in an answer, and which other concepts fit it, in its spelling, number, capitals and
+article."""
 
 from __future__ import annotations
 
@@ -34,14 +35,16 @@ _FITTED = re.compile(
 # What has a size that can be enlarged.
 _SIZABLE = re.compile(
     r"\b(?:heart|silhouettes?|size|liver|spleen|kidneys?|pancreas|gallbladder|glands?|ventricles?|sulci|bladder|uterus|ovar\w+|"
-    r"prostate|aorta|hila|hilum|thyroid|ducts?|nodes?|cisterns)\b[^.;:]*(?: (?:is|are|appears?|remains?|of)|:) (?:grossly )?$",
+    r"prostate|aorta|hila|hilum|thyroid|ducts?|nodes?|cisterns)\b[^.;:]*(?: "
+    r"(?:is|are|appears?|remains?|of)|:) (?:grossly )?$",
     re.IGNORECASE,
 )
 _IN_SIZE = re.compile(r" in size\b(?! and\b)", re.IGNORECASE)
 # Sides: "both lungs are" cannot become "the left lung are"; "left middle lobe" does not exist.
 _PLURAL_VERB = re.compile(r"\s+(?:are|were|have|show|demonstrate|appear|remain)\b", re.IGNORECASE)
 _PAIRED_NOUNS = re.compile(
-    r"^(\s+(?:[\w-]+ ){0,2}?(?:lung|kidney|hemisphere|breast|ventricle|lobe|base|zone|field|hip|knee|shoulder|ankle|wrist|leg|arm|"
+    r"^(\s+(?:[\w-]+ "
+    r"){0,2}?(?:lung|kidney|hemisphere|breast|ventricle|lobe|base|zone|field|hip|knee|shoulder|ankle|wrist|leg|arm|"
     r"hand|eye|orbit|adrenal gland|adrenal|ureter))s\b(?! (?:are|were|have|show|bases|fields|zones))",
     re.IGNORECASE,
 )
@@ -51,7 +54,8 @@ _SENTENCE_END = re.compile(r"[.;:\n](?:\s|$)")
 # "The opacities are bilateral": a side alone is no predicate.
 _PREDICATE = re.compile(r"\b(?:is|are|was|were|be|appears?|remains?) $", re.IGNORECASE)
 _HAS_A_SIZE = re.compile(
-    r"\s*(?:$|[.,;:]|in size|to |and |or |size|amount|volume|quantity|number|collection|hematoma|area|amounts)",
+    r"\s*(?:$|[.,;:]|in size|to |and |or "
+    r"|size|amount|volume|quantity|number|collection|hematoma|area|amounts)",
     re.IGNORECASE,
 )
 # What has a middle beside an upper and a lower part.
@@ -81,7 +85,8 @@ _AT_AN_END = re.compile(r"\s*(?:$|[.,;:])")
 
 
 class Slot:
-    """The place of a mention in an answer, which other concepts can take in its spelling, number, capitals and article.
+    """The place of a mention in an answer, which other concepts can take in its spelling, number, capitals
+    and article.
 
     Args:
         answer: the answer.

@@ -1,4 +1,5 @@
-"""Puts another concept in the place of one that an answer names: the other side, another zone, a finding that looks alike."""
+"""Puts another concept in the place of one that an answer names: the other side, another zone, a finding that
+looks alike."""
 
 from __future__ import annotations
 
@@ -33,15 +34,16 @@ _SUBJECT_OF = re.compile(
     r"\s+(?:fields?\s+)?(?:is|are|was|were|has|have|appears?|remains?|shows?|demonstrates?|reveals?)\b",
     re.IGNORECASE,
 )
-# An anatomy can change only where it stands alone: neither has it a modifier of its own ("thoracic spine") nor is it one
-# ("lung base", "head of the pancreas", "heart size").
+# An anatomy can change only where it stands alone: neither has it a modifier of its own ("thoracic spine")
+# nor is it one ("lung base", "head of the pancreas", "heart size").
 _STANDS_ALONE_BEFORE = re.compile(
     r"(?:^|[.,;:(/\n*]\s*|(?:^|\s)-\s*|\b(?:the|a|an|this|of|in|on|at|to|from|for|within|into|near|through|over|and|or|is|are|both|left|right|"
     r"bilateral|ct|mri|mr|pet|enlarged|normal|abnormal|entire|whole|scan|see|shows?)[\s:]+)$",
     re.IGNORECASE,
 )
 _STANDS_ALONE_AFTER = re.compile(
-    r"\s*(?:$|[.,;:)/?!]|(?:and|or|is|are|was|in|on|at|to|with|without|from|by|due|ct|mri|mr|x-ray|xray|x ray|radiograph|scan|"
+    r"\s*(?:$|[.,;:)/?!]|(?:and|or|is|are|was|in|on|at|to|with|without|from|by|due|ct|mri|mr|x-ray|xray|x "
+    r"ray|radiograph|scan|"
     r"image|imaging|film|ultrasound)\b)",
     re.IGNORECASE,
 )
@@ -64,7 +66,8 @@ _COMPOUND = re.compile(r"-\w|/\w")
 
 
 def swap_edits(answer: str, question: str, vocabulary: frozenset[str]) -> dict[Axis, Iterator[Edit]]:
-    """Edits that exchange one mention, by what the words around it allow; by the kind of fact, each made when it is asked for.
+    """Edits that exchange one mention, by what the words around it allow; by the kind of fact, each made when
+    it is asked for.
 
     Args:
         answer: reference answer.
@@ -117,7 +120,8 @@ def _exchanges(
 
 
 def _filled_again(text: str, concept: Concept, target: Concept) -> str | None:
-    """The text with the target also where the concept is named again: "Transverse plane (axial)" has one plane, not two."""
+    """The text with the target also where the concept is named again: "Transverse plane (axial)" has one
+    plane, not two."""
     found = mentions(text)
     index = next((index for index, mention in enumerate(found) if mention.concept is concept), None)
     return text if index is None else Slot(text, found, index).filled(target)
@@ -158,7 +162,8 @@ def _targets(
     named: set[str],
     slot: Slot,
 ) -> tuple[Concept, ...]:
-    """What may stand in for a concept: the question's other option, else what the data set talks about, else anything."""
+    """What may stand in for a concept: the question's other option, else what the data set talks about, else
+    anything."""
     if options and concept.name in options:
         other = options[1 - options.index(concept.name)]
         return (CONCEPTS[other],) if other in CONCEPTS else ()

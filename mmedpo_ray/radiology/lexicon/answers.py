@@ -1,4 +1,5 @@
-"""Answers beside their question or another answer: what a yes or no means, which option was chosen, whether two say the same."""
+"""Answers beside their question or another answer: what a yes or no means, which option was chosen, whether
+two say the same."""
 
 from __future__ import annotations
 
@@ -36,21 +37,25 @@ _DENYING = word_set("denying")
 _FEW_WORDS = 4
 _WEAK = frozenset({"significant", "other", "acute", "gross", "major", "noticeable"})
 _ASKS_OVERALL = re.compile(
-    r"\b(?:(?P<wrong>abnormal(?:ity|ities)?|anything (?:\w+ )?(?:wrong|irregular)|patholog(?:y|ies)|diseased?)|normal|"
+    r"\b(?:(?P<wrong>abnormal(?:ity|ities)?|anything (?:\w+ "
+    r")?(?:wrong|irregular)|patholog(?:y|ies)|diseased?)|normal|"
     r"unremarkable)\b",
     re.IGNORECASE,
 )
 _LOOKS_NORMAL = re.compile(
     rf"\b(?:{IMAGE}|it)(?: (?:of|in) the \w+)?,? "
-    r"(?:is|appears|looks|seems)(?: to be| described as)?(?: an?)?(?: (?:completely|perfectly|entirely|essentially))?"
+    r"(?:is|appears|looks|seems)(?: to be| described as)?(?: an?)?(?: "
+    r"(?:completely|perfectly|entirely|essentially))?"
     r" (?:normal|unremarkable)\b",
     re.IGNORECASE,
 )
 UNDECIDED = re.compile(
-    r"\b(?:not sure|unsure|unclear|uncertain|unknown|difficult to|hard to|impossible to|not possible|depends on|"
+    r"\b(?:not sure|unsure|unclear|uncertain|unknown|difficult to|hard to|impossible to|not "
+    r"possible|depends on|"
     r"(?:cannot|can ?not|can['’]t|could not) (?:be )?(?:\w+ly )?"
     r"(?:tell|told|say|said|determined?|identif(?:y|ied)|assess(?:ed)?|excluded?|ruled? out|"
-    r"see(?= (?:the |this |your |any )?(?:image|picture|scan|file)s?\b| clearly|\W*$))|not (?:excluded|ruled out)|"
+    r"see(?= (?:the |this |your |any )?(?:image|picture|scan|file)s?\b| clearly|\W*$))|not "
+    r"(?:excluded|ruled out)|"
     r"whether|may or may not|to (?:rule out|exclude)|"
     r"(?:not enough|insufficient|no) information|not (?:provided|specified|mentioned|given))\b",
     re.IGNORECASE,
@@ -61,8 +66,9 @@ UNDECIDED = re.compile(
 def equivalent(first: str, second: str) -> bool:
     """Whether two answers say the same in other words.
 
-    They do where both say that all is normal, or that there is none, or one is made of the other's initials; else where their yes or
-    no, signs, numbers and facts are equal, and their content words too, but for words that only introduce a fact.
+    They do where both say that all is normal, or that there is none, or one is made of the other's initials;
+    else where their yes or no, signs, numbers and facts are equal, and their content words too, but for words
+    that only introduce a fact.
     """
     if first == second:
         return True
@@ -105,7 +111,8 @@ def _sizes(text: str) -> list[str]:
 
 @lru_cache(maxsize=2048)
 def _opposites(text: str) -> tuple[tuple[str, ...], ...]:
-    """Concepts that exclude each other and are named together, in order: "dark centre, bright rim" is not its reverse."""
+    """Concepts that exclude each other and are named together, in order: "dark centre, bright rim" is not its
+    reverse."""
     groups: dict[str, list[str]] = {}
     for mention in mentions(text):
         if mention.concept.axis not in ("finding", "anatomy"):
@@ -124,8 +131,9 @@ def _other_letters(text: str) -> str:
 def implied_polarity(question: str, answer: str) -> Polarity | None:
     """The answer to a yes/no question, also where it is a statement ("There is no effusion").
 
-    A negation is a "no" only where it denies what was asked: "This is a CT, not an MRI" answers "Is this a CT?" with yes, and
-    "The trachea is not deviated" leaves open whether it is midline. So does a statement about another side, size or place.
+    A negation is a "no" only where it denies what was asked: "This is a CT, not an MRI" answers "Is this a
+    CT?" with yes, and "The trachea is not deviated" leaves open whether it is midline. So does a statement
+    about another side, size or place.
     """
     direct = stated_polarity(answer)
     if direct is not None:
@@ -160,13 +168,15 @@ def implied_polarity(question: str, answer: str) -> Polarity | None:
 
 
 def _is_elsewhere(question: str, answer: str) -> bool:
-    """Whether the answer is about another side, size, study or part than the question, and not about the one asked for."""
+    """Whether the answer is about another side, size, study or part than the question, and not about the one
+    asked for."""
     asked, said = _named(question), _named(answer)
     return any(group in said and not names & said[group] for group, names in asked.items())
 
 
 def _named(text: str) -> dict[str, set[str]]:
-    """What a text names beside findings, by the groups of what excludes each other; parts of the body are one."""
+    """What a text names beside findings, by the groups of what excludes each other; parts of the body are
+    one."""
     named: dict[str, set[str]] = {}
     for mention in mentions(text):
         concept = mention.concept
@@ -178,7 +188,8 @@ def _named(text: str) -> dict[str, set[str]]:
 
 
 def _agreement(question: str, answer: str) -> bool | None:
-    """Whether question and answer say the same of the findings that both name; None where they disagree among each other."""
+    """Whether question and answer say the same of the findings that both name; None where they disagree among
+    each other."""
     asked, said = _presence(question) or _asked_overall(question), _presence(answer)
     if _LOOKS_NORMAL.search(answer):
         said.setdefault("abnormality", False)
@@ -246,9 +257,11 @@ def _telling(text: str) -> list[Term]:
 
 
 def _repeats(question: str, answer: str) -> bool | None:
-    """Whether the answer says of the very words of the question that it is so, or denies one of them; else None.
+    """Whether the answer says of the very words of the question that it is so, or denies one of them; else
+    None.
 
-    It is so where all of them occur in their order; they are denied where a thing that the answer denies begins with one.
+    It is so where all of them occur in their order; they are denied where a thing that the answer denies
+    begins with one.
     """
     asked = _telling(question)
     if not asked:
@@ -284,7 +297,8 @@ def _in_order(wanted: list[str], said: list[str]) -> bool:
 
 
 def choices(question: str) -> tuple[str, str] | None:
-    """The options of an "A or B" question, lower case ("Is this a CT or an MRI?" -> ("ct", "mri")); else None."""
+    """The options of an "A or B" question, lower case ("Is this a CT or an MRI?" -> ("ct", "mri")); else
+    None."""
     match = _CHOICE.search(question)
     if match is None or match.group(2).lower() in ("not", "no"):
         return None

@@ -31,8 +31,8 @@ class Conflict:
 
     Attributes:
         axis: Kind of fact that differs.
-        kind: "contradicted" (stated and denied), "swapped" (another value), "missed" (in the reference only) or
-            "invented" (in the answer only).
+        kind: "contradicted" (stated and denied), "swapped" (another value), "missed" (in the reference only)
+            or "invented" (in the answer only).
         subject: Concept that the disagreement is about.
         expected: What the reference says, or None.
         stated: What the answer says, or None.
@@ -49,7 +49,8 @@ class Conflict:
 
 @lru_cache(maxsize=4096)
 def conflicts(reference: str, answer: str, question: str = "") -> tuple[Conflict, ...]:
-    """Where an answer disagrees with the reference, most severe first; empty where the lexicon sees no difference.
+    """Where an answer disagrees with the reference, most severe first; empty where the lexicon sees no
+    difference.
 
     Args:
         reference: Reference answer.
@@ -66,7 +67,8 @@ def conflicts(reference: str, answer: str, question: str = "") -> tuple[Conflict
         subject, relevance = _subject(question)
         found.append(Conflict("polarity", "contradicted", subject, expected, stated, relevance))
     found += _fact_conflicts(facts(reference), facts(answer), {f.finding for f in facts(question)})
-    # Facts already compare their own sides and zones; an answer of a few words that names no finding has none.
+    # Facts already compare their own sides and zones; an answer of a few words that names no finding has
+    # none.
     if not facts(reference) or not any(conflict.axis != "polarity" for conflict in found):
         found += _flat_conflicts(reference, answer, {c.subject for c in found})
     found += _number_conflicts(reference, answer, question)
@@ -153,7 +155,8 @@ def _attribute_conflicts(expected: Fact, stated: Fact) -> list[Conflict]:
 
 
 def _flat_conflicts(reference: str, answer: str, known: set[str]) -> list[Conflict]:
-    """Compares everything stated but findings group by group, for short answers that name no finding ("Left upper zone")."""
+    """Compares everything stated but findings group by group, for short answers that name no finding ("Left
+    upper zone")."""
     expected, stated = _by_group(reference), _by_group(answer)
     found: list[Conflict] = []
     for group, (axis, names, relevance) in expected.items():

@@ -43,7 +43,8 @@ _ADJECTIVES: dict[str, str] = _RELATIONS["place_adjectives"]
 _ANY_FINDING = frozenset({"abnormality", "lung abnormality"})
 _SIDES = frozenset({"left", "right", "bilateral"})
 _ALL_WELL = re.compile(
-    rf"^\W*(?:(?:it|this|everything) (?:is|looks|appears) |(?:the|this) (?:\w+ )?(?:{IMAGE}|chest|brain|abdomen|patient) "
+    rf"^\W*(?:(?:it|this|everything) (?:is|looks|appears) |(?:the|this) (?:\w+ "
+    rf")?(?:{IMAGE}|chest|brain|abdomen|patient) "
     r"(?:is|looks|appears) )?(?:nothing|normal|unremarkable|clear)\b",
     re.IGNORECASE,
 )
@@ -63,17 +64,20 @@ _VAGUE = word_set("vague") | INTRODUCING
 def contradictions(
     reference: str, answer: str, question: str = "", *, is_complete: bool = False
 ) -> tuple[Conflict, ...]:
-    """The conflicts in which an answer says something else than the reference; to say less, or it in a wider word, is none.
+    """The conflicts in which an answer says something else than the reference; to say less, or it in a wider
+    word, is none.
 
-    Besides those of :func:`~mmedpo_ray.radiology.lexicon.conflicts.conflicts` these count: a place of another kind ("liver" for
-    "lung", unless one lies in the other), another study ("CT" for "T2"), another length, a side where only the reference names its
-    finding, a bare "Normal" where the reference has a finding, and that what was asked for is not there.
+    Besides those of :func:`~mmedpo_ray.radiology.lexicon.conflicts.conflicts` these count: a place of another
+    kind ("liver" for "lung", unless one lies in the other), another study ("CT" for "T2"), another length, a
+    side where only the reference names its finding, a bare "Normal" where the reference has a finding, and
+    that what was asked for is not there.
 
     Args:
         reference: reference answer.
         answer: answer to judge.
         question: what was asked.
-        is_complete: whether the answer claims to name every finding, as a report does: one that it leaves out is then denied.
+        is_complete: whether the answer claims to name every finding, as a report does: one that it leaves out
+            is then denied.
     """
     written = reference, answer
     reference, answer = canonical(reference), canonical(answer)
@@ -109,10 +113,12 @@ def contradictions(
 
 
 def names_another(reference: str, answer: str, question: str = "") -> bool:
-    """Whether a word beyond the lexicon stands in the place of one of the reference: "psoas minor" for "psoas major".
+    """Whether a word beyond the lexicon stands in the place of one of the reference: "psoas minor" for "psoas
+    major".
 
-    Words are compared in order, without those of the question. A word that is only left out, or added, is no other one; nor is
-    what an undecided answer says, or what one denies ("Axial, not coronal"). Where both sides are words of the lexicon, :func:`contradictions` has the say.
+    Words are compared in order, without those of the question. A word that is only left out, or added, is no
+    other one; nor is what an undecided answer says, or what one denies ("Axial, not coronal"). Where both
+    sides are words of the lexicon, :func:`contradictions` has the say.
     """
     if UNDECIDED.search(answer) or _are_quantities(reference, answer, question):
         return False
@@ -171,13 +177,14 @@ def are_kin(finding: str, others: set[str]) -> bool:
 
 
 def _is_one_of_two(reference: str, answer: str) -> bool:
-    """Whether the answer names a side of "left and right": it is part of that as it is written, though another than "both"."""
+    """Whether the answer names a side of "left and right": it is part of that as it is written, though
+    another than "both"."""
     return _sides(reference) == {"left", "right"} and len(_sides(answer)) == 1
 
 
 def without_wider(reference: str, answer: str, found: Sequence[Conflict]) -> tuple[Conflict, ...]:
-    """The conflicts but for findings that the answer tells in a wider word, of the same place: the narrower one missed, the
-    wider one invented."""
+    """The conflicts but for findings that the answer tells in a wider word, of the same place: the narrower
+    one missed, the wider one invented."""
     missed, invented = (
         [
             fact
@@ -206,13 +213,15 @@ def _are_elsewhere(one: Fact, other: Fact) -> bool:
 
 
 def _is_part(stated: str | None, expected: str | None) -> bool:
-    """Whether of several things that the reference names the answer names some and nothing else: "left" of "left, right"."""
+    """Whether of several things that the reference names the answer names some and nothing else: "left" of
+    "left, right"."""
     some, every = (set((names or "").split(", ")) for names in (stated, expected))
     return some < every
 
 
 def _denied(reference: str, expected: set[str], answer: str, question: str) -> list[Conflict]:
-    """ "Normal" or "No" where the reference has a finding; "The liver is not visible" where it says where the liver is."""
+    """ "Normal" or "No" where the reference has a finding; "The liver is not visible" where it says where the
+    liver is."""
     if expected and not facts(answer) and (_ALL_WELL.search(answer) or stated_polarity(answer) == "no"):
         name = max(sorted(expected), key=relevance_of)
         return [Conflict("finding", "contradicted", name, "present", "absent", relevance_of(name))]
@@ -234,7 +243,8 @@ def _denied(reference: str, expected: set[str], answer: str, question: str) -> l
 
 
 def _denied_word(reference: str, answer: str, question: str) -> str | None:
-    """A word of the question, or the whole reference, that the answer denies and does not state; None where there is none."""
+    """A word of the question, or the whole reference, that the answer denies and does not state; None where
+    there is none."""
     if not is_negated(answer) or (asks_count(question) and count(reference) == (0, 0)):
         return None
     kept = {term.name for term in terms(stated(answer))}
@@ -284,7 +294,8 @@ def _other_quantity(reference: str, answer: str) -> list[Conflict]:
 
 
 def _are_quantities(reference: str, answer: str, question: str) -> bool:
-    """Whether both answers are a measurement of one kind, or a count where one is asked for: numbers tell, not words."""
+    """Whether both answers are a measurement of one kind, or a count where one is asked for: numbers tell,
+    not words."""
     if asks_count(question) and count(reference) is not None and count(answer) is not None:
         return True
     return bool((lengths(reference) and lengths(answer)) or (shares(reference) and shares(answer)))

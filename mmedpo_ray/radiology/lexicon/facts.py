@@ -17,23 +17,29 @@ _KEPT_SENTENCES = 4096
 # A quantity after "no" makes it a statement about that thing ("No pneumothorax."), still a negative answer.
 _CONTRAST = r"rather than|instead of|as opposed to|unlike"
 NEGATION = re.compile(
-    r"\b(no(?! (?:doubt|question|(?:\w+ ){0,2}changes?)\b)|not(?! only\b)(?! resolved\b)|without(?! (?:a |any )?doubt\b)|absent|absence of|"
-    r"negative for|free of|never|neither|nor|cannot|unlikely|improbable|doubtful|(?<!no )(?<!without )(?<!any )doubt(?! about)|"
-    r"rules? out|argues? against|lacks?|fails? to (?:show|demonstrate|reveal)|nothing to suggest|resolution of|(?:is|are|was|were|do|does|did|has|have|ca)n['’]t|"
+    r"\b(no(?! (?:doubt|question|(?:\w+ ){0,2}changes?)\b)|not(?! only\b)(?! resolved\b)|without(?! (?:a "
+    r"|any )?doubt\b)|absent|absence of|"
+    r"negative for|free of|never|neither|nor|cannot|unlikely|improbable|doubtful|(?<!no )(?<!without "
+    r")(?<!any )doubt(?! about)|"
+    r"rules? out|argues? against|lacks?|fails? to (?:show|demonstrate|reveal)|nothing to suggest|resolution "
+    r"of|(?:is|are|was|were|do|does|did|has|have|ca)n['’]t|"
     rf"{_CONTRAST})\b",
     re.IGNORECASE,
 )
 _IS_CONTRAST = re.compile(_CONTRAST, re.IGNORECASE)
 _AFTER_NEGATION = re.compile(
-    rf"\b(?:is|are|was|were)?\s*(?:absent|(?:not|no longer) (?:clearly |definitely )?(?:{SEEN}|there)|ruled out|"
+    rf"\b(?:is|are|was|were)?\s*(?:absent|(?:not|no longer) (?:clearly |definitely )?(?:{SEEN}|there)|ruled "
+    rf"out|"
     r"excluded|unlikely|improbable|doubtful|(?<!not )resolved)\b",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[.;:!?\n]+(?:\s+|$)|\b(?:but|however|although|except)\b", re.IGNORECASE)
-# Where a sentence goes on with another statement, to which a negation before does not reach ("not an MRI, it is a CT").
+# Where a sentence goes on with another statement, to which a negation before does not reach ("not an MRI, it
+# is a CT").
 _TURN = re.compile(
     r"(?:,|,? \band\b)\s*(?=(?:it|this|that|these|those|they|there|he|she|which)"
-    r"(?:['’]s\b|\s+(?:is|are|was|were|appears?|has|have|had|shows?)\b))|,\s*(?=(?:instead|rather)\b(?! (?:of|than)\b))",
+    r"(?:['’]s\b|\s+(?:is|are|was|were|appears?|has|have|had|shows?)\b))|,\s*(?=(?:instead|rather)\b(?! "
+    r"(?:of|than)\b))",
     re.IGNORECASE,
 )
 _ADDS = re.compile(r",|\band\b", re.IGNORECASE)
@@ -59,7 +65,8 @@ class Fact(NamedTuple):
     """A finding that a text asserts or denies.
 
     Attributes:
-        finding: Canonical name (a concept of axis "finding", or "abnormality"/"lung abnormality" for overall statements).
+        finding: Canonical name (a concept of axis "finding", or "abnormality"/"lung abnormality" for overall
+            statements).
         present: False where the text denies it.
         side: left, right, bilateral, or None where not stated.
         zone: upper, middle, lower (or another zone concept), or None.
@@ -78,7 +85,8 @@ class Fact(NamedTuple):
 
 @lru_cache(maxsize=_KEPT)
 def facts(text: str) -> tuple[Fact, ...]:
-    """The findings that a text asserts or denies, each with the side, zone and size said of it, in order, without repeats."""
+    """The findings that a text asserts or denies, each with the side, zone and size said of it, in order,
+    without repeats."""
     found: dict[Fact, None] = {}
     text = canonical(text)
     for start, end in sentence_spans(text):
@@ -89,7 +97,8 @@ def facts(text: str) -> tuple[Fact, ...]:
 
 
 def restated(text: str) -> str:
-    """The text with statements about heart and lungs put as the finding that they amount to, or as its absence."""
+    """The text with statements about heart and lungs put as the finding that they amount to, or as its
+    absence."""
     return ". ".join(_restated(sentence) for sentence in _SENTENCE.split(text) if sentence)
 
 
@@ -119,8 +128,8 @@ def is_negated(text: str) -> bool:
 
 @lru_cache(maxsize=2048)
 def negated_spans(text: str) -> tuple[tuple[int, int], ...]:
-    """Places ``text[start:end]`` whose statements the text denies or sets apart ("rather than"): in a statement, what follows
-    a negation, and what stands before "is absent" and the like."""
+    """Places ``text[start:end]`` whose statements the text denies or sets apart ("rather than"): in a
+    statement, what follows a negation, and what stands before "is absent" and the like."""
     return tuple(
         (start + offset, end + offset)
         for offset, last in sentence_spans(text)
@@ -205,7 +214,8 @@ def absent_subjects(text: str) -> list[str]:
 
 @lru_cache(maxsize=_KEPT)
 def sentence_spans(text: str) -> tuple[tuple[int, int], ...]:
-    """The sentences of a text as ``text[start:end]``, without what ends them; "but" and the like begin another."""
+    """The sentences of a text as ``text[start:end]``, without what ends them; "but" and the like begin
+    another."""
     spans, start = [], 0
     for stop in _SENTENCE.finditer(text):
         spans.append((start, stop.start()))
@@ -215,7 +225,8 @@ def sentence_spans(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _clauses(sentence: str) -> list[tuple[str, bool]]:
-    """Splits a sentence so that each part has one polarity, and so that each finding keeps its own attributes.
+    """Splits a sentence so that each part has one polarity, and so that each finding keeps its own
+    attributes.
 
     What it cannot exclude is in none of the parts.
     """
@@ -243,7 +254,8 @@ def _parts(statement: str) -> list[tuple[str, bool]]:
 
 
 def _split_joints(text: str) -> list[str]:
-    """Splits at commas, "and" and "with" where a finding stands on both sides ("A in the left lung and B in the right")."""
+    """Splits at commas, "and" and "with" where a finding stands on both sides ("A in the left lung and B in
+    the right")."""
     findings = [mention for mention in mentions(text) if mention.concept.axis == "finding"]
     parts: list[str] = []
     start = following = 0

@@ -1,8 +1,9 @@
-"""Text that is about the task instead of the image: leaked prompts, role tags, refusals, notes about the making of a pair.
+"""Text that is about the task instead of the image: leaked prompts, role tags, refusals, notes about the
+making of a pair.
 
-One definition for the filter of text pairs and for the audit; ingest drops reference answers only for its surest part,
-:func:`is_leaked_prompt`. ``data/meta_text.yaml`` and ``data/meta_text_chinese.yaml`` have the patterns, which both Python
-and RE2 read: Arrow searches whole columns with RE2.
+One definition for the filter of text pairs and for the audit; ingest drops reference answers only for its
+surest part, :func:`is_leaked_prompt`. ``data/meta_text.yaml`` and ``data/meta_text_chinese.yaml`` have the
+patterns, which both Python and RE2 read: Arrow searches whole columns with RE2.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import re
 from mmedpo_ray.radiology.lexicon.vocabulary import CONCEPTS, lowered
 from mmedpo_ray.radiology.word_lists import load, pattern_of
 
-# What an answer begins with after a role tag; an operation's report names an assistant ("Assistant: Dr. Smith").
+# What an answer begins with after a role tag; an operation's report names an assistant ("Assistant: Dr.
+# Smith").
 _NAMED_AXES = ("finding", "side", "zone", "size", "state", "anatomy", "modality", "acuity")
 _NAMED = [
     re.escape(form)
@@ -55,7 +57,8 @@ def is_leaked_prompt(text: str) -> bool:
 
 
 def is_meta_text(text: str) -> bool:
-    """Whether the text talks about the task instead of the image: leaked prompts, role tags, refusals, notes on an edit."""
+    """Whether the text talks about the task instead of the image: leaked prompts, role tags, refusals, notes
+    on an edit."""
     low = lowered(text)
     if _LEAK.search(low):
         return True

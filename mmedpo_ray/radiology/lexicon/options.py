@@ -1,4 +1,5 @@
-"""The options that a question names, "A) MRI B) CT", "CT, MRI or X-ray?", "左肺还是右肺？", and which of them an answer decides for."""
+"""The options that a question names, "A) MRI B) CT", "CT, MRI or X-ray?", "左肺还是右肺？", and which of them an
+answer decides for."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _LABEL = re.compile(
 # A word, or a measure with its sign and unit.
 _ITEM = r"(?:(?:[<>]=?\s?)?\d+(?:\.\d+)?\s?(?:mm|cm|ml|%|hu|years?|months?)(?!\w)|non[ -][\w-]+|[\w-]+)"
 _LIST = re.compile(
-    rf"(?P<before>(?:[\w-]+(?: [\w-]+)?, )*)(?P<left>{_ITEM}),? or (?:an? |the |is it |in the )*(?P<right>{_ITEM})",
+    rf"(?P<before>(?:[\w-]+(?: [\w-]+)?, )*)(?P<left>{_ITEM}),? or (?:an? |the |is it |in the "
+    rf")*(?P<right>{_ITEM})",
     re.IGNORECASE,
 )
 _ZH_LIST = re.compile(r"([^\s,.;:?!]{1,12}?)(?:还是|還是|或者|或是|或)(?:是|在)?([^\s,.;:?!]{1,12})")
@@ -31,7 +33,8 @@ _ZH_BEFORE = re.compile(r".*(?:是|在|为|為|属于|屬於)(?=.)")
 _ZH_PARTICLE = re.compile(r"(?:吗|嗎|呢|的)+$")
 
 _NAMED_ANSWER = re.compile(
-    r"\b(?:answer|option|choice|conclusion)(?: to (?:the|this|your) question)?\"?\s*(?:is|would be|:)\s*\"?(?:option |choice )?(?=\S)"
+    r"\b(?:answer|option|choice|conclusion)(?: to (?:the|this|your) question)?\"?\s*(?:is|would "
+    r"be|:)\s*\"?(?:option |choice )?(?=\S)"
     r"|\bi (?:choose|pick|select|would choose)\s+(?:option |choice )?(?=\S)"
     r"|(?:答案|选项|選項)(?:应该|应|應該|應)?(?:是|为|為|选|選|:)?\s*(?=\S)|(?:应|應)?(?:选择|選擇|选|選)(?:项|項)?\s*(?=\S)",
     re.IGNORECASE,
@@ -130,10 +133,11 @@ def _chinese(text: str) -> tuple[Option, ...]:
 
 
 def chosen(text: str, question: str) -> int | None:
-    """Which of the question's options a text decides for, from 0; None where it decides for none, or names several.
+    """Which of the question's options a text decides for, from 0; None where it decides for none, or names
+    several.
 
-    By its letter, or by its words in a sentence that names one alone and does not deny it: the first such sentence, else the last.
-    Options that mean yes and no are decided as such.
+    By its letter, or by its words in a sentence that names one alone and does not deny it: the first such
+    sentence, else the last. Options that mean yes and no are decided as such.
     """
     offered = options(question)
     return _chosen(same_characters(final_answer(text)), offered, question) if offered else None
@@ -169,7 +173,8 @@ def _chosen(text: str, offered: Sequence[Option], question: str) -> int | None:
 
 
 def _other_than_denied(sentences: Sequence[str], offered: Sequence[Option]) -> int | None:
-    """Of two options the one that is left where the other alone is named, and denied: "not malignant" of benign or malignant."""
+    """Of two options the one that is left where the other alone is named, and denied: "not malignant" of
+    benign or malignant."""
     named = {index for sentence in sentences for index in _named_in(sentence, offered, denied=True)}
     if len(offered) != 2 or len(named) != 1 or not any(is_negated(s) or "non " in s for s in sentences):
         return None
@@ -177,7 +182,10 @@ def _other_than_denied(sentences: Sequence[str], offered: Sequence[Option]) -> i
 
 
 def _label(text: str, offered: Sequence[Option]) -> int | None:
-    """The option whose letter leads a text: "B", "(b) CT", "B. CT"; not the article of "A CT scan", nor half of "A or B"."""
+    """The option whose letter leads a text: "B", "(b) CT", "B.
+
+    CT"; not the article of "A CT scan", nor half of "A or B".
+    """
     labels = [option.label for option in offered]
     match = _LEADING_LABEL.match(text)
     if match is None or match["label"].casefold() not in labels:
@@ -199,7 +207,8 @@ def stated_sentences(text: str) -> list[str]:
 
 
 def _named_in(sentence: str, offered: Sequence[Option], *, denied: bool = False) -> list[int]:
-    """The options that a sentence names; one whose words are part of a longer one that is named too is not."""
+    """The options that a sentence names; one whose words are part of a longer one that is named too is
+    not."""
     spelled = [tokens(_NON.sub("non ", option.text)) for option in offered]
     named = [
         index

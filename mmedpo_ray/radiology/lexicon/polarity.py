@@ -26,10 +26,14 @@ _END = r"(?=\s*(?:[.,;:!?)\]}\"'*\n]|-|$))"
 _IN_THE_IMAGE = rf"(?: (?:in|on) (?:the|this|that) (?:\w+ )?{IMAGE})?"
 # What may come before the word that decides.
 _LEAD = (
-    r"\W*(?:(?:(?:the |my |your )?(?:(?:final|correct|short) )?answer(?: to (?:the|this|your) question)?(?: is| would be|(?=\W))"
-    r"|well|oh|ok(?:ay)?|so|then|therefore|hence|thus|i (?:think|believe|guess|suppose|would say)(?: that)?|in my opinion"
-    r"|based on (?:the|this) image|(?:most|very|quite) likely|probably|likely|definitely|certainly|clearly|absolutely|surely"
-    r"|of course|(?:it|this|that|they|there|the statement) (?:is|are|was|were|seems|appears)(?: that| to be)?)\b\W*){0,3}"
+    r"\W*(?:(?:(?:the |my |your )?(?:(?:final|correct|short) )?answer(?: to (?:the|this|your) question)?(?: "
+    r"is| would be|(?=\W))"
+    r"|well|oh|ok(?:ay)?|so|then|therefore|hence|thus|i (?:think|believe|guess|suppose|would say)(?: "
+    r"that)?|in my opinion"
+    r"|based on (?:the|this) image|(?:most|very|quite) "
+    r"likely|probably|likely|definitely|certainly|clearly|absolutely|surely"
+    r"|of course|(?:it|this|that|they|there|the statement) (?:is|are|was|were|seems|appears)(?: that| to "
+    r"be)?)\b\W*){0,3}"
 )
 _YES_WORDS = r"(?:yes|yeah|yea|yep|yup|yah|aye|affirmative)"
 _NO_WORDS = r"(?:no|nope|nah|nay)"
@@ -76,7 +80,8 @@ _PAIR = r"\W*\b(?:and/or|and|or|nor|versus|vs)?\b\W*"
 _EITHER = re.compile(
     rf"\b(?:{_YES_WORDS}\b(?:\W*\b(?:and/or|and|or|nor|vs|versus)\b\W*|\s*/\s*){_NO_WORDS}"
     rf"|{_NO_WORDS}\b(?:\W*\b(?:and/or|and|or|nor|vs|versus)\b\W*|\s*/\s*){_YES_WORDS}"
-    r"|(?:true (?:or|and) false|false (?:or|and) true|present or absent|absent or present|positive or negative"
+    r"|(?:true (?:or|and) false|false (?:or|and) true|present or absent|absent or present|positive or "
+    r"negative"
     r"|negative or positive))\b",
     re.IGNORECASE,
 )
@@ -85,7 +90,8 @@ _BOTH = re.compile(
 )
 # The last word that stands on its own: ", no.", ": yes", "answer is no".
 _STANDING = re.compile(
-    r"(?:(?:^|[.,;:=!?\n(\[\"'*]|\s-)\s*(?:(?:so|then|therefore|hence|thus|and|but|i say|ultimately|overall)[\s,]+)*"
+    r"(?:(?:^|[.,;:=!?\n(\[\"'*]|\s-)\s*(?:(?:so|then|therefore|hence|thus|and|but|i "
+    r"say|ultimately|overall)[\s,]+)*"
     r"|\b(?:answer|conclusion|verdict|response) (?:is|was|would be|must be|should be)\W+(?:an? )?)"
     rf"(?:(?P<yes>{_YES_WORDS})|(?P<no>{_NO_WORDS})){_END}",
     re.IGNORECASE,
@@ -111,10 +117,10 @@ _ZH_NO_ABNORMALITY = re.compile(r"(?:无|無|未见|未見|没有|沒有|未发�
 def stated_polarity(answer: str) -> Polarity | None:
     """The yes or no that an answer commits itself to as a word of its own.
 
-    Thought blocks do not count. The answer that is named as such decides ("The final answer is no"), else the leading word
-    ("No. There is none."), else the last one that stands on its own ("There is no doubt: yes"). "Yes or no", "yes and no" and
-    the like commit to nothing, nor does a statement ("No nodule is seen"), which :func:`implied_polarity` reads beside its
-    question.
+    Thought blocks do not count. The answer that is named as such decides ("The final answer is no"), else the
+    leading word ("No. There is none."), else the last one that stands on its own ("There is no doubt: yes").
+    "Yes or no", "yes and no" and the like commit to nothing, nor does a statement ("No nodule is seen"),
+    which :func:`implied_polarity` reads beside its question.
     """
     text = same_characters(final_answer(answer))
     if has_han(text):
@@ -170,7 +176,8 @@ def is_open(answer: str) -> bool:
 
 
 def chinese_polarity(question: str, answer: str) -> Polarity | None:
-    """The yes or no of a Chinese answer, also where it is a statement about what was asked; None where it is about something else."""
+    """The yes or no of a Chinese answer, also where it is a statement about what was asked; None where it is
+    about something else."""
     text = same_characters(final_answer(answer))
     return _chinese_stated(text) or _chinese_statement(same_characters(question), text)
 
@@ -241,7 +248,8 @@ def _polarity_of_clause(clause: str, asked: frozenset[str]) -> Polarity | None:
 
 @lru_cache(maxsize=_KEPT)
 def _pieces(question: str) -> frozenset[str]:
-    """What a Chinese question asks for: its Latin words, and pairs of the characters that are no function words."""
+    """What a Chinese question asks for: its Latin words, and pairs of the characters that are no function
+    words."""
     rest = _ZH_FUNCTION.sub(" ", question)
     found = {word.casefold() for word in re.findall(r"[A-Za-z][A-Za-z0-9-]*", rest)}
     for run in re.findall(r"[\u3400-\u9fff]+", rest):

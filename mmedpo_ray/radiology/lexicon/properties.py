@@ -34,7 +34,8 @@ _UNCHANGED = re.compile(
 )
 # A question that counts: two, multiple, more than one.
 _COUNTS = re.compile(
-    rf"\b(?:{'|'.join(list(NUMBER_WORDS)[2:])}|multiple|several|many|single|solitary|more than|at least|fewer than|"
+    rf"\b(?:{'|'.join(list(NUMBER_WORDS)[2:])}|multiple|several|many|single|solitary|more than|at "
+    rf"least|fewer than|"
     r"only one)\b|[<>]=?\s?(?:\d|one|two|three|four|five)",
     re.IGNORECASE,
 )
@@ -43,12 +44,14 @@ _FEWEST_LETTERS = 5
 
 @lru_cache(maxsize=4096)
 def asks_property(question: str) -> bool:
-    """Whether a question presupposes a finding and asks something of it; also whether it asks for a change."""
+    """Whether a question presupposes a finding and asks something of it; also whether it asks for a
+    change."""
     return bool(_properties(question)) or bool(re.search(r"\bchanges?\b", question, re.IGNORECASE))
 
 
 def quantity_polarity(question: str, answer: str) -> Polarity | None:
-    """The answer of a size or a count to a question that names one: "larger than 3 cm", "two nodules"; else None."""
+    """The answer of a size or a count to a question that names one: "larger than 3 cm", "two nodules"; else
+    None."""
     asked, said = lengths(question), lengths(answer)
     if asked and said:
         return "no" if are_apart(asked, said) else "yes"
@@ -60,7 +63,8 @@ def quantity_polarity(question: str, answer: str) -> Polarity | None:
 
 
 def property_polarity(question: str, answer: str) -> Polarity | None:
-    """Whether an answer says the property of a finding that a question asks for, or one that excludes it; else None.
+    """Whether an answer says the property of a finding that a question asks for, or one that excludes it;
+    else None.
 
     Args:
         question: one that :func:`asks_property`.
@@ -97,7 +101,8 @@ def _by_stem(properties: Sequence[str], said: Sequence[str], answer: str) -> Pol
 
 @lru_cache(maxsize=4096)
 def _properties(question: str) -> tuple[str, ...]:
-    """What is asked of the finding that a question begins with; nothing where it asks for the finding itself."""
+    """What is asked of the finding that a question begins with; nothing where it asks for the finding
+    itself."""
     if not _DEFINITE.match(question):
         return ()
     asked = [

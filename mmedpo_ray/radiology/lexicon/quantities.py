@@ -1,4 +1,5 @@
-"""Counts and measurements as intervals, so that "several" agrees with 3 and "<5 mm" with 3 mm but not with ">5 mm"."""
+"""Counts and measurements as intervals, so that "several" agrees with 3 and "<5 mm" with 3 mm but not with
+">5 mm"."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Words of the vocabulary that mean something else where they stand: "was left in the ward", "body mass index".
+"""Words of the vocabulary that mean something else where they stand: "was left in the ward", "body mass
+index".
 
-Such a word is no mention: no edit changes it, and no reading of facts counts it. ``data/other_senses.yaml`` has the rules.
+Such a word is no mention: no edit changes it, and no reading of facts counts it. ``data/other_senses.yaml``
+has the rules.
 """
 
 from __future__ import annotations

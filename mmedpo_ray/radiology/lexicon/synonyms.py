@@ -75,7 +75,8 @@ _BRITISH_S = re.compile(r"is(?=ed?$|ation)")
 _BRITISH_E = re.compile(r"(?:ae|oe)(?=[a-z]{2})")
 _SUBJECT = (
     rf"(?:(?:it|this|that|everything|all|(?:the|this) (?:\w+ )?{IMAGE}) "
-    r"(?:is|are|appears?|looks?|seems?|shows?|demonstrates?|reveals?|has|have)(?: to be)? |there (?:is|are) )?"
+    r"(?:is|are|appears?|looks?|seems?|shows?|demonstrates?|reveals?|has|have)(?: to be)? |there (?:is|are) "
+    r")?"
 )
 _SEEN_HERE = (
     rf"(?:,? (?:(?:is|are|was|were|can be) )?(?:{SEEN}|there))?(?: (?:in|on) (?:this|the) (?:\w+ )?{IMAGE})?"
@@ -84,7 +85,8 @@ _SENSES: dict[Literal["normal", "none"], re.Pattern[str]] = {
     "normal": re.compile(
         rf"\W*{_SUBJECT}(?:an? )?(?:completely |entirely |essentially |otherwise |grossly )?(?:"
         rf"(?:normal|unremarkable)(?: (?:\w+ )?(?:{IMAGE}|findings?|anatomy|appearance|limits))?|"
-        r"(?:no|without|not any) (?:any |(?:evidence|signs?) of |an? |acute |significant |obvious |visible |gross )*"
+        r"(?:no|without|not any) (?:any |(?:evidence|signs?) of |an? |acute |significant |obvious |visible "
+        r"|gross )*"
         r"(?:abnormalit(?:y|ies)|abnormal findings?|diseases?|patholog(?:y|ies)|pathological findings?))"
         rf"{_SEEN_HERE}\W*",
         re.IGNORECASE,
@@ -101,7 +103,8 @@ _LONGEST_INITIALS = 24
 
 @lru_cache(maxsize=_KEPT)
 def canonical(text: str) -> str:
-    """The text with characters, abbreviations, both sides, normality and comparisons in one spelling; places in it may move."""
+    """The text with characters, abbreviations, both sides, normality and comparisons in one spelling; places
+    in it may move."""
     text = same_characters(text)
     if len(text) <= _LONGEST_ABBREVIATION:
         whole = _WHOLE_ABBREVIATION.fullmatch(text)
@@ -113,7 +116,8 @@ def canonical(text: str) -> str:
 
 
 def sense(text: str) -> Literal["normal", "none"] | None:
-    """What a whole answer amounts to, if it says no more than that all is normal ("normal") or that there is none ("none").
+    """What a whole answer amounts to, if it says no more than that all is normal ("normal") or that there is
+    none ("none").
 
     Args:
         text: a canonical answer.
@@ -134,7 +138,8 @@ def synonym(word: str) -> str:
 
 
 def abbreviates(one: str, other: str) -> bool:
-    """Whether one text is a word in capitals, made of the initials of the other: "CNS" and "The central nervous system".
+    """Whether one text is a word in capitals, made of the initials of the other: "CNS" and "The central
+    nervous system".
 
     A word that the vocabulary knows stands for nothing else ("CT" is no chest tube), nor does a yes or no.
     """

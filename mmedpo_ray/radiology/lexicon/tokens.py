@@ -1,4 +1,5 @@
-"""The tokens by which two texts are compared: numbers, signs, units and single letters count, spelling does not.
+"""The tokens by which two texts are compared: numbers, signs, units and single letters count, spelling does
+not.
 
 tokens("The T2-weighted scan, 5–10 mm") -> ["t2", "weighted", "scan", "5", "-", "10", "mm"]
 tokens("<5 mm")                         -> ["<5", "mm"]
@@ -59,9 +60,9 @@ _ARTICLES = frozenset({"an", "the"})
 def tokens(text: str) -> list[str]:
     """Words in small letters without articles; numbers with their sign; every Chinese character by itself.
 
-    Hyphens, slashes and other separators part words and join nothing, but between two digits they are kept. "A" is an article
-    only where it stands before a noun. Number words up to twelve are digits, 05 is 5 and 5.0 is 5. A text of articles alone
-    keeps them. The list is shared: do not change it.
+    Hyphens, slashes and other separators part words and join nothing, but between two digits they are kept.
+    "A" is an article only where it stands before a noun. Number words up to twelve are digits, 05 is 5 and
+    5.0 is 5. A text of articles alone keeps them. The list is shared: do not change it.
     """
     text = _respelled(same_characters(text))
     found: list[str] = []

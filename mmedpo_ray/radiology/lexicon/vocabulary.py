@@ -1,7 +1,8 @@
 """The vocabulary of the radiology lexicon: concepts, their spellings and how much they matter.
 
-A concept belongs to an axis (what kind of fact it is) and to a group (what an edit may write in its place: "right" for
-"left", one chest finding for another, never a brain finding for a chest finding). ``data/concepts.yaml`` lists them.
+A concept belongs to an axis (what kind of fact it is) and to a group (what an edit may write in its place:
+"right" for "left", one chest finding for another, never a brain finding for a chest finding).
+``data/concepts.yaml`` lists them.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ class Concept:
     Attributes:
         name: canonical name, unique.
         axis: kind of fact.
-        group: concepts that can replace one another; those of a group exclude each other, except findings and anatomy.
+        group: concepts that can replace one another; those of a group exclude each other, except findings and
+            anatomy.
         forms: spellings in lower case.
         relevance: clinical relevance of an error about it, 0 to 1.
         mass_noun: takes no article ("consolidation", not "a consolidation").
-        aligned: number of forms that correspond to those of the group's other concepts in the same order, so that
-            "left-sided" becomes "right-sided".
+        aligned: number of forms that correspond to those of the group's other concepts in the same order, so
+            that "left-sided" becomes "right-sided".
     """
 
     name: str
@@ -87,8 +89,8 @@ _CAPITAL = re.compile(r"[LR](?=\s+[a-z])")
 
 
 def _pattern(forms: Iterable[str]) -> str:
-    """A regular expression that matches the longest of some words, letter by letter: alternatives one after the other would
-    cost ten times as much."""
+    """A regular expression that matches the longest of some words, letter by letter: alternatives one after
+    the other would cost ten times as much."""
     tree: dict[str, Any] = {}
     for form in forms:
         node = tree

@@ -1,7 +1,7 @@
 """The words of an answer: which carry meaning, and its numbers.
 
-A word is what stands between spaces and punctuation, in any script; in scripts that write without spaces (Chinese, Japanese,
-Thai and their neighbours) every character is one.
+A word is what stands between spaces and punctuation, in any script; in scripts that write without spaces
+(Chinese, Japanese, Thai and their neighbours) every character is one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def words(text: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=_KEPT)
 def content_words(text: str) -> frozenset[str]:
-    """The words that carry meaning: fillers left out, plurals folded, known spellings replaced by their concept's name."""
+    """The words that carry meaning: fillers left out, plurals folded, known spellings replaced by their
+    concept's name."""
     pieces, position = [], 0
     for mention in mentions(text):
         pieces += [text[position : mention.start], " ", mention.concept.name, " "]

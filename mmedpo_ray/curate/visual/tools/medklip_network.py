@@ -160,8 +160,8 @@ def load_network(path: Path) -> MedklipNetwork:
     if problems:
         raise UserError(
             f"{path} is not a MedKLIP checkpoint; its weights: {', '.join(problems)}. Set "
-            "curate.visual.medklip.checkpoint to "
-            "the official pre-trained one, not to a fine-tuned classifier."
+            "curate.visual.medklip.checkpoint to the official pre-trained one, not to a fine-tuned "
+            "classifier."
         )
     network.load_state_dict(weights)
     return network.requires_grad_(False).eval()

@@ -40,8 +40,7 @@ def load_pretrained(model_class: Any, source: str, setting: str, **options: Any)
     if missing:
         raise UserError(
             f"{source} lacks {len(missing)} weights of a {model_class.__name__}, which would be made up at "
-            "random "
-            f"({', '.join(missing[:3])}, …). Set {setting} to a model trained for this task."
+            f"random ({', '.join(missing[:3])}, …). Set {setting} to a model trained for this task."
         )
     return model.eval()
 
@@ -85,8 +84,7 @@ def check_vocabulary(tokenizer: Any, pieces: int, source: str) -> None:
     if 2 * len(tokenizer) < pieces:
         raise UserError(
             f"the tokenizer of {source} knows {len(tokenizer)} pieces, its model {pieces}. Put the model's "
-            "own tokenizer files "
-            "(tokenizer.json or vocab.txt) beside its weights."
+            "own tokenizer files (tokenizer.json or vocab.txt) beside its weights."
         )
 
 

@@ -3,8 +3,8 @@
 The attention that the tokens predicting the answer pay to each image patch, averaged over these tokens, heads
 and layers. On the embedded model and its phantoms this finds the lesion far above chance; dividing by the
 attention under a neutral instruction, which helps some large models, made it worse there. The confidence says
-how concentrated the attention is, not
-how likely a disease is: a normal image can have a confident heat map. As the score of a visual pair it
+how concentrated the attention is, not how likely a disease is: a normal image can have a confident heat map.
+As the score of a visual pair it
     therefore ranks pairs by how local their noise is; whether that is clinical relevance is an open question.
 
 The rows of a batch run together. Each layer's weights are averaged as soon as they are there: those of all

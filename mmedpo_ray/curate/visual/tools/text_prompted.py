@@ -2,8 +2,8 @@
 
 ``curate.visual.text_prompted.model`` names a folder or a hub repository; its configuration says which of
 these it is. To a model that gives boxes a second one can be added, ``segmenter`` (SAM, MedSAM), which turns
-each box into a mask. The value of the heat map at a
-pixel is the score of what lies there: CLIPSeg's probability, or the best score among the boxes around the
+each box into a mask. The value of the heat map at a pixel is the score of what lies there: CLIPSeg's
+probability, or the best score among the boxes around the
     pixel, times the mask's probability if there are masks. The confidence is the best score in the image.
 
 Image processing goes through the Pillow forms of transformers' processors, and SAM 3's network is imported
