@@ -25,7 +25,8 @@ from mmedpo_ray.align.checkpoint.manager import CheckpointManager
 from mmedpo_ray.align.checkpoint.run_lock import is_stop_requested
 from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, pair_batch, read_ahead
 from mmedpo_ray.align.data.pair_source import StoredPairs
-from mmedpo_ray.align.engines.base import Engine, make_engine
+from mmedpo_ray.align.engines import make_engine
+from mmedpo_ray.align.engines.base import Engine
 from mmedpo_ray.align.losses import SUMS, Normaliser, PairBatch, ResponseLogps
 from mmedpo_ray.align.metrics import MetricsWriter
 from mmedpo_ray.align.packing.trees import PackedTrees

@@ -64,17 +64,6 @@ class Engine(ABC):
         """
 
 
-def make_engine(policy: Policy, spec: TrainingSpec) -> Engine:
-    """The engine of ``align.strategy``."""
-    if spec.align.strategy == "ddp":
-        from mmedpo_ray.align.engines.ddp import DdpEngine
-
-        return DdpEngine(policy, spec)
-    from mmedpo_ray.align.engines.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(policy, spec)
-
-
 def make_optimizer(
     parameters: Mapping[str, Tensor], align: AlignConfig, *, fused: bool = False
 ) -> torch.optim.AdamW:
