@@ -11,7 +11,7 @@ from torch import Tensor
 from mmedpo_ray.align.checkpoint.checkpoint import Checkpoint
 from mmedpo_ray.align.losses import ResponseLogps
 from mmedpo_ray.align.packing.trees import PackedTrees
-from mmedpo_ray.align.policy import Policy, TrainingSpec
+from mmedpo_ray.align.policy import Policy
 from mmedpo_ray.align.settings import AlignConfig
 
 
