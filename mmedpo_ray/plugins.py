@@ -3,7 +3,8 @@
 A part of this package is one line in its registry. Another package adds a part by an entry point, for
 instance in its ``pyproject.toml``::
 
-    [project.entry-points."mmedpo_ray.tools"] my_tool = "my_package.my_tool:MyTool"
+    [project.entry-points."mmedpo_ray.tools"]
+    my_tool = "my_package.my_tool:MyTool"
 """
 
 from __future__ import annotations

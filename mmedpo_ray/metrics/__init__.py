@@ -4,7 +4,8 @@ A metric turns one answer into a few numbers (its *statistics*: hits and trials,
 sum of these over any set of answers into a value. So the same code gives the value of the whole test set and
 of every bootstrap resample of it, also for scores that are no means (BLEU of a corpus, micro-averaged F1).
 
-    metric = METRICS["closed_accuracy"] metric.value(metric.of(answers).sum(axis=0))
+    metric = METRICS["closed_accuracy"]
+    metric.value(metric.of(answers).sum(axis=0))
 
 The ``*_official`` metrics repeat the rules of the paper's scripts, only for comparison with published
 figures: a substring rule for closed questions ("no" is in "normal") and a recall that counts repeated words.

@@ -1,7 +1,8 @@
 """The OpenAI-compatible endpoint: Ray Serve in front of vLLM engines.
 
-endpoint = start_endpoint(config, {"base": "models/base", "aligned": "run/model/adapter"}) ...  # POST
-{endpoint.base_url}/chat/completions endpoint.stop()
+endpoint = start_endpoint(config, {"base": "models/base", "aligned": "run/model/adapter"})
+...  # POST {endpoint.base_url}/chat/completions
+endpoint.stop()
 """
 
 from __future__ import annotations

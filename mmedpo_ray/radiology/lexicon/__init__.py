@@ -1,17 +1,17 @@
-"""Reads radiological answers: polarity, choices, findings with side, zone and size, and where two answers
-conflict.
+"""Reads radiological answers: polarity, choices, findings with side, zone and size, and conflicts.
 
-    polarity("No, the lungs are clear.")                    -> "no"
-    facts("There is a large left pleural effusion.")        -> (Fact("pleural effusion", True, "left", None,
-    "large"),) conflicts("Left lower zone", "In the right lower zone") -> (Conflict("side", "swapped", "left",
-    "left", "right", 0.9),)
+    polarity("No, the lungs are clear.")  ->  "no"
+    facts("There is a large left pleural effusion.")
+        ->  (Fact("pleural effusion", True, "left", None, "large"),)
+    conflicts("Left lower zone", "In the right lower zone")
+        ->  (Conflict("side", "swapped", "left", "left", "right", 0.9),)
 
-Rules and a vocabulary (``terms.py``), no model: fast, explainable, English, and blind to what the vocabulary
+Rules and a vocabulary (``data/``), no model: fast, explainable, English, and blind to what the vocabulary
 lacks. Severities are ours and rank conflicts by what they would mean for a patient; they are no calibrated
 probabilities.
 
-What texts say is kept for the last few thousand texts, since every text is looked at from several sides: the
-reference by each edit of it, a pair by each filter and each judge.
+The facts of the last few thousand answers are cached, because each answer is read several times: the reference
+by each edit of it, a pair by each filter and each judge.
 """
 
 from mmedpo_ray.radiology.lexicon.answers import choices, equivalent, implied_polarity, numbers_and_signs

@@ -1,7 +1,7 @@
 """The same characters for the same signs, and the answer without the thinking before it.
 
-    same_characters("T2‑weighted, 5–10 ｍｍ。") -> "T2-weighted, 5-10 mm." final_answer("<think>No nodule on the
-    left.</think> Yes") -> "Yes"
+    same_characters("T2‑weighted, 5–10 ｍｍ。") -> "T2-weighted, 5-10 mm."
+    final_answer("<think>No nodule on the left.</think> Yes") -> "Yes"
 
 Only spellings change, never what is said: numbers, signs, units and letters stay.
 """
@@ -71,8 +71,7 @@ def same_characters(text: str) -> str:
 
 
 def final_answer(text: str) -> str:
-    """What a model answers in the end: thought blocks dropped, the last ``<answer>`` block or ``\\boxed{…}``
-    if there is one.
+    """The final answer of a model: without thought blocks, from ``<answer>`` or ``\\boxed{…}`` if it has one.
 
     A block that never ends is all thought, so nothing is left of it.
     """
@@ -106,11 +105,10 @@ _BEGINS = re.compile(r"(?:\A|[.!?:;\n])[^\w]*\Z")
 
 
 def is_letter(text: str, start: int, end: int) -> bool:
-    """Whether the "a" at ``text[start:end]`` names something, as in "hepatitis A", "A) MRI" and the answer
-    "A".
+    """Whether the "a" at ``text[start:end]`` names something: "hepatitis A", "A) MRI", the answer "A".
 
-    Otherwise it is an article, as in "a mass". A capital that begins no sentence is a letter, but in a
-    headline.
+    Otherwise it is an article, as in "a mass". A capital that begins no sentence is a letter, except
+    in a headline.
     """
     noun = _NOUN_AFTER.match(text, end)
     if noun is None or noun.group(1).casefold() in _NO_NOUNS:
