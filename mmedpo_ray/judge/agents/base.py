@@ -1,10 +1,8 @@
 """What a judge is.
 
 A judge sees question, reference answer, dispreferred answer and the judgements given so far. It gives a score
-in [0, 1] with a reason: how clinically relevant it is that the dispreferred answer is wrong (0: it says the
-same or nothing
-    that matters,
-1: acting on it could harm the patient).
+in [0, 1] with a reason: how clinically relevant it is that the dispreferred answer is wrong. 0: both answers
+mean the same, or the difference does not matter. 1: acting on it could harm the patient.
 """
 
 from __future__ import annotations
@@ -108,7 +106,10 @@ class Agent(ABC):
     @classmethod
     @abstractmethod
     def map_options(cls, settings: Any, *, data_cpus: float, has_gpu: bool) -> dict[str, Any]:
-        """Keyword arguments of ``map_batches``; with ``concurrency`` the agent runs in so many actors."""
+        """How Ray Data runs the agent: keyword arguments of ``map_batches``, ``batch_size`` among them.
+
+        With ``concurrency`` the agent runs in that many actors, else in tasks.
+        """
 
     @classmethod
     def key(cls, settings: Any) -> list[Any]:

@@ -10,7 +10,7 @@ Rules and a vocabulary (``data/``), no model: fast, explainable, English, and bl
 lacks. Severities are ours and rank conflicts by what they would mean for a patient; they are no calibrated
 probabilities.
 
-The facts of the last few thousand answers are cached, because each answer is read several times: the reference
+The facts of the last few thousand answers are cached, since each answer is read several times: the reference
 by each edit of it, a pair by each filter and each judge.
 """
 
