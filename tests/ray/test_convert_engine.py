@@ -49,7 +49,6 @@ def transformers_tokens(folder: Path, question: str) -> list[int]:
 
 
 @pytest.mark.engine
-@pytest.mark.slow
 def test_the_same_greedy_tokens_in_vllm_transformers_and_the_original(tmp_path: Path) -> None:
     original = build_tiny_llava_med(tmp_path / "original")
     # Several shards, as the real one has.

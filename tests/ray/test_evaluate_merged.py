@@ -17,7 +17,6 @@ from mmedpo_ray.tables.stage_runner import read_table
 
 
 @pytest.mark.engine
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_whole_models_are_evaluated_one_after_the_other(tmp_path, ray_cluster):
     base = build_tiny_llava(tmp_path / "base", 0)

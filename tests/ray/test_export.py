@@ -212,7 +212,7 @@ def test_merged_equals_what_was_trained(exported, more, name):
     "names",
     [
         pytest.param(["lora", "full and projector"]),
-        pytest.param(["projector", "full"], marks=pytest.mark.slow),
+        ["projector", "full"],
     ],
 )
 def test_vllm_and_transformers_give_the_same_greedy_tokens(exported, more, names):

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mmedpo_ray.tables.stage_runner import Manifest, read_manifest
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROWS = 2500
 FOLDERS = {"ingest": "samples", "curate": "pairs", "score": "scored"}
@@ -150,6 +150,7 @@ def busy_workers(node: Any, run: Path, stage: str) -> list[psutil.Process]:
     return faults.workers(faults.raylet(node), "ray::MapBatches")
 
 
+@pytest.mark.slow
 def test_workers_killed_in_every_stage(nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     driver = start(nodes, data, run)
@@ -168,6 +169,7 @@ def test_workers_killed_in_every_stage(nodes: Any, data: Path, quiet: dict[str, 
     assert_same(run, quiet)
 
 
+@pytest.mark.slow
 def test_a_node_lost_in_every_stage(nodes: Any, data: Path, quiet: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     driver = start(nodes, data, run)

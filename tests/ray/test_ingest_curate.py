@@ -249,7 +249,6 @@ def test_withheld_files_are_tried_again(
     assert curate(config) == finished
 
 
-@pytest.mark.slow
 def test_candidates_of_withheld_images_are_sampled_again(ingested: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(RunFolder(str(ingested)).samples, folder / "samples")

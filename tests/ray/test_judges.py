@@ -94,7 +94,6 @@ def expected_view(model: Any, tokenizer: Any, case: Case, rationale: str) -> flo
     return float(logits.softmax(-1) @ torch.tensor(prompt.GRID))
 
 
-@pytest.mark.slow
 def test_no_text_moves_the_form_and_the_expectation_is_that_of_the_model(tmp_path: Path) -> None:
     """Lexicon, a chat model that writes its score, and one whose score is read from its log-probabilities."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
