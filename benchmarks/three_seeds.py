@@ -1,4 +1,4 @@
-"""Base, aligned and control over several seeds of the whole road, with intervals over all images.
+"""Base, aligned and control over several seeds of the whole pipeline, with intervals over all images.
 
     python benchmarks/three_seeds.py --config configs/phantom.yaml --folder runs/seeds [--seeds 0 1 2] [--json
     FILE] [key=value …]

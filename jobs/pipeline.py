@@ -1,4 +1,4 @@
-"""Ray job: the whole road, from raw data to report.
+"""Ray job: the whole pipeline, from raw data to report.
 
 ray job submit --working-dir . -- python jobs/pipeline.py --config configs/phantom.yaml run.folder=/shared/run
 """
