@@ -18,7 +18,16 @@ _HEART = (
     r"(?:silhouette|contours?)))"
     r"((?: and (?:the )?mediastin\w+(?: contours?| silhouettes?)?)?)( (?:is|are|appears?|remains?))? "
 )
-# Each keeps its subject.
+# The usual sentences of reports, turned into one another: unusual words would give the rejected side away.
+_USUAL: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\b(the )(?:heart|cardiac) size is normal\b", re.IGNORECASE), r"\1heart is enlarged"),
+    (
+        re.compile(r"\b(the )heart is (?:of normal size|normal in size|normal)\b(?! in\b)", re.IGNORECASE),
+        r"\1heart is enlarged",
+    ),
+    (re.compile(r"\b(the )heart is enlarged\b", re.IGNORECASE), r"\1heart size is normal"),
+)
+# Other wordings keep their subject.
 _HEART_IS_NORMAL = re.compile(
     _HEART + r"(?:of normal size|within normal limits(?: in size)?|not enlarged|top[- ]normal(?: in size)?|"
     r"(?:normal|unremarkable)(?: in (?:size|contour|configuration))?(?: and (?:contour|configuration))?)\b",
@@ -58,6 +67,10 @@ def statement_edits(answer: str) -> Iterator[Edit]:
     """ "The heart size is normal" → "The heart is enlarged", and back."""
     low = answer.lower()
     if "heart" not in low and "cardi" not in low and "within normal" not in low:
+        return
+    usual = [pattern.sub(said, answer, count=1) for pattern, said in _USUAL if pattern.search(answer)]
+    if usual:
+        yield from (Edit(changed, "finding") for changed in usual)
         return
     normal = _HEART_IS_NORMAL.search(answer)
     if normal:
