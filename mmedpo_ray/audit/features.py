@@ -36,7 +36,8 @@ _LEAKED_PROMPT = f"(?im){LEAKED_PROMPT}"
 _COMMENTARY = [f"(?im){part}" for part in COMMENTARY_PARTS]
 # What a question asks for, by its first words; the first pattern that matches counts.
 QUESTION_FORMS: dict[str, str] = {
-    "report": r"(?i)\b(write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(report|findings|impression)\b",
+    "report": r"(?i)\b(write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*"
+    r"\b(report|findings|impression)\b",
     "choice": r"(?i)^\W*(is|are|was|were|does|do|did|has|have|can|which|what)\b.*\b\w+,? or \w+",
     "yes/no": r"(?i)^\W*(is|are|was|were|does|do|did|has|have|can|could|should|will|would|any)\b",
     "how many": r"(?i)^\W*how (many|much|often)\b",

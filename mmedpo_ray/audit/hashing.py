@@ -12,7 +12,10 @@ from pandas.util import hash_array
 from mmedpo_ray.radiology.lexicon.normalisation import same_characters
 
 # Punctuation that has no ASCII counterpart.
-_FOREIGN_MARKS = r"[\x{3001}\x{3002}\x{3008}-\x{300f}\x{3010}\x{3011}\x{3014}\x{3015}\x{30fb}\x{ff61}-\x{ff65}\x{2022}\x{25cf}\x{a1}\x{bf}]"
+_FOREIGN_MARKS = (
+    r"[\x{3001}\x{3002}\x{3008}-\x{300f}\x{3010}\x{3011}\x{3014}\x{3015}\x{30fb}\x{ff61}-\x{ff65}"
+    r"\x{2022}\x{25cf}\x{a1}\x{bf}]"
+)
 # Characters that need more than NFKC: whatever is no letter, accent, blank or full-width form.
 _TYPOGRAPHIC = r"[^\x00-\x7f\p{Lu}\p{Ll}\p{Lo}\p{M}\x{3000}\x{ff01}-\x{ff5e}]|\x{ba}"
 # Chinese sets no spaces; what stands between it and other letters is layout.

@@ -221,5 +221,5 @@ def _step_after(fixed: str, source: str) -> str | None:
         return None
     folder, given = posixpath.split(storage.absolute(fixed).rstrip("/"))
     if given != name:
-        return f"for a table to go on with, write it into a folder of its own as that of a new run: --fix NEW/{name}"
+        return f"to continue with this table, write it into the folder of a new run: --fix NEW/{name}"
     return f"mmedpo {_NEXT[name]} --config {settings} run.folder={folder}"

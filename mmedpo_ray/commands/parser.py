@@ -16,12 +16,13 @@ start here
   mmedpo run --config FILE run.folder=DIR align.beta=0.2  your own data, with two settings changed
   mmedpo config show --config FILE                      every setting with its default filled in
 
-If a setting is a string (a path, a name, a choice), its value is used exactly as given: quote it for the shell only,
-as in "data.root=/data/Station #3". `null` or an empty value unsets it where it may be null. Any other value is YAML:
-1e-6, true, [a, b], {key: value}. The value of an option such as --root is always used exactly as given.
+If a setting is a string (a path, a name, a choice), its value is used exactly as given: quote it for the
+shell only, as in "data.root=/data/Ward #3". `null` or an empty value unsets it where it may be null. Any
+other value is YAML: 1e-6, true, [a, b], {key: value}. The value of an option such as --root is always used
+exactly as given.
 
-A run is one folder (run.folder). Repeating a command skips what is finished and resumes what was interrupted. Once
-the folder exists, `run.folder=DIR` is enough: its config.yaml is used.
+A run is one folder (run.folder). Repeating a command skips what is finished and resumes what was interrupted.
+Once the folder exists, `run.folder=DIR` is enough: its config.yaml is used.
 """
 
 

@@ -132,13 +132,13 @@ def _audit_options(parser: ArgumentParser) -> None:
 _ANSWERS_HELP = """\
 example: mmedpo evaluate --config configs/phantom.yaml run.folder=runs/mine
 
-With --answers no endpoint is asked: existing answers are scored, without a run, Ray or a GPU. One row of FILE is one
-answer:
+With --answers no endpoint is asked: existing answers are scored, without a run, Ray or a GPU. One row of
+FILE is one answer:
   {"answer_type": "closed", "question": "Is there an effusion?", "reference": "Yes", "prediction": "Yes.",
    "image_id": "study-7", "model": "base"}
-answer_type is closed, open or report. Optional: image_id (intervals resample images), model (differences between
-models), and sample_id or id (which pairs the rows of models). A prediction of null is a failed request; it counts as
-wrong.
+answer_type is closed, open or report. Optional: image_id (intervals resample images), model (differences
+between models), and sample_id or id (which pairs the rows of models). A prediction of null is a failed
+request; it counts as wrong.
 
   mmedpo evaluate --answers answers.jsonl
   mmedpo evaluate --answers answers.jsonl --json scores.json --rows rows.jsonl evaluate.bootstrap=10000

@@ -3,9 +3,11 @@ images.
 
 | format | row |
 | --- | --- |
-| ``trl`` | ``prompt``, ``chosen``, ``rejected`` as texts or messages (``prompt`` may be the beginning of both), ``images`` |
-| ``llama_factory`` | ``conversations`` or ``messages`` with ``chosen`` and ``rejected`` messages; or ``instruction``, ``input`` and two texts |
-| ``swift`` | ``messages`` (or ``query`` and ``response``) with ``rejected_response``, or ``rejected_messages`` and ``rejected_images`` |
+| ``trl`` | ``prompt`` (may start both sides), ``chosen``, ``rejected`` as strings or messages; ``images`` |
+| ``llama_factory`` | ``conversations`` or ``messages`` with ``chosen`` and ``rejected`` messages |
+| | or ``instruction``, ``input`` and two strings |
+| ``swift`` | ``messages`` (or ``query`` and ``response``) with ``rejected_response`` |
+| | or ``rejected_messages`` and ``rejected_images`` |
 
 An image may also be a part of a message, where the row has no ``images``. Texts come back as they are, so
 that an audit sees white space around them.

@@ -36,14 +36,16 @@ def why_no_table(path: str, wanted: Wanted) -> str:
         own = " A run's own is found by run.folder=DIR." if name == _TABLES["pairs"][0] else ""
         return f"there is no {path}. {GIVE[wanted]}{own}"
     if filesystem.get_file_info(inside).is_file:
-        return f"{path} is no Parquet file{', nor a JSON by its name' if wanted == 'pairs' else ''}. {GIVE[wanted]}"
+        formats = "neither a Parquet nor a JSON file" if wanted == "pairs" else "no Parquet file"
+        return f"{path} is {formats}. {GIVE[wanted]}"
     names = {item.base_name for item in filesystem.get_file_info(fs.FileSelector(inside))}
     tables = [
         name for name in _NAMES if name in names and storage.list_files(storage.join(path, name), ".parquet")
     ]
     fit = [name for name in _TABLES[wanted] if name in tables]
     if fit:
-        return f"{path} is the folder of a run, not a table. Give {' or '.join(storage.join(path, name) for name in fit)}."
+        tables_there = " or ".join(storage.join(path, name) for name in fit)
+        return f"{path} is the folder of a run, not a table. Give {tables_there}."
     if _CONFIG in names or tables:
         return _not_yet(path, _TABLES[wanted][0], wanted)
     if PARTS in names:
@@ -63,7 +65,7 @@ def _not_yet(run: str, name: str, wanted: Wanted) -> str:
 def why_other_columns(path: str, columns: list[str], missing: str, wanted: Wanted) -> str:
     """The message for a table that lacks a column which the wanted one has."""
     if wanted == "pairs" and {"sample_id", "question", "answer"} <= set(columns):
-        return f"{path} is a table of samples, not of pairs. Give the pairs made of it (a run's pairs/ or scored/)."
+        return f"{path} is a table of samples, not of pairs. Give a run's pairs/ or scored/."
     if wanted == "samples" and {"chosen", "rejected"} <= set(columns):
         return f"{path} is a table of pairs, not of samples. {GIVE[wanted]}"
     shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")

@@ -13,7 +13,10 @@ from mmedpo_ray.radiology.lexicon.meta_text import is_leaked_prompt
 
 # White space and what takes no room: control characters, byte order marks, soft hyphens, zero-width and
 # direction marks.
-_NOTHING = "[\\s\\x00-\\x1f\\x7f-\\x9f\\xad\\u180e\\u200b-\\u200f\\u202a-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb]+"
+_NOTHING = (
+    "[\\s\\x00-\\x1f\\x7f-\\x9f\\xad\\u180e\\u200b-\\u200f\\u202a-\\u202e\\u2060-\\u206f"
+    "\\ufeff\\ufff9-\\ufffb]+"
+)
 _EDGES = re.compile(f"^{_NOTHING}|{_NOTHING}$")
 _REPORT_INSTRUCTION = re.compile(
     r"\b(?:write|generate|provide|give|create|draft|describe|summari[sz]e|compose)\b.*\b(?:report|findings|impression)\b",

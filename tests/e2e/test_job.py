@@ -54,9 +54,11 @@ def cluster() -> Iterator[dict[str, str]]:
     }
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", "--dashboard-host=127.0.0.1",
-         f"--dashboard-port={dashboard}", f"--temp-dir={folder / 'ray'}", f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+         f"--dashboard-port={dashboard}", f"--temp-dir={folder / 'ray'}",
+         f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
          "--node-ip-address=127.0.0.1"],
-        env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+        env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
+        start_new_session=True,
     )  # fmt: skip
     client = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     try:

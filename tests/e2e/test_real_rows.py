@@ -22,7 +22,8 @@ MMEDPO = str(Path(sys.executable).parent / "mmedpo")
 def test_real_rows_through_every_stage(shared_data: Path, repository: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [
-        MMEDPO, "run", "--config", "configs/vqa_rad_sample.yaml", f"data.root={shared_data / 'vqa_rad_sample'}",
+        MMEDPO, "run", "--config", "configs/vqa_rad_sample.yaml",
+        f"data.root={shared_data / 'vqa_rad_sample'}",
         f"run.folder={run}", "align.max_steps=6", "align.checkpoint_every=2", "evaluate.max_tokens=16",
         "evaluate.bootstrap=200", "control.enabled=false",
     ]  # fmt: skip
@@ -30,8 +31,8 @@ def test_real_rows_through_every_stage(shared_data: Path, repository: Path, tmp_
 
     # The driver is killed after the first checkpoint of the training.
     victim = subprocess.Popen(
-        command, cwd=repository, env=environment, stdout=(tmp_path / "first.log").open("w"), stderr=subprocess.STDOUT,
-        start_new_session=True,
+        command, cwd=repository, env=environment, stdout=(tmp_path / "first.log").open("w"),
+        stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     metrics = run / "align" / "metrics.jsonl"
     deadline = time.monotonic() + 240

@@ -25,8 +25,8 @@ from mmedpo_ray.datasets.pair_table import open_pairs
 from mmedpo_ray.errors import UserError
 
 WORDS = (
-    "no", "small", "large", "nodule", "effusion", "left", "right", "lung", "heart", "is", "are", "where", "what", "how", "yes",
-    "mass", "edema",
+    "no", "small", "large", "nodule", "effusion", "left", "right", "lung", "heart", "is", "are", "where",
+    "what", "how", "yes", "mass", "edema",
 )  # fmt: skip
 
 

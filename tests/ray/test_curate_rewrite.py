@@ -366,9 +366,10 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", MODEL,
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "8192", "--enforce-eager",
-        "--max-num-seqs", "8",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--max-model-len", "8192",
+        "--enforce-eager", "--max-num-seqs", "8",
     ]  # fmt: skip
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     log = folder / "server.log"

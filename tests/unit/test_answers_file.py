@@ -335,7 +335,8 @@ def test_frames_of_one_file_are_one_cluster():
     from mmedpo_ray.tables import schemas
 
     rows = [
-        {"answer_id": f"m/{name}", "model": "m", "sample_id": name, "image_id": name, "task": "vqa", "answer_type": "open",
+        {"answer_id": f"m/{name}", "model": "m", "sample_id": name, "image_id": name, "task": "vqa",
+         "answer_type": "open",
          "reference": "left", "prediction": "left", "seconds": 0.1}
         for name in ("d/a~f1", "d/a~f2", "d/b")
     ]  # fmt: skip

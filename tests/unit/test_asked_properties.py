@@ -113,7 +113,10 @@ def test_statements_beside_their_question(question, answer, expected):
     assert implied_polarity(question, answer) == expected
 
 
-TAIL = "Which is seen?\n\nA. Pneumonia\nB. Effusion\n\nAnswer with the option's letter from the given choices directly."
+TAIL = (
+    "Which is seen?\n\nA. Pneumonia\nB. Effusion\n\n"
+    "Answer with the option's letter from the given choices directly."
+)
 CHINESE = "以下哪项正确？A. 左肺 B. 右肺 C. 双肺 D. 都不是"
 NEGATED = "What is seen? A) Mass. B) No mass."
 TWO = "Which? A) MRI B) CT"

@@ -24,7 +24,8 @@ def test_every_yaml_in_the_repository_loads(path: Path) -> None:
 
 def test_paper_settings() -> None:
     align = load(Path(__file__).parents[2] / "configs" / "slake_llava_med.yaml").align
-    assert (align.beta, align.learning_rate, align.epochs, align.lora.rank, align.lora.alpha, align.strategy) == (
+    lora = align.lora
+    assert (align.beta, align.learning_rate, align.epochs, lora.rank, lora.alpha, align.strategy) == (
         0.1, 1e-7, 3, 128, 256, "zero3",
     )  # fmt: skip
 
@@ -75,7 +76,7 @@ def test_texts_are_taken_as_they_are_and_other_values_are_yaml(key: str) -> None
         ("serve.models=[aligned, base]", "serve.models", ("aligned", "base")),
         ("serve.models=null", "serve.models", None),
         ("align.lora.target_modules=[q_proj]", "align.lora.target_modules", ["q_proj"]),
-        ("model.engine.extra={seed: 1, revision: main}", "model.engine.extra", {"seed": 1, "revision": "main"}),
+        ("model.engine.extra={seed: 1, revision: a}", "model.engine.extra", {"seed": 1, "revision": "a"}),
         ("model.engine.extra.seed=1", "model.engine.extra", {"seed": 1}),
         ("align.num_workers=[1, 4]", "align.num_workers", (1, 4)),
         ("align.use_gpu=null", "align.use_gpu", None),
@@ -196,7 +197,7 @@ def test_a_key_that_occurs_twice_is_named_with_its_lines(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    said = rf"run\.yaml .*the key '{key}' occurs twice in one section, in line {lines[0]} and in line {lines[1]}\."
+    said = rf"run\.yaml .*'{key}' .*{lines[0]} .*{lines[1]}"
     with pytest.raises(UserError, match=said):
         load(path)
 

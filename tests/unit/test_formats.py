@@ -179,9 +179,12 @@ _RAD_FILE = "VQA_RAD Dataset Public.json"
 
 def rad_row(qid: Any, phrase: Any = "freeform", **more: Any) -> dict[str, Any]:
     row = {
-        "qid": qid, "phrase_type": phrase, "qid_linked_id": "03f451ca", "image_case_url": "https://medpix", "image_name": "synpic1.jpg",
-        "image_organ": "HEAD", "evaluation": "not evaluated", "question": "How many lesions are seen?", "question_rephrase": "NULL",
-        "question_relation": "NULL", "question_frame": "NULL", "question_type": "COUNT", "answer": 2, "answer_type": "OPEN ",
+        "qid": qid, "phrase_type": phrase, "qid_linked_id": "03f451ca", "image_case_url": "https://medpix",
+        "image_name": "synpic1.jpg",
+        "image_organ": "HEAD", "evaluation": "not evaluated", "question": "How many lesions are seen?",
+        "question_rephrase": "NULL",
+        "question_relation": "NULL", "question_frame": "NULL", "question_type": "COUNT", "answer": 2,
+        "answer_type": "OPEN ",
     }  # fmt: skip
     return {**row, **more}
 
@@ -380,7 +383,9 @@ _TALK = {
 }
 _ROWS = {
     "slake": _row_of({**_TALK, "qid": _IDS, "img_name": _NAME, "q_lang": st.just("en") | _ANY}),
-    "vqa_rad": _row_of({**_TALK, "qid": _IDS, "image_name": _NAME, "phrase_type": st.just("test_para") | _ANY}),
+    "vqa_rad": _row_of(
+        {**_TALK, "qid": _IDS, "image_name": _NAME, "phrase_type": st.just("test_para") | _ANY}
+    ),
     "r2gen": _row_of(
         {"id": _IDS, "report": st.just("Clear.") | _ANY, "image_path": st.lists(_NAME, max_size=3) | _ANY,
          "mask": st.lists(_NAME, max_size=2) | _NAME}

@@ -364,7 +364,10 @@ _ROW = st.fixed_dictionaries(
     [
         (pa.array([17.0, None, 18.0, 17.0]), ["17", "~train/1", "18", "17~r3"]),
         (pa.array([b"a", b"\xff", b"b", b"a"]), ["a", "ff", "b", "a~r3"]),
-        (pa.array([Decimal("1.50"), Decimal("2.00"), None, Decimal("1.50")]), ["1.5", "2", "~train/2", "1.5~r3"]),
+        (
+            pa.array([Decimal("1.50"), Decimal("2.00"), None, Decimal("1.50")]),
+            ["1.5", "2", "~train/2", "1.5~r3"],
+        ),
         (pa.array([1, 2, 3, 1], pa.uint64()), ["1", "2", "3", "1~r3"]),
         (pa.array(["x", "y", "z", "x"]).dictionary_encode(), ["x", "y", "z", "x~r3"]),
         (pa.array([0, 1, 2, 3], pa.date32()), ["~train/0", "~train/1", "~train/2", "~train/3"]),

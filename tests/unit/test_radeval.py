@@ -81,11 +81,13 @@ def snapshot(cache, repository):
     return folder / "snapshots" / ("a" * 40)
 
 import os
-words = "[PAD] [UNK] [CLS] [SEP] [MASK] small left right pleural effusion no nodule in the heart is enlarged . clear lungs".split()
+words = "[PAD] [UNK] [CLS] [SEP] [MASK] small left right pleural effusion no nodule in the"
+words = (words + " heart is enlarged . clear lungs").split()
 bert = snapshot(os.environ["HF_HOME"] + "/hub", "bert-base-uncased")
 (bert / "vocab.txt").write_text("\\n".join(words))
 BertTokenizerFast(str(bert / "vocab.txt")).save_pretrained(bert)
-config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                    intermediate_size=32)
 config.save_pretrained(bert)
 torch.manual_seed(0)
 state = {"module.bert." + key: torch.randn_like(value) if value.is_floating_point() else value
@@ -124,15 +126,18 @@ import torch
 from transformers import BertConfig, BertForTokenClassification, BertModel, BertTokenizerFast
 from mmedpo_ray.metrics import METRICS, Answer, radeval
 
-words = "[PAD] [UNK] [CLS] [SEP] [MASK] small left right pleural effusion no nodule in upper zone the heart is enlarged . clear lungs".split()
+words = "[PAD] [UNK] [CLS] [SEP] [MASK] small left right pleural effusion no nodule in upper"
+words = (words + " zone the heart is enlarged . clear lungs").split()
 root = Path(os.environ["HF_HOME"])
 (root / "vocab").mkdir(parents=True)
 (root / "vocab" / "vocab.txt").write_text("\\n".join(words))
 tokenizer = BertTokenizerFast(str(root / "vocab" / "vocab.txt"))
-labels = ["O"] + [f"{a}-{b}" for b in ("ABNORMALITY", "ANATOMY", "DISEASE", "NON-ABNORMALITY", "NON-DISEASE") for a in "BI"]
+kinds = ("ABNORMALITY", "ANATOMY", "DISEASE", "NON-ABNORMALITY", "NON-DISEASE")
+labels = ["O"] + [f"{a}-{b}" for b in kinds for a in "BI"]
 torch.manual_seed(0)
-config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                    num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={l: i for i, l in enumerate(labels)})
+config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                    intermediate_size=32, num_labels=len(labels), id2label=dict(enumerate(labels)),
+                    label2id={l: i for i, l in enumerate(labels)})
 tagger = BertForTokenClassification(config)
 torch.nn.init.normal_(tagger.bert.embeddings.word_embeddings.weight)
 for model, name in ((tagger, "tagger"), (BertModel(config), "embedder")):
@@ -141,9 +146,11 @@ for model, name in ((tagger, "tagger"), (BertModel(config), "embedder")):
 from radeval.metrics.RaTEScore.scorer import RaTEScore
 scorer = RaTEScore(bert_model=str(root / "tagger"), eval_model=str(root / "embedder"), use_gpu=False)
 radeval._ratescore = lambda module: scorer
-texts = ["small left pleural effusion .", "nodule in the right upper zone .", "the heart is enlarged .", "clear lungs ."]
+texts = ["small left pleural effusion .", "nodule in the right upper zone .", "the heart is enlarged .",
+         "clear lungs ."]
 ours = METRICS["report_ratescore"].of([Answer(r, p) for r, p in zip(texts, [texts[1], "", texts[2], "No"])])
-theirs = [float(scorer.compute_score([p], [r])[0][0]) for r, p in ((texts[0], texts[1]), (texts[2], texts[2]))]
+scored = ((texts[0], texts[1]), (texts[2], texts[2]))
+theirs = [float(scorer.compute_score([p], [r])[0][0]) for r, p in scored]
 print(json.dumps([ours[:, 0].tolist(), theirs]))
 """
 
@@ -167,9 +174,12 @@ def annotate(reports):
         words, entities = text.split(), {}
         for place, word in enumerate(words):
             if word in ("effusion", "left", "right"):
-                label = "Observation::definitely present" if word == "effusion" else "Anatomy::definitely present"
-                related = [["modify", str(words.index("effusion"))]] if word != "effusion" and "effusion" in words else []
-                entities[str(place)] = {"tokens": word, "label": label, "start_ix": place, "end_ix": place, "relations": related}
+                is_finding = word == "effusion"
+                label = "Observation" if is_finding else "Anatomy"
+                is_related = not is_finding and "effusion" in words
+                related = [["modify", str(words.index("effusion"))]] if is_related else []
+                entities[str(place)] = {"tokens": word, "label": label + "::definitely present",
+                                        "start_ix": place, "end_ix": place, "relations": related}
         found[str(number)] = {"text": text, "entities": entities}
     return found
 

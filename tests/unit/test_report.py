@@ -65,9 +65,21 @@ def estimate(value: float, spread: float = 0.03, n: int = 80) -> dict[str, float
 
 SUMMARY: dict[str, Any] = {
     "models": {
-        "base": {"closed_accuracy": estimate(0.6), "report_rouge_l": estimate(0.4), "open_recall_official": estimate(0.5)},
-        "aligned": {"closed_accuracy": estimate(0.7), "report_rouge_l": estimate(0.41), "open_recall_official": estimate(0.9)},
-        "sft_control": {"closed_accuracy": estimate(0.8), "report_rouge_l": estimate(0.42), "open_recall_official": estimate(0.5)},
+        "base": {
+            "closed_accuracy": estimate(0.6),
+            "report_rouge_l": estimate(0.4),
+            "open_recall_official": estimate(0.5),
+        },
+        "aligned": {
+            "closed_accuracy": estimate(0.7),
+            "report_rouge_l": estimate(0.41),
+            "open_recall_official": estimate(0.9),
+        },
+        "sft_control": {
+            "closed_accuracy": estimate(0.8),
+            "report_rouge_l": estimate(0.42),
+            "open_recall_official": estimate(0.5),
+        },
     },
     "difference": {
         "closed_accuracy": estimate(0.1),

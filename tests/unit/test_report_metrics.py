@@ -240,7 +240,8 @@ def test_meteor_equals_nltk_where_wordnet_is_found(wordnet: Path) -> None:
 EXACT = """
 import json
 from mmedpo_ray.metrics import METRICS, Answer, UnavailableError
-answers = [Answer("cardiac lung fluid", "heart pulmo liquor"), Answer("two opacities seen", "two opacity seen"),
+answers = [Answer("cardiac lung fluid", "heart pulmo liquor"),
+           Answer("two opacities seen", "two opacity seen"),
            Answer("cardiomegaly", "Cardiomegaly"), Answer("clear lungs", "")]
 try:
     METRICS["report_meteor"].of(answers)

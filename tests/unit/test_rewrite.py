@@ -286,8 +286,9 @@ def test_a_forged_choice_inside_a_candidate_is_a_candidate() -> None:
     assert (picked["candidate_id"], picked["input_tokens"]) == ("a#0", 9)
     assert task.row(row, Completion('{"choice": "none"}', 9, 3))["candidate_id"] is None
     for text in (
-        '{"choice": "3"}', '{"choice": 1}', '{"choice": ["1"]}', '{"choice": {"1": "1"}}', '{"choice": null}', "[]", "null",
-        '"1"', "1", FORGED, "", "[" * 1_000, "[" * 100_000, '{"choice":' * 10_000, '{"choice": "\\ud83d"}',
+        '{"choice": "3"}', '{"choice": 1}', '{"choice": ["1"]}', '{"choice": {"1": "1"}}', '{"choice": null}',
+        "[]", "null", '"1"', "1", FORGED, "", "[" * 1_000, "[" * 100_000,
+        '{"choice":' * 10_000, '{"choice": "\\ud83d"}',
     ):  # fmt: skip
         assert task.row(row, Completion(text, 9, 3))["drop_reason"] == "choice_unreadable", text
 

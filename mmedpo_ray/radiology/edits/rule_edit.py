@@ -31,7 +31,8 @@ _NUMBER_NAMES = tuple(NUMBER_WORDS)
 _COUNT = re.compile(
     r"(?<![\w./])(\d{1,3}|"
     + "|".join(_NUMBER_NAMES)
-    + r")(st|nd|rd|th)?(?![\w/]|\.\d|\s*(?:%|cm|mm|ml|hu)\b|%|[\s-]*(?:second|minute|hour|day|week|month|year)s?\b)",
+    + r")(st|nd|rd|th)?(?![\w/]|\.\d|\s*(?:%|cm|mm|ml|hu)\b|%|"
+    r"[\s-]*(?:second|minute|hour|day|week|month|year)s?\b)",
     re.IGNORECASE,
 )
 # "1. Effusion. 2. Nodule.": the number of a list's item is no count.

@@ -1,5 +1,7 @@
-"""The options that a question names, "A) MRI B) CT", "CT, MRI or X-ray?", "左肺还是右肺？", and which of them an
-answer decides for."""
+"""The options that a question names, and which of them an answer decides for.
+
+"A) MRI B) CT", "CT, MRI or X-ray?", "左肺还是右肺？"
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ _LEAD = (
 _YES_WORDS = r"(?:yes|yeah|yea|yep|yup|yah|aye|affirmative)"
 _NO_WORDS = r"(?:no|nope|nah|nay)"
 _YES_ALONE = (
-    rf"(?:true|correct|positive|(?:{SEEN}|there){_IN_THE_IMAGE}|certainly|definitely|absolutely|surely|sure|indeed|of course|exactly|"
+    rf"(?:true|correct|positive|(?:{SEEN}|there){_IN_THE_IMAGE}|certainly|definitely|absolutely|surely|"
+    r"sure|indeed|of course|exactly|"
     r"agreed|probably|(?:most |very )?likely)"
 )
 _NO_ALONE = (
@@ -72,7 +73,8 @@ _ELLIPSIS = re.compile(
 )
 # "No nodule", unlike "No, …" and "No it is …", is a statement.
 _THING = re.compile(
-    r"(?: one)?\s+(?!(?:it|this|that|there|these|those|they|the|not|because|since|he|she|we|i|you|as|but|and|or)\b)\w",
+    r"(?: one)?\s+(?!(?:it|this|that|there|these|those|they|the|not|because|since|he|she|we|i|you|as|but|"
+    r"and|or)\b)\w",
     re.IGNORECASE,
 )
 _IDIOM = re.compile(r"\W+(?:doubt|question|wonder|problem|matter|reason)\b", re.IGNORECASE)
