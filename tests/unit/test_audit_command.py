@@ -111,7 +111,7 @@ def test_each_table_has_a_result_of_its_own(tmp_path: Path) -> None:
 _ELSEWHERE = [
     ("nowhere", "there is no nowhere"),
     ("no.json", "there is no no.json. Give a folder"),
-    ("note.txt", "note.txt is no Parquet file"),
+    ("note.txt", "note.txt is neither a Parquet nor a JSON file"),
     ("run", "run is the folder of a run, not a table. Give run/pairs"),
     ("run/scored", "`mmedpo score run.folder=[^ ]*/run` writes it"),
     ("new", "`mmedpo score run.folder=new` writes it"),

@@ -359,7 +359,7 @@ def test_an_outage_ends_the_run_instead_of_every_row(server: ChatServer) -> None
     asked = client(server, retries=0, concurrency=4)
     asked.complete(ask("a"))
     server.answer = lambda body, before: Reply(status=503)
-    with pytest.raises(UserError, match="16 requests one after the other"):
+    with pytest.raises(UserError, match=r"failed (1[6-9]|2\d) requests.*HTTP 503"):
         asked.complete(ask(*(f"row {number}" for number in range(100))))
     assert len(server.requests) < 40
     server.answer = lambda body, before: Reply()
