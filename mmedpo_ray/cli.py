@@ -75,8 +75,7 @@ class _Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _handling(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
-    """Sets a signal handler for the block; does nothing outside the main thread, where Python does not allow
-    it."""
+    """Sets a signal handler for the block; only the main thread can, others do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

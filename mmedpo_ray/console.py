@@ -71,8 +71,7 @@ def duration(seconds: float) -> str:
 
 
 class _Progress(Progress):
-    """Bars with a line of figures under those that have one (the field ``below``); plain lines where there is
-    no terminal."""
+    """Progress bars, some with a line of figures below; plain lines without a terminal."""
 
     def __init__(self, *columns: ProgressColumn, says_lines: bool, **options: Any) -> None:
         super().__init__(*columns, **options)
@@ -127,8 +126,7 @@ def progress_line(task: Task, first: float) -> str:
 
 
 def progress_bar(*, says_lines: bool = True) -> Progress:
-    """A progress bar with count, elapsed and remaining time; where there is no terminal, a line now and then
-    instead.
+    """A progress bar with count, elapsed and remaining time; a line now and then without a terminal.
 
     Every task needs the field ``note``, shown behind the bar, and may have ``below``, shown on a line of its
     own, and ``unit``, what is counted (rows).

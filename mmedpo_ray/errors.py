@@ -30,8 +30,7 @@ _REMOTE = re.compile(
 
 
 def user_message(error: BaseException) -> str | None:
-    """The message of the :class:`UserError` behind ``error``, also one raised in a Ray task; ``None`` if
-    there is none."""
+    """The message of the :class:`UserError` behind ``error``, also from a Ray task; else None."""
     for seen in _causes(error):
         if isinstance(seen, UserError) and type(seen).__module__ == __name__:
             return str(seen)
@@ -40,8 +39,7 @@ def user_message(error: BaseException) -> str | None:
 
 
 def system_message(error: BaseException) -> str | None:
-    """What the operating system refused (path and reason), also inside a Ray task; ``None`` if it is no such
-    error."""
+    """The path and reason of an operating system error, also from a Ray task; else None."""
     for seen in _causes(error):
         # An error of Ray's that stands for a task's has the class of that one, and all of the remote
         # traceback as its text.
@@ -56,8 +54,7 @@ def system_message(error: BaseException) -> str | None:
 
 
 def unexpected_message(error: BaseException) -> str:
-    """Says of an error that nobody foresaw its kind and place, and keeps its traceback in a file that only
-    the user can read.
+    """Describes an unexpected error; its traceback goes to a file that only the user can read.
 
     The error's own text stays in that file: it may quote the data.
     """
@@ -78,8 +75,7 @@ def unexpected_message(error: BaseException) -> str:
 
 
 def was_interrupted(error: BaseException) -> bool:
-    """Whether a Ctrl-C lies behind ``error``: libraries turn one that hits their imports or tasks into errors
-    of their own."""
+    """Whether a Ctrl-C caused ``error``: libraries wrap one that interrupts their imports or tasks."""
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, KeyboardInterrupt):
         seen = seen.__cause__ or seen.__context__

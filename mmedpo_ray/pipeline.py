@@ -46,8 +46,7 @@ def run_all(config: Config) -> None:
 
 @contextlib.contextmanager
 def _prepared(command: str, config: Config) -> Iterator[Config]:
-    """Checks inputs, locks the run folder, connects to Ray, and saves the settings of a command that
-    succeeds.
+    """Checks inputs, locks the run folder and connects to Ray; saves the settings after success.
 
     The first command saves its settings before it starts, so that the folder's name is enough to resume it.
     Once a table is finished there, only the settings of commands that succeed replace them.

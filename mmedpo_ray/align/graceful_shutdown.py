@@ -1,5 +1,6 @@
-"""Ray Train workers that save before they stop: on SIGTERM, which spot machines send, and when Ray resizes
-the group.
+"""Ray Train workers that save a checkpoint before they stop.
+
+They do so on SIGTERM, which spot machines send, and when Ray resizes the group.
 
 Ray runs the training function in a thread of the worker process, where signals cannot be caught, and its own
 handler ends the process at once. So the handler is installed from outside, on the process's main thread, when

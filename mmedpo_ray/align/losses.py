@@ -1,5 +1,4 @@
-"""The objective: weighted preference losses over text and visual pairs, with optional further terms. Plain
-torch.
+"""The objective: weighted preference losses over text and visual pairs, in plain torch.
 
 With Δ_w = log π(y_w|x) − log π_ref(y_w|x) and Δ_l = log π(y_l|x*) − log π_ref(y_l|x*) (sums over response
 tokens, nats), a pair has the loss ℓ(m) of its margin m = Δ_w − Δ_l and the weight u = s' (text pairs) or

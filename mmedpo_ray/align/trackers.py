@@ -1,5 +1,4 @@
-"""Trackers that show the figures of training: TensorBoard, MLflow, Weights & Biases. Only rank 0 has
-trackers.
+"""Trackers that show the figures of training: TensorBoard, MLflow, Weights & Biases, on rank 0.
 
 An interrupted run continues as the same MLflow or W&B run: their ids are in ``trackers.json``. Steps that are
 repeated after a resume have the same figures, so MLflow and W&B do not get them twice; TensorBoard, which

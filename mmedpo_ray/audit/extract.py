@@ -1,5 +1,4 @@
-"""The table → `Features`: a Ray Data task reads each slice of it where Ray runs; else this process does,
-batch by batch."""
+"""Reads a table into `Features`: by Ray Data tasks where Ray runs, else batch by batch here."""
 
 from __future__ import annotations
 
@@ -66,8 +65,7 @@ def _here(pairs: PairTable, samples: Samples | None) -> Iterator[tuple[int, pa.T
 
 
 def _plan(pairs: PairTable, num_cpus: float) -> list[pa.Table]:
-    """The slices of a Parquet table, each with the number of its first row; none without a row, or for
-    JSON."""
+    """The slices of a Parquet table, each with the number of its first row; empty for JSON."""
     plan, start = [], 0
     for planned in plan_files(pairs.files(), num_cpus=num_cpus, most=_MOST_ROWS):
         plan.append(planned.append_column(_ROW, pa.array([start])))

@@ -161,8 +161,7 @@ class Features:
 
 
 def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarray | pa.Array]:
-    """The numbers of some rows, by the names in `Features`; first words and answer types as texts, which have
-    no number yet.
+    """The numbers of some rows, by the names in `Features`; first words and answer types stay strings.
 
     Args:
         batch: rows with the columns that checks use, each in one chunk.
@@ -350,8 +349,7 @@ def _against_samples(
 
 
 def _shows(batch: pa.Table, images: SplitImages) -> np.ndarray:
-    """(N,) bool: a pair's image, or that of its rejected side, is one of a split, whatever sample the pair
-    names."""
+    """(N,) bool: the image of either side of a pair belongs to a split."""
     shown = images.with_id(_text(batch, "image_id"))
     for name in ("image_uri", "rejected_image_uri"):
         shown |= images.at(_text(batch, name))

@@ -261,8 +261,7 @@ def _kept(batch: pa.Table, stays: np.ndarray) -> pa.Table:
 
 
 def _widely_indexed(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A dictionary column with indices of 32 bits at least: those of many chunks, written together, may need
-    them."""
+    """A dictionary column with indices of at least 32 bits, which joined chunks may need."""
     kind = column.type
     if not pa.types.is_dictionary(kind) or kind.index_type.bit_width >= _INDEX_BITS:
         return column

@@ -22,8 +22,7 @@ SCHEMA = 1
 
 
 def audit_key(config: Config, pairs: PairTable, samples: Samples | None) -> str:
-    """Changes with the tables, the thresholds and the version; an audit with the same key need not be
-    repeated."""
+    """Changes with the tables, the thresholds and the version; an equal key needs no new audit."""
     settings = config.audit.model_dump(mode="json", exclude={"enabled", "fail_on"})
     tables = [pairs.fingerprint, samples.fingerprint if samples else None]
     facts = [SCHEMA, __version__, list(CHECKS), *tables, settings, config.run.seed]

@@ -83,8 +83,7 @@ class SplitImages:
         return _each(image_ids, lambda texts: self.ids.find(_keys(texts)) >= 0)
 
     def at(self, image_uris: pa.Array) -> np.ndarray:
-        """(N,) bool, the split has this image, by its address or, where the pairs name no sample, the end of
-        it."""
+        """(N,) bool, the split has this image, by its whole address or the end of it."""
         return _each(image_uris, self._at)
 
     def _at(self, uris: pa.Array) -> np.ndarray:
@@ -141,16 +140,14 @@ class Samples:
 
 
 def _by_ending(indices: tuple[Index, Index], image_uris: pa.Array, *more: pa.Array) -> np.ndarray:
-    """Row by the last two parts of an image's address, or by the last where there is one only, and more; -1
-    where there is none."""
+    """Row by the last part or last two parts of an image's address and other keys; -1 if unknown."""
     alone, in_folder = (_ending_keys(image_uris, parts, *more) for parts in (1, 2))
     by_name, by_folder = indices
     return np.where(in_folder != 0, by_folder.find(in_folder), by_name.find(alone))
 
 
 def _ending_keys(image_uris: pa.Array, parts: int, *more: pa.Array) -> np.ndarray:
-    """Hash of the last parts of an image's address and more texts; 0 where the address has fewer, or there is
-    none."""
+    """Hash of the last parts of an image's address and other strings; 0 where there is no address."""
     pattern = r"(?P<name>[^/]+)$" if parts == 1 else r"(?P<name>[^/]+/[^/]+)$"
     names = pc.fill_null(pc.struct_field(pc.extract_regex(image_uris, pattern), [0]), "")
     return _keys(names, *more)

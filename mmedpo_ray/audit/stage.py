@@ -1,5 +1,4 @@
-"""The step of `mmedpo run` and the command `mmedpo audit`, and what they print: ids, counts and figures,
-never a text."""
+"""The audit as a stage of `mmedpo run` and as a command; it prints ids, counts and figures only."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ _COLOURS = {"high": "bold red", "medium": "yellow", "low": "cyan", "info": "dim"
 
 
 def audit(config: Config) -> dict[str, Any]:
-    """Audits the scored pairs of a run and writes ``audit.json``; an audit of the same tables is printed
-    again, not made again.
+    """Audits the scored pairs of a run and writes ``audit.json``; an audit of the same tables is reused.
 
     Args:
         config: all settings.
@@ -117,8 +115,7 @@ def reached(result: dict[str, Any], fail_on: str) -> bool:
 
 
 def _beside(path: str) -> str:
-    """Each table has a file of its own: a run's ``audit.json`` is that of its scored pairs, which the report
-    reads."""
+    """The file of a table's findings; ``audit.json`` is that of a run's scored pairs."""
     folder, name = posixpath.split(storage.absolute(path))
     return storage.join(folder, "audit.json" if name == _SCORED else f"{name}.audit.json")
 
@@ -213,8 +210,7 @@ def _show_fixed(fixed: Fixed, source: str) -> None:
 
 
 def _step_after(fixed: str, source: str) -> str | None:
-    """What goes on with a fixed table of a run, under this run's settings; None where the table is of no
-    run."""
+    """The command that continues with a fixed table of a run; None if the table is of no run."""
     run, name = posixpath.split(storage.absolute(source))
     settings = RunFolder(run).config
     if name not in _NEXT or not storage.exists(settings):

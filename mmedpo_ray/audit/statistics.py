@@ -1,5 +1,4 @@
-"""How well one feature tells chosen from rejected: threshold accuracy, AUC, accuracy within pairs, and
-whether chance explains it.
+"""How well one feature tells chosen from rejected: accuracy, AUC, a Kolmogorov-Smirnov test.
 
 Half of the responses are chosen, so 0.5 is chance everywhere. A threshold's best accuracy is (1 + D)/2 with D
 the two-sample Kolmogorov-Smirnov statistic, whose p-value says how often shuffled labels would do as well.

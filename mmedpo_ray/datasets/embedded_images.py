@@ -22,8 +22,7 @@ LONGEST_NAME = 1024
 
 
 def embedded_bytes(text: str) -> bytes | None:
-    """The bytes of an image that stands in a text as a data URL or as base64; None for a text that may be a
-    name.
+    """The bytes of an image given as a data URL or base64; None for a string that may be a name.
 
     Raises:
         UnusableError: it is a data URL, or no name for its length, but no base64.
@@ -55,8 +54,7 @@ def only_element(value: Any) -> Any:
 
 
 def bytes_or_name(value: Any) -> Any:
-    """What a row has in place of an image: bytes, also where they are written as text, or a name; of a list
-    of one its element.
+    """The image of a row: bytes (also base64 or a data URL) or a name; a list of one is unpacked.
 
     Raises:
         UnusableError: a list of several, or a data URL without base64.

@@ -143,8 +143,7 @@ class PairTable:
 
 
 def as_expected(table: pa.Table, names: Sequence[str], path: str) -> pa.Table:
-    """The columns that checks use, in the types that they expect and in one chunk each; null where the table
-    has none.
+    """The columns that checks use, in their types, one chunk each; null where the table has none.
 
     Raises:
         UserError: a column of ``path`` is of another type.
@@ -169,8 +168,7 @@ def _expected_type(name: str) -> pa.DataType:
 
 
 def open_pairs(path: str) -> PairTable:
-    """Opens a folder of Parquet files, a Parquet file, or JSON (a list, or JSON Lines) in the released layout
-    or that of a peer.
+    """Opens a table of pairs: Parquet files, or JSON in the released layout or that of a peer.
 
     Raises:
         UserError: nothing is there, it is none of these, or a required column is missing.

@@ -86,8 +86,7 @@ def column_names(uri: str) -> list[str]:
 
 
 def footer_sha256(uri: str) -> str:
-    """Size of a file, and hash of its footer: it holds place, size and extremes of every column, so it
-    changes with them.
+    """Size of a file and hash of its footer, which changes with the rows.
 
     Raises:
         UserError: the file is missing or no Parquet.
@@ -182,8 +181,7 @@ def _check_bytes(uri: str, metadata: pq.FileMetaData, start: int, stop: int) -> 
 
 
 def _row_groups(metadata: pq.FileMetaData, rows_per_run: int) -> Iterator[tuple[int, int, int, int]]:
-    """Neighbouring row groups of about a run's rows: first, past the last, position of the first row,
-    rows."""
+    """Groups neighbouring row groups: (first, past the last, first row, rows) each."""
     start = position = rows = 0
     for group in range(metadata.num_row_groups):
         rows += metadata.row_group(group).num_rows

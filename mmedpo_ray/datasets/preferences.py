@@ -1,5 +1,4 @@
-"""Preference rows as other projects write them: one question with a chosen and a rejected answer, and their
-images.
+"""Preference rows as other projects write them: a question, two answers and their images.
 
 | format | row |
 | --- | --- |
@@ -208,8 +207,10 @@ def _rejected(value: Any) -> list[_Message]:
 
 
 def _common_beginning(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected answer of two texts, cut where TRL cuts them: before the first letter that
-    differs, or the space before it."""
+    """Splits two strings into their common prompt and two answers, where TRL splits them.
+
+    That is before the first letter that differs, or the space before it.
+    """
     letters = enumerate(zip(chosen, rejected, strict=False))
     length = next((at for at, (one, other) in letters if one != other), min(len(chosen), len(rejected)))
     if chosen[length - 1 : length] == " ":

@@ -216,8 +216,9 @@ class AnnotationReader(Reader):
 
 
 def _repeated_id(reader: Reader, name: str, split: str | None) -> UnusableError:
-    """The reason to drop a row whose id an earlier row has, which keeps it even if its image turns out to be
-    unusable.
+    """The reason to drop a row whose id an earlier row has; None if it is the first.
+
+    The earlier row keeps the id even if its image turns out to be unusable.
 
     Ids are known before any image is looked at, and an image that is mended later must not take a kept
     sample's place.
@@ -269,8 +270,7 @@ def talk(row: dict[str, Any]) -> Any:
 
 
 def conversation(value: Any) -> list[Turn]:
-    """Pairs the turns of a LLaVA conversation: human, gpt, human, gpt, …; a system prompt before them is left
-    out.
+    """Pairs the turns of a LLaVA conversation (human, gpt, human, gpt, …) without a system prompt.
 
     Raises:
         UnusableError: it is no list of alternating turns.

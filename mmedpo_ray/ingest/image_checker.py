@@ -1,5 +1,4 @@
-"""The images of a unit's rows: checked that they can be decoded, and written as files where they lie in the
-rows."""
+"""Checks that the images of rows can be decoded, and writes those that are embedded in rows as files."""
 
 from __future__ import annotations
 

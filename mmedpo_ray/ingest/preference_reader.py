@@ -1,5 +1,6 @@
-"""Formats whose rows are preference pairs: the chosen answer becomes the sample's reference, the pair goes to
-the `released` table.
+"""Formats whose rows are preference pairs.
+
+The chosen answer becomes the sample's reference; the pair goes to the `released` table.
 
 Answers lose the leading spaces that would give chosen and rejected away.
 """
@@ -63,8 +64,7 @@ class PreferenceReader(AnnotationReader):
         return self.preference(row).image
 
     def image_address(self, name: str, folder: str, checker: ImageChecker) -> str:
-        """As for other formats; what is not in the image folder is looked for beside it, where other projects
-        name images from."""
+        """As in other formats; files beside the image folder are found too, as peers name them."""
         uri = super().image_address(name, folder, checker)
         if self.data.image_folder is not None or checker.exists(uri):
             return uri

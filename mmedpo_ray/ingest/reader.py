@@ -183,8 +183,7 @@ class Reader(ABC):
         }
 
     def image_address(self, name: str, folder: str, checker: ImageChecker) -> str:
-        """Address of the image that a row names; backslashes are read as Windows means them where there is no
-        such file.
+        """Address of the image that a row names; backslashes separate folders where no file has them.
 
         Raises:
             UnusableError: ``outside_root``: the name climbs out of the data set; ``image_missing``: it begins
@@ -199,8 +198,7 @@ class Reader(ABC):
         return self._inside(name.replace("\\", "/"), folder)
 
     def mask(self, value: Any, folder: str, checker: ImageChecker) -> str | None:
-        """Address of the lesion mask that a row names or holds; None where it names none or there is no such
-        file.
+        """Address of the lesion mask that a row names or holds; None if there is none.
 
         Args:
             value: what stands in the row, of any type.
@@ -223,8 +221,7 @@ class Reader(ABC):
         return uri if checker.exists(uri) else None
 
     def _inside(self, name: str, folder: str) -> str:
-        """The address of a name relative to a folder, which must not lead out of the data set; absolute names
-        are as they are."""
+        """Address of a name relative to a folder; it must not lead out of the data set."""
         uri = address(name, folder)
         if ".." in name.split("/") and "://" not in name and not name.startswith("/"):
             homes = (folder, storage.absolute(self.data.root or "."))
@@ -235,8 +232,7 @@ class Reader(ABC):
     def by_frame(
         self, name: str, image: ImageFacts, checker: ImageChecker
     ) -> Iterator[tuple[str, ImageFacts]]:
-        """The samples that an image makes of a row: name and image, one for each frame that is wanted of its
-        file.
+        """The samples of an image in a row: name and image, one for each wanted frame of its file.
 
         The split is that of the file, so all frames are in one. A mask of several frames has one for each of
         the image.
@@ -278,16 +274,14 @@ class Reader(ABC):
 
 
 def _shortened(detail: str) -> str:
-    """The detail without its middle where it is long: what is no name at all may stand in the place of
-    one."""
+    """The detail, cut in the middle if it is long: a row may hold anything where a name belongs."""
     if len(detail) <= _LONGEST_DETAIL:
         return detail
     return f"{detail[: _LONGEST_DETAIL // 2]} … {detail[-_LONGEST_DETAIL // 4 :]}"
 
 
 def address(name: str, folder: str) -> str:
-    """Address of a file, or a frame of it, that the data names relative to a folder; names may hold
-    characters that a URI must escape."""
+    """Address of a file, or of a frame of it, that the data names relative to a folder."""
     if "://" in folder and "://" not in name:
         file, frame = images.file_and_frame(name)
         uri = storage.join(folder, quote(file, errors="replace"))
@@ -302,7 +296,6 @@ def _lies_in(uri: str, folder: str) -> bool:
 
 
 def draw_split(seed: int, image_sha256: str, test_share: float) -> str:
-    """Train or test by a hash of the seed and the image's content: no image, not even a copy of one, is in
-    both."""
+    """Train or test by a hash of seed and image content, so that copies of an image share a split."""
     value = int.from_bytes(hashlib.sha256(f"{seed}:{image_sha256}".encode()).digest()[:8], "big")
     return "test" if value < test_share * 2**64 else "train"

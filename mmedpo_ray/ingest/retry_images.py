@@ -1,5 +1,4 @@
-"""Whether ingesting again could keep more rows: reads the images for which rows were dropped, and nothing
-else."""
+"""Whether ingesting again could keep more rows: reads only the images for which rows were dropped."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def could_retry_succeed(config: Config) -> bool:
 
 
 def any_changed(images: pa.Table, data: DataConfig) -> bool:
-    """Whether any of these images (columns ``image_uri`` and ``drop_reason``) can be used, or fails for
-    another reason.
+    """Whether any of these images can be used now, or fails for another reason.
 
     Storage that fails says nothing of an image: else an outage would make another table, and later stages run
     again.

@@ -95,8 +95,7 @@ def _map_units(
     done: ray.ObjectRef,
     config: Config,
 ) -> Work:
-    """Has ``convert`` run over the units in Ray tasks, small neighbours together, and its rows written a part
-    at a time.
+    """Runs ``convert`` over the units in Ray tasks, small neighbours together, and writes its rows.
 
     The driver holds of a unit only where it is: about 100 bytes for hundreds of rows.
     """
@@ -130,8 +129,7 @@ def _blocks(units: Iterable[Unit]) -> Iterator[pa.Table]:
 
 
 class _Figures:
-    """What the manifest tells of the table: images and questions of each split, questions of each kind and
-    those with a mask.
+    """The manifest's figures: images and questions of each split, questions by kind and with a mask.
 
     A :class:`~mmedpo_ray.tables.stage_runner.Tally`; images are counted in eight bytes each.
     """

@@ -60,8 +60,7 @@ def decode(
     frame: int | None = None,
     max_bytes: int | None = None,
 ) -> Image.Image:
-    """Decodes a whole image in its own mode, turned as its EXIF says; DICOM as :mod:`mmedpo_ray.io.dicom`
-    shows it.
+    """Decodes an image in its own mode, rotated by EXIF; DICOM as :mod:`mmedpo_ray.io.dicom` shows it.
 
     No EXIF or XMP is left in ``info``, so nobody turns it once more. ``info`` has ``TURNED`` where the file
     itself may look otherwise, and says how the pixels were made (``MADE_BY``).
@@ -128,8 +127,7 @@ def count_frames(data: bytes, name: str, max_bytes: int | None = None) -> int:
 
 
 def wanted_frames(data: bytes, name: str, policy: str, max_bytes: int | None = None) -> tuple[int, ...]:
-    """The frames of a file that are wanted, from 1; none where it is one picture, or where several are
-    refused.
+    """The wanted frames of a file, from 1; empty for one picture, or where several are refused.
 
     Args:
         data: the file's bytes.

@@ -38,8 +38,7 @@ class ContextRule(NamedTuple):
 def context_rules(
     entries: Iterable[Mapping[str, Any]], pieces: Mapping[str, str | list[str]] | None = None
 ) -> dict[str, list[ContextRule]]:
-    """The rules of a data file, by each of the names in their ``of``; ``data/other_senses.yaml`` describes
-    them."""
+    """The rules of a data file by each name in their ``of`` (see ``data/other_senses.yaml``)."""
     rules: dict[str, list[ContextRule]] = {}
     for entry in entries:
         patterns = {

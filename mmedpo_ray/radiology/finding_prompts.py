@@ -33,8 +33,7 @@ _LIKE_A_FINDING = re.compile(
 
 
 def names_finding(question: str, answer: str) -> bool:
-    """Whether question or answer name a finding, or ask for any ("Is this image normal?"): what noise on a
-    lesion can hide.
+    """Whether question or answer name a finding, or ask for any: what noise on a lesion can hide.
 
     Wider than :func:`finding_asked`: also true for what has the form of a finding's name but is not in the
     lexicon.

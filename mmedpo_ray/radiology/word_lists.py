@@ -1,5 +1,4 @@
-"""Reads the word lists in ``radiology/data``: vocabulary, patterns and relations that need no knowledge of
-Python to edit."""
+"""Reads the word lists in ``radiology/data``, which can be edited without knowledge of Python."""
 
 from __future__ import annotations
 

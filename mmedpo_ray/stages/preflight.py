@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def announce(command: str, config: Config) -> None:
-    """Prints the model, the data and the run folder of a command; warns if the embedded model gets other
-    data."""
+    """Prints model, data and run folder of a command; warns if the embedded model gets other data."""
     data, is_embedded = config.data, config.model.path == EMBEDDED_NAME
     model = "the embedded tiny LLaVA" if is_embedded else config.model.path
     source = (
@@ -42,8 +41,7 @@ def announce(command: str, config: Config) -> None:
 
 
 def check(command: str, config: Config) -> None:
-    """Checks that the input of a command and the models that it loads exist; reads a few small files, writes
-    nothing.
+    """Checks that a command's input and models exist; reads a few small files, writes nothing.
 
     Raises:
         UserError: a stage that it needs has not run, or the data set or a model is missing.

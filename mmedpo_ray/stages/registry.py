@@ -172,8 +172,7 @@ _BUILTIN = (
 
 @cache
 def stages() -> dict[str, Stage]:
-    """Every stage by name, in the order of the pipeline; those of other packages come right after what they
-    need."""
+    """Every stage by name, in pipeline order; added ones follow the stage that they need."""
     ordered = list(_BUILTIN)
     for entry in entry_points(group=GROUP):
         stage = entry.load()

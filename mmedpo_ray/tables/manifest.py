@@ -89,8 +89,7 @@ def counts_in_words(reasons: dict[str, int]) -> str:
 
 
 def image_example(folder: str) -> str:
-    """The address of an image that one of these dropped rows is about, as the end of a message; empty where
-    there is none."""
+    """The address of an image of these dropped rows, as the end of a message; may be empty."""
     if not storage.list_files(folder, ".parquet"):
         return ""
     rows = storage.dataset(folder)

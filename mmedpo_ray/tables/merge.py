@@ -107,8 +107,7 @@ def merge(parts: Sequence[Part], target: Target, num_cpus: float) -> Merged:
 
 
 def _range_starts(parts: Sequence[Part], count: int) -> list[str]:
-    """The first id of each of about ``count`` ranges: quantiles of the sampled ids; the first range starts at
-    ``""``."""
+    """The first id of each of about ``count`` ranges, as quantiles of sampled ids; the first is ``""``."""
     sample = sorted({name for part in parts for name in part.sample})
     quantiles = [sample[len(sample) * number // count] for number in range(1, count)] if sample else []
     return ["", *dict.fromkeys(quantiles)]
@@ -164,8 +163,7 @@ def _read_sorted(paths: list[str], low: str, high: str | None, target: Target) -
 
 
 def _sort_into_runs(parts: Sequence[Part], target: Target, num_cpus: float) -> list[Part]:
-    """Sorts parts whose ids lie anywhere into files of about 50,000 rows, of which a range reads a few row
-    groups."""
+    """Sorts unordered parts into files of some rows each, of which a range reads a few row groups."""
     groups: list[list[str]] = [[]]
     rows = 0
     for part in sorted(parts, key=lambda part: (part.low, part.path)):

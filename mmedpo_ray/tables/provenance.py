@@ -21,8 +21,7 @@ Parts = Mapping[str, Any]
 
 
 def changes(before: Parts | None, now: Parts | None) -> str:
-    """What differs between two tables, in words: ``align.max_length 1024 → 512, the model's
-    chat_template.jinja``."""
+    """What differs between two tables: ``align.max_length 1024 → 512, the model's chat_template.jinja``."""
     if before is None or now is None:
         return "settings that were not recorded"
     found = []

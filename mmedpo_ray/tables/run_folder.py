@@ -102,11 +102,9 @@ class RunFolder:
         return local_path(join(self._of(role), "align"), "training")
 
     def model(self, role: Role = "aligned") -> Path:
-        """The exported model: ``merged/`` (transformers, vLLM) and, if only an adapter was trained,
-        ``adapter/`` (peft)."""
+        """The exported model: ``merged/`` (transformers, vLLM), and ``adapter/`` (peft) if there is one."""
         return local_path(join(self._of(role), "model"), "export")
 
     def _of(self, role: Role) -> str:
-        """The control run (supervised fine-tuning with as many updates) mirrors the aligned one in
-        ``control/``."""
+        """The control run: supervised fine-tuning with as many updates, in ``control/``."""
         return self.root if role == "aligned" else join(self.root, "control")

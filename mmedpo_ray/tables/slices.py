@@ -124,8 +124,7 @@ def plan_files(
 
 
 def _bounds(groups: Sequence[int], about: int) -> list[int]:
-    """Edges of slices of about that many rows: edges of row groups of these sizes, or inside one of several
-    slices."""
+    """Edges of slices of about that many rows: at edges of row groups, or inside a large one."""
     edges, end = [0], 0
     for size in groups:
         parts = max(1, size // about)

@@ -179,8 +179,7 @@ class StageRunner:
         return done
 
     def _kept_for_retry(self, id_column: str, retry_reasons: Sequence[str]) -> list[str]:
-        """The files of a finished table whose dropped rows are retried; dropped rows that are not become
-        parts."""
+        """The files of a finished table to retry; its dropped rows that are not retried become parts."""
         manifest = read_manifest(self.folder)
         if not retry_reasons or manifest is None or manifest.key != self.key:
             return []

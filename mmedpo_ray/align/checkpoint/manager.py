@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """Gathers checkpoints on all ranks and writes them on rank 0. Every method is called by all ranks
-    together.
+    """Gathers checkpoints on all ranks and writes them on rank 0.
+
+    All ranks call every method together.
 
     Args:
         spec: the run. The default process group must be initialised.

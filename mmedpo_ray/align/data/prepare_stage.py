@@ -59,8 +59,9 @@ _ANSWERS = pa.schema([schemas.SCORED.field(name) for name in ("sample_id", "kind
 
 
 def prepare(config: Config) -> Manifest:
-    """Writes the `prepared` table of a run and its index; before it loads a model it prints what the run will
-    need.
+    """Writes the `prepared` table of a run and its index.
+
+    Before it loads a model it prints what the run will need.
 
     Rows that cannot be trained on (weight 0, prompt longer than ``align.max_length``, equal sides, an image
     placeholder in the text) go to ``dropped/`` with the reason.

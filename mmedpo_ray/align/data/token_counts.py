@@ -1,5 +1,7 @@
-"""The number of tokens of packed pairs, from two numbers per sequence: its place in sorted order, and what it
-shares.
+"""Counts the tokens of packed pairs without packing them.
+
+Two numbers per sequence are enough: its place in sorted order, and how many tokens it shares with the one
+before.
 
 Sequences that begin alike are neighbours when sorted, and two of them share at their start the least that any
 neighbours between them share. So a prefix tree over any subset has Σ length − Σ shared tokens, each sequence

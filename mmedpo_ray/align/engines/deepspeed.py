@@ -119,8 +119,7 @@ class DeepSpeedEngine(Engine):
                 safe_set_full_optimizer_state(value, checkpoint.moment(moment, name).to(self.device), moment)
 
     def _make_optimizer_state(self) -> None:
-        """Makes Adam's state, which a fresh optimizer only makes at its first update, so that it can be
-        restored.
+        """Creates Adam's state before the first update, so that a checkpoint can be restored into it.
 
         ZeRO-2 would not even find all of it later: it links state to parameters after the first group's first
         update, when the other groups have none yet.
@@ -138,8 +137,7 @@ class DeepSpeedEngine(Engine):
 
 
 def _shard(policy: nn.Module, deepspeed: Any, settings: dict[str, Any]) -> None:
-    """Leaves each rank its share of the parameters, one after another, so that a device holds one whole at
-    most.
+    """Shards the parameters one after another, so that a device holds at most one whole parameter.
 
     Otherwise DeepSpeed would put the whole model on every device before it shards it.
     """

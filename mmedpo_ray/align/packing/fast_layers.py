@@ -30,8 +30,7 @@ _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 
 
 def install(language_model: Any, *, along_tree: bool) -> None:
-    """Replaces the forwards of a transformers language model's layers; models with other layers are left as
-    they are.
+    """Replaces the forward functions of a transformers language model's layers; unknown layers stay.
 
     The model's forward then needs the keywords of the last layer: ``outputs`` (R, O), the positions whose
     hidden states are read, and ``bias``, their

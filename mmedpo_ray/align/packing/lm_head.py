@@ -1,5 +1,4 @@
-"""Log-probabilities of response tokens from hidden states: ``lm_head`` and softmax, in chunks if there are
-many.
+"""Log-probabilities of response tokens from hidden states: ``lm_head`` and softmax, in chunks.
 
 E response tokens over a vocabulary of V have E·V logits in float32, and several times as many numbers in the
 backward pass. Up to :data:`MOST_LOGITS` logits are computed at once and kept. More are computed chunk by

@@ -92,8 +92,7 @@ _CHECKED: WeakSet[Any] = WeakSet()
 
 
 def _check_image_ids(llava: Any, is_image: Tensor, count: int) -> None:
-    """Checks that every run of image ids in rows (R, T) is ``count`` long, in a model's first batch with
-    images.
+    """Checks that every run of image ids in rows (R, T) is ``count`` long, once per model.
 
     Raises:
         UserError: one is not.

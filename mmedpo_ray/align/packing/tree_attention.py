@@ -1,5 +1,6 @@
-"""Attention over packed trees without a T × T mask: trunks are causal, branches see their trunk and
-themselves.
+"""Attention over packed trees without a T × T mask.
+
+Trunks are causal; a branch sees its trunk and itself.
 
 With a dense mask, attention computes every pair of tokens of a row, also those that causality and the tree
 rule out. Nearly all tokens of a tree are in two places: its *trunk*, the chain from the root to the first
@@ -49,8 +50,9 @@ _OTHER_ATTENTION = ("softcap", "s_aux", "position_bias", "dropout")
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """The tokens of packed rows, sorted into trunks and blocks of branches; positions are flat, row · T +
-    column.
+    """The tokens of packed rows, sorted into trunks and blocks of branches.
+
+    Positions are flat: row · T + column.
 
     Attributes:
         order: (G·L + B·Q,) int64, the tokens of G trunks of L slots, then those of B blocks of Q; spare slots

@@ -1,5 +1,6 @@
-"""Which pairs every rank computes in every optimizer step: a pure function of (seed, epoch, step, world
-size).
+"""Which pairs each rank computes in each optimizer step.
+
+A pure function of seed, epoch, step and world size.
 
 A step takes ``images_per_step`` images with all their pairs; which ones depends on the seed and the epoch
 alone. The number of ranks only decides how a step's pairs are spread over ranks and micro-batches, and the

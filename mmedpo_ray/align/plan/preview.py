@@ -199,8 +199,9 @@ def _scaled(found: dict[str, Any], share: float, align: AlignConfig) -> dict[str
 
 
 def tokenise_scored(config: Config) -> tuple[TablePairs, int, float]:
-    """The pairs in `scored`, tokenised in this process: half a millisecond per pair; of a large table some
-    images.
+    """The pairs in `scored`, tokenised in this process, which takes half a millisecond per pair.
+
+    Of a large table only some images are read.
 
     Returns:
         The pairs, the number of rows dropped, and the share of the images looked at.

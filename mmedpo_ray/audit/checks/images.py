@@ -47,8 +47,7 @@ def _unchanged(audited: Audited) -> Measured:
 
 
 def _beside_lesion(audited: Audited) -> Measured:
-    """All pairs by what they record, those of the sample by their images; the worse of the two shares
-    counts."""
+    """Counts by the recorded shares and by the sampled images; the worse of the two counts."""
     features = audited.features
     recorded = features.visual & ~np.isnan(features.lesion_covered)
     try:

@@ -25,8 +25,7 @@ def repeated_pairs(features: Features) -> np.ndarray:
 
 
 def contradictions(features: Features, alive: np.ndarray) -> tuple[np.ndarray, int]:
-    """Pairs whose image and question occur with another chosen answer, and how many questions have a yes and
-    a no.
+    """Pairs whose image and question occur with another chosen answer, and how many are yes against no.
 
     Two answers that both begin with yes, or both with no, agree.
 

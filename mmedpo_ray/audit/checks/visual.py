@@ -9,8 +9,7 @@ from mmedpo_ray.audit.features import AREA_SHARE, EVEN_MAP, GIVEN_MASK, RELEASED
 
 
 def noise_causes(features: Features, mask: np.ndarray) -> tuple[int, ...]:
-    """What decides how much of the image the noise covers, of the rows in a mask (N,) bool: values of
-    `noise_bound`."""
+    """How the noise of the rows in a mask (N,) bool was bounded: values of `noise_bound`."""
     return tuple(np.unique(features.noise_bound[mask]).tolist())
 
 

@@ -1,5 +1,4 @@
-"""Checks of the weights: invalid, zero or constant ones, a few that carry all, and weights that only follow
-the question."""
+"""Checks of the weights: invalid, zero, constant, concentrated, or explained by the question alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Hugging Face style Parquet: `train-*.parquet`, `test-*.parquet`, `validation-*.parquet`, with the image in
-a column.
+"""Hugging Face style Parquet (`train-*.parquet`, `test-*.parquet`, …) with the image in a column.
 
 The files lie under the root or in `data/`; file names give the split, ``data.columns`` names the columns. An
 image is struct<bytes, path>, bytes, or the path of a file, and so is a lesion mask. Their bytes are written

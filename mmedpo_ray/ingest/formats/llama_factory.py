@@ -1,5 +1,7 @@
-"""LLaMA-Factory's ranking data (:func:`~mmedpo_ray.datasets.preferences.from_llama_factory`), as JSON, JSON
-Lines or Parquet."""
+"""LLaMA-Factory's ranking data, as JSON, JSON Lines or Parquet.
+
+See :func:`~mmedpo_ray.datasets.preferences.from_llama_factory`.
+"""
 
 from __future__ import annotations
 

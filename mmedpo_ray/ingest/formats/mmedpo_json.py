@@ -1,5 +1,4 @@
-"""The released MMedPO rows: a LLaVA conversation, the same with the rejected answer, and a relevance
-score."""
+"""The released MMedPO rows: a LLaVA conversation, its rejected variant, and a relevance score."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""R2Gen's `annotation.json` for report generation: `{"train": [{"id", "report", "image_path": […]}], "val":
-…, "test": …}`.
+"""R2Gen's `annotation.json` for report generation.
+
+``{"train": [{"id", "report", "image_path": […]}], "val": …, "test": …}``
 
 IU X-Ray studies have two views, MIMIC-CXR ones one or more (its rows carry more members, which are ignored).
 The answer is the report, the question is ``data.report_instruction``. A lesion mask may be named like the

@@ -1,5 +1,6 @@
-"""SLAKE as its publishers ship it: `train.json`, `validate.json`, `test.json` and `imgs/xmlabN/{source.jpg,
-mask.png}`.
+"""SLAKE as its publishers ship it.
+
+`train.json`, `validate.json`, `test.json` and `imgs/xmlabN/{source.jpg, mask.png}`.
 
 Rows are English or Chinese (`q_lang`), answers OPEN or CLOSED as stated. A `mask.png` marks every labelled
 organ and lesion of its image.

@@ -1,5 +1,7 @@
-"""ms-swift's RLHF data (:func:`~mmedpo_ray.datasets.preferences.from_swift`), as JSON, JSON Lines or
-Parquet."""
+"""ms-swift's RLHF data, as JSON, JSON Lines or Parquet.
+
+See :func:`~mmedpo_ray.datasets.preferences.from_swift`.
+"""
 
 from __future__ import annotations
 

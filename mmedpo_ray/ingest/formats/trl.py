@@ -1,5 +1,7 @@
-"""TRL's preference data (:func:`~mmedpo_ray.datasets.preferences.from_trl`), as JSON, JSON Lines or
-Parquet."""
+"""TRL's preference data, as JSON, JSON Lines or Parquet.
+
+See :func:`~mmedpo_ray.datasets.preferences.from_trl`.
+"""
 
 from __future__ import annotations
 

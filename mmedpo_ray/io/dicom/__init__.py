@@ -73,8 +73,7 @@ def count_frames(data: bytes, name: str, max_bytes: int | None = None) -> int:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Silences warnings, which quote the file's tags, and arithmetic on odd windows; makes an
-    :class:`ImageError` of any error."""
+    """Silences warnings, which quote tags, and raises any error as an :class:`ImageError`."""
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")

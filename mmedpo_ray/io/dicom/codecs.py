@@ -1,5 +1,4 @@
-"""The decoder that pydicom gets beside Pillow: imagecodecs, which binds libjpeg-turbo, CharLS and OpenJPEG
-(all BSD or alike).
+"""A decoder for pydicom: imagecodecs, which binds libjpeg-turbo, CharLS and OpenJPEG.
 
 It reads lossless and 12-bit JPEG, JPEG-LS, and the JPEG 2000 that Pillow does not. GDCM does too, but ends
 the process on some damaged files and on lossless JPEG of fewer than 8 bits, which takes all other images of a
@@ -84,8 +83,7 @@ def _pixels(source: bytes, runner: DecodeRunner) -> np.ndarray:
 
 
 def _frame_header(source: bytes) -> tuple[int, int, int, int]:
-    """Bits of a sample, rows, columns and samples that a JPEG or JPEG-LS frame declares (ITU-T T.81,
-    B.2.2)."""
+    """Bits, rows, columns and samples per pixel that a JPEG or JPEG-LS frame declares (T.81, B.2.2)."""
     place = 2
     while place + 10 <= len(source):
         marker = source[place + 1]

@@ -1,5 +1,4 @@
-"""DICOM files whose data set is deflated (PS3.5 A.5), inflated up to a limit, which pydicom's reader has
-not."""
+"""Inflates deflated DICOM data sets (PS3.5 A.5) up to a limit, which pydicom's reader has not."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def inflated(data: bytes, name: str, max_bytes: int) -> bytes:
 
 
 def _header(data: bytes) -> tuple[int, slice | None]:
-    """Where the group of the header (0002, explicit, little-endian) ends, and where the value of its transfer
-    syntax is."""
+    """Where the header's group 0002 ends, and where the value of its transfer syntax is."""
     if data[_HEADER - 4 : _HEADER] != b"DICM":
         return 0, None
     place, syntax = _HEADER, None

@@ -51,8 +51,7 @@ def show_grey(
 
 
 class _Grey:
-    """The values of one frame on their way to the screen: of every code that pixels may have, or of every
-    pixel."""
+    """The values of one frame on their way to the screen: for each possible code, or for each pixel."""
 
     def __init__(self, words: np.ndarray, bits: Bits, tags: DisplayTags) -> None:
         self.notes: Notes = []
@@ -67,8 +66,7 @@ class _Grey:
         self._values = self._modality(stored)
 
     def image(self, shown: np.ndarray, *, inverted: bool = False) -> Image.Image:
-        """The image whose pixels are the shown value of each stored one; ``inverted`` turns the range that
-        occurs round."""
+        """The image of the shown values; ``inverted`` reverses the range that occurs."""
         pixels = shown if self._codes is None else read_off(shown, _unsigned(self._words))
         if inverted:
             pixels = (255 if pixels.dtype == np.uint8 else pixels.max()) - pixels
@@ -105,8 +103,7 @@ class _Grey:
         return self._values * rescale[0] + rescale[1]
 
     def by_table(self) -> np.ndarray | None:
-        """The VOI table applied, uint8; its own maximum is white, as tables often declare more bits than they
-        use."""
+        """Applies the VOI table, uint8; its own maximum is white, since tables often declare unused bits."""
         table = sequence_table(self._tags, "VOILUTSequence", self._values, self._highest)
         if table is None or table.entries.max() <= 0:
             return None
@@ -130,8 +127,7 @@ class _Grey:
         return _grey((values - (center - 0.5)) / (width - 1) + 0.5)
 
     def full_range(self) -> np.ndarray:
-        """All values: as they are where 8 bits hold them, few bits spread over 8, else as uint16 from 0,
-        scaled only if they need it."""
+        """Shows all values: 8 bits unchanged, few bits spread over 8, else uint16, scaled if needed."""
         inside = occurring = self._full_occurring()
         if self._is_padding is not None:
             # What pads the image to a rectangle is far outside the range of the rest.
@@ -172,8 +168,7 @@ class _Grey:
 def _padding(
     raw: np.ndarray, stored: np.ndarray, bits: Bits, tags: DisplayTags
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Which values only pad the image (None: none is declared), and the stored values with padding as it was
-    meant.
+    """Which values only pad the image (None: none declared), and the stored values with the right padding.
 
     The standard lets padding lie outside the range of the bits that hold pixels; cut off, it would be a grey
     among others.
@@ -193,8 +188,7 @@ def _between(values: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
 
 
 def _codes(stored: np.ndarray) -> np.ndarray | None:
-    """Every value that pixels of this type can have, by their bits read as an unsigned number; None beyond 16
-    bits."""
+    """Every value that pixels of this type can have, indexed by their bits; None beyond 16 bits."""
     if stored.dtype.kind not in "iu" or stored.dtype.itemsize > 2:
         return None
     bits = 8 * stored.dtype.itemsize

@@ -1,5 +1,7 @@
-"""Lookup tables of DICOM (modality, VOI, palette), in every packing that files have (PS3.3 C.11.1, C.11.2,
-C.7.6.3.1.5)."""
+"""Lookup tables of DICOM (modality, VOI, palette), in every packing that files have.
+
+PS3.3 C.11.1, C.11.2, C.7.6.3.1.5.
+"""
 
 from __future__ import annotations
 
@@ -106,8 +108,7 @@ def _table(item: Dataset, descriptor: str, data: str, is_little: bool, is_signed
 
 
 def _units(value: Any, is_little: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A table's data as words, and as bytes: of two in a word the lower comes first, whatever the order of
-    bytes."""
+    """A table's data as words, and as bytes with the lower byte of each word first."""
     if isinstance(value, bytes | bytearray):
         whole = bytes(value) + b"\0" * (len(value) % 2)
         words = np.frombuffer(whole, "<u2" if is_little else ">u2")
@@ -158,8 +159,7 @@ def _segment(units: list[int], place: int, found: list[int]) -> int:
 
 
 def _repeat(units: list[int], place: int, found: list[int], width: int) -> int:
-    """Adds earlier segments again: their number, and the place of the first in bytes, which has 32 bits, low
-    ones first."""
+    """Copies earlier segments; the operands are their number and the offset of the first in bytes."""
     end = place + 2 + 4 // width
     start = sum(unit << (8 * width * number) for number, unit in enumerate(units[place + 2 : end])) // width
     for _ in range(units[place + 1]):

@@ -149,8 +149,7 @@ def _complete(dataset: Dataset) -> None:
 
 
 def _settle_subsampling(dataset: Dataset) -> None:
-    """Uncompressed halved differences (YBR_FULL_422): some files have them whole after all, some more frames
-    than they declare."""
+    """Uncompressed YBR_FULL_422; some files store it whole, some hold more frames than they declare."""
     pixels = dataset.Rows * dataset.Columns * frames_of(dataset)
     length = len(dataset.PixelData)
     if 0 <= length - 3 * pixels <= 1:

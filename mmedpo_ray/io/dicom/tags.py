@@ -1,5 +1,4 @@
-"""Reading of display tags: numbers that are none, terms in odd spellings, functional groups of enhanced
-images.
+"""Reads display tags: malformed numbers, odd spellings, functional groups of enhanced images.
 
 Tags hold patient data, so nothing here puts a value into a message.
 """
@@ -20,8 +19,7 @@ _MACROS = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 
 
 class DisplayTags:
-    """The tags that say how stored values of one frame are shown: those of the frame, else the shared ones,
-    else those on top.
+    """The display tags of one frame: its own, else the shared ones, else those of the data set.
 
     Args:
         dataset: of the file.
@@ -65,8 +63,7 @@ class DisplayTags:
         return min(bounds), max(bounds)
 
     def _as_stored(self, value: float) -> float:
-        """A value as pixels of this file would be read: its tag may have the other of the two types (US,
-        SS)."""
+        """A value read as this file's pixels are: its tag may have the other type (US, SS)."""
         bits = int(self.dataset.get("BitsAllocated") or 16)
         if bits > 16:
             return value
@@ -85,8 +82,7 @@ def _functional_groups(dataset: Dataset, frame: int) -> Iterable[Dataset]:
 
 
 def numbers(dataset: Dataset, name: str) -> list[float | None]:
-    """The numbers of a tag in their order, None for one that is no finite number; empty where the tag is
-    missing or empty."""
+    """The numbers of a tag in order, None for one that is not finite; empty if the tag is missing."""
     if name not in dataset:
         return []
     try:
@@ -124,8 +120,7 @@ def frames_of(dataset: Dataset) -> int:
 
 
 def term(dataset: Dataset, name: str) -> str:
-    """A term in capitals with one underscore for each gap; empty where there is none: "Linear exact" is
-    LINEAR_EXACT."""
+    """A term in capitals with underscores for gaps, "Linear exact" → LINEAR_EXACT; empty if missing."""
     try:
         value = dataset.get(name)
     except Exception:
@@ -134,8 +129,7 @@ def term(dataset: Dataset, name: str) -> str:
 
 
 def _function(named: str, width: float) -> str:
-    """The window function; one that is not known is linear, and a linear window narrower than 1 is meant
-    exactly."""
+    """The window function; unknown ones are linear, and a linear width under 1 is LINEAR_EXACT."""
     if named in ("SIGMOID", "LINEAR_EXACT"):
         return named
     return "LINEAR" if width >= 1 else "LINEAR_EXACT"
@@ -148,8 +142,7 @@ _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YB
 
 
 def photometric(dataset: Dataset, *, is_jpeg: bool) -> str:
-    """The photometric interpretation in its standard spelling; what is unknown is grey, or colour as its
-    compression has it.
+    """The photometric interpretation in its standard spelling; unknown ones follow the compression.
 
     Args:
         dataset: of the file.

@@ -62,8 +62,10 @@ def changes_fact(reference: str, edited: str, question: str = "") -> bool:
 
 
 def _contradicts(reference: str, edited: str, question: str = "") -> bool:
-    """Whether the lexicon sees a contradiction; a finding that the reference has in words beyond the lexicon
-    is not invented."""
+    """Whether the lexicon sees a contradiction.
+
+    A finding that the reference states in words unknown to the lexicon does not count as invented.
+    """
     return any(
         conflict.kind != "invented" or _meaning(conflict.subject) not in _meanings(reference)
         for conflict in lexicon.contradictions(reference, edited, question)
@@ -71,8 +73,7 @@ def _contradicts(reference: str, edited: str, question: str = "") -> bool:
 
 
 def _plain(text: str) -> str:
-    """The text in one spelling, with lengths in millimetres, and one word for "nothing abnormal" or "no
-    change"."""
+    """The text in one spelling: lengths in millimetres, one word for "nothing abnormal" or "no change"."""
     text = lexicon.in_millimetres(lexicon.canonical(text))
     return _NO_CHANGE.sub("unchanged", _ALL_NORMAL.sub("normal", text))
 
@@ -88,8 +89,11 @@ def _place(before: list[str], after: list[str]) -> tuple[int, list[str], list[st
 
 
 def _denies(text: str, word: int) -> bool:
-    """Whether a word of the text stands where the text denies what it says: after a negation up to a comma,
-    unless the commas belong to a list ("no effusion, nodule or mass")."""
+    """Whether the text denies one of its words.
+
+    That is a word after a negation up to a comma, unless the commas belong to a list ("no effusion, nodule or
+    mass").
+    """
     places = [match.start() for match in re.finditer(r"\S+", text)]
     position = places[word] if word < len(places) else len(text)
     for start, end in lexicon.negated_spans(text):
@@ -106,8 +110,7 @@ def _is_well(positive: str, negative: str) -> bool:
 
 
 def _replaces_a_word(before: str, after: str, has_lengths: bool) -> bool:
-    """Whether a word beyond the lexicon went and another came, neither of them a word of seeing or one of the
-    same meaning."""
+    """Whether an unknown word was replaced by another, neither a verb of seeing nor a synonym."""
     wanted, given = _meanings(before), _meanings(after)
     lacking, added = wanted - given, given - wanted
     if has_lengths:

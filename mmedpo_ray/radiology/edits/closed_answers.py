@@ -1,5 +1,4 @@
-"""Turns a yes into a no and back, with the statement behind it: "Yes, there is a nodule" → "No, there is no
-nodule"."""
+"""Turns yes into no and back: "Yes, there is a nodule" → "No, there is no nodule"."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""An edit of one fact, and how replaced words take over capitals, number and article from the text around
-them."""
+"""An edit of one fact; replaced words keep capitals, number and article of the text."""
 
 from __future__ import annotations
 

@@ -227,8 +227,7 @@ def _claimed(answer: str) -> Iterator[str]:
 
 
 def _claim(match: re.Match[str], claim: str, rest: str, tail: str, before: str) -> str | None:
-    """What replaces a denied list of one of the four patterns; None if the claim makes no sense behind the
-    words before it.
+    """The replacement of a denied list of one of the four patterns; None if it would make no sense there.
 
     Args:
         match: of the pattern; its last group is the list.

@@ -89,8 +89,7 @@ def statement_edits(answer: str) -> Iterator[Edit]:
 
 
 def _heart_enlarged(match: re.Match[str]) -> str:
-    """ "Heart size and mediastinal contours are normal" → "Heart size is enlarged and mediastinal contours
-    are normal"."""
+    """The heart alone enlarged: "Heart size and … are normal" → "Heart size is enlarged and … are normal"."""
     subject, beside, verb = match.group(1), match.group(2), match.group(3)
     if not beside or not verb:
         return f"{subject}{beside}{verb or ''} enlarged"
@@ -121,8 +120,7 @@ def clear_lung_edits(answer: str, findings: list[tuple[str, bool]]) -> Iterator[
 
 
 def abnormality_edits(answer: str, question: str, vocabulary: frozenset[str]) -> Iterator[Edit]:
-    """ "No abnormality" → the name of a finding; "No acute intracranial abnormality" → "Acute infarct" or
-    without its "No"."""
+    """ "No abnormality" → a finding; "No acute intracranial abnormality" → "Acute infarct"."""
     said = lexicon.facts(answer)
     if len(said) != 1 or said[0].finding != "abnormality" or said[0].present:
         return

@@ -1,5 +1,4 @@
-"""Writes a dispreferred answer by changing one fact of the reference: a side, a finding, a negation, a zone,
-a number.
+"""Writes a dispreferred answer: one fact of the reference changed (side, finding, negation, zone, number).
 
 What is left is word for word the reference, so that length and style give nothing away and the preference is
 about the fact alone. Every edit is checked with the lexicon to make the answer wrong: a wider word ("mass"
@@ -57,8 +56,7 @@ def vocabulary_of(texts: Iterable[str]) -> frozenset[str]:
 def rule_edit(
     answer: str, question: str, rng: np.random.Generator, vocabulary: frozenset[str] | None = None
 ) -> Edit | None:
-    """Changes one fact of an answer, drawn evenly over the kinds of fact it states; None where it states none
-    we know.
+    """Changes one fact of an answer, drawn evenly over its kinds of fact; None if it has none we know.
 
     Args:
         answer: reference answer.
@@ -82,8 +80,7 @@ def _drawn_edit(
 
 
 def _shouted(answer: str, question: str, rng: np.random.Generator, vocabulary: frozenset[str]) -> Edit | None:
-    """The edit of an answer in capitals, in capitals: by the grammar of the same answer in ordinary
-    letters."""
+    """The edit of an answer in capitals, made as for ordinary letters and put in capitals again."""
     small = _SENTENCE_BEGIN.sub(lambda begin: begin.group().upper(), _SIDE_CAPITAL.sub(_lower, answer))
     if small.upper() != answer:
         return None
@@ -107,8 +104,7 @@ def _drawn(by_axis: dict[str, Iterable[Edit]], rng: np.random.Generator) -> Iter
 
 
 def _first_fitting(answer: str, question: str, edits: Iterable[Edit]) -> Edit | None:
-    """The first edit that makes the answer wrong in one fact; where there is none, the first that makes it
-    wrong."""
+    """The first edit that makes the answer wrong in exactly one fact, else the first that makes it wrong."""
     second_best: list[Edit] = []
     for edit in edits:
         if lexicon.equivalent(answer, edit.text):
@@ -129,8 +125,7 @@ def _is_one_fact(found: tuple[lexicon.Conflict, ...]) -> bool:
 
 
 def _edits(answer: str, question: str, vocabulary: frozenset[str]) -> dict[str, Iterable[Edit]]:
-    """All edits by the kind of fact that they change; those of a kind are made when it is drawn, but for the
-    first."""
+    """All edits by kind of fact; those of a kind are made when it is drawn, except the first."""
     # A closed answer has one fact; everything behind it is comment.
     if closed := list(polarity_edits(answer)):
         return {"polarity": closed}

@@ -1,5 +1,4 @@
-"""The place of a mention in an answer, and which other concepts fit it, in its spelling, number, capitals and
-article."""
+"""A mention in an answer, and the concepts that can replace it in its spelling, number and article."""
 
 from __future__ import annotations
 
@@ -85,8 +84,7 @@ _AT_AN_END = re.compile(r"\s*(?:$|[.,;:])")
 
 
 class Slot:
-    """The place of a mention in an answer, which other concepts can take in its spelling, number, capitals
-    and article.
+    """A mention in an answer, which other concepts can replace in its spelling, number and article.
 
     Args:
         answer: the answer.

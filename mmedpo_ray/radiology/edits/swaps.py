@@ -1,5 +1,4 @@
-"""Puts another concept in the place of one that an answer names: the other side, another zone, a finding that
-looks alike."""
+"""Swaps a concept for another: the other side, another zone, a finding that looks alike."""
 
 from __future__ import annotations
 
@@ -66,8 +65,7 @@ _COMPOUND = re.compile(r"-\w|/\w")
 
 
 def swap_edits(answer: str, question: str, vocabulary: frozenset[str]) -> dict[Axis, Iterator[Edit]]:
-    """Edits that exchange one mention, by what the words around it allow; by the kind of fact, each made when
-    it is asked for.
+    """Edits that replace one mention, by kind of fact, each made when it is asked for.
 
     Args:
         answer: reference answer.
@@ -120,8 +118,7 @@ def _exchanges(
 
 
 def _filled_again(text: str, concept: Concept, target: Concept) -> str | None:
-    """The text with the target also where the concept is named again: "Transverse plane (axial)" has one
-    plane, not two."""
+    """Replaces further mentions of the concept too: "Transverse plane (axial)" has one plane, not two."""
     found = mentions(text)
     index = next((index for index, mention in enumerate(found) if mention.concept is concept), None)
     return text if index is None else Slot(text, found, index).filled(target)
@@ -162,8 +159,7 @@ def _targets(
     named: set[str],
     slot: Slot,
 ) -> tuple[Concept, ...]:
-    """What may stand in for a concept: the question's other option, else what the data set talks about, else
-    anything."""
+    """What may replace a concept: the question's other option, else words of the data set, else anything."""
     if options and concept.name in options:
         other = options[1 - options.index(concept.name)]
         return (CONCEPTS[other],) if other in CONCEPTS else ()

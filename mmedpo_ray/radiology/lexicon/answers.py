@@ -1,5 +1,4 @@
-"""Answers beside their question or another answer: what a yes or no means, which option was chosen, whether
-two say the same."""
+"""Compares an answer with its question or another answer: its yes or no, the option it chose."""
 
 from __future__ import annotations
 
@@ -111,8 +110,7 @@ def _sizes(text: str) -> list[str]:
 
 @lru_cache(maxsize=2048)
 def _opposites(text: str) -> tuple[tuple[str, ...], ...]:
-    """Concepts that exclude each other and are named together, in order: "dark centre, bright rim" is not its
-    reverse."""
+    """Mutually exclusive concepts in their order: "dark centre, bright rim" is not its reverse."""
     groups: dict[str, list[str]] = {}
     for mention in mentions(text):
         if mention.concept.axis not in ("finding", "anatomy"):
@@ -168,15 +166,13 @@ def implied_polarity(question: str, answer: str) -> Polarity | None:
 
 
 def _is_elsewhere(question: str, answer: str) -> bool:
-    """Whether the answer is about another side, size, study or part than the question, and not about the one
-    asked for."""
+    """Whether the answer names another side, size, study or part than the question, and not that one."""
     asked, said = _named(question), _named(answer)
     return any(group in said and not names & said[group] for group, names in asked.items())
 
 
 def _named(text: str) -> dict[str, set[str]]:
-    """What a text names beside findings, by the groups of what excludes each other; parts of the body are
-    one."""
+    """Everything a text names except findings, by groups that exclude each other."""
     named: dict[str, set[str]] = {}
     for mention in mentions(text):
         concept = mention.concept
@@ -188,8 +184,7 @@ def _named(text: str) -> dict[str, set[str]]:
 
 
 def _agreement(question: str, answer: str) -> bool | None:
-    """Whether question and answer say the same of the findings that both name; None where they disagree among
-    each other."""
+    """Whether question and answer agree on the findings that both name; None if they agree on some only."""
     asked, said = _presence(question) or _asked_overall(question), _presence(answer)
     if _LOOKS_NORMAL.search(answer):
         said.setdefault("abnormality", False)
@@ -257,8 +252,7 @@ def _telling(text: str) -> list[Term]:
 
 
 def _repeats(question: str, answer: str) -> bool | None:
-    """Whether the answer says of the very words of the question that it is so, or denies one of them; else
-    None.
+    """Whether the answer affirms or denies the question's own words; None if neither.
 
     It is so where all of them occur in their order; they are denied where a thing that the answer denies
     begins with one.
@@ -297,8 +291,7 @@ def _in_order(wanted: list[str], said: list[str]) -> bool:
 
 
 def choices(question: str) -> tuple[str, str] | None:
-    """The options of an "A or B" question, lower case ("Is this a CT or an MRI?" -> ("ct", "mri")); else
-    None."""
+    """The options of an "A or B" question: "Is this a CT or an MRI?" → ("ct", "mri"); else None."""
     match = _CHOICE.search(question)
     if match is None or match.group(2).lower() in ("not", "no"):
         return None

@@ -49,8 +49,7 @@ class Conflict:
 
 @lru_cache(maxsize=4096)
 def conflicts(reference: str, answer: str, question: str = "") -> tuple[Conflict, ...]:
-    """Where an answer disagrees with the reference, most severe first; empty where the lexicon sees no
-    difference.
+    """Where an answer disagrees with the reference, most severe first; empty if nowhere.
 
     Args:
         reference: Reference answer.
@@ -155,8 +154,7 @@ def _attribute_conflicts(expected: Fact, stated: Fact) -> list[Conflict]:
 
 
 def _flat_conflicts(reference: str, answer: str, known: set[str]) -> list[Conflict]:
-    """Compares everything stated but findings group by group, for short answers that name no finding ("Left
-    upper zone")."""
+    """Compares everything except findings, group by group, for short answers ("Left upper zone")."""
     expected, stated = _by_group(reference), _by_group(answer)
     found: list[Conflict] = []
     for group, (axis, names, relevance) in expected.items():

@@ -64,8 +64,7 @@ _VAGUE = word_set("vague") | INTRODUCING
 def contradictions(
     reference: str, answer: str, question: str = "", *, is_complete: bool = False
 ) -> tuple[Conflict, ...]:
-    """The conflicts in which an answer says something else than the reference; to say less, or it in a wider
-    word, is none.
+    """The conflicts of an answer with its reference; to say less, or the same in a wider word, is none.
 
     Besides those of :func:`~mmedpo_ray.radiology.lexicon.conflicts.conflicts` these count: a place of another
     kind ("liver" for "lung", unless one lies in the other), another study ("CT" for "T2"), another length, a
@@ -113,8 +112,7 @@ def contradictions(
 
 
 def names_another(reference: str, answer: str, question: str = "") -> bool:
-    """Whether a word beyond the lexicon stands in the place of one of the reference: "psoas minor" for "psoas
-    major".
+    """Whether an unknown word replaces one of the reference: "psoas minor" for "psoas major".
 
     Words are compared in order, without those of the question. A word that is only left out, or added, is no
     other one; nor is what an undecided answer says, or what one denies ("Axial, not coronal"). Where both
@@ -177,14 +175,15 @@ def are_kin(finding: str, others: set[str]) -> bool:
 
 
 def _is_one_of_two(reference: str, answer: str) -> bool:
-    """Whether the answer names a side of "left and right": it is part of that as it is written, though
-    another than "both"."""
+    """Whether the answer names one side of "left and right", which is not the value "both"."""
     return _sides(reference) == {"left", "right"} and len(_sides(answer)) == 1
 
 
 def without_wider(reference: str, answer: str, found: Sequence[Conflict]) -> tuple[Conflict, ...]:
-    """The conflicts but for findings that the answer tells in a wider word, of the same place: the narrower
-    one missed, the wider one invented."""
+    """The conflicts without findings that the answer names in a wider word at the same place.
+
+    Such a finding would count twice: the narrower one missed and the wider one invented.
+    """
     missed, invented = (
         [
             fact
@@ -213,15 +212,13 @@ def _are_elsewhere(one: Fact, other: Fact) -> bool:
 
 
 def _is_part(stated: str | None, expected: str | None) -> bool:
-    """Whether of several things that the reference names the answer names some and nothing else: "left" of
-    "left, right"."""
+    """Whether the answer names some of the reference's things and nothing else: "left" of "left, right"."""
     some, every = (set((names or "").split(", ")) for names in (stated, expected))
     return some < every
 
 
 def _denied(reference: str, expected: set[str], answer: str, question: str) -> list[Conflict]:
-    """ "Normal" or "No" where the reference has a finding; "The liver is not visible" where it says where the
-    liver is."""
+    """ "Normal" where the reference has a finding; "The liver is not visible" where it is located."""
     if expected and not facts(answer) and (_ALL_WELL.search(answer) or stated_polarity(answer) == "no"):
         name = max(sorted(expected), key=relevance_of)
         return [Conflict("finding", "contradicted", name, "present", "absent", relevance_of(name))]
@@ -243,8 +240,7 @@ def _denied(reference: str, expected: set[str], answer: str, question: str) -> l
 
 
 def _denied_word(reference: str, answer: str, question: str) -> str | None:
-    """A word of the question, or the whole reference, that the answer denies and does not state; None where
-    there is none."""
+    """A word of the question, or the whole reference, that the answer denies; else None."""
     if not is_negated(answer) or (asks_count(question) and count(reference) == (0, 0)):
         return None
     kept = {term.name for term in terms(stated(answer))}
@@ -294,8 +290,7 @@ def _other_quantity(reference: str, answer: str) -> list[Conflict]:
 
 
 def _are_quantities(reference: str, answer: str, question: str) -> bool:
-    """Whether both answers are a measurement of one kind, or a count where one is asked for: numbers tell,
-    not words."""
+    """Whether both answers are measurements of one kind, or counts: then numbers decide, not words."""
     if asks_count(question) and count(reference) is not None and count(answer) is not None:
         return True
     return bool((lengths(reference) and lengths(answer)) or (shares(reference) and shares(answer)))

@@ -85,8 +85,7 @@ class Fact(NamedTuple):
 
 @lru_cache(maxsize=_KEPT)
 def facts(text: str) -> tuple[Fact, ...]:
-    """The findings that a text asserts or denies, each with the side, zone and size said of it, in order,
-    without repeats."""
+    """The findings that a text asserts or denies, in order, each once, with side, zone and size."""
     found: dict[Fact, None] = {}
     text = canonical(text)
     for start, end in sentence_spans(text):
@@ -97,8 +96,7 @@ def facts(text: str) -> tuple[Fact, ...]:
 
 
 def restated(text: str) -> str:
-    """The text with statements about heart and lungs put as the finding that they amount to, or as its
-    absence."""
+    """Replaces statements about heart and lungs by the finding that they mean, or by its absence."""
     return ". ".join(_restated(sentence) for sentence in _SENTENCE.split(text) if sentence)
 
 
@@ -128,8 +126,10 @@ def is_negated(text: str) -> bool:
 
 @lru_cache(maxsize=2048)
 def negated_spans(text: str) -> tuple[tuple[int, int], ...]:
-    """Places ``text[start:end]`` whose statements the text denies or sets apart ("rather than"): in a
-    statement, what follows a negation, and what stands before "is absent" and the like."""
+    """Spans ``text[start:end]`` that the text denies or excludes ("rather than").
+
+    Within a statement: what follows a negation, and what precedes "is absent" and the like.
+    """
     return tuple(
         (start + offset, end + offset)
         for offset, last in sentence_spans(text)
@@ -214,8 +214,7 @@ def absent_subjects(text: str) -> list[str]:
 
 @lru_cache(maxsize=_KEPT)
 def sentence_spans(text: str) -> tuple[tuple[int, int], ...]:
-    """The sentences of a text as ``text[start:end]``, without what ends them; "but" and the like begin
-    another."""
+    """The sentences of a text as spans ``text[start:end]``; "but" and the like start a new one."""
     spans, start = [], 0
     for stop in _SENTENCE.finditer(text):
         spans.append((start, stop.start()))
@@ -225,8 +224,7 @@ def sentence_spans(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _clauses(sentence: str) -> list[tuple[str, bool]]:
-    """Splits a sentence so that each part has one polarity, and so that each finding keeps its own
-    attributes.
+    """Splits a sentence into parts of one polarity, where each finding keeps its own attributes.
 
     What it cannot exclude is in none of the parts.
     """
@@ -254,8 +252,7 @@ def _parts(statement: str) -> list[tuple[str, bool]]:
 
 
 def _split_joints(text: str) -> list[str]:
-    """Splits at commas, "and" and "with" where a finding stands on both sides ("A in the left lung and B in
-    the right")."""
+    """Splits at commas, "and" and "with" between two findings ("A in the left lung and B in the right")."""
     findings = [mention for mention in mentions(text) if mention.concept.axis == "finding"]
     parts: list[str] = []
     start = following = 0

@@ -1,5 +1,4 @@
-"""Text that is about the task instead of the image: leaked prompts, role tags, refusals, notes about the
-making of a pair.
+"""Finds text about the task instead of the image: leaked prompts, role tags, refusals, notes.
 
 One definition for the filter of text pairs and for the audit; ingest drops reference answers only for its
 surest part, :func:`is_leaked_prompt`. ``data/meta_text.yaml`` and ``data/meta_text_chinese.yaml`` have the
@@ -57,8 +56,7 @@ def is_leaked_prompt(text: str) -> bool:
 
 
 def is_meta_text(text: str) -> bool:
-    """Whether the text talks about the task instead of the image: leaked prompts, role tags, refusals, notes
-    on an edit."""
+    """Whether the text is about the task, not the image: leaked prompts, role tags, refusals, notes."""
     low = lowered(text)
     if _LEAK.search(low):
         return True

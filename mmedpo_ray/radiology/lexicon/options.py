@@ -135,8 +135,7 @@ def _chinese(text: str) -> tuple[Option, ...]:
 
 
 def chosen(text: str, question: str) -> int | None:
-    """Which of the question's options a text decides for, from 0; None where it decides for none, or names
-    several.
+    """The option of the question that a text decides for, from 0; None if none or several.
 
     By its letter, or by its words in a sentence that names one alone and does not deny it: the first such
     sentence, else the last. Options that mean yes and no are decided as such.
@@ -175,8 +174,7 @@ def _chosen(text: str, offered: Sequence[Option], question: str) -> int | None:
 
 
 def _other_than_denied(sentences: Sequence[str], offered: Sequence[Option]) -> int | None:
-    """Of two options the one that is left where the other alone is named, and denied: "not malignant" of
-    benign or malignant."""
+    """The other of two options where one alone is denied: "not malignant" of benign or malignant."""
     named = {index for sentence in sentences for index in _named_in(sentence, offered, denied=True)}
     if len(offered) != 2 or len(named) != 1 or not any(is_negated(s) or "non " in s for s in sentences):
         return None
@@ -209,8 +207,7 @@ def stated_sentences(text: str) -> list[str]:
 
 
 def _named_in(sentence: str, offered: Sequence[Option], *, denied: bool = False) -> list[int]:
-    """The options that a sentence names; one whose words are part of a longer one that is named too is
-    not."""
+    """The options that a sentence names, without those that are part of a longer one it names."""
     spelled = [tokens(_NON.sub("non ", option.text)) for option in offered]
     named = [
         index

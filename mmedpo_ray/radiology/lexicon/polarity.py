@@ -178,8 +178,7 @@ def is_open(answer: str) -> bool:
 
 
 def chinese_polarity(question: str, answer: str) -> Polarity | None:
-    """The yes or no of a Chinese answer, also where it is a statement about what was asked; None where it is
-    about something else."""
+    """The yes or no of a Chinese answer or statement; None if it is about something else."""
     text = same_characters(final_answer(answer))
     return _chinese_stated(text) or _chinese_statement(same_characters(question), text)
 
@@ -250,8 +249,7 @@ def _polarity_of_clause(clause: str, asked: frozenset[str]) -> Polarity | None:
 
 @lru_cache(maxsize=_KEPT)
 def _pieces(question: str) -> frozenset[str]:
-    """What a Chinese question asks for: its Latin words, and pairs of the characters that are no function
-    words."""
+    """The subject of a Chinese question: its Latin words, and pairs of its content characters."""
     rest = _ZH_FUNCTION.sub(" ", question)
     found = {word.casefold() for word in re.findall(r"[A-Za-z][A-Za-z0-9-]*", rest)}
     for run in re.findall(r"[\u3400-\u9fff]+", rest):

@@ -44,14 +44,12 @@ _FEWEST_LETTERS = 5
 
 @lru_cache(maxsize=4096)
 def asks_property(question: str) -> bool:
-    """Whether a question presupposes a finding and asks something of it; also whether it asks for a
-    change."""
+    """Whether a question presupposes a finding and asks for a property or a change of it."""
     return bool(_properties(question)) or bool(re.search(r"\bchanges?\b", question, re.IGNORECASE))
 
 
 def quantity_polarity(question: str, answer: str) -> Polarity | None:
-    """The answer of a size or a count to a question that names one: "larger than 3 cm", "two nodules"; else
-    None."""
+    """The yes or no of a size or count to a question with one: "larger than 3 cm", "two nodules"; or None."""
     asked, said = lengths(question), lengths(answer)
     if asked and said:
         return "no" if are_apart(asked, said) else "yes"
@@ -63,8 +61,7 @@ def quantity_polarity(question: str, answer: str) -> Polarity | None:
 
 
 def property_polarity(question: str, answer: str) -> Polarity | None:
-    """Whether an answer says the property of a finding that a question asks for, or one that excludes it;
-    else None.
+    """Whether an answer states the asked property of a finding, or one that excludes it; else None.
 
     Args:
         question: one that :func:`asks_property`.
@@ -101,8 +98,7 @@ def _by_stem(properties: Sequence[str], said: Sequence[str], answer: str) -> Pol
 
 @lru_cache(maxsize=4096)
 def _properties(question: str) -> tuple[str, ...]:
-    """What is asked of the finding that a question begins with; nothing where it asks for the finding
-    itself."""
+    """The property that a question asks of its first finding; empty if it asks for the finding itself."""
     if not _DEFINITE.match(question):
         return ()
     asked = [

@@ -1,5 +1,4 @@
-"""Counts and measurements as intervals, so that "several" agrees with 3 and "<5 mm" with 3 mm but not with
-">5 mm"."""
+"""Counts and measurements as intervals: "several" agrees with 3, "<5 mm" with 3 mm, not with ">5 mm"."""
 
 from __future__ import annotations
 

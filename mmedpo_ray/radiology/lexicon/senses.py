@@ -1,5 +1,4 @@
-"""Words of the vocabulary that mean something else where they stand: "was left in the ward", "body mass
-index".
+"""Words that mean something else in their context: "was left in the ward", "body mass index".
 
 Such a word is no mention: no edit changes it, and no reading of facts counts it. ``data/other_senses.yaml``
 has the rules.

@@ -103,8 +103,7 @@ _LONGEST_INITIALS = 24
 
 @lru_cache(maxsize=_KEPT)
 def canonical(text: str) -> str:
-    """The text with characters, abbreviations, both sides, normality and comparisons in one spelling; places
-    in it may move."""
+    """The text in one spelling of characters, abbreviations, sides and normality; positions may move."""
     text = same_characters(text)
     if len(text) <= _LONGEST_ABBREVIATION:
         whole = _WHOLE_ABBREVIATION.fullmatch(text)
@@ -116,8 +115,7 @@ def canonical(text: str) -> str:
 
 
 def sense(text: str) -> Literal["normal", "none"] | None:
-    """What a whole answer amounts to, if it says no more than that all is normal ("normal") or that there is
-    none ("none").
+    """ "normal" or "none" if the whole answer says no more than that; else None.
 
     Args:
         text: a canonical answer.
@@ -138,8 +136,7 @@ def synonym(word: str) -> str:
 
 
 def abbreviates(one: str, other: str) -> bool:
-    """Whether one text is a word in capitals, made of the initials of the other: "CNS" and "The central
-    nervous system".
+    """Whether one string is made of the initials of the other: "CNS", "The central nervous system".
 
     A word that the vocabulary knows stands for nothing else ("CT" is no chest tube), nor does a yes or no.
     """

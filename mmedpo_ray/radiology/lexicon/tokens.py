@@ -1,5 +1,4 @@
-"""The tokens by which two texts are compared: numbers, signs, units and single letters count, spelling does
-not.
+"""The tokens by which answers are compared: numbers, signs, units and single letters count.
 
 tokens("The T2-weighted scan, 5–10 mm") -> ["t2", "weighted", "scan", "5", "-", "10", "mm"]
 tokens("<5 mm")                         -> ["<5", "mm"]

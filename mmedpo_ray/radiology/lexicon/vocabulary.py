@@ -89,8 +89,10 @@ _CAPITAL = re.compile(r"[LR](?=\s+[a-z])")
 
 
 def _pattern(forms: Iterable[str]) -> str:
-    """A regular expression that matches the longest of some words, letter by letter: alternatives one after
-    the other would cost ten times as much."""
+    """A regular expression that matches the longest of some words.
+
+    Built letter by letter: plain alternatives would cost ten times as much.
+    """
     tree: dict[str, Any] = {}
     for form in forms:
         node = tree

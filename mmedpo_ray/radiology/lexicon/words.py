@@ -61,8 +61,7 @@ def words(text: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=_KEPT)
 def content_words(text: str) -> frozenset[str]:
-    """The words that carry meaning: fillers left out, plurals folded, known spellings replaced by their
-    concept's name."""
+    """Content words: fillers removed, plurals folded, known spellings replaced by their concept's name."""
     pieces, position = [], 0
     for mention in mentions(text):
         pieces += [text[position : mention.start], " ", mention.concept.name, " "]
