@@ -5,7 +5,7 @@
     [--chart FILE.svg]
 
 The rows are made up: questions and answers of the phantom world, every fourth row a report of several
-sentences put together from findings, sides, zones and degrees, so that most reports occur once. They lie in
+sentences made of findings, sides, zones and degrees, so that most reports occur once. They lie in
 Parquet files in Hugging Face style (row groups of 1,000) and share eight images; there is no visual curation,
 and weights match moments.
 

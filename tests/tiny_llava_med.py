@@ -3,7 +3,7 @@
     original = build_tiny_llava_med(tmp_path / "llava-med", file_format="safetensors", shards=3)
 
 Same layout, names and kind of tokenizer (SentencePiece BPE with byte fallback) as the published checkpoint;
-random weights. What the original computes from them is put together here from its parts, without
+random weights. What the original computes from them is computed here from its parts, without
 transformers' LLaVA.
 """
 

@@ -4,5 +4,5 @@
     audit_command(config, …)   the command: any table of pairs, with --fix a cleaned copy
 
 The table is read once into numbers (`features`), slice by slice in Ray Data tasks (`extract`); every check is
-a function of these numbers (`shortcuts`, `texts`, `rows`, `weights`, `visual`) that returns one `finding`.
+a function of these numbers (`shortcuts`, `answers`, `rows`, `weights`, `visual`) that returns one `Finding`.
 """

@@ -110,7 +110,7 @@ def _block(rows: pa.Table, samples: Samples | None) -> pa.Table:
     )
 
 
-def _coded(texts: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
+def _coded(strings: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
     """(N,) int32, each text's place among the different ones in order of appearance, and these."""
-    whole = texts.unify_dictionaries().combine_chunks()
+    whole = strings.unify_dictionaries().combine_chunks()
     return whole.indices.to_numpy(zero_copy_only=False), tuple(whole.dictionary.to_pylist())

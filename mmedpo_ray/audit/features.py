@@ -1,6 +1,6 @@
 """Pairs → numbers: what the audit's checks need of every row, so that no text has to stay in memory.
 
-A row leaves about 90 bytes behind whatever its texts weigh.
+A row leaves about 90 bytes behind however long its answers are.
 """
 
 from __future__ import annotations
@@ -176,7 +176,9 @@ def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarra
     chosen, rejected, question = (_text(batch, name) for name in ("chosen", "rejected", "question"))
     image = _text(batch, "image_uri")
     rejected_image = _text(batch, "rejected_image_uri") if _has(batch, "rejected_image_uri") else image
-    norm_question, norm_chosen, norm_rejected = (normalised(texts) for texts in (question, chosen, rejected))
+    norm_question, norm_chosen, norm_rejected = (
+        normalised(strings) for strings in (question, chosen, rejected)
+    )
     formats = [_formats(side) for side in (chosen, rejected)]
     equal = _numpy(pc.equal(chosen, rejected))
     said = _polarity(chosen)
@@ -216,9 +218,9 @@ def features_of(batch: pa.Table, samples: Samples | None) -> dict[str, np.ndarra
     return found | _against_samples(batch, samples, norm_chosen, said)
 
 
-def _words(texts: pa.Array) -> np.ndarray:
+def _words(strings: pa.Array) -> np.ndarray:
     """Runs of non-space, as ``len(text.split())`` counts them."""
-    trimmed = pc.utf8_trim_whitespace(texts)
+    trimmed = pc.utf8_trim_whitespace(strings)
     counts = _numpy(pc.list_value_length(pc.utf8_split_whitespace(trimmed)))
     return np.where(_numpy(pc.equal(trimmed, "")), 0, counts).astype(np.int32)
 
@@ -228,7 +230,7 @@ def _has(batch: pa.Table, name: str) -> bool:
 
 
 def _text(batch: pa.Table, name: str) -> pa.Array:
-    """A text column as one array, null read as empty; empty texts where there is no such column."""
+    """A text column as one array, null read as empty; empty strings where there is no such column."""
     if not _has(batch, name):
         return pa.array(np.full(batch.num_rows, ""), pa.string())
     column = batch[name].combine_chunks() if batch.num_rows else pa.array([], pa.string())
@@ -241,36 +243,38 @@ def _numpy(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return values.to_numpy(zero_copy_only=False)
 
 
-def _empty_text(texts: pa.Array) -> np.ndarray:
-    return _numpy(pc.equal(pc.utf8_trim_whitespace(texts), ""))
+def _empty_text(strings: pa.Array) -> np.ndarray:
+    return _numpy(pc.equal(pc.utf8_trim_whitespace(strings), ""))
 
 
-def _untrimmed(texts: pa.Array) -> np.ndarray:
-    return _numpy(pc.not_equal(pc.utf8_trim_whitespace(texts), texts))
+def _untrimmed(strings: pa.Array) -> np.ndarray:
+    return _numpy(pc.not_equal(pc.utf8_trim_whitespace(strings), strings))
 
 
-def _formats(texts: pa.Array) -> np.ndarray:
-    bits = np.zeros(len(texts), np.uint16)
+def _formats(strings: pa.Array) -> np.ndarray:
+    bits = np.zeros(len(strings), np.uint16)
     for name, pattern in FORMATS.items():
-        bits |= np.where(_numpy(pc.match_substring_regex(texts, pattern)), _BIT[name], 0).astype(np.uint16)
+        bits |= np.where(_numpy(pc.match_substring_regex(strings, pattern)), _BIT[name], 0).astype(np.uint16)
     return bits
 
 
-def _polarity(texts: pa.Array) -> np.ndarray:
+def _polarity(strings: pa.Array) -> np.ndarray:
     """1 where a text says yes, -1 where it says no; each distinct text is read once."""
-    encoded = texts.dictionary_encode()
+    encoded = strings.dictionary_encode()
     signs = [_SIGN[polarity(text)] for text in encoded.dictionary.to_pylist()]
-    return np.array(signs, np.int8)[_numpy(encoded.indices)] if signs else np.zeros(len(texts), np.int8)
+    return np.array(signs, np.int8)[_numpy(encoded.indices)] if signs else np.zeros(len(strings), np.int8)
 
 
 def _leaks(chosen: pa.Array, rejected: pa.Array) -> np.ndarray:
     bits = np.zeros(len(chosen), np.uint8)
-    for texts, leak, comment in (
+    for strings, leak, comment in (
         (chosen, LEAK_CHOSEN, COMMENT_CHOSEN),
         (rejected, LEAK_REJECTED, COMMENT_REJECTED),
     ):
-        leaked = _numpy(pc.match_substring_regex(texts, _LEAKED_PROMPT))
-        talks = np.logical_or.reduce([_numpy(pc.match_substring_regex(texts, each)) for each in _COMMENTARY])
+        leaked = _numpy(pc.match_substring_regex(strings, _LEAKED_PROMPT))
+        talks = np.logical_or.reduce(
+            [_numpy(pc.match_substring_regex(strings, each)) for each in _COMMENTARY]
+        )
         bits |= np.where(leaked, leak, np.where(talks, comment, 0)).astype(np.uint8)
     return bits
 
@@ -287,8 +291,8 @@ def _question_forms(question: pa.Array) -> np.ndarray:
 def _finding_named(visual: np.ndarray, question: pa.Array, chosen: pa.Array) -> np.ndarray:
     named = visual.copy()
     rows = pa.array(visual)
-    texts = zip(question.filter(rows).to_pylist(), chosen.filter(rows).to_pylist(), strict=True)
-    named[visual] = [names_finding(*each) for each in texts]
+    strings = zip(question.filter(rows).to_pylist(), chosen.filter(rows).to_pylist(), strict=True)
+    named[visual] = [names_finding(*each) for each in strings]
     return named
 
 

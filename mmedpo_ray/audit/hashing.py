@@ -41,56 +41,56 @@ _SPACINGS = (
 )
 
 
-def normalised(texts: pa.Array) -> pa.Array:
+def normalised(strings: pa.Array) -> pa.Array:
     """Texts in lower case and in one form of characters, without punctuation and needless spaces.
 
     Signs that carry meaning stay (+ < > / %, the point of 1.5, the minus of -5, the dash of 5-10); a hyphen
     between letters is a space. Full-width, typographic and invisible characters are those of
     `same_characters`.
     """
-    lower = pc.utf8_lower(_where(texts, pc.invert(pc.string_is_ascii(texts)), _in_ascii_marks))
+    lower = pc.utf8_lower(_where(strings, pc.invert(pc.string_is_ascii(strings)), _in_ascii_marks))
     folded = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(_without_punctuation(lower)))
     joined = pc.binary_join(folded, " ")
     return _where(joined, pc.match_substring_regex(joined, _MAY_BE_SPACED), _evenly_spaced)
 
 
-def _where(texts: pa.Array, rows: pa.Array, change: Callable[[pa.Array], pa.Array]) -> pa.Array:
-    """The texts, some rows of them changed."""
+def _where(strings: pa.Array, rows: pa.Array, change: Callable[[pa.Array], pa.Array]) -> pa.Array:
+    """The strings, some rows of them changed."""
     if not pc.any(rows, min_count=0).as_py():
-        return texts
-    return pc.replace_with_mask(texts, rows, change(texts.filter(rows)))
+        return strings
+    return pc.replace_with_mask(strings, rows, change(strings.filter(rows)))
 
 
-def _in_ascii_marks(texts: pa.Array) -> pa.Array:
-    marked = pc.replace_substring_regex(texts, _FOREIGN_MARKS, " , ")
+def _in_ascii_marks(strings: pa.Array) -> pa.Array:
+    marked = pc.replace_substring_regex(strings, _FOREIGN_MARKS, " , ")
     # In Python, so only where there is something to do.
     marked = _where(marked, pc.match_substring_regex(marked, _TYPOGRAPHIC), _in_same_characters)
     return _replaced(pc.utf8_normalize(marked, "NFKC"), _SPACES_BESIDE_HAN)
 
 
-def _in_same_characters(texts: pa.Array) -> pa.Array:
-    return pa.array([same_characters(text) for text in texts.to_pylist()], pa.string())
+def _in_same_characters(strings: pa.Array) -> pa.Array:
+    return pa.array([same_characters(text) for text in strings.to_pylist()], pa.string())
 
 
-def _evenly_spaced(texts: pa.Array) -> pa.Array:
-    return _replaced(texts, _SPACINGS)
+def _evenly_spaced(strings: pa.Array) -> pa.Array:
+    return _replaced(strings, _SPACINGS)
 
 
-def _replaced(texts: pa.Array, rules: tuple[tuple[str, str], ...]) -> pa.Array:
+def _replaced(strings: pa.Array, rules: tuple[tuple[str, str], ...]) -> pa.Array:
     for pattern, replacement in rules:
-        texts = pc.replace_substring_regex(texts, pattern, replacement)
-    return texts
+        strings = pc.replace_substring_regex(strings, pattern, replacement)
+    return strings
 
 
-def _without_punctuation(texts: pa.Array) -> pa.Array:
+def _without_punctuation(strings: pa.Array) -> pa.Array:
     """Punctuation replaced by spaces, byte by byte: a regular expression takes ten times as long.
 
     A point or colon inside a number stays, and so does the point that begins one; a comma there is a point.
     """
-    if len(texts) == 0:
-        return texts
+    if len(strings) == 0:
+        return strings
     # Line feeds at both ends, so that no byte is beside one of another text.
-    ended = pc.binary_join_element_wise("\n", texts, "\n", "")
+    ended = pc.binary_join_element_wise("\n", strings, "\n", "")
     _, offsets, data = ended.buffers()
     codes = np.frombuffer(data, np.uint8)
     folded = _PUNCTUATION[codes]
@@ -106,11 +106,11 @@ def _without_punctuation(texts: pa.Array) -> pa.Array:
 
 
 def hashes(*columns: pa.Array) -> np.ndarray:
-    """A 64-bit hash of each row's texts, never 0. Equal texts have equal hashes, in every process.
+    """A 64-bit hash of each row's strings, never 0. Equal strings have equal hashes, in every process.
 
     Two of a million different rows share a hash with probability 3e-8.
     """
     joined = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "\x1f")
-    texts = np.array([*joined.to_pylist(), None], object)[:-1]
-    values = hash_array(texts, categorize=False).view(np.int64)
+    strings = np.array([*joined.to_pylist(), None], object)[:-1]
+    values = hash_array(strings, categorize=False).view(np.int64)
     return np.where(values == 0, 1, values)

@@ -80,7 +80,7 @@ class SplitImages:
 
     def with_id(self, image_ids: pa.Array) -> np.ndarray:
         """(N,) bool, the split has an image of this id; False for an empty one."""
-        return _each(image_ids, lambda texts: self.ids.find(_keys(texts)) >= 0)
+        return _each(image_ids, lambda strings: self.ids.find(_keys(strings)) >= 0)
 
     def at(self, image_uris: pa.Array) -> np.ndarray:
         """(N,) bool, the split has this image, by its whole address or the end of it."""
@@ -153,14 +153,14 @@ def _ending_keys(image_uris: pa.Array, parts: int, *more: pa.Array) -> np.ndarra
     return _keys(names, *more)
 
 
-def _keys(texts: pa.Array, *more: pa.Array) -> np.ndarray:
+def _keys(strings: pa.Array, *more: pa.Array) -> np.ndarray:
     """Hash of each text and more; 0 where the first is empty."""
-    return np.where(pc.equal(texts, "").to_numpy(zero_copy_only=False), 0, hashes(texts, *more))
+    return np.where(pc.equal(strings, "").to_numpy(zero_copy_only=False), 0, hashes(strings, *more))
 
 
-def _each(texts: pa.Array, ask: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
+def _each(strings: pa.Array, ask: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
     """What ``ask`` says of each text, asked once for each different one."""
-    coded = pc.dictionary_encode(texts)
+    coded = pc.dictionary_encode(strings)
     return ask(coded.dictionary)[coded.indices.to_numpy(zero_copy_only=False)]
 
 
@@ -231,7 +231,7 @@ def _by_question(table: pa.Table) -> tuple[Index, Index]:
 
 
 def _filled(table: pa.Table, name: str) -> pa.Array:
-    """A text column as one array, null read as empty; empty texts where there is no such column."""
+    """A text column as one array, null read as empty; empty strings where there is no such column."""
     if name not in table.column_names or not table.num_rows:
         return pa.array([""] * table.num_rows, pa.string())
     return pc.fill_null(table[name], "").combine_chunks()

@@ -57,7 +57,7 @@ def audit(config: Config) -> dict[str, Any]:
     if reached(result, config.audit.fail_on):
         raise UserError(
             f"audit: there are findings of severity {config.audit.fail_on} or above (audit.fail_on). "
-            f"{run.audit} names the pairs and the remedies; `mmedpo audit --fix DIR` mends some of them."
+            f"{run.audit} names the pairs and the remedies; `mmedpo audit --fix DIR` repairs some of them."
         )
     return result
 
@@ -77,7 +77,7 @@ def audit_command(
         fix: folder of a cleaned table, or None.
 
     Returns:
-        1 where a finding of the table reaches ``audit.fail_on`` (whether or not ``fix`` mends it), else 0.
+        1 where a finding of the table reaches ``audit.fail_on`` (whether or not ``fix`` repairs it), else 0.
 
     Raises:
         UserError: a table cannot be read, the run's own is stale, or a result cannot be written.
@@ -190,7 +190,9 @@ def _next_step(result: dict[str, Any], fix_offered: bool) -> str:
     fixable = sum(item["fixable"] for item in result["findings"])
     if fixable and fix_offered:
         given = f" --samples {escape(result['samples'])}" if result["samples"] else ""
-        return f"[bold]mmedpo audit {escape(result['table'])}{given} --fix DIR[/bold] mends {fixable} of them"
+        return (
+            f"[bold]mmedpo audit {escape(result['table'])}{given} --fix DIR[/bold] repairs {fixable} of them"
+        )
     return "the remedies above"
 
 

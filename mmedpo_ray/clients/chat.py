@@ -92,7 +92,7 @@ class Failure:
 
     Attributes:
         reason: drop reason; :data:`TRANSIENT` if another run may succeed.
-        detail: what happened, without the texts.
+        detail: what happened, without any question or answer.
         input_tokens: of an answer that was paid for and could not be used, else 0.
         output_tokens: the same.
     """

@@ -17,7 +17,7 @@ from mmedpo_ray.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# What an error message may repeat of an answer: an identifier, never a sentence, which could hold the texts
+# What an error message may repeat of an answer: an identifier, never a sentence, which could hold an answer
 # sent.
 _IDENTIFIER = re.compile(r"[\w.\-]{1,60}")
 
@@ -150,7 +150,7 @@ def is_loopback(url: str) -> bool:
 
 
 def error_code(error: Any) -> str:
-    """The code or type in the body of an ``openai.APIStatusError``; its message may repeat the texts."""
+    """The code or type in the body of an ``openai.APIStatusError``; its message may repeat the request."""
     body = error.body if isinstance(error.body, dict) else {}
     return as_identifier(body.get("code")) or as_identifier(body.get("type"))
 

@@ -250,7 +250,7 @@ def _name_dataset(out: Path) -> None:
         known = json.loads(info.read_text(encoding="utf-8")) if info.exists() else {}
     except ValueError as error:
         raise UserError(
-            f"{info} is no JSON, so {out.name} could not be named in it; mend it and add it."
+            f"{info} is no JSON, so {out.name} could not be named in it; repair it and add it."
         ) from error
     columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"}
     known[out.stem] = {"file_name": out.name, "formatting": "sharegpt", "ranking": True, "columns": columns}

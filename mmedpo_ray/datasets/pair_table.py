@@ -1,6 +1,7 @@
 """What the audit reads: pairs as Parquet or as released MMedPO JSON, in batches and unchanged.
 
-Ingest strips texts and drops odd rows; the audit must see them as they are, so it reads the sources itself.
+Ingest strips white space and drops unusable rows; the audit must see all rows unchanged, so it reads the
+sources itself.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class PairTable:
 
         Args:
             columns: names to read, as they are in the file, in any number of chunks; null reads those that
-                checks use, texts as strings, in one chunk each.
+                checks use, strings in one chunk each.
         """
         wanted = columns if columns is not None else sorted(self.columns)
         if isinstance(self.source, pa.Table):
@@ -302,7 +303,7 @@ def _table_of_rows(path: str, rows: list[Any], *, is_lines: bool) -> PairTable:
 
 
 def _json_pair(row: Any, position: int) -> dict[str, Any] | None:
-    """A row of the released layout with its texts as they are, or None."""
+    """A row of the released layout with unchanged strings, or None."""
     if not isinstance(row, dict):
         return None
     if (peer := format_of(row)) is not None:
@@ -323,7 +324,7 @@ def _json_pair(row: Any, position: int) -> dict[str, Any] | None:
 
 
 def _peer_pair(row: dict[str, Any], position: int, peer: str) -> dict[str, Any] | None:
-    """A row of another project with its texts as they are, or None."""
+    """A row of another project with unchanged strings, or None."""
     try:
         found = PREFERENCE_FORMATS[peer](row)
         image, other = (_image_key(bytes_or_name(value)) for value in (found.image, found.rejected_image))

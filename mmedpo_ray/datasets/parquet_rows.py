@@ -32,7 +32,7 @@ _ROWS_OF_A_SHARE = 4_096
 _DAMAGE = (pa.ArrowException, OSError)
 # Bytes read at once where only that they can be read counts.
 _PIECE = 1 << 20
-# What values raise that are no values in Python: texts that are no UTF-8, dates far away.
+# Errors of values that Python cannot hold: strings that are not UTF-8, distant dates.
 _NO_VALUE = (ValueError, OverflowError)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmedpo_ray.datasets.texts import clean
+from mmedpo_ray.datasets.cleaning import clean
 from mmedpo_ray.datasets.unusable import UnusableError
 
 _SYSTEM = ("system",)
@@ -182,7 +182,7 @@ def _messages(value: Any, role: Sequence[str]) -> list[_Message]:
         value = [value]
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         if len(set(value)) > 1:
-            raise UnusableError("several_answers", f"{len(value)} texts where one is expected")
+            raise UnusableError("several_answers", f"{len(value)} strings where one is expected")
         value = value[0]
     if isinstance(value, str | bool | int | float):
         return [_Message(role[0], _text(value))]
@@ -196,7 +196,7 @@ def _messages(value: Any, role: Sequence[str]) -> list[_Message]:
 
 
 def _questions(talk: Sequence[_Message]) -> list[tuple[str, str]]:
-    """Roles and texts of messages, without what marks the place of an image."""
+    """Roles and contents of messages, without image placeholders."""
     return [(message.role, clean(message.text)) for message in talk]
 
 

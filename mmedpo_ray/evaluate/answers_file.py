@@ -120,11 +120,11 @@ def _given(uri: str, where: str, row: Any) -> Given:
     kind = row["answer_type"]
     if not isinstance(kind, str) or kind.strip().lower() not in _ANSWER_TYPES:
         raise refuse(f"answer_type must be one of {', '.join(_ANSWER_TYPES)}.")
-    texts = {name: _text(row[name]) for name in _TEXTS}
-    for name, value in texts.items():
+    strings = {name: _text(row[name]) for name in _TEXTS}
+    for name, value in strings.items():
         if value is None and not (name != "reference" and row[name] is None):
             raise refuse(f"{name} must be a text.")
-    if not (texts["reference"] or "").strip():
+    if not (strings["reference"] or "").strip():
         raise refuse("reference is empty, so no answer can be compared with it.")
     names = {}
     for name in _NAMES:
@@ -136,9 +136,9 @@ def _given(uri: str, where: str, row: Any) -> Given:
     return Given(
         where,
         kind.strip().lower(),
-        texts["question"] or "",
-        texts["reference"] or "",
-        texts["prediction"],
+        strings["question"] or "",
+        strings["reference"] or "",
+        strings["prediction"],
         names,
         {name: row[name] for name in ("id", "sample_id") if row.get(name) is not None},
     )

@@ -92,19 +92,21 @@ def _keys(given: Sequence[Given], uri: str) -> tuple[str, list[str]]:
         shared = len(set(ids)) < len(ids)
         if not repeated and (not several or shared or name == "sample_id"):
             return name, ids
-    texts = [
+    identities = [
         json.dumps([row.names.get("image_id"), row.answer_type, row.question, row.reference]) for row in given
     ]
-    return "image, question and reference", _numbered(models, texts)
+    return "image, question and reference", _numbered(models, identities)
 
 
-def _numbered(models: Sequence[str], texts: Sequence[str]) -> list[str]:
+def _numbered(models: Sequence[str], identities: Sequence[str]) -> list[str]:
     """Makes keys unique within each model; pairs equal rows in order if all models have as many of them."""
-    often = Counter(zip(models, texts, strict=True))
-    ambiguous = {text for text in set(texts) if len({often[model, text] for model in set(models)} - {0}) > 1}
+    often = Counter(zip(models, identities, strict=True))
+    ambiguous = {
+        text for text in set(identities) if len({often[model, text] for model in set(models)} - {0}) > 1
+    }
     seen: Counter[tuple[str, str]] = Counter()
     keys = []
-    for model, text in zip(models, texts, strict=True):
+    for model, text in zip(models, identities, strict=True):
         place = seen[model, text]
         seen[model, text] += 1
         keys.append(json.dumps([text, place, model if text in ambiguous else None]))

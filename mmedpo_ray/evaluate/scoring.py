@@ -167,7 +167,7 @@ def check_script(what: str, question: str, reference: str) -> None:
         script = unsupported_script(text)
         if script is not None:
             raise UserError(
-                f"{what}: the {kind} is in {script} script. Scores are defined for Latin and Chinese texts "
+                f"{what}: the {kind} is in {script} script. Scores are defined for Latin and Chinese script "
                 "only: leave such questions out, or translate them."
             )
 

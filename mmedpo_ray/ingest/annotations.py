@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mmedpo_ray.datasets import json_rows, parquet_rows
+from mmedpo_ray.datasets.cleaning import clean
 from mmedpo_ray.datasets.embedded_images import LONGEST_NAME, bytes_or_name, only_element
 from mmedpo_ray.datasets.row_names import given_name
-from mmedpo_ray.datasets.texts import clean
 from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.ingest.image_checker import ImageChecker, ImageFacts
@@ -220,7 +220,7 @@ def _repeated_id(reader: Reader, name: str, split: str | None) -> UnusableError:
 
     The earlier row keeps the id even if its image turns out to be unusable.
 
-    Ids are known before any image is looked at, and an image that is mended later must not take a kept
+    Ids are known before any image is looked at, and an image that is repaired later must not take a kept
     sample's place.
 
     Args:

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from mmedpo_ray.datasets.cleaning import clean
 from mmedpo_ray.datasets.preferences import Preference
-from mmedpo_ray.datasets.texts import clean
 from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.ingest.annotations import AnnotationReader, Turn, checked_row
 from mmedpo_ray.ingest.image_checker import ImageChecker

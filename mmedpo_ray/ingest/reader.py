@@ -20,8 +20,8 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 
 from mmedpo_ray.config.tree import Config
+from mmedpo_ray.datasets.cleaning import infer_answer_type, text_problem
 from mmedpo_ray.datasets.embedded_images import bytes_or_name
-from mmedpo_ray.datasets.texts import infer_answer_type, text_problem
 from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.ingest.image_checker import ImageChecker, ImageFacts
 from mmedpo_ray.io import images, storage

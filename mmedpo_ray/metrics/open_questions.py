@@ -15,7 +15,7 @@ def exact_match(answer: Answer) -> bool:
 
 
 def token_f1(answer: Answer) -> float:
-    """F1 of the tokens, with repetition (as SQuAD counts them); 1 for equal texts."""
+    """F1 of the tokens, with repetition (as SQuAD counts them); 1 for equal answers."""
     text = final_answer(answer.prediction)
     prediction, reference = tokens(text), tokens(answer.reference)
     if not prediction or not reference:

@@ -8,7 +8,7 @@
 
 Each needs weights from the Hugging Face hub: in its cache, or downloaded on first use unless HF_HUB_OFFLINE
 is set. A metric whose weights or package are missing is left out, with a message. The models read English
-chest reports; they have no meaning for other texts.
+chest reports; they have no meaning for other answers.
 
 RadEval's own adapters are not used, for three reasons found in 2.2.1: they ask for CUDA on machines without,
 they give the CheXbert score of a whole set only, and in RaTEScore an empty or very short answer shifts the

@@ -91,7 +91,7 @@ def engine_settings(
         "disable_log_stats": True,
     }
     if model_config is None or "vision_config" in model_config:
-        # One question is about one image; a smaller limit also means less memory set aside.
+        # One question is about one image; a smaller limit also reserves less memory.
         arguments["limit_mm_per_prompt"] = {"image": 1}
     if on_cpu:
         arguments |= {

@@ -105,7 +105,7 @@ def _box(label: str, value: Any) -> Box:
 
 
 def named_labels(labels: list[str], question: str, answer: str) -> list[str]:
-    """Of the labels those that the texts are about, in their order.
+    """The labels that question and answer are about, in their order.
 
     A finding comes before the organ that it is in, and the answer before the question. A question for
     anything abnormal means every finding, unless it names an organ. A label with a side ("Left Lung") is

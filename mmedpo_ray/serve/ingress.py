@@ -92,7 +92,7 @@ class EngineServer:
             yield item
 
 
-# Serve copies the class below as it stands when it is decorated, so what it uses must be defined above it.
+# Serve copies the class below when it is decorated, so what it uses must be defined above it.
 def _error(status: int, message: str, kind: str = "invalid_request_error") -> Response:
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
 

@@ -1,5 +1,4 @@
-"""The whole road as a submitted job on a reduced phantom world: real job server, token authentication, every
-engine."""
+"""The whole pipeline as a submitted job: real job server, token authentication, every engine."""
 
 from __future__ import annotations
 
@@ -110,7 +109,7 @@ def test_the_job_server_wants_the_token(cluster: dict[str, str], repository: Pat
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-def test_the_whole_road_as_a_job(cluster: dict[str, str], repository: Path, tmp_path: Path) -> None:
+def test_the_whole_pipeline_as_a_job(cluster: dict[str, str], repository: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = submit(
         cluster,

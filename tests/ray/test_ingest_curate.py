@@ -409,7 +409,7 @@ def check_judge_and_rewrite_behind_an_endpoint(
         behind = ("curate.text.judge=endpoint", "curate.text.fallback=rewrite", "curate.visual.tool=none")
         manifest = curate(phantom_config(folder, *sampling, *endpoint, *behind))
         requests = len(server.requests)
-    assert stage_runner.read_manifest(run.candidates) == sampled, "nothing is sampled anew"
+    assert stage_runner.read_manifest(run.candidates) == sampled, "nothing is sampled again"
     train = {row["sample_id"]: row for row in train_samples(phantom_config(folder)).to_pylist()}
     chosen = {row["sample_id"]: row for row in storage.dataset(run.choices).to_table().to_pylist()}
     rewrites = {row["sample_id"]: row for row in storage.dataset(run.rewrites).to_table().to_pylist()}

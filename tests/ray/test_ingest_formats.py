@@ -136,7 +136,7 @@ def test_rows_whose_image_was_mended_are_tried_again(tmp_path: Path, monkeypatch
     key, files = later_key(tmp_path, config), files_of(tmp_path)
 
     monkeypatch.setattr(FORMATS["slake"], "units", None)
-    assert ingest(config) == first, "nothing was mended: no annotation is read, no table written"
+    assert ingest(config) == first, "nothing was repaired: no annotation is read, no table written"
     (tmp_path / "imgs" / "xmlab0" / "source.jpg").write_text("still no image")
     assert ingest(config) == first
     assert (later_key(tmp_path, config), files_of(tmp_path)) == (key, files)
@@ -148,9 +148,9 @@ def test_rows_whose_image_was_mended_are_tried_again(tmp_path: Path, monkeypatch
     assert "image_missing" not in second.dropped
     assert second.rows_in == first.rows_in
     assert second.rows_out == first.rows_out + first.dropped["image_missing"]
-    mended = later_key(tmp_path, config)
-    assert mended != key
-    assert ingest(config) == second and later_key(tmp_path, config) == mended
+    repaired = later_key(tmp_path, config)
+    assert repaired != key
+    assert ingest(config) == second and later_key(tmp_path, config) == repaired
 
     Image.new("L", (8, 8), 0).save(tmp_path / "imgs" / "xmlab0" / "source.jpg")
     whole = ingest(config)

@@ -106,7 +106,7 @@ _ROW = st.fixed_dictionaries(
 def test_random_tables_are_audited_and_fixed(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict], files: int
 ) -> None:
-    """No table crashes; in = out + removed; an audit of the fixed table finds nothing that --fix mends."""
+    """No table crashes; in = out + removed; an audit of the fixed table finds nothing that --fix repairs."""
     folder = tmp_path_factory.mktemp("random")
     config = load(None, [f"run.folder={folder}"])
     pairs = open_pairs(write(folder / "t", [pair(i, **row) for i, row in enumerate(rows)], files))

@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     ],
 )
 def test_a_read_error_is_no_damage(tmp_path: Path, one_rank: None, name: str, load: Any) -> None:
-    """Neither are its checkpoints taken for gone: the run would begin anew."""
+    """Nor are its checkpoints considered gone: the run would start from the beginning."""
     save(tmp_path, 2, loss=3.0)
     save(tmp_path, 4, loss=1.0)
     file = tmp_path / "checkpoints/step-000004" / name

@@ -1,5 +1,4 @@
-"""The endpoint client against a real HTTP server: order, pace, retries, counters, and who has to mend
-what."""
+"""The endpoint client against a real HTTP server: order, rate, retries, counters, clear errors."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from PIL import Image
 
 from mmedpo_ray.config.load import load
 from mmedpo_ray.config.tree import Config
+from mmedpo_ray.datasets.cleaning import infer_answer_type
 from mmedpo_ray.datasets.row_names import given_name
-from mmedpo_ray.datasets.texts import infer_answer_type
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.ingest.formats import FORMATS
 from mmedpo_ray.ingest.preference_reader import SortedSamples
@@ -226,7 +226,7 @@ def test_a_large_image_is_dropped_undecoded(root: Path) -> None:
     [sample] = read(root, [row()], "llava_json", "data.max_image_bytes=20")
     assert sample["drop_reason"] == "image_too_large"
     assert sample["drop_detail"].endswith("bytes, limit 20")
-    assert sample["image_uri"] == str(root / "images" / "0.png"), "what to mend"
+    assert sample["image_uri"] == str(root / "images" / "0.png"), "what to repair"
 
 
 def test_storage_that_fails_is_no_missing_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,7 +298,7 @@ def test_without_rejected_sides_an_answer_is_computed_once() -> None:
 
 
 def test_many_trees_on_few_ranks_are_spread_in_few_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt looks at all of them, so it must not start anew for every micro-batch more."""
+    """An attempt reads all of them, so it must not restart for every further micro-batch."""
     attempts: list[int] = []
     fill = balance_module._fill
 

@@ -18,7 +18,7 @@ from mmedpo_ray.curate.text import discarded
 from mmedpo_ray.curate.text.discarded import Discarded
 from mmedpo_ray.curate.text.filters import problem
 from mmedpo_ray.curate.text.text_pairs import Candidate, Material, is_wrong, most_conflicting, pick, text_pair
-from mmedpo_ray.datasets.texts import clean, infer_answer_type, text_problem
+from mmedpo_ray.datasets.cleaning import clean, infer_answer_type, text_problem
 from mmedpo_ray.phantom.world import generate
 from mmedpo_ray.radiology import lexicon
 from mmedpo_ray.radiology.edits.changed_fact import changes_fact

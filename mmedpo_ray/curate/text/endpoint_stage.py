@@ -31,7 +31,7 @@ class Drop(NamedTuple):
 
     Attributes:
         reason: drop reason.
-        detail: what happened, without the texts.
+        detail: what happened, without any question or answer.
     """
 
     reason: str
@@ -43,7 +43,7 @@ class EndpointTask(ABC):
 
     Attributes:
         schema: of the table.
-        wording: the fixed texts of the prompt.
+        wording: the fixed part of the prompt.
 
     Args:
         model: name of the model, for the table.

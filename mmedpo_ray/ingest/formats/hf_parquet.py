@@ -17,8 +17,8 @@ from urllib.parse import unquote
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.datasets import parquet_rows
+from mmedpo_ray.datasets.cleaning import clean, stated_answer_type
 from mmedpo_ray.datasets.row_names import given_name
-from mmedpo_ray.datasets.texts import clean, stated_answer_type
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.ingest.annotations import AnnotationReader, Turn
 from mmedpo_ray.ingest.image_checker import ImageChecker, ImageFacts

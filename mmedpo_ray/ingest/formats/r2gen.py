@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from mmedpo_ray.datasets.texts import clean
+from mmedpo_ray.datasets.cleaning import clean
 from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.ingest.annotations import MASK_KEY, AnnotationReader, Turn

@@ -12,7 +12,7 @@ import posixpath
 from dataclasses import replace
 from typing import Any
 
-from mmedpo_ray.datasets.texts import clean, stated_answer_type
+from mmedpo_ray.datasets.cleaning import clean, stated_answer_type
 from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.ingest.annotations import AnnotationReader, Turn
 from mmedpo_ray.ingest.image_checker import ImageChecker, ImageFacts

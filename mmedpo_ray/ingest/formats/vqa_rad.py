@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmedpo_ray.datasets.texts import clean, stated_answer_type
+from mmedpo_ray.datasets.cleaning import clean, stated_answer_type
 from mmedpo_ray.ingest.annotations import AnnotationReader, Turn
 
 

@@ -70,7 +70,7 @@ class Refusal:
 
     Attributes:
         reason: drop reason.
-        detail: what happened, without the texts.
+        detail: what happened, without any question or answer.
     """
 
     reason: str

@@ -55,7 +55,7 @@ def clean(value: Any) -> str:
     all of it. Anything else that is no text is empty.
 
     Raises:
-        UnusableError: a list holds several texts.
+        UnusableError: a list holds several strings.
     """
     if isinstance(value, str):
         return _EDGES.sub("", storable(value).replace("<image>", " "))
@@ -64,10 +64,10 @@ def clean(value: Any) -> str:
     if isinstance(value, float):
         return str(value) if math.isfinite(value) else ""
     if isinstance(value, list):
-        texts = dict.fromkeys(filter(None, map(clean, value)))
-        if len(texts) > 1:
-            raise UnusableError("several_answers", f"{len(texts)} different texts where one is expected")
-        return next(iter(texts), "")
+        strings = dict.fromkeys(filter(None, map(clean, value)))
+        if len(strings) > 1:
+            raise UnusableError("several_answers", f"{len(strings)} different strings where one is expected")
+        return next(iter(strings), "")
     return str(value) if isinstance(value, int) else ""
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmedpo_ray.cli import main
 from mmedpo_ray.config.load import load
-from mmedpo_ray.datasets.texts import clean, infer_answer_type
+from mmedpo_ray.datasets.cleaning import clean, infer_answer_type
 from mmedpo_ray.datasets.unusable import UnusableError
 from mmedpo_ray.ingest.formats import FORMATS
 
