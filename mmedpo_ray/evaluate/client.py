@@ -77,10 +77,14 @@ class QuestionClient:
         base_url: ``http://host:port/v1``.
         settings: concurrency, time-outs, sampling.
         max_pixels: larger images are refused undecoded.
+        key: API key; None: OPENAI_API_KEY, for an endpoint behind a gateway.
     """
 
-    def __init__(self, base_url: str, settings: EvaluateConfig, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, base_url: str, settings: EvaluateConfig, max_pixels: int = MAX_PIXELS, key: str | None = None
+    ) -> None:
         self._base_url = base_url.rstrip("/")
+        self._key = key or os.environ.get("OPENAI_API_KEY", "none")
         self._settings = settings
         # Questions about one image follow each other, so the last images are kept.
         self._image = lru_cache(_CACHED_IMAGES)(lambda uri: image_data_url(uri, max_pixels))
@@ -121,8 +125,7 @@ class QuestionClient:
             await http.close()
 
     def _http(self) -> HttpClient:
-        # A placeholder, unless the environment has a real key for an endpoint behind a gateway.
-        return HttpClient(self._base_url, os.environ.get("OPENAI_API_KEY", "none"), self._settings)
+        return HttpClient(self._base_url, self._key, self._settings)
 
     async def _answer(
         self, http: HttpClient, question: Question

@@ -87,8 +87,8 @@ def _ask(
     for group in _groups(config, names):
         questions = [(name, sample) for name, sample in todo if name in group]
         if questions:
-            with _endpoint(config, group) as base_url:
-                asyncio.run(_collect(config, stage, base_url, questions, done=asked))
+            with _endpoint(config, group) as client:
+                asyncio.run(_collect(config, stage, client, questions, done=asked))
             asked += len(questions)
 
 
@@ -171,21 +171,27 @@ def _groups(config: Config, names: Sequence[str]) -> list[list[str]]:
 
 
 @contextlib.contextmanager
-def _endpoint(config: Config, names: Sequence[str]) -> Iterator[str]:
+def _endpoint(config: Config, names: Sequence[str]) -> Iterator[QuestionClient]:
+    max_pixels = config.data.max_pixels
     if config.evaluate.endpoint:
-        yield config.evaluate.endpoint
+        yield QuestionClient(config.evaluate.endpoint, config.evaluate, max_pixels)
         return
     # An endpoint of our own: any free port, not reachable from elsewhere, beside whatever else is served.
     own = config.model_copy(deep=True)
     own.serve.port, own.serve.host = 0, "127.0.0.1"
+    own.serve.max_output_tokens = max(own.serve.max_output_tokens, config.evaluate.max_tokens)
     models = {name: path for name, path in run_models(config).items() if name in names}
     with start_endpoint(own, models, app_name="mmedpo-evaluate", route_prefix="/evaluate") as endpoint:
         console.print(f"[dim]evaluate: {', '.join(names)} answer after {endpoint.seconds:.0f} s[/dim]")
-        yield endpoint.base_url
+        yield QuestionClient(endpoint.base_url, config.evaluate, max_pixels, endpoint.api_key)
 
 
 async def _collect(
-    config: Config, stage: StageRunner, base_url: str, todo: list[tuple[str, dict[str, Any]]], done: int
+    config: Config,
+    stage: StageRunner,
+    client: QuestionClient,
+    todo: list[tuple[str, dict[str, Any]]],
+    done: int,
 ) -> None:
     """Asks, and writes the answers in parts as they come."""
     by_id = {f"{name}/{sample['sample_id']}": (name, sample) for name, sample in todo}
@@ -193,7 +199,6 @@ async def _collect(
         Question(answer_id, name, sample["image_uri"], sample["question"])
         for answer_id, (name, sample) in by_id.items()
     ]
-    client = QuestionClient(base_url, config.evaluate, config.data.max_pixels)
     rows: list[dict[str, Any]] = []
     saved = started = time.monotonic()
     with progress_bar() as bar:

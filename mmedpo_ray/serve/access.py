@@ -47,7 +47,12 @@ def read_key_hashes(settings: ServeConfig) -> frozenset[bytes]:
             f"an API key has fewer than {_LEAST_KEY_LENGTH} characters or is not ASCII. Make one with "
             '`python -c "import secrets; print(secrets.token_urlsafe(32))"`.'
         )
-    return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
+    return frozenset(map(hash_key, keys))
+
+
+def hash_key(key: str) -> bytes:
+    """SHA-256 of a key, which is what the server keeps of it."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 class Access:
@@ -101,7 +106,7 @@ class Access:
         if not self.wants_key:
             return "anonymous"
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        given = hash_key(key.strip())
         # Every key is compared, so that the time tells nothing.
         is_known = sum(hmac.compare_digest(given, known) for known in self._key_hashes) > 0
         if scheme.lower() != "bearer" or not is_known:
@@ -109,7 +114,10 @@ class Access:
         return given.hex()[:8]
 
     def _is_own(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname if host else None
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            return False
         if name is None:
             return False
         try:

@@ -17,7 +17,6 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import load_processor, read_model_config, template_with_bos
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
-from mmedpo_ray.serve.access import read_key_hashes
 from mmedpo_ray.serve.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -31,13 +30,16 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def build_app(config: Config, models: Models, *, has_gpu: bool) -> Application:
+def build_app(
+    config: Config, models: Models, *, has_gpu: bool, key_hashes: frozenset[bytes] = frozenset()
+) -> Application:
     """The Serve application: one deployment per whole model, its adapters with it, behind one OpenAI ingress.
 
     Args:
         config: all settings (``model.engine``, ``serve``).
         models: what to serve. The first whole model is the base of every adapter.
         has_gpu: whether the cluster has a GPU.
+        key_hashes: of the API keys; empty: no key is asked for.
 
     Raises:
         UserError: a folder is no model, or adapters come without a base.
@@ -59,7 +61,7 @@ def build_app(config: Config, models: Models, *, has_gpu: bool) -> Application:
         names_of,
         config.serve,
         max_pixels=config.data.max_pixels,
-        key_hashes=read_key_hashes(config.serve),
+        key_hashes=key_hashes,
     )
 
 

@@ -109,7 +109,8 @@ def _guard(parts: _Parts) -> Callable[[Request, Any], Awaitable[Response]]:
         request.state.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         try:
             parts.access.check_source(request.headers)
-            is_open = request.url.path in _OPEN_ROUTES
+            path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+            is_open = path in _OPEN_ROUTES
             request.state.key = "anonymous" if is_open else parts.access.check_key(request.headers)
             response = await call_next(request)
         except RequestError as error:

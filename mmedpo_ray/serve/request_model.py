@@ -112,6 +112,7 @@ class _Sampling(_Strict):
     ignore_eos: bool = False
     min_tokens: int | None = Field(None, ge=0)
     skip_special_tokens: bool = True
+    return_token_ids: bool = False
     response_format: ResponseFormat | None = None
 
 
