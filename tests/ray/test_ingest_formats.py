@@ -199,7 +199,7 @@ def test_a_crash_within_a_large_row_group_costs_a_part(
                     raise RuntimeError("killed")
                 yield sample
 
-    monkeypatch.setitem(FORMATS, "hf_parquet", Dying)
+    monkeypatch.setattr("mmedpo_ray.ingest.stage.FORMATS", {"hf_parquet": Dying})
     with pytest.raises(Exception, match="killed"):
         ingest(config)
     monkeypatch.undo()

@@ -102,4 +102,4 @@ def test_parts_of_another_package_work_in_every_stage(package: Path, data: Path,
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     [scores] = json.loads(found.read_text())["models"].values()
-    assert scores["open_words"]["value"] == 2
+    assert scores["open_words"]["value"] == 3
