@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Models = dict[str, str | Path]
 """Served name → folder (or hub name)."""
 
+_IMAGE_ROUTER = "mmedpo_ray.serve.image_router:ImageAffinityRouter"
 _ADAPTER_CONFIG = "adapter_config.json"
 # Ranks for which vLLM has LoRA kernels (vllm.config.lora.MaxLoRARanks).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -125,6 +127,11 @@ def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[s
 
 def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[str, Any]:
     return {
+        "request_router_config": (
+            RequestRouterConfig(request_router_class=_IMAGE_ROUTER)
+            if settings.router == "image"
+            else RequestRouterConfig()
+        ),
         "autoscaling_config": {
             "min_replicas": settings.min_replicas,
             "initial_replicas": max(1, settings.min_replicas),
