@@ -126,12 +126,9 @@ def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[s
 
 
 def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[str, Any]:
+    router = {"request_router_class": _IMAGE_ROUTER} if settings.router == "image" else {}
     return {
-        "request_router_config": (
-            RequestRouterConfig(request_router_class=_IMAGE_ROUTER)
-            if settings.router == "image"
-            else RequestRouterConfig()
-        ),
+        "request_router_config": RequestRouterConfig.model_validate(router),
         "autoscaling_config": {
             "min_replicas": settings.min_replicas,
             "initial_replicas": max(1, settings.min_replicas),
