@@ -395,8 +395,10 @@ def test_a_model_sees_the_same_outside_the_mask(
         image = Image.fromarray(values)
     result = add_lesion_noise(image, heat_map, config, np.random.default_rng(seed))
     as_file = decode(encode_pixels(result.pixels), "x.png")
-    before, after = (np.asarray(to_rgb(item)) for item in (image, as_file))
-    assert np.array_equal(before[~result.mask], after[~result.mask])
+    before, after = (np.asarray(to_rgb(item)).astype(int) for item in (image, as_file))
+    # Float and 32-bit values pass through 16 bits, which may round one that lies between two greys otherwise.
+    most = 1 if plain in ("F", "I") else 0
+    assert np.abs(before - after)[~result.mask].max(initial=0) <= most
 
 
 @pytest.mark.parametrize(("steps", "schedule"), [(0, "linear"), (1001, "linear"), (5, "square")])
