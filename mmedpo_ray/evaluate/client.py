@@ -21,7 +21,8 @@ from mmedpo_ray.clients.http import HttpClient, error_code
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.settings import EvaluateConfig
 from mmedpo_ray.io.image_error import ImageError
-from mmedpo_ray.io.images import MAX_PIXELS, plain_bytes
+from mmedpo_ray.io.images import MAX_PIXELS
+from mmedpo_ray.io.plain_images import plain_bytes
 
 # Reasons for no answer that another try may cure; a refused image or request stays refused.
 RETRY_REASONS = (
@@ -154,7 +155,7 @@ class QuestionClient:
 
 
 def image_data_url(uri: str, max_pixels: int = MAX_PIXELS) -> str:
-    """An image file as a ``data:`` URL; see :func:`mmedpo_ray.io.images.plain_bytes`.
+    """An image file as a ``data:`` URL; see :func:`mmedpo_ray.io.plain_images.plain_bytes`.
 
     Raises:
         ImageError: the file is missing, damaged or too large.

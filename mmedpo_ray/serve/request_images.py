@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urlsplit
 import httpx
 
 from mmedpo_ray.io.image_error import ImageError
-from mmedpo_ray.io.images import plain_file
+from mmedpo_ray.io.plain_images import plain_file
 from mmedpo_ray.serve.request_error import RequestError
 from mmedpo_ray.serve.request_model import Request
 from mmedpo_ray.serve.settings import ServeConfig
