@@ -6,7 +6,6 @@ fields, images. Every error has the form of the OpenAI API.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import re
@@ -24,6 +23,9 @@ from starlette.exceptions import HTTPException
 from mmedpo_ray.serve.access import Access
 from mmedpo_ray.serve.admission import Admission
 from mmedpo_ray.serve.metrics import ServeMetrics
+from mmedpo_ray.serve.page.router import PUBLIC_ROUTES, page_router
+from mmedpo_ray.serve.page.votes import Votes
+from mmedpo_ray.serve.request_body import read_json
 from mmedpo_ray.serve.request_error import RequestError
 from mmedpo_ray.serve.request_images import RequestImages
 from mmedpo_ray.serve.request_model import engine_body, parse_request
@@ -32,8 +34,7 @@ from mmedpo_ray.serve.settings import ServeConfig
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OPEN_ROUTES = ("/health", "/ready")
-_MIB = 2**20
+_OPEN_ROUTES = ("/health", "/ready", *PUBLIC_ROUTES)
 
 
 class Backend(Protocol):
@@ -68,7 +69,12 @@ class _Parts:
 
 
 def create_app(
-    backend: Backend, settings: ServeConfig, *, max_pixels: int, key_hashes: frozenset[bytes] = frozenset()
+    backend: Backend,
+    settings: ServeConfig,
+    *,
+    max_pixels: int,
+    key_hashes: frozenset[bytes] = frozenset(),
+    votes_folder: str | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -77,6 +83,7 @@ def create_app(
         settings: limits, names and origins.
         max_pixels: larger images are refused (``data.max_pixels``).
         key_hashes: of the API keys (:func:`mmedpo_ray.serve.access.read_key_hashes`); empty: no key needed.
+        votes_folder: where the votes of the page are written; None: it offers no vote.
     """
     parts = _Parts(
         backend,
@@ -98,6 +105,8 @@ def create_app(
         )
     _add_status_routes(app, parts)
     _add_api_routes(app, parts)
+    votes = Votes(votes_folder) if votes_folder is not None else None
+    app.include_router(page_router(settings, parts.images, votes, max_pixels))
     return app
 
 
@@ -192,7 +201,7 @@ async def _complete(kind: str, request: Request, parts: _Parts) -> Response:
     place.__enter__()
     is_streamed = False
     try:
-        parsed = parse_request(kind, await _read_body(request, parts.settings), parts.settings)
+        parsed = parse_request(kind, await read_json(request, parts.settings), parts.settings)
         _check_model(parts, parsed.model)
         if not parts.backend.is_up(parsed.model):
             raise _engine_down()
@@ -255,31 +264,3 @@ def _count_tokens(parts: _Parts, model: str, text: str) -> None:
         return
     for side in ("prompt", "completion"):
         parts.metrics.tokens.labels(model, side).inc(usage.get(f"{side}_tokens") or 0)
-
-
-async def _read_body(request: Request, settings: ServeConfig) -> bytes:
-    """The body, of a bounded size, within a bounded time.
-
-    Raises:
-        RequestError: 415, 413 or 408.
-    """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise RequestError(415, "Content-Type must be application/json", reason="content_type")
-    most = int(settings.max_body_mib * _MIB)
-    too_large = RequestError(413, f"the body is larger than {settings.max_body_mib:g} MiB", reason="limit")
-    length = request.headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length) > most:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > most:
-                    raise too_large
-    except TimeoutError as error:
-        raise RequestError(
-            408, f"the body did not arrive within {settings.body_timeout_s:g} s", reason="timeout"
-        ) from error
-    return bytes(body)

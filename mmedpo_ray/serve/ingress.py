@@ -110,6 +110,7 @@ class OpenAiIngress:
         settings: limits, names and origins.
         max_pixels: of an image.
         key_hashes: of the API keys.
+        votes_folder: where the page writes votes; None: nowhere.
     """
 
     def __init__(
@@ -119,15 +120,21 @@ class OpenAiIngress:
         settings: ServeConfig,
         max_pixels: int,
         key_hashes: frozenset[bytes],
+        votes_folder: str | None,
     ) -> None:
         self._engines = Engines(handles, names_of)
         self._settings = settings
         self._max_pixels = max_pixels
         self._key_hashes = key_hashes
+        self._votes_folder = votes_folder
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(
-            self._engines, self._settings, max_pixels=self._max_pixels, key_hashes=self._key_hashes
+            self._engines,
+            self._settings,
+            max_pixels=self._max_pixels,
+            key_hashes=self._key_hashes,
+            votes_folder=self._votes_folder,
         )
 
 
@@ -138,9 +145,10 @@ def build_ingress(
     *,
     max_pixels: int,
     key_hashes: frozenset[bytes],
+    votes_folder: str | None,
 ) -> Application:
     """Puts the ingress before the engines; see :class:`OpenAiIngress`."""
     make = serve.deployment(
         max_ongoing_requests=settings.max_queue + 100, num_replicas=1, ray_actor_options={"num_cpus": 0}
     )
-    return make(OpenAiIngress).bind(engines, names_of, settings, max_pixels, key_hashes)
+    return make(OpenAiIngress).bind(engines, names_of, settings, max_pixels, key_hashes, votes_folder)

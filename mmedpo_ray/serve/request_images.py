@@ -53,6 +53,17 @@ class RequestImages:
             loop = asyncio.get_running_loop()
             image.url = await loop.run_in_executor(self._pool, self._plain, data, param)
 
+    async def file_of(self, url: str, param: str) -> bytes:
+        """The image at an address as a file that shows what training sees.
+
+        Raises:
+            RequestError: as :meth:`replace`.
+        """
+        data = await self._bytes(url, param)
+        loop = asyncio.get_running_loop()
+        plain = await loop.run_in_executor(self._pool, self._plain, data, param)
+        return base64.b64decode(plain.partition(",")[2])
+
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)

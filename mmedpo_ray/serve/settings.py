@@ -43,6 +43,9 @@ class ServeConfig(Section):
     allowed_image_hosts: tuple[str, ...] = Field(
         (), description="public hosts from which images may be fetched over HTTPS; by default only data URLs"
     )
+    votes_folder: str | None = Field(
+        None, description="where the page writes readers' votes; null: votes/ of the run. Empty: no votes"
+    )
     image_timeout_s: float = Field(10, gt=0, description="longest fetch of an image")
     image_threads: int = Field(2, ge=1, description="threads that decode images")
     max_image_mib: float = Field(32, gt=0, description="largest image file of a request")
