@@ -95,13 +95,17 @@ def test_votes_are_preference_pairs_for_ingest(tmp_path: Path) -> None:
         "curate.text.method=released",
     ]
     reader = FORMATS["trl"](load(None, settings))
-    found = [row for unit in reader.units() for row in reader.samples(unit)]
-    kept = [row for row in found if not row.get("drop_reason")]
-    assert [(row["chosen"], row["rejected"]) for row in kept] == [
+    samples: dict[str, Any] = {}
+    pairs, dropped = [], []
+    for unit in reader.units():
+        samples |= {row["sample_id"]: row for row in reader.samples(unit) if not row.get("drop_reason")}
+        for pair in reader.pairs(unit, samples):
+            (dropped if pair.get("drop_reason") else pairs).append(pair)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [
         ("No.", "Yes, on the left."),
         ("Yes, on the left.", "No."),
     ]
-    assert [row["drop_reason"] for row in found if row.get("drop_reason")] == ["no_rejected_answer"] * 2
+    assert len(dropped) == 2, "a tie and two wrong answers are no pairs"
 
 
 @pytest.mark.parametrize(
