@@ -74,6 +74,4 @@ class Config(Section):
         served = [self.model.name, self.evaluate.aligned_name, self.control.name]
         if len(set(served)) != len(served):
             raise ValueError(f"model.name, evaluate.aligned_name and control.name must differ, not {served}")
-        if self.serve.max_replicas < self.serve.min_replicas:
-            raise ValueError("serve.max_replicas is below serve.min_replicas")
         return self

@@ -17,6 +17,7 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import load_processor, read_model_config, template_with_bos
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
+from mmedpo_ray.serve.access import read_key_hashes
 from mmedpo_ray.serve.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def build_app(config: Config, models: Models, *, has_gpu: bool) -> Application:
     Raises:
         UserError: a folder is no model, or adapters come without a base.
     """
-    from mmedpo_ray.serve.ingress import EngineServer, build_ingress
+    from mmedpo_ray.serve.engine import EngineServer
+    from mmedpo_ray.serve.ingress import build_ingress
 
     engines, names_of = {}, {}
     for group in engine_groups(models):
@@ -52,7 +54,13 @@ def build_app(config: Config, models: Models, *, has_gpu: bool) -> Application:
         make = serve.deployment(name=f"engine:{name}", **options)
         engines[name] = make(EngineServer).bind(llm_config, dict(adapters))
         names_of[name] = list(group)
-    return build_ingress(engines, names_of)
+    return build_ingress(
+        engines,
+        names_of,
+        config.serve,
+        max_pixels=config.data.max_pixels,
+        key_hashes=read_key_hashes(config.serve),
+    )
 
 
 def engine_groups(models: Models) -> list[dict[str, str]]:
@@ -125,6 +133,8 @@ def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[s
         "max_ongoing_requests": settings.max_ongoing_requests,
         # The replica's event loop stands still while it imports and loads; a short limit would end it then.
         "health_check_timeout_s": 120,
+        # A dead engine is noticed after about so long, and started again.
+        "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": 5,
         # The engine's bundle has the resources; the replica itself only passes requests on.
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": engine.env}},

@@ -21,6 +21,7 @@ from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.vllm_engine import engine_settings
+from mmedpo_ray.serve.access import KEYS_VARIABLE, read_key_hashes
 from mmedpo_ray.serve.application import Models, build_app, check_model, engine_groups
 from mmedpo_ray.serve.readiness import wait_for_answer, wait_until_running
 from mmedpo_ray.serve.settings import ServeConfig
@@ -153,11 +154,11 @@ def _open_http(settings: ServeConfig) -> tuple[str, int, bool]:
         return host, port, True
     port = _free_port(settings.host, settings.port)
     is_open = settings.host in _ALL_ADDRESSES or not is_loopback(f"//{_in_url(settings.host)}")
-    if is_open:
-        log.warning(
-            "the endpoint listens on %s without authentication: everybody who reaches this machine can use "
-            "the models. Put a gateway in front, or set serve.host=127.0.0.1",
-            settings.host,
+    if is_open and not read_key_hashes(settings):
+        raise UserError(
+            f"serve.host={settings.host} lets other machines use the models, but there are no API keys. Put "
+            f"keys into a file and name it in serve.api_keys_file (or set {KEYS_VARIABLE}), or set "
+            "serve.host=127.0.0.1."
         )
     serve.start(
         proxy_location="HeadOnly",

@@ -1,181 +1,146 @@
-"""The deployments of an endpoint: vLLM engines (Ray's ``LLMServer``), and one OpenAI ingress for all.
-
-Ray's own ingress (``build_openai_app``) knows one name per deployment, and adapters only from cloud storage.
-It lets any web page that a user visits talk to the endpoint (CORS ``*``), and it imports vLLM, as does the
-process that builds the application. This one also routes the names of an engine's adapters, allows no foreign
-origins, and passes bodies through unread. Only a process with an engine imports vLLM, which more than halves
-the start on a small machine.
-"""
+"""The HTTP side of the endpoint as a Serve deployment in front of the engines."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.deployment import Application
 from ray.serve.handle import DeploymentHandle
 
-_http = FastAPI(title="mmedpo-ray", docs_url=None, redoc_url=None, openapi_url=None)
+from mmedpo_ray.serve.http_app import create_app
+from mmedpo_ray.serve.request_error import RequestError
+from mmedpo_ray.serve.settings import ServeConfig
+
+_RETRY_AFTER_S = 5.0
+_PING_INTERVAL_S = 0.5
 
 
-class EngineServer:
-    """One vLLM engine, run by Ray's ``LLMServer``.
+class Engines:
+    """The engines behind the ingress: which one answers for a model, and whether it is up.
 
-    Args:
-        llm_config: arguments of ``ray.serve.llm.LLMConfig``.
-        adapters: name → folder of the LoRA adapters that share the engine.
-    """
-
-    # Serve awaits it, as it awaits that of Ray's LLMServer.
-    async def __init__(self, llm_config: dict[str, Any], adapters: dict[str, str]) -> None:  # type: ignore[misc]
-        if llm_config.get("accelerator_config") == {"kind": "cpu"}:
-            from mmedpo_ray.compat import vllm_preload
-
-            vllm_preload.start()
-        from ray.serve.llm import LLMConfig
-        from ray.serve.llm.deployment import LLMServer
-
-        arguments = dict(llm_config["engine_kwargs"])
-        if adapters:
-            from vllm.entrypoints.openai.models.protocol import LoRAModulePath
-
-            arguments["lora_modules"] = [
-                LoRAModulePath(name=name, path=path) for name, path in adapters.items()
-            ]
-        config = LLMConfig(**{**llm_config, "engine_kwargs": arguments})
-        if Path(llm_config["model_loading_config"]["model_source"]).is_dir():
-            # There is nothing to download; Ray would start one more process to look for downloads.
-            callback = config.get_or_create_callback()
-            assert callback is not None
-            callback.ctx.run_init_node = False
-        self._server = LLMServer.sync_init(config)
-        await self._server.start()
-
-    async def check_health(self) -> None:
-        await self._server.check_health()
-
-    async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
-        """A whole answer: HTTP status and JSON text. ``kind`` is chat or completions."""
-        response = [item async for item in self._items(kind, body)][-1]
-        error = getattr(response, "error", None)
-        return (int(error.code) if error is not None else 200), response.model_dump_json()
-
-    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
-        """An answer in server-sent events; an error before the first one is a single item with its status."""
-        async for items in self._items(kind, body):
-            for item in items if isinstance(items, list) else [items]:
-                if isinstance(item, str):
-                    yield 200, item
-                else:
-                    yield int(item.error.code), item.model_dump_json()
-
-    async def _items(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Any]:
-        """What the engine answers: responses, lists of events, or a single error."""
-        from pydantic import ValidationError
-        from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
-
-        try:
-            request: Any = (ChatCompletionRequest if kind == "chat" else CompletionRequest)(**body)
-        except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            message = f"{where}: {problem['msg']}" if where else problem["msg"]
-            yield ErrorResponse(error={"message": message, "type": "invalid_request_error", "code": 400})
-            return
-        run = self._server.chat if kind == "chat" else self._server.completions
-        async for item in await run(request):
-            yield item
-
-
-# Serve copies the class below when it is decorated, so what it uses must be defined above it.
-def _error(status: int, message: str, kind: str = "invalid_request_error") -> Response:
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
-
-
-@serve.ingress(_http)
-class OpenAiIngress:
-    """The HTTP side: which engine answers for which model name.
+    An engine counts as down from the first request that it fails with, until it answers a ping.
 
     Args:
-        engines: handle by the name of the engine's whole model.
+        handles: deployment handle by the name of the engine's whole model.
         names_of: for each engine, every name it answers for (itself and its adapters).
     """
 
-    def __init__(self, engines: dict[str, DeploymentHandle], names_of: dict[str, list[str]]) -> None:
-        self._parents = {name: engine for engine, names in names_of.items() for name in names}
-        self._handles = {name: engines[engine] for name, engine in self._parents.items()}
+    def __init__(self, handles: dict[str, DeploymentHandle], names_of: dict[str, list[str]]) -> None:
+        self._handles = handles
+        self._engine_of = {name: engine for engine, names in names_of.items() for name in names}
+        self._down: dict[str, asyncio.Task[None]] = {}
+        self.models = {name: None if engine == name else engine for name, engine in self._engine_of.items()}
 
-    @_http.get("/health")
-    async def health(self) -> dict[str, str]:
-        return {"status": "ok"}
+    @property
+    def engines_up(self) -> int:
+        """Engines that answer."""
+        return len(self._handles) - len(self._down)
 
-    @_http.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._card(name) for name in self._handles]}
+    def is_up(self, model: str) -> bool:
+        """Whether the engine of a model answers."""
+        return self._engine_of[model] not in self._down
 
-    @_http.get("/v1/models/{name:path}")
-    async def model(self, name: str) -> Response:
-        if name not in self._handles:
-            return self._unknown(name)
-        return JSONResponse(self._card(name))
+    async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
+        """A whole answer: HTTP status and JSON.
 
-    @_http.post("/v1/chat/completions")
-    async def chat(self, request: Request) -> Response:
-        return await self._forward("chat", request)
-
-    @_http.post("/v1/completions")
-    async def completions(self, request: Request) -> Response:
-        return await self._forward("completions", request)
-
-    async def _forward(self, kind: str, request: Request) -> Response:
+        Raises:
+            RequestError: 503, the engine died.
+        """
+        engine = self._engine_of[body["model"]]
         try:
-            body = json.loads(await request.body())
-        except ValueError:
-            return _error(400, "the body is not valid JSON")
-        if not isinstance(body, dict):
-            return _error(400, "the body must be a JSON object")
-        handle = self._handles.get(str(body.get("model")))
-        if handle is None:
-            return self._unknown(body.get("model"))
-        if not body.get("stream"):
-            status, text = await handle.answer.remote(kind, body)
-            return Response(text, status, media_type="application/json")
-        items: Any = handle.options(stream=True).stream.remote(kind, body)
+            status, text = await self._handles[engine].answer.remote(kind, body)
+        except RayError as error:
+            raise self._lost(engine) from error
+        if status == 503:
+            self._mark_down(engine)
+        return status, text
+
+    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
+        """An answer as server-sent events; an error before the first one is a single item with its status.
+
+        Raises:
+            RequestError: 503, the engine died.
+        """
+        engine = self._engine_of[body["model"]]
+        items: Any = self._handles[engine].options(stream=True).stream.remote(kind, body)
         try:
-            status, first = await items.__anext__()
-        except StopAsyncIteration:
-            return _error(500, "the engine gave no answer")
-        if status != 200:
-            return Response(first, status, media_type="application/json")
+            async for status, text in items:
+                if status == 503:
+                    self._mark_down(engine)
+                yield status, text
+        except RayError as error:
+            raise self._lost(engine) from error
 
-        async def events() -> AsyncIterator[str]:
-            yield first
-            async for _, text in items:
-                yield text
+    def _lost(self, engine: str) -> RequestError:
+        self._mark_down(engine)
+        return RequestError(
+            503,
+            "the engine stopped while it answered and is started again; try again after Retry-After",
+            reason="engine_down",
+            retry_after_s=_RETRY_AFTER_S,
+        )
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+    def _mark_down(self, engine: str) -> None:
+        if engine not in self._down:
+            self._down[engine] = asyncio.create_task(self._wait_until_up(engine))
 
-    def _card(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "mmedpo-ray",
-            "parent": None if self._parents[name] == name else self._parents[name],
-        }
+    async def _wait_until_up(self, engine: str) -> None:
+        while True:
+            try:
+                await self._handles[engine].ping.remote()
+            except RayError:
+                await asyncio.sleep(_PING_INTERVAL_S)
+            else:
+                del self._down[engine]
+                return
 
-    def _unknown(self, name: Any) -> Response:
-        return _error(
-            404, f"there is no model {name!r}; there are {', '.join(self._handles)}", "model_not_found"
+
+@serve.ingress()
+class OpenAiIngress:
+    """The ingress: one application for all engines.
+
+    Args:
+        handles: deployment handle by the name of the engine's whole model.
+        names_of: for each engine, every name it answers for.
+        settings: limits, names and origins.
+        max_pixels: of an image.
+        key_hashes: of the API keys.
+    """
+
+    def __init__(
+        self,
+        handles: dict[str, DeploymentHandle],
+        names_of: dict[str, list[str]],
+        settings: ServeConfig,
+        max_pixels: int,
+        key_hashes: frozenset[bytes],
+    ) -> None:
+        self._engines = Engines(handles, names_of)
+        self._settings = settings
+        self._max_pixels = max_pixels
+        self._key_hashes = key_hashes
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(
+            self._engines, self._settings, max_pixels=self._max_pixels, key_hashes=self._key_hashes
         )
 
 
-def build_ingress(engines: dict[str, Application], names_of: dict[str, list[str]]) -> Application:
+def build_ingress(
+    engines: dict[str, Application],
+    names_of: dict[str, list[str]],
+    settings: ServeConfig,
+    *,
+    max_pixels: int,
+    key_hashes: frozenset[bytes],
+) -> Application:
     """Puts the ingress before the engines; see :class:`OpenAiIngress`."""
-    make = serve.deployment(max_ongoing_requests=1000, num_replicas=1, ray_actor_options={"num_cpus": 0})
-    return make(OpenAiIngress).bind(engines, names_of)
+    make = serve.deployment(
+        max_ongoing_requests=settings.max_queue + 100, num_replicas=1, ray_actor_options={"num_cpus": 0}
+    )
+    return make(OpenAiIngress).bind(engines, names_of, settings, max_pixels, key_hashes)

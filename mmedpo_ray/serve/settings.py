@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmedpo_ray.config.base import Section
 
@@ -22,3 +22,38 @@ class ServeConfig(Section):
     )
     max_ongoing_requests: int = Field(128, ge=1)
     start_timeout_s: float = Field(600, gt=0)
+    api_keys_file: str | None = Field(
+        None,
+        description="file with one API key per line; the variable MMEDPO_API_KEYS adds keys (commas between "
+        "them). Without keys the endpoint listens on this machine only",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="further names of this server in the Host header, besides its own and addresses"
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="web pages that may send requests, such as https://viewer.hospital.example"
+    )
+    allowed_image_hosts: tuple[str, ...] = Field(
+        (), description="public hosts from which images may be fetched over HTTPS; by default only data URLs"
+    )
+    image_timeout_s: float = Field(10, gt=0, description="longest fetch of an image")
+    image_threads: int = Field(2, ge=1, description="threads that decode images")
+    max_image_mib: float = Field(32, gt=0, description="largest image file of a request")
+    max_images: int = Field(4, ge=0, description="images of a request")
+    max_body_mib: float = Field(64, gt=0, description="largest body of a request")
+    body_timeout_s: float = Field(30, gt=0, description="longest time for a body to arrive")
+    max_prompt_chars: int = Field(100_000, ge=1, description="characters of all texts of a request")
+    max_output_tokens: int = Field(4096, ge=1, description="largest max_tokens of a request")
+    max_samples: int = Field(8, ge=1, description="answers of a request (n, best_of, prompts)")
+    max_schema_kib: int = Field(32, ge=1, description="largest JSON schema of an answer")
+    max_schema_depth: int = Field(16, ge=1, description="levels of a JSON schema")
+    max_queue: int = Field(2048, ge=1, description="requests in flight; more get 429 with Retry-After")
+    max_queue_per_key: int | None = Field(
+        None, ge=1, description="requests in flight for one API key; null: as many as overall"
+    )
+
+    @model_validator(mode="after")
+    def _replicas(self) -> ServeConfig:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas is below min_replicas")
+        return self

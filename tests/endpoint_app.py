@@ -1,0 +1,90 @@
+"""The endpoint's HTTP side in this process, before engines that repeat what they get."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from mmedpo_ray.serve.http_app import create_app
+from mmedpo_ray.serve.settings import ServeConfig
+
+KEY = "a-key-of-this-test-0123456789"
+
+
+class Repeating:
+    """Engines that answer with the body that reached them; ``seconds`` they take, ``up`` whether they run."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, str | None] = {"base": None, "aligned": "base"}
+        self.up = True
+        self.seconds = 0.0
+        self.bodies: list[dict[str, Any]] = []
+
+    @property
+    def engines_up(self) -> int:
+        return int(self.up)
+
+    def is_up(self, model: str) -> bool:
+        return self.up
+
+    async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
+        await asyncio.sleep(self.seconds)
+        self.bodies.append(body)
+        return 200, json.dumps({"kind": kind, "usage": {"prompt_tokens": 3, "completion_tokens": 2}})
+
+    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
+        self.bodies.append(body)
+        for word in ("No", "effusion"):
+            yield 200, f"data: {json.dumps({'word': word})}\n\n"
+        yield 200, "data: [DONE]\n\n"
+
+
+class Endpoint:
+    """A client of the application; every request goes through all checks."""
+
+    def __init__(self, *, keys: tuple[str, ...] = (), max_pixels: int = 10_000, **settings: Any) -> None:
+        self.engines = Repeating()
+        hashes = frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
+        self.app = create_app(self.engines, ServeConfig(**settings), max_pixels=max_pixels, key_hashes=hashes)
+
+    def client(self) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000")
+
+    def send(self, method: str, path: str, **more: Any) -> httpx.Response:
+        async def one() -> httpx.Response:
+            async with self.client() as client:
+                return await client.request(method, path, **more)
+
+        return asyncio.run(one())
+
+    def chat(self, **fields: Any) -> httpx.Response:
+        body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}]} | fields
+        return self.send("POST", "/v1/chat/completions", json=body)
+
+
+def png(pixels: np.ndarray | None = None, mode: str | None = None) -> bytes:
+    """A PNG file, by default 8 × 8 grey pixels."""
+    buffer = io.BytesIO()
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) if pixels is None else pixels
+    Image.fromarray(pixels, mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def ask(*urls: str, text: str = "What is seen?") -> list[dict[str, Any]]:
+    """Messages with images."""
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
