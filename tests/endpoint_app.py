@@ -7,7 +7,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -41,7 +41,7 @@ class Repeating:
         self.bodies.append(body)
         return 200, json.dumps({"kind": kind, "usage": {"prompt_tokens": 3, "completion_tokens": 2}})
 
-    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
+    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncGenerator[tuple[int, str], None]:
         self.bodies.append(body)
         for word in ("No", "effusion"):
             yield 200, f"data: {json.dumps({'word': word})}\n\n"

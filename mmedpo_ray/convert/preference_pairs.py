@@ -24,7 +24,8 @@ from mmedpo_ray.datasets.pair_table import open_parquet
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
 from mmedpo_ray.io.image_error import ImageError
-from mmedpo_ray.io.images import file_and_frame, plain_bytes
+from mmedpo_ray.io.images import file_and_frame
+from mmedpo_ray.io.plain_images import plain_bytes
 
 Row = dict[str, Any]
 

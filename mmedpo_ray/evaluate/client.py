@@ -21,7 +21,8 @@ from mmedpo_ray.clients.http import HttpClient, error_code
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.settings import EvaluateConfig
 from mmedpo_ray.io.image_error import ImageError
-from mmedpo_ray.io.images import MAX_PIXELS, plain_bytes
+from mmedpo_ray.io.images import MAX_PIXELS
+from mmedpo_ray.io.plain_images import plain_bytes
 
 # Reasons for no answer that another try may cure; a refused image or request stays refused.
 RETRY_REASONS = (
@@ -77,10 +78,20 @@ class QuestionClient:
         base_url: ``http://host:port/v1``.
         settings: concurrency, time-outs, sampling.
         max_pixels: larger images are refused undecoded.
+        key: of the endpoint; None: that in ``OPENAI_API_KEY``, if any.
     """
 
-    def __init__(self, base_url: str, settings: EvaluateConfig, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        settings: EvaluateConfig,
+        max_pixels: int = MAX_PIXELS,
+        *,
+        key: str | None = None,
+    ) -> None:
         self._base_url = base_url.rstrip("/")
+        # A placeholder, unless there is a real one.
+        self._key = key or os.environ.get("OPENAI_API_KEY", "none")
         self._settings = settings
         # Questions about one image follow each other, so the last images are kept.
         self._image = lru_cache(_CACHED_IMAGES)(lambda uri: image_data_url(uri, max_pixels))
@@ -121,8 +132,7 @@ class QuestionClient:
             await http.close()
 
     def _http(self) -> HttpClient:
-        # A placeholder, unless the environment has a real key for an endpoint behind a gateway.
-        return HttpClient(self._base_url, os.environ.get("OPENAI_API_KEY", "none"), self._settings)
+        return HttpClient(self._base_url, self._key, self._settings)
 
     async def _answer(
         self, http: HttpClient, question: Question
@@ -151,7 +161,7 @@ class QuestionClient:
 
 
 def image_data_url(uri: str, max_pixels: int = MAX_PIXELS) -> str:
-    """An image file as a ``data:`` URL; see :func:`mmedpo_ray.io.images.plain_bytes`.
+    """An image file as a ``data:`` URL; see :func:`mmedpo_ray.io.plain_images.plain_bytes`.
 
     Raises:
         ImageError: the file is missing, damaged or too large.

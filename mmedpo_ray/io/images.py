@@ -20,7 +20,6 @@ from PIL import Image
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import pillow_images, storage, tiff
 from mmedpo_ray.io.image_error import ImageError
-from mmedpo_ray.io.pillow_images import TURNED
 from mmedpo_ray.io.pixels import finite, read_off
 from mmedpo_ray.io.tiff import DEEP
 
@@ -361,47 +360,6 @@ def load_rgb(uri: str) -> Image.Image:
         ImageError: see :func:`load_image`.
     """
     return to_rgb(load_image(uri, max_pixels=None))
-
-
-_PLAIN = {"PNG": "image/png", "JPEG": "image/jpeg"}
-
-
-def plain_bytes(uri: str, max_pixels: int | None = MAX_PIXELS) -> tuple[bytes, str]:
-    """The picture of a file as every decoder reads it like training; see :func:`plain_file`.
-
-    Raises:
-        ImageError: the file is missing, damaged or too large.
-    """
-    file, frame = file_and_frame(uri)
-    try:
-        data = storage.read_bytes(file)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ImageError("image_missing", uri) from error
-    return plain_file(data, uri, max_pixels, frame=frame)
-
-
-def plain_file(
-    data: bytes, name: str, max_pixels: int | None = MAX_PIXELS, *, frame: int | None = None
-) -> tuple[bytes, str]:
-    """A picture as a file that every decoder reads as training does: its bytes and their media type.
-
-    Plain 8-bit PNG and JPEG files are taken as they are; everything else (16 bits, alpha, palette, EXIF
-    rotation, DICOM, one frame of several) becomes an RGB PNG by :func:`to_rgb`.
-
-    Args:
-        data: the file's bytes.
-        name: what messages call it.
-        max_pixels: a larger image is not decoded.
-        frame: which of several frames, from 1.
-
-    Raises:
-        ImageError: see :func:`decode`.
-    """
-    image = decode(data, name, max_pixels, frame=frame)
-    kind = _PLAIN.get(image.format or "") if frame is None else None
-    if kind is None or image.mode not in ("L", "RGB") or "transparency" in image.info or TURNED in image.info:
-        return encode_png(to_rgb(image)), "image/png"
-    return data, kind
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -17,7 +17,7 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import load_processor, read_model_config, template_with_bos
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
-from mmedpo_ray.serve.access import read_key_hashes
+from mmedpo_ray.serve.access import hashes, read_keys
 from mmedpo_ray.serve.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def build_app(config: Config, models: Models, *, has_gpu: bool) -> Application:
         (name, path), *adapters = group.items()
         settings = engine_settings(config.model.engine, has_gpu=has_gpu, model=path)
         llm_config = _llm_config(name, path, settings, dict(adapters))
+        _add_limits(llm_config, config)
         options = _deployment_options(config.serve, settings)
         make = serve.deployment(name=f"engine:{name}", **options)
         engines[name] = make(EngineServer).bind(llm_config, dict(adapters))
@@ -58,8 +59,8 @@ def build_app(config: Config, models: Models, *, has_gpu: bool) -> Application:
         engines,
         names_of,
         config.serve,
-        max_pixels=config.data.max_pixels,
-        key_hashes=read_key_hashes(config.serve),
+        max_pixels=_max_pixels(config),
+        key_hashes=hashes(read_keys(config.serve)),
     )
 
 
@@ -113,12 +114,32 @@ def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[s
         "model_loading_config": {"model_id": name, "model_source": path},
         "engine_kwargs": arguments,
         "placement_group_config": {"bundles": settings.bundles},
-        "runtime_env": {"env_vars": settings.env},
+        "runtime_env": {"env_vars": dict(settings.env)},
         "log_engine_metrics": False,
     }
     if settings.device == "cpu":
         result["accelerator_config"] = {"kind": "cpu"}
     return result
+
+
+def _add_limits(llm_config: dict[str, Any], config: Config) -> None:
+    """What the ingress checks before, once more in the engine."""
+    arguments, variables = llm_config["engine_kwargs"], llm_config["runtime_env"]["env_vars"]
+    if "limit_mm_per_prompt" in arguments and "limit_mm_per_prompt" not in config.model.engine.extra:
+        arguments["limit_mm_per_prompt"] = {"image": config.serve.max_images}
+    # No host is called so: the engine fetches nothing.
+    arguments.setdefault("allowed_media_domains", ["none.invalid"])
+    variables |= {
+        "VLLM_MAX_IMAGE_PIXELS": str(_max_pixels(config)),
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_MAX_N_SEQUENCES": str(config.serve.max_samples),
+    }
+    # A streamed token leaves at once, not in a batch of 50 ms.
+    llm_config["experimental_configs"] = {"stream_batching_interval_ms": 0}
+
+
+def _max_pixels(config: Config) -> int:
+    return min(config.data.max_pixels, config.serve.max_image_pixels)
 
 
 def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[str, Any]:

