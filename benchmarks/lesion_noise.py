@@ -44,7 +44,8 @@ import numpy as np
 from PIL import Image
 
 from mmedpo_ray.curate.settings import NoiseConfig
-from mmedpo_ray.curate.visual.lesion_noise import add_lesion_noise, signal_share
+from mmedpo_ray.curate.visual.lesion_noise import add_lesion_noise
+from mmedpo_ray.curate.visual.noise_schedule import signal_share
 from mmedpo_ray.curate.visual.tools.base import upsample
 from mmedpo_ray.curate.visual.visual_pairs import HEAT_MAP_SIDE, heat_map_pixels
 from mmedpo_ray.io import images as image_files

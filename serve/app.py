@@ -13,6 +13,7 @@ from ray.serve.deployment import Application
 
 from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.load import load, resolve_run_folder
+from mmedpo_ray.serve.access import read_key_hashes
 from mmedpo_ray.serve.application import build_app
 from mmedpo_ray.serve.models import served_models
 
@@ -29,4 +30,5 @@ def build(arguments: dict[str, str]) -> Application:
     overrides = [f"{key}={value}" for key, value in arguments.items() if key != "config"]
     config = resolve_run_folder(load(arguments.get("config"), overrides))
     cluster.start(config.ray)
-    return build_app(config, served_models(config), has_gpu=cluster.has_gpu())
+    keys = read_key_hashes(config.serve)
+    return build_app(config, served_models(config), has_gpu=cluster.has_gpu(), key_hashes=keys)

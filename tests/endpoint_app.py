@@ -45,6 +45,9 @@ class Repeating:
         self.bodies.append(body)
         for word in ("No", "effusion"):
             yield 200, f"data: {json.dumps({'word': word})}\n\n"
+        if body["stream_options"]["include_usage"]:
+            usage = '{"prompt_tokens": 3, "completion_tokens": 2}'
+            yield 200, f'data: {{"choices":[],"usage":{usage}}}\n\n'
         yield 200, "data: [DONE]\n\n"
 
 

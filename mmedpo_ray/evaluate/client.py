@@ -78,19 +78,13 @@ class QuestionClient:
         base_url: ``http://host:port/v1``.
         settings: concurrency, time-outs, sampling.
         max_pixels: larger images are refused undecoded.
-        key: of the endpoint; None: that in ``OPENAI_API_KEY``, if any.
+        key: API key; None: OPENAI_API_KEY, for an endpoint behind a gateway.
     """
 
     def __init__(
-        self,
-        base_url: str,
-        settings: EvaluateConfig,
-        max_pixels: int = MAX_PIXELS,
-        *,
-        key: str | None = None,
+        self, base_url: str, settings: EvaluateConfig, max_pixels: int = MAX_PIXELS, key: str | None = None
     ) -> None:
         self._base_url = base_url.rstrip("/")
-        # A placeholder, unless there is a real one.
         self._key = key or os.environ.get("OPENAI_API_KEY", "none")
         self._settings = settings
         # Questions about one image follow each other, so the last images are kept.

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import shlex
 import sys
 import time
@@ -32,7 +31,6 @@ from mmedpo_ray.evaluate.summary import ROLES, failed_rows, summarise, summary_t
 from mmedpo_ray.io import storage
 from mmedpo_ray.metrics import at_hand
 from mmedpo_ray.models.fingerprint import model_fingerprint
-from mmedpo_ray.serve.access import read_keys
 from mmedpo_ray.serve.application import engine_groups
 from mmedpo_ray.serve.endpoint import start_endpoint
 from mmedpo_ray.serve.models import run_models
@@ -89,8 +87,8 @@ def _ask(
     for group in _groups(config, names):
         questions = [(name, sample) for name, sample in todo if name in group]
         if questions:
-            with _endpoint(config, group) as (base_url, key):
-                asyncio.run(_collect(config, stage, base_url, key, questions, done=asked))
+            with _endpoint(config, group) as client:
+                asyncio.run(_collect(config, stage, client, questions, done=asked))
             asked += len(questions)
 
 
@@ -99,7 +97,7 @@ def _stage(config: Config, run: RunFolder) -> tuple[StageRunner, list[str]]:
     settings = config.evaluate.model_dump(include={"max_tokens", "temperature", "max_samples"})
     inputs = [run.samples]
     if config.evaluate.endpoint:
-        offered = QuestionClient(config.evaluate.endpoint, config.evaluate, key=_key(config)).model_names()
+        offered = QuestionClient(config.evaluate.endpoint, config.evaluate).model_names()
         names = _names_at(config, offered)
         settings["endpoint"] = config.evaluate.endpoint
     else:
@@ -173,32 +171,25 @@ def _groups(config: Config, names: Sequence[str]) -> list[list[str]]:
 
 
 @contextlib.contextmanager
-def _endpoint(config: Config, names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Address and API key of the endpoint to ask."""
+def _endpoint(config: Config, names: Sequence[str]) -> Iterator[QuestionClient]:
+    max_pixels = config.data.max_pixels
     if config.evaluate.endpoint:
-        yield config.evaluate.endpoint, _key(config)
+        yield QuestionClient(config.evaluate.endpoint, config.evaluate, max_pixels)
         return
     # An endpoint of our own: any free port, not reachable from elsewhere, beside whatever else is served.
     own = config.model_copy(deep=True)
     own.serve.port, own.serve.host = 0, "127.0.0.1"
-    own.serve.max_queue = max(own.serve.max_queue, config.evaluate.concurrency)
     own.serve.max_output_tokens = max(own.serve.max_output_tokens, config.evaluate.max_tokens)
     models = {name: path for name, path in run_models(config).items() if name in names}
     with start_endpoint(own, models, app_name="mmedpo-evaluate", route_prefix="/evaluate") as endpoint:
         console.print(f"[dim]evaluate: {', '.join(names)} answer after {endpoint.seconds:.0f} s[/dim]")
-        yield endpoint.base_url, endpoint.key
-
-
-def _key(config: Config) -> str | None:
-    """The key of an endpoint that runs already: ``OPENAI_API_KEY``, else that with which we would serve."""
-    return os.environ.get("OPENAI_API_KEY") or next(iter(read_keys(config.serve)), None)
+        yield QuestionClient(endpoint.base_url, config.evaluate, max_pixels, endpoint.api_key)
 
 
 async def _collect(
     config: Config,
     stage: StageRunner,
-    base_url: str,
-    key: str | None,
+    client: QuestionClient,
     todo: list[tuple[str, dict[str, Any]]],
     done: int,
 ) -> None:
@@ -208,7 +199,6 @@ async def _collect(
         Question(answer_id, name, sample["image_uri"], sample["question"])
         for answer_id, (name, sample) in by_id.items()
     ]
-    client = QuestionClient(base_url, config.evaluate, config.data.max_pixels, key=key)
     rows: list[dict[str, Any]] = []
     saved = started = time.monotonic()
     with progress_bar() as bar:

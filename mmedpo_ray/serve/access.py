@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,8 +21,8 @@ _LEAST_KEY_LENGTH = 16
 _OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
-def read_keys(settings: ServeConfig) -> tuple[str, ...]:
-    """The API keys of ``serve.api_keys_file`` and of ``MMEDPO_API_KEYS``; none: no key is asked for.
+def read_key_hashes(settings: ServeConfig) -> frozenset[bytes]:
+    """SHA-256 of every API key, from ``serve.api_keys_file`` and ``MMEDPO_API_KEYS``; empty without keys.
 
     The file has one key per line; empty lines and lines that start with # are ignored. The variable has keys
     with commas between them.
@@ -49,12 +49,12 @@ def read_keys(settings: ServeConfig) -> tuple[str, ...]:
             f"an API key has fewer than {_LEAST_KEY_LENGTH} characters, a space, or is not ASCII. Make one "
             'with `python -c "import secrets; print(secrets.token_urlsafe(32))"`.'
         )
-    return tuple(dict.fromkeys(keys))
+    return frozenset(map(hash_key, keys))
 
 
-def hashes(keys: Iterable[str]) -> frozenset[bytes]:
-    """SHA-256 of each key; long random keys need no slower hash."""
-    return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
+def hash_key(key: str) -> bytes:
+    """SHA-256 of a key, which is what the server keeps of it; long random keys need no slower hash."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 class Access:
@@ -121,7 +121,7 @@ class Access:
         if not self._key_hashes:
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode()).digest()
+        given = hash_key(key.strip())
         # Every key is compared, so that the time tells nothing.
         is_known = sum(hmac.compare_digest(given, known) for known in self._key_hashes) > 0
         if scheme.lower() != "bearer" or not is_known:

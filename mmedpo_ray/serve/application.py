@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.loading import load_processor, read_model_config, template_with_bos
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
-from mmedpo_ray.serve.access import hashes, read_keys
 from mmedpo_ray.serve.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -26,18 +26,22 @@ if TYPE_CHECKING:
 Models = dict[str, str | Path]
 """Served name → folder (or hub name)."""
 
+_IMAGE_ROUTER = "mmedpo_ray.serve.image_router:ImageAffinityRouter"
 _ADAPTER_CONFIG = "adapter_config.json"
 # Ranks for which vLLM has LoRA kernels (vllm.config.lora.MaxLoRARanks).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def build_app(config: Config, models: Models, *, has_gpu: bool) -> Application:
+def build_app(
+    config: Config, models: Models, *, has_gpu: bool, key_hashes: frozenset[bytes] = frozenset()
+) -> Application:
     """The Serve application: one deployment per whole model, its adapters with it, behind one OpenAI ingress.
 
     Args:
         config: all settings (``model.engine``, ``serve``).
         models: what to serve. The first whole model is the base of every adapter.
         has_gpu: whether the cluster has a GPU.
+        key_hashes: of the API keys; empty: no key is asked for.
 
     Raises:
         UserError: a folder is no model, or adapters come without a base.
@@ -60,7 +64,7 @@ def build_app(config: Config, models: Models, *, has_gpu: bool) -> Application:
         names_of,
         config.serve,
         max_pixels=_max_pixels(config),
-        key_hashes=hashes(read_keys(config.serve)),
+        key_hashes=key_hashes,
     )
 
 
@@ -143,7 +147,9 @@ def _max_pixels(config: Config) -> int:
 
 
 def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[str, Any]:
+    router = {"request_router_class": _IMAGE_ROUTER} if settings.router == "image" else {}
     return {
+        "request_router_config": RequestRouterConfig.model_validate(router),
         "autoscaling_config": {
             "min_replicas": settings.min_replicas,
             "initial_replicas": max(1, settings.min_replicas),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import secrets
 import socket
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.vllm_engine import engine_settings
-from mmedpo_ray.serve.access import KEYS_VARIABLE, read_keys
+from mmedpo_ray.serve.access import KEYS_VARIABLE, hash_key, read_key_hashes
 from mmedpo_ray.serve.application import Models, build_app, check_model, engine_groups
 from mmedpo_ray.serve.readiness import wait_for_answer, wait_until_running
 from mmedpo_ray.serve.settings import ServeConfig
@@ -44,13 +45,13 @@ class Endpoint:
     Attributes:
         base_url: for OpenAI clients, ending in ``/v1``.
         models: names that requests may use.
-        key: an API key that it takes; "none" if it asks for none.
+        api_key: a key for this process alone; None if the endpoint asks for none.
         seconds: from the start until every model had answered.
     """
 
     base_url: str
     models: tuple[str, ...]
-    key: str = field(default="none", repr=False)
+    api_key: str | None = field(default=None, repr=False)
     seconds: float = 0.0
     _app_name: str = field(default=APP_NAME, repr=False)
     _stops_serve: bool = field(default=True, repr=False)
@@ -91,14 +92,18 @@ def start_endpoint(
         check_model(path)
     cluster.start(config.ray)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    app = build_app(config, models, has_gpu=cluster.has_gpu())
+    key_hashes = read_key_hashes(config.serve)
+    own_key = secrets.token_urlsafe() if key_hashes else None
+    if own_key is not None:
+        key_hashes |= {hash_key(own_key)}
+    app = build_app(config, models, has_gpu=cluster.has_gpu(), key_hashes=key_hashes)
     _warn_if_too_small(config, models)
     host, port, ran_before = _open_http(config.serve)
     reachable = "127.0.0.1" if host in _ALL_ADDRESSES else _in_url(host)
     endpoint = Endpoint(
         base_url=f"http://{reachable}:{port}{route_prefix.rstrip('/')}/v1",
         models=tuple(models),
-        key=next(iter(read_keys(config.serve)), "none"),
+        api_key=own_key,
         _app_name=app_name,
         _stops_serve=not ran_before,
     )
@@ -115,9 +120,8 @@ def start_endpoint(
         )
         wait_until_running(app_name, config.serve.start_timeout_s, started)
         for name in models:
-            wait_for_answer(
-                endpoint.base_url, endpoint.key, name, deadline=started + config.serve.start_timeout_s
-            )
+            deadline = started + config.serve.start_timeout_s
+            wait_for_answer(endpoint.base_url, name, deadline, own_key)
     except BaseException:
         endpoint.stop()
         raise
@@ -159,7 +163,7 @@ def _open_http(settings: ServeConfig) -> tuple[str, int, bool]:
         return host, port, True
     port = _free_port(settings.host, settings.port)
     is_open = settings.host in _ALL_ADDRESSES or not is_loopback(f"//{_in_url(settings.host)}")
-    if is_open and not read_keys(settings):
+    if is_open and not read_key_hashes(settings):
         raise UserError(
             f"serve.host={settings.host} lets other machines use the models, but there are no API keys. Put "
             f"keys into a file and name it in serve.api_keys_file (or set {KEYS_VARIABLE}), or set "

@@ -39,8 +39,8 @@ def create_app(
         backend: the engines.
         settings: limits, names and origins.
         max_pixels: larger images are refused.
-        key_hashes: of the API keys (:func:`mmedpo_ray.serve.access.hashes`); empty: no key is needed, and
-            only this machine may ask.
+        key_hashes: of the API keys (:func:`mmedpo_ray.serve.access.read_key_hashes`); empty: no key is
+            needed, and only this machine may ask.
     """
     metrics = ServeMetrics()
     access = Access(settings, key_hashes)

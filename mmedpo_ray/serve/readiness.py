@@ -57,7 +57,7 @@ def wait_until_running(app_name: str, timeout_s: float, started: float) -> None:
             time.sleep(_POLL_S)
 
 
-def wait_for_answer(base_url: str, key: str, model: str, deadline: float) -> None:
+def wait_for_answer(base_url: str, model: str, deadline: float, api_key: str | None = None) -> None:
     """Asks a model for one token until it answers, which also warms it up.
 
     Raises:
@@ -69,7 +69,11 @@ def wait_for_answer(base_url: str, key: str, model: str, deadline: float) -> Non
     direct = openai.DefaultHttpxClient(trust_env=False)
     last = "no answer"
     with openai.OpenAI(
-        base_url=base_url, api_key=key, timeout=_ANSWER_TIMEOUT_S, max_retries=0, http_client=direct
+        base_url=base_url,
+        api_key=api_key or "none",
+        timeout=_ANSWER_TIMEOUT_S,
+        max_retries=0,
+        http_client=direct,
     ) as client:
         while time.monotonic() < deadline:
             try:

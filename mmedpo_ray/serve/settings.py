@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from mmedpo_ray.config.base import Section
@@ -23,6 +25,11 @@ class ServeConfig(Section):
         32, ge=1, description="requests in flight per replica before another is started"
     )
     max_ongoing_requests: int = Field(128, ge=1)
+    router: Literal["image", "power_of_two"] = Field(
+        "image",
+        description="which of several replicas gets a request: that which had the image before (its prefix "
+        "cache has the image's tokens), or the less busy of two at random",
+    )
     start_timeout_s: float = Field(600, gt=0)
     api_keys_file: str | None = Field(
         None,

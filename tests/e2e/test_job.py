@@ -66,7 +66,7 @@ def cluster() -> Iterator[dict[str, str]]:
     finally:
         head.terminate()
         try:
-            head.wait(30)
+            head.wait(5)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, 9)
         shutil.rmtree(folder, ignore_errors=True)

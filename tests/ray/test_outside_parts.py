@@ -77,6 +77,7 @@ def test_parts_of_another_package_work_in_every_stage(package: Path, data: Path,
         "score.agents=[{kind: length}]",
         "align.loss=squared",
         "align.max_steps=1",
+        "align.num_workers=1",
         "control.enabled=false",
     ]
     done = subprocess.run(

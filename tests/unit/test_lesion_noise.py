@@ -21,8 +21,8 @@ from mmedpo_ray.curate.visual.lesion_noise import (
     lesion_places,
     plain_mode,
     released_places,
-    signal_share,
 )
+from mmedpo_ray.curate.visual.noise_schedule import signal_share
 from mmedpo_ray.io.images import decode, to_rgb
 from mmedpo_ray.io.png import encode_pixels
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,10 @@ from PIL import Image
 from scipy import ndimage
 
 from mmedpo_ray.curate.settings import NoiseConfig
+from mmedpo_ray.curate.visual.noise_schedule import signal_share
 from mmedpo_ray.io.images import has_alpha
 from mmedpo_ray.io.pixels import finite
 
-_TOTAL_STEPS = 1000
 _RELEASED_STD = 10.0
 # OpenCV's sigma for a 15 × 15 kernel where none is given: 0.3 · ((15 − 1) / 2 − 1) + 0.8.
 _RELEASED_SIGMA, _RELEASED_RADIUS = 2.6, 7
@@ -105,35 +105,6 @@ class _Region:
             return self.rng.standard_normal((rows, len(self.places)), np.float32)
         grains, count = _grains_of(self.places, (height, width), side)
         return self.rng.standard_normal((rows, count), np.float32).take(grains, axis=1)
-
-
-@lru_cache(maxsize=64)
-def signal_share(steps: int, schedule: str) -> float:
-    """ξ̄: the share of the signal's variance that is left after ``steps`` of 1,000 diffusion steps, 1 to 0.
-
-    Args:
-        steps: 1 to 1,000.
-        schedule: ``linear`` (Ho et al. 2020: β from 1e-4 to 0.02), ``sigmoid`` (β from 1e-5 to 5e-3 along a
-            sigmoid, the one used with contrastive decoding of LVLMs, arXiv 2311.16922), or ``cosine`` (Nichol
-            & Dhariwal 2021).
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
-    if not 1 <= steps <= _TOTAL_STEPS:
-        raise ValueError(f"steps must be 1 to {_TOTAL_STEPS}, not {steps}")
-    if schedule == "cosine":
-        offset = 0.008
-        t = np.array([0.0, steps / _TOTAL_STEPS])
-        start, now = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
-        return float(max(now / start, 0.0))
-    if schedule == "linear":
-        beta = np.linspace(1e-4, 0.02, _TOTAL_STEPS)
-    elif schedule == "sigmoid":
-        beta = 1 / (1 + np.exp(-np.linspace(-6, 6, _TOTAL_STEPS))) * (0.5e-2 - 1e-5) + 1e-5
-    else:
-        raise ValueError(f"unknown schedule {schedule!r}: use sigmoid, linear or cosine")
-    return float(np.prod(1 - beta[:steps]))
 
 
 def add_lesion_noise(

@@ -1,0 +1,187 @@
+"""Who is let into the endpoint, how many at once, and what others see of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from endpoint_app import KEY, Endpoint
+
+from mmedpo_ray.errors import UserError
+from mmedpo_ray.serve.access import read_key_hashes
+from mmedpo_ray.serve.settings import ServeConfig
+
+BODY = {"model": "base", "messages": [{"role": "user", "content": "Is there a nodule?"}]}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        (bearer("another-key-of-this-test"), 401),
+        (bearer(KEY[:-1]), 401),
+        (bearer(KEY + "x"), 401),
+        ({"Authorization": KEY}, 401),
+        ({"Authorization": f"Basic {KEY}"}, 401),
+        ({"Authorization": "Bearer"}, 401),
+        (bearer(KEY), 200),
+        ({"Authorization": f"bearer {KEY}"}, 200),
+    ],
+)
+def test_a_key_is_needed_where_there_are_keys(headers: dict[str, str], status: int) -> None:
+    endpoint = Endpoint(keys=("the-first-key-of-this-test", KEY))
+    for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/metrics")):
+        answer = endpoint.send(method, path, headers=headers, json=BODY if method == "POST" else None)
+        assert answer.status_code == status, path
+    if status == 401:
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.json()["error"]["type"] == "authentication_error"
+    assert endpoint.send("GET", "/health").status_code == 200
+    assert endpoint.send("GET", "/ready").status_code == 200
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# radiology\n{KEY}\n\nanother-key-of-this-test\n")
+    settings = ServeConfig(api_keys_file=str(file))
+    assert len(read_key_hashes(settings)) == 2
+    monkeypatch.setenv("MMEDPO_API_KEYS", f"{KEY}, a-third-key-of-this-test")
+    assert len(read_key_hashes(settings)) == 3
+    assert not any(KEY.encode() in item for item in read_key_hashes(settings))
+
+
+@pytest.mark.parametrize("content", [None, "", "# nothing\n", "short\n"])
+def test_a_file_without_usable_keys_is_named(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match="key"):
+        read_key_hashes(ServeConfig(api_keys_file=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost:8000", None, 200),
+        ("127.0.0.1:8000", None, 200),
+        ("[::1]:8000", None, 200),
+        ("10.1.2.3", None, 200),
+        ("ai.hospital.example", None, 200),
+        ("other.example", None, 421),
+        ("localhost.other.example", None, 421),
+        ("", None, 421),
+        ("[broken", None, 421),
+        ("localhost:8000", "http://localhost:8000", 200),
+        ("localhost:8000", "https://viewer.hospital.example", 200),
+        ("localhost:8000", "http://localhost:3000", 403),
+        ("localhost:8000", "https://other.example", 403),
+        ("localhost:8000", "null", 403),
+        ("localhost:8000", "", 403),
+    ],
+)
+def test_only_own_names_and_listed_pages_are_answered(host: str, origin: str | None, status: int) -> None:
+    endpoint = Endpoint(
+        allowed_hosts=("ai.hospital.example",), allowed_origins=("https://viewer.hospital.example",)
+    )
+    headers = {"Host": host} | ({"Origin": origin} if origin is not None else {})
+    for path in ("/v1/models", "/health", "/metrics", "/nothing"):
+        answer = endpoint.send("GET", path, headers=headers)
+        assert answer.status_code == (404 if path == "/nothing" and status == 200 else status)
+    allowed = answer.headers.get("Access-Control-Allow-Origin")
+    assert allowed == (origin if origin == "https://viewer.hospital.example" else None)
+
+
+def test_requests_beyond_the_limits_are_told_when_to_come_back() -> None:
+    endpoint = Endpoint(keys=(KEY, "another-key-of-this-test"), max_queue=6, max_queue_per_key=4)
+    endpoint.engines.seconds = 0.5
+
+    async def many() -> list[list[int]]:
+        async with endpoint.client() as client:
+
+            async def ask(key: str) -> int:
+                answer = await client.post("/v1/chat/completions", json=BODY, headers=bearer(key))
+                if answer.status_code == 429:
+                    assert int(answer.headers["Retry-After"]) >= 1
+                return answer.status_code
+
+            first = await asyncio.gather(*(ask(KEY) for _ in range(6)))
+            keys = [KEY] * 4 + ["another-key-of-this-test"] * 4
+            second = await asyncio.gather(*(ask(key) for key in keys))
+            return [sorted(first), sorted(second)]
+
+    first, second = asyncio.run(many())
+    assert first == [200] * 4 + [429] * 2, "one key takes four places"
+    assert second == [200] * 6 + [429] * 2, "all keys together take six"
+    assert endpoint.send("POST", "/v1/chat/completions", json=BODY, headers=bearer(KEY)).status_code == 200
+
+
+def test_half_sent_bodies_end_after_their_time() -> None:
+    endpoint = Endpoint(body_timeout_s=0.2, max_queue=1)
+
+    async def half() -> AsyncIterator[bytes]:
+        yield b'{"model": '
+        await asyncio.sleep(5)
+        yield b'"base"}'
+
+    async def send() -> int:
+        async with endpoint.client() as client:
+            headers = {"Content-Type": "application/json"}
+            return (await client.post("/v1/chat/completions", content=half(), headers=headers)).status_code
+
+    assert asyncio.run(send()) == 408
+    assert endpoint.chat().status_code == 200, "its place is free again"
+
+
+def test_while_no_engine_answers() -> None:
+    endpoint = Endpoint()
+    endpoint.engines.up = False
+    answer = endpoint.chat()
+    assert answer.status_code == 503 and int(answer.headers["Retry-After"]) >= 1
+    assert endpoint.send("GET", "/ready").status_code == 503
+    assert endpoint.send("GET", "/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("case-17.a_b", True),
+        ("", False),
+        ("two words", False),
+        ("x" * 65, False),
+        ("a\tb", False),
+        ("é", False),
+    ],
+)
+def test_ids_of_clients_are_kept_if_they_are_plain(given: str, kept: bool) -> None:
+    answer = Endpoint().send("GET", "/health", headers={"X-Request-Id": given.encode()})
+    assert (answer.headers["X-Request-Id"] == given) is kept
+    assert len(answer.headers["X-Request-Id"]) == (len(given) if kept else 32)
+
+
+def test_metrics_count_and_hold_no_content() -> None:
+    endpoint = Endpoint()
+    endpoint.chat()
+    endpoint.chat(n=99)
+    endpoint.chat(stream=True)
+    text = endpoint.send("GET", "/metrics").text
+    assert 'mmedpo_requests_total{kind="chat",model="base"} 2.0' in text
+    assert 'mmedpo_rejections_total{reason="limit"} 1.0' in text
+    assert 'mmedpo_tokens_total{model="base",side="completion"} 4.0' in text, "of the stream too"
+    assert "mmedpo_first_token_seconds_count 1.0" in text
+    assert "nodule" not in text and "Hello" not in text
+
+
+def test_a_stream_is_passed_on_as_it_comes() -> None:
+    answer = Endpoint().chat(stream=True)
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert [line for line in answer.text.splitlines() if line] == [
+        'data: {"word": "No"}',
+        'data: {"word": "effusion"}',
+        "data: [DONE]",
+    ]
