@@ -15,6 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from served_requests import (  # noqa: F401
+    test_half_sent_and_left_requests_free_their_place,
+    test_state_and_logs,
+    test_the_model_sees_pictures_as_training_does,
+    test_the_openai_client,
+    test_what_the_engine_answers,
+    test_what_the_engine_refuses_is_a_clients_error,
+)
 from test_export import QUESTIONS, image, train_nothing, transformers_tokens
 from tiny_llava import build_tiny_llava, leave_the_beginning_to_the_tokenizer
 
@@ -50,7 +58,7 @@ def make_config(root: Path, base: Path) -> Config:
         {
             "run": {"folder": str(root / "run")},
             "model": {"path": str(base), "engine": {"kv_cache_gib": 0.25, "max_model_len": 256}},
-            "serve": {"port": 0, "start_timeout_s": 240},
+            "serve": {"port": 0, "start_timeout_s": 240, "body_timeout_s": 5},
             "evaluate": {"max_tokens": 4, "bootstrap": 100, "retries": 1},
         }
     )
