@@ -201,7 +201,7 @@ def _same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert torch.allclose(value, theirs[name], rtol=1e-4, atol=TOLERANCE), name
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     drawn=pairs(),
     loss=st.sampled_from(sorted(LOSSES)),
@@ -243,7 +243,7 @@ def test_losses_and_lora_gradients_equal_the_padded_ones(
     _same_gradients(our_gradients, take_gradients(world.model))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=pairs(), forward_share=st.sampled_from([0.0, 0.3, 1.0]))
 def test_the_online_reference_and_the_divergence_equal_the_padded_ones(
     world: World, drawn: list[Draw], forward_share: float

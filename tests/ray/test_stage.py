@@ -173,7 +173,7 @@ def test_a_foreign_file_in_a_table_is_an_error(tmp_path: Path) -> None:
         table_of(tmp_path)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(st.text(max_size=5), st.booleans()), unique_by=lambda item: item[0], min_size=1, max_size=30
@@ -199,7 +199,7 @@ def test_a_user_error_in_a_task_reaches_the_user_without_the_traceback() -> None
     assert user_message(ValueError("something else")) is None
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=3), st.none() | st.integers(1, 30), st.integers(1, 30)
 )

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import torch
 from convert_world import QUESTION, copied, fails, logits, picture
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -79,7 +79,6 @@ def test_saved_names_are_those_of_the_hub(converted: Path) -> None:
 
 
 @given(question=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60))
-@settings(deadline=None)
 def test_prompts_have_the_ids_of_the_original(
     original: Original, writer: PromptWriter, question: str
 ) -> None:

@@ -335,7 +335,7 @@ def full(original: Original, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_damaged_file_ends_in_a_model_that_works_or_in_a_user_error(
     full: Path, data: st.DataObject

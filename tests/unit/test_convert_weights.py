@@ -117,7 +117,7 @@ def test_a_name_of_no_known_part_is_not_mapped(name: str) -> None:
     assert (converted_name(name) is not None) is known
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     stranger=_PARTS.filter(lambda name: not name.startswith(_ORIGINAL_PREFIXES) and not is_recomputed(name))
 )

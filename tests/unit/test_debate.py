@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmedpo_ray.judge import debate
@@ -120,7 +120,6 @@ def debates(draw: st.DrawFn) -> tuple[int, int, list[list[float | None]]]:
     return num_agents, max_rounds, draw(st.lists(plans, min_size=1, max_size=4))
 
 
-@settings(deadline=None, max_examples=300)
 @given(debates())
 def test_a_debate_ends_at_the_first_agreement_or_at_the_cap(
     world: tuple[int, int, list[list[float | None]]],
@@ -155,7 +154,6 @@ def test_a_debate_ends_at_the_first_agreement_or_at_the_cap(
         assert min(scores) - 1e-12 <= outcome.score <= max(scores) + 1e-12
 
 
-@settings(deadline=None)
 @given(debates())
 def test_debates_held_together_are_those_held_alone(
     world: tuple[int, int, list[list[float | None]]],
@@ -177,7 +175,6 @@ def test_debates_held_together_are_those_held_alone(
     assert sum(len(agent.shown) for agent in agents) == 2 * sum(len(history) for history, _ in alone)
 
 
-@settings(deadline=None)
 @given(st.lists(SCORES, min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 5))
 def test_a_history_goes_through_its_column_unchanged(
     scores: list[float], num_agents: int, max_rounds: int

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
@@ -298,7 +298,6 @@ def test_what_cannot_be_used(data: bytes, reason: str, detail: str | None) -> No
     assert detail in caught.value.detail
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(132, 700), st.integers(0, 255)), min_size=1, max_size=12),
     st.integers(0, 30),

@@ -165,7 +165,7 @@ def test_few_bits_do_not_end_the_process() -> None:
     assert MADE_BY.encode() in done.stdout
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
     st.sampled_from([uid.JPEGLosslessSV1, uid.JPEG2000Lossless]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmedpo_ray.curate.text.filters import contains_truth, language, most_frequent, problem
@@ -156,7 +156,6 @@ def test_language_is_only_told_of_sentences() -> None:
     assert language("the of") is None
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60), st.text(max_size=40))
 def test_any_text_has_a_verdict(chosen: str, rejected: str, question: str) -> None:
     assert problem(chosen, chosen, 4.0, question) is not None, "an answer is never its own contrary"

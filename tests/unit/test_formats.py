@@ -316,7 +316,7 @@ def test_r2gen_studies_may_name_masks(iu_xray: Path, views: str) -> None:
     assert [row["mask_uri"] for row in rows] == [str(iu_xray / "images/CXR1/0_mask.png")] * 2 + [None] * 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

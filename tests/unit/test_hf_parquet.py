@@ -389,7 +389,7 @@ def test_a_text_that_is_no_text_is_empty(tmp_path: Path) -> None:
     assert [item.get("drop_reason") for item in read(tmp_path)] == [None, "empty_question", None]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(_ROW, min_size=1, max_size=7), st.integers(1, 4), st.booleans())
 def test_any_row_is_kept_or_dropped_once(tmp_path: Path, source: list, size: int, with_ids: bool) -> None:
     table = pa.Table.from_pylist(

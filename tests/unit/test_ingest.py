@@ -505,7 +505,7 @@ _ROW = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(_ROW | _JSON, min_size=1, max_size=5), st.sampled_from(["llava_json", "mmedpo_json"]))
 def test_no_row_breaks_a_reader(root: Path, source: list, kind: str) -> None:
     rows = read(root, source, kind)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from judge_attacks import ATTACKS, SPECIAL
 from tiny_chat import save_tokenizer
@@ -42,7 +42,6 @@ def record_of(content: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the question
 
 
-@settings(deadline=None)
 @given(TEXTS)
 @example(ATTACKS["control"])
 @example(ATTACKS["long"])
@@ -52,7 +51,6 @@ def test_a_text_stays_inside_one_json_string(text: str) -> None:
     assert line.isascii() and line.isprintable() and not set("<>[]|&") & set(line)
 
 
-@settings(deadline=None, max_examples=200)
 @given(TEXTS, TEXTS, TEXTS, st.none() | TEXTS)
 def test_texts_change_their_own_json_strings_and_nothing_else_of_the_prompt(
     question: str, reference: str, answer: str, rationale: str | None
@@ -72,7 +70,6 @@ def test_texts_change_their_own_json_strings_and_nothing_else_of_the_prompt(
     assert prompt.schema(case, 160) == prompt.schema(plain, 160)
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_the_models_own_words_are_data_in_the_second_turn(rationale: str) -> None:
     first, own, last = prompt.letter_messages(case_of("q", "r", "a"), rationale)
@@ -173,7 +170,6 @@ ANSWERS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=300)
 @given(ANSWERS)
 def test_whatever_a_model_answers_only_a_score_of_the_grid_comes_back(text: str) -> None:
     case = case_of("q", "a", "b", "before")
@@ -234,7 +230,6 @@ def test_close_expectations_agree_exactly() -> None:
 # ---------------------------------------------------------------------- the debate
 
 
-@settings(deadline=None, max_examples=100)
 @given(TEXTS, TEXTS, TEXTS)
 def test_every_agent_speaks_in_turn_whatever_the_texts_say(
     question: str, reference: str, answer: str

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -177,7 +177,6 @@ _ROWS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.one_of(_ROWS, _VALUES), st.text(max_size=30))
 def test_any_json_gives_a_part_of_the_mask(
     tmp_path_factory: pytest.TempPathFactory, boxes: Any, question: str

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
@@ -141,7 +141,6 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     mode=st.sampled_from(MODES),
     height=st.integers(1, 40),
@@ -175,7 +174,6 @@ def test_every_mode_is_its_formula_and_stays_in_its_mask(
     assert again.parameters == result.parameters
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     size=st.integers(1, 4000),
     levels=st.integers(1, 5000),
@@ -369,7 +367,6 @@ def marked_transparent(mode: str, height: int, width: int, seed: int) -> Image.I
     return found
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     mode=st.sampled_from([*MODES, *(f"{mode} tRNS" for mode in MARKED), "I;16 spot", "F spot"]),
     height=st.integers(1, 24),
@@ -395,8 +392,10 @@ def test_a_model_sees_the_same_outside_the_mask(
         image = Image.fromarray(values)
     result = add_lesion_noise(image, heat_map, config, np.random.default_rng(seed))
     as_file = decode(encode_pixels(result.pixels), "x.png")
-    before, after = (np.asarray(to_rgb(item)) for item in (image, as_file))
-    assert np.array_equal(before[~result.mask], after[~result.mask])
+    before, after = (np.asarray(to_rgb(item)).astype(int) for item in (image, as_file))
+    # Float and 32-bit values pass through 16 bits, which may round one that lies between two greys otherwise.
+    most = 1 if plain in ("F", "I") else 0
+    assert np.abs(before - after)[~result.mask].max(initial=0) <= most
 
 
 @pytest.mark.parametrize(("steps", "schedule"), [(0, "linear"), (1001, "linear"), (5, "square")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmedpo_ray.phantom.findings import KINDS, Finding
@@ -540,7 +540,6 @@ def test_spellings_are_unique_and_found() -> None:
             assert [m.concept for m in mentions(f"the {form} here")] == [concept], form
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=200), st.text(max_size=200))
 def test_any_text_is_read(first: str, second: str) -> None:
     assert 0 <= lexicon.severity(lexicon.conflicts(first, second, first)) <= 1

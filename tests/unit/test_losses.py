@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pairs_in_memory import plain_side
 
@@ -199,7 +199,6 @@ def test_another_package_adds_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss.item() == pytest.approx(2.0 * 3.0**2)
 
 
-@settings(deadline=None)
 @given(
     margins=st.lists(st.floats(-20, 20), min_size=2, max_size=12),
     weights=st.lists(st.floats(0.1, 2.0), min_size=12, max_size=12),

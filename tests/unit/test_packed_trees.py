@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, num_slots, pack, pack_rows
@@ -31,7 +31,6 @@ def read_back(packed_trees: PackedTrees, index: int) -> list[tuple[list[int], in
 tokens = st.lists(st.integers(1, 4), min_size=1, max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(tokens, tokens, st.integers(0, 2)), min_size=1, max_size=9))
 def test_every_response_token_sees_exactly_what_precedes_it(
     items: list[tuple[list[int], list[int], int]],

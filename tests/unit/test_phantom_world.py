@@ -18,7 +18,7 @@ from mmedpo_ray.phantom.world import SPLITS, generate, make_phantom
 
 
 @given(seed=st.integers(0, 2**40), prior=st.sampled_from(["biased", "uniform"]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_same_seed_gives_the_same_phantom(seed, prior):
     first, second = (make_phantom(seed, prior=prior) for _ in range(2))
     assert np.array_equal(first.image, second.image)

@@ -76,7 +76,7 @@ def make_plan(sizes: list[int], **changes: object) -> Plan:
     return plan_of(PairsInMemory(make_pairs(sizes)), **(values | changes))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12),
     world_size=st.integers(1, 5),
@@ -102,7 +102,6 @@ def test_every_step_computes_its_pairs_exactly_once(
         assert computed == Counter(pair.pair_id for pair in plan.step_pairs(step))
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=15), images_per_step=st.integers(1, 6))
 def test_every_epoch_sees_every_pair_once(sizes: list[int], images_per_step: int) -> None:
     plan = make_plan(sizes, images_per_step=images_per_step)
@@ -134,7 +133,7 @@ def test_a_tree_that_fits_stays_whole() -> None:
             assert len({pair.image_id for pair in micro.pairs}) == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
     world_size=st.integers(1, 3),
@@ -181,7 +180,6 @@ def alike_pairs(draw: st.DrawFn) -> list[Pair]:
     return pairs
 
 
-@settings(max_examples=100, deadline=None)
 @given(pairs=alike_pairs(), limit=st.integers(8, 60), num_ranks=st.integers(1, 3), both_sides=st.booleans())
 def test_counts_are_those_of_the_packed_trees(
     pairs: list[Pair], limit: int, num_ranks: int, both_sides: bool
@@ -319,7 +317,7 @@ def test_more_ranks_than_trees_get_fillers() -> None:
     assert sorted(micro.is_filler for (micro,) in micros) == [False, True, True]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 5), min_size=2, max_size=12),
     share=st.floats(0.01, 1.0),

@@ -29,7 +29,7 @@ def saved(image: Image.Image, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     mode=st.sampled_from(sorted(BANDS)),
     height=st.integers(1, 30),
@@ -50,7 +50,7 @@ def test_files_read_back_as_they_were(mode: str, height: int, width: int, seed: 
     assert len(zlib.decompress(data[41 : 41 + length])) == height * (1 + pixels[0].nbytes)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]),
     height=st.integers(1, 40),
@@ -116,7 +116,6 @@ def test_no_more_is_inflated_than_the_header_announces() -> None:
     assert images.decode(data, "x.png").size == (2, 2)
 
 
-@settings(max_examples=200, deadline=None)
 @given(place=st.integers(8, 400), value=st.integers(0, 255))
 def test_any_changed_byte_is_judged_as_pillow_judges_it(place: int, value: int) -> None:
     good = saved(Image.fromarray(pixels_of("L", 20, 20, 1)))

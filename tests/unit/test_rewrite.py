@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmedpo_ray.clients.chat import Completion, Failure
@@ -214,7 +214,6 @@ def shared(first: str, second: str) -> int:
     )
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60), st.text(max_size=8), st.text(max_size=8), st.text(max_size=60))
 def test_what_is_taken_is_the_reference_but_for_one_place(
     reference: str, old: str, new: str, rewritten: str

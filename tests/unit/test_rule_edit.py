@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmedpo_ray.curate.settings import TextCurationConfig
@@ -115,7 +115,6 @@ def test_reports_stay_word_for_word_but_for_one_place() -> None:
         assert sum(block[2] - block[1] for block in changed) <= 6
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(
         st.sampled_from(
@@ -887,7 +886,6 @@ _PIECES = (
 FRAGMENTS = st.sampled_from(_PIECES.split("|"))
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(FRAGMENTS, max_size=14).map(" ".join) | st.text(max_size=80), st.integers(0, 9))
 def test_any_text_is_edited_in_one_place_or_not_at_all(answer: str, seed: int) -> None:
     for vocabulary in (None, WORDING):

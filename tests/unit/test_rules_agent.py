@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmedpo_ray.judge import debate
@@ -109,7 +109,6 @@ _TERMS = (
 TEXTS = st.lists(st.sampled_from(_TERMS), min_size=1, max_size=8).map(" ".join)
 
 
-@settings(max_examples=200, deadline=None)
 @given(TEXTS, TEXTS, st.text(max_size=20))
 def test_every_debate_of_the_default_agents_ends_in_agreement(
     reference: str, answer: str, question: str

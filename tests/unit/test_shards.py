@@ -22,7 +22,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], shard_bytes: int) -> N
         writer.finish().result()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12), limit=st.integers(4, 200))
 def test_tensors_of_any_size_come_back_from_files_below_the_limit(tmp_path_factory, sizes, limit):
     folder = tmp_path_factory.mktemp("shards")

@@ -80,7 +80,7 @@ def test_intervals_cover_as_often_as_they_say():
     assert 165 <= covered <= 195
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=30), st.integers(0, 5))
 def test_the_interval_is_ordered_and_within_range(clusters, seed):
     sums = np.array([[sum(values), len(values)] for values in clusters], dtype=float)

@@ -40,7 +40,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, packed_trees: PackedTrees) 
 
 
 @pytest.mark.parametrize("block", [1, 3, 192])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=st.lists(st.tuples(tokens, tokens, st.integers(0, 2)), min_size=1, max_size=9))
 def test_values_and_gradients_are_those_of_the_dense_mask(
     items: list[tuple[list[int], list[int], int]], block: int, monkeypatch: pytest.MonkeyPatch

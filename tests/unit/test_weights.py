@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -43,7 +43,6 @@ def effective_share(values: np.ndarray) -> float:
     return summary_of(values, values, ["text"] * len(values), of(mode="raw"))["text"]["effective_share"]
 
 
-@settings(deadline=None)
 @given(SCORES)
 def test_matched_moments_before_clipping_and_bounds_after(scores: np.ndarray) -> None:
     free = weigh(scores, of(clip=(0.0, 1000.0), variance=1e-4))
@@ -54,7 +53,6 @@ def test_matched_moments_before_clipping_and_bounds_after(scores: np.ndarray) ->
     assert clipped.min() >= 0.75 and clipped.max() <= 1.25
 
 
-@settings(deadline=None)
 @given(SCORES)
 def test_a_higher_score_never_weighs_less(scores: np.ndarray) -> None:
     order = np.argsort(scores)
@@ -62,7 +60,6 @@ def test_a_higher_score_never_weighs_less(scores: np.ndarray) -> None:
         assert (np.diff(weigh(scores, of(mode=mode))[order]) >= -1e-12).all(), mode
 
 
-@settings(deadline=None)
 @given(SCORES)
 def test_the_formula_as_printed_gives_the_lower_bound_only(scores: np.ndarray) -> None:
     assert (weigh(scores, of(mode="literal")) == 0.75).all()
@@ -95,7 +92,6 @@ def test_groups_are_normalised_apart() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(SCORES, st.integers(1, 10))
 def test_applied_in_batches_equals_the_whole(scores: np.ndarray, size: int) -> None:
     groups = ["a" if index % 3 else "b" for index in range(len(scores))]
@@ -107,7 +103,6 @@ def test_applied_in_batches_equals_the_whole(scores: np.ndarray, size: int) -> N
     assert np.concatenate(parts).tolist() == weigh(scores, of(), groups).tolist()
 
 
-@settings(deadline=None)
 @given(SCORES, st.integers(1, 10), st.sampled_from(["match_moments", "raw", "none"]))
 def test_moments_and_summary_from_batches_are_those_of_the_whole(
     scores: np.ndarray, size: int, mode: str
@@ -133,7 +128,6 @@ def test_moments_and_summary_from_batches_are_those_of_the_whole(
             assert value == (expected if isinstance(expected, dict) else pytest.approx(expected, abs=2e-4))
 
 
-@settings(deadline=None)
 @given(hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0.01, 10)), st.floats(0.1, 10))
 def test_effective_share_is_scale_free_and_at_most_one(values: np.ndarray, factor: float) -> None:
     share = effective_share(values)
@@ -147,7 +141,6 @@ def test_effective_share_of_known_weights() -> None:
     assert effective_share(np.zeros(3)) == 0.0
 
 
-@settings(deadline=None)
 @given(SCORES, st.sampled_from(["match_moments", "literal", "raw", "none"]))
 def test_summary_counts_every_row(scores: np.ndarray, mode: str) -> None:
     chosen = of(mode=mode)
