@@ -131,6 +131,10 @@ def _add_limits(llm_config: dict[str, Any], config: Config) -> None:
     arguments, variables = llm_config["engine_kwargs"], llm_config["runtime_env"]["env_vars"]
     if "limit_mm_per_prompt" in arguments and "limit_mm_per_prompt" not in config.model.engine.extra:
         arguments["limit_mm_per_prompt"] = {"image": config.serve.max_images}
+    # Where a request sets no max_tokens.
+    arguments["override_generation_config"] = {
+        "max_new_tokens": config.serve.max_output_tokens
+    } | arguments.get("override_generation_config", {})
     # No host is called so: the engine fetches nothing.
     arguments.setdefault("allowed_media_domains", ["none.invalid"])
     variables |= {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from mmedpo_ray.serve.request_error import RequestError
 log = logging.getLogger(__name__)
 
 _LONGEST_MESSAGE = 300
+# How vLLM ends the text of an error: with the field, which has a place of its own, and its value.
+_VALUE = re.compile(r" \((?:parameter|value)=.*")
 
 
 class EngineServer:
@@ -131,5 +134,6 @@ def _as_request_error(error: Exception) -> RequestError:
 
 
 def _short(message: str) -> str:
-    """The first line of a message; the rest may quote the whole request."""
-    return (message.strip().splitlines() or ["the engine refuses it"])[0][:_LONGEST_MESSAGE]
+    """The first line of a message, without the value that vLLM adds; the rest may quote the request."""
+    line = (message.strip().splitlines() or ["the engine refuses it"])[0]
+    return _VALUE.sub("", line)[:_LONGEST_MESSAGE]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +29,24 @@ from mmedpo_ray.serve.settings import ServeConfig
 
 log = logging.getLogger(__name__)
 
+_ERRORS = (400, 401, 403, 404, 405, 408, 413, 415, 421, 429, 500, 503, 504)
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT_OR_NULL,
+                "code": _TEXT_OR_NULL,
+            },
+        }
+    },
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -49,6 +69,7 @@ def create_app(
     _add_error_handlers(app, metrics)
     _add_status_routes(app, completions, metrics)
     _add_api_routes(app, completions)
+    _add_description(app)
     # Each one is put around those before it.
     app.add_middleware(_KeyGuard, access=access, metrics=metrics)
     if settings.allowed_origins:
@@ -186,6 +207,28 @@ def _add_api_routes(app: FastAPI, completions: Completions) -> None:
 
 def _body(kind: str) -> dict[str, Any]:
     """What the OpenAPI description says of a body; it is read by :mod:`.request_model`, not by FastAPI."""
-    schema = KINDS[kind].model_json_schema(ref_template=f"#/components/schemas/{kind}-{{model}}")
-    schema.pop("$defs", None)
+    schema = {"$ref": f"#/components/schemas/{KINDS[kind].__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _add_description(app: FastAPI) -> None:
+    """Adds the bodies of requests and the form of errors to ``/openapi.json``."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = describe()
+        kinds: Any = [(kind, "validation") for kind in KINDS.values()]
+        _, found = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas |= found["$defs"] | {"Error": _ERROR_SCHEMA}
+        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        for path in document["paths"].values():
+            for route in path.values():
+                route["responses"].pop("422", None)
+                route["responses"] |= {
+                    str(status): {"description": HTTPStatus(status).phrase, "content": error}
+                    for status in _ERRORS
+                }
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -225,6 +225,9 @@ def parse_request(kind: str, data: bytes, settings: ServeConfig) -> CompletionBo
         raise RequestError(400, "the body has too many fields and items", reason="limit")
     try:
         body = json.loads(data, parse_constant=_no_constant)
+        if b"\\ud" in data or b"\\uD" in data:
+            # Half a surrogate pair is no Unicode; tokenizers fail on it.
+            json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise RequestError(400, "the body is not valid JSON in UTF-8", reason="json") from None
     if not _is_object(body):
