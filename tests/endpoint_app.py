@@ -7,7 +7,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -21,12 +21,19 @@ KEY = "a-key-of-this-test-0123456789"
 
 
 class Repeating:
-    """Engines that answer with the body that reached them; ``seconds`` they take, ``up`` whether they run."""
+    """Engines that answer with the body that reached them.
+
+    Attributes:
+        seconds: they take for an answer.
+        up: whether they run.
+        error: they raise instead of an answer; a stream raises it after its first part.
+    """
 
     def __init__(self) -> None:
         self.models: dict[str, str | None] = {"base": None, "aligned": "base"}
         self.up = True
         self.seconds = 0.0
+        self.error: Exception | None = None
         self.bodies: list[dict[str, Any]] = []
 
     @property
@@ -39,12 +46,20 @@ class Repeating:
     async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
         await asyncio.sleep(self.seconds)
         self.bodies.append(body)
+        if self.error is not None:
+            raise self.error
         return 200, json.dumps({"kind": kind, "usage": {"prompt_tokens": 3, "completion_tokens": 2}})
 
-    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
+    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncGenerator[tuple[int, str], None]:
         self.bodies.append(body)
         for word in ("No", "effusion"):
             yield 200, f"data: {json.dumps({'word': word})}\n\n"
+            await asyncio.sleep(self.seconds)
+            if self.error is not None:
+                raise self.error
+        if body["stream_options"]["include_usage"]:
+            usage = '{"prompt_tokens": 3, "completion_tokens": 2}'
+            yield 200, f'data: {{"choices":[],"usage":{usage}}}\n\n'
         yield 200, "data: [DONE]\n\n"
 
 
@@ -63,20 +78,22 @@ class Endpoint:
             votes_folder=folder,
         )
 
-    def client(self) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+    def client(self, address: str = "127.0.0.1") -> httpx.AsyncClient:
+        """A client on the machine with this address."""
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, client=(address, 50_000))
         return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000")
 
-    def send(self, method: str, path: str, **more: Any) -> httpx.Response:
+    def send(self, method: str, path: str, *, address: str = "127.0.0.1", **more: Any) -> httpx.Response:
         async def one() -> httpx.Response:
-            async with self.client() as client:
+            async with self.client(address) as client:
                 return await client.request(method, path, **more)
 
         return asyncio.run(one())
 
     def chat(self, **fields: Any) -> httpx.Response:
         body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}]} | fields
-        return self.send("POST", "/v1/chat/completions", json=body)
+        headers = {"Content-Type": "application/json"}
+        return self.send("POST", "/v1/chat/completions", content=json.dumps(body), headers=headers)
 
 
 def png(pixels: np.ndarray | None = None, mode: str | None = None) -> bytes:

@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,16 +42,16 @@ def read_key_hashes(settings: ServeConfig) -> frozenset[bytes]:
         if not found:
             raise UserError(f"serve.api_keys_file: {path} holds no key. Write one key per line.")
         keys += found
-    if any(len(key) < _LEAST_KEY_LENGTH or not key.isascii() for key in keys):
+    if any(len(key) < _LEAST_KEY_LENGTH or not key.isascii() or " " in key for key in keys):
         raise UserError(
-            f"an API key has fewer than {_LEAST_KEY_LENGTH} characters or is not ASCII. Make one with "
-            '`python -c "import secrets; print(secrets.token_urlsafe(32))"`.'
+            f"an API key has fewer than {_LEAST_KEY_LENGTH} characters, a space, or is not ASCII. Make one "
+            'with `python -c "import secrets; print(secrets.token_urlsafe(32))"`.'
         )
     return frozenset(map(hash_key, keys))
 
 
 def hash_key(key: str) -> bytes:
-    """SHA-256 of a key, which is what the server keeps of it."""
+    """SHA-256 of a key, which is what the server keeps of it; long random keys need no slower hash."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -60,24 +60,28 @@ class Access:
 
     Args:
         settings: names of this server and origins that may use it.
-        key_hashes: SHA-256 of the keys; empty: no key is asked for.
+        key_hashes: SHA-256 of the keys; empty: no key is asked for, and only this machine may ask.
+        open_paths: paths that need no key.
     """
 
-    def __init__(self, settings: ServeConfig, key_hashes: frozenset[bytes]) -> None:
+    def __init__(
+        self, settings: ServeConfig, key_hashes: frozenset[bytes], open_paths: Iterable[str] = ()
+    ) -> None:
+        self._open_paths = frozenset(open_paths)
         own = {"localhost", socket.gethostname(), socket.getfqdn(), settings.host}
         self._hosts = {name.lower() for name in own | set(settings.allowed_hosts)}
         self._origins = frozenset(settings.allowed_origins)
         self._key_hashes = sorted(key_hashes)
 
-    @property
-    def wants_key(self) -> bool:
-        """Whether requests need a key."""
-        return bool(self._key_hashes)
+    def is_open(self, path: str) -> bool:
+        """Whether a path needs no key."""
+        return path in self._open_paths
 
     def check_source(self, headers: Mapping[str, str]) -> None:
         """Refuses requests for another host, and those that a web page of another origin sends.
 
-        An address that is a number cannot be taken over by a foreign name server, so it is always accepted.
+        A foreign name server can point its own names here, but never a number, so a Host header with an
+        address is always accepted.
 
         Raises:
             RequestError: 421 for an unknown host, 403 for an origin that is not listed.
@@ -88,14 +92,27 @@ class Access:
                 421, "the Host header names another server; see serve.allowed_hosts", reason="host"
             )
         origin = headers.get("origin")
-        if origin is None or origin in self._origins:
+        if origin is None or origin in self._origins or _netloc(origin) == host.lower():
             return
-        if urlsplit(origin).netloc.lower() != host.lower():
-            raise RequestError(
-                403,
-                "web pages of this origin may not use the endpoint; see serve.allowed_origins",
-                reason="origin",
-            )
+        raise RequestError(
+            403,
+            "web pages of this origin may not use the endpoint; see serve.allowed_origins",
+            reason="origin",
+        )
+
+    def check_client(self, client: tuple[str, int] | None) -> None:
+        """Refuses other machines while there is no key.
+
+        Raises:
+            RequestError: 403.
+        """
+        if self._key_hashes or client is None or _is_this_machine(client[0]):
+            return
+        raise RequestError(
+            403,
+            "no API keys are set, so only this machine may ask; see serve.api_keys_file",
+            reason="no_keys",
+        )
 
     def check_key(self, headers: Mapping[str, str]) -> str:
         """Checks ``Authorization: Bearer KEY``; returns a name for the key that does not reveal it.
@@ -103,25 +120,44 @@ class Access:
         Raises:
             RequestError: 401 if there is no key, or another one.
         """
-        if not self.wants_key:
-            return "anonymous"
+        if not self._key_hashes:
+            return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = hash_key(key.strip())
         # Every key is compared, so that the time tells nothing.
         is_known = sum(hmac.compare_digest(given, known) for known in self._key_hashes) > 0
         if scheme.lower() != "bearer" or not is_known:
-            raise RequestError(401, "a valid API key is needed: Authorization: Bearer KEY", reason="key")
-        return given.hex()[:8]
+            raise RequestError(
+                401,
+                "a valid API key is needed: Authorization: Bearer KEY",
+                reason="key",
+                code="invalid_api_key",
+            )
+        return given.hex()[:16]
 
     def _is_own(self, host: str) -> bool:
         try:
             name = urlsplit(f"//{host}").hostname
         except ValueError:
             return False
-        if name is None:
-            return False
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return name.lower() in self._hosts
-        return True
+        return name is not None and (_address(name) is not None or name.lower() in self._hosts)
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def _is_this_machine(name: str) -> bool:
+    address = _address(name)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address is not None and address.is_loopback

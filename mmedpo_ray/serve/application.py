@@ -56,6 +56,7 @@ def build_app(
         (name, path), *adapters = group.items()
         settings = engine_settings(config.model.engine, has_gpu=has_gpu, model=path)
         llm_config = _llm_config(name, path, settings, dict(adapters))
+        _add_limits(llm_config, config)
         options = _deployment_options(config.serve, settings)
         make = serve.deployment(name=f"engine:{name}", **options)
         engines[name] = make(EngineServer).bind(llm_config, dict(adapters))
@@ -64,7 +65,7 @@ def build_app(
         engines,
         names_of,
         config.serve,
-        max_pixels=config.data.max_pixels,
+        max_pixels=_max_pixels(config),
         key_hashes=key_hashes,
         votes_folder=_votes_folder(config),
     )
@@ -125,12 +126,36 @@ def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[s
         "model_loading_config": {"model_id": name, "model_source": path},
         "engine_kwargs": arguments,
         "placement_group_config": {"bundles": settings.bundles},
-        "runtime_env": {"env_vars": settings.env},
+        "runtime_env": {"env_vars": dict(settings.env)},
         "log_engine_metrics": False,
     }
     if settings.device == "cpu":
         result["accelerator_config"] = {"kind": "cpu"}
     return result
+
+
+def _add_limits(llm_config: dict[str, Any], config: Config) -> None:
+    """What the ingress checks before, once more in the engine."""
+    arguments, variables = llm_config["engine_kwargs"], llm_config["runtime_env"]["env_vars"]
+    if "limit_mm_per_prompt" in arguments and "limit_mm_per_prompt" not in config.model.engine.extra:
+        arguments["limit_mm_per_prompt"] = {"image": config.serve.max_images}
+    # Where a request sets no max_tokens.
+    arguments["override_generation_config"] = {
+        "max_new_tokens": config.serve.max_output_tokens
+    } | arguments.get("override_generation_config", {})
+    # No host is called so: the engine fetches nothing.
+    arguments.setdefault("allowed_media_domains", ["none.invalid"])
+    variables |= {
+        "VLLM_MAX_IMAGE_PIXELS": str(_max_pixels(config)),
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_MAX_N_SEQUENCES": str(config.serve.max_samples),
+    }
+    # A streamed token leaves at once, not in a batch of 50 ms.
+    llm_config["experimental_configs"] = {"stream_batching_interval_ms": 0}
+
+
+def _max_pixels(config: Config) -> int:
+    return min(config.data.max_pixels, config.serve.max_image_pixels)
 
 
 def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[str, Any]:

@@ -34,9 +34,14 @@ def serve(config: Config) -> None:
 
 def _help(endpoint: Endpoint) -> str:
     model = endpoint.models[min(1, len(endpoint.models) - 1)]  # the aligned one, if there is one
+    has_keys = endpoint.api_key is not None
+    who = (
+        "whoever has an API key" if has_keys else "this machine only (serve.api_keys_file opens it to others)"
+    )
+    key = "-H 'Authorization: Bearer KEY' " if has_keys else ""
     return (
-        f"{endpoint.base_url} answers for {', '.join(endpoint.models)} (OpenAI API). For example:\n"
-        f"  curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"{endpoint.base_url} serves {', '.join(endpoint.models)} to {who} (OpenAI API). For example:\n"
+        f"  curl {endpoint.base_url}/chat/completions {key}-H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": [\n'
         '         {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}},\n'
         '         {"type": "text", "text": "Is there a pleural effusion?"}]}]}\'\n'

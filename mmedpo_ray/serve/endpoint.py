@@ -171,7 +171,12 @@ def _open_http(settings: ServeConfig) -> tuple[str, int, bool]:
         )
     serve.start(
         proxy_location="HeadOnly",
-        http_options={"host": settings.host, "port": port, "request_timeout_s": 600},
+        http_options={
+            "host": settings.host,
+            "port": port,
+            # The application answers before, with an error that says why.
+            "request_timeout_s": settings.request_timeout_s + settings.body_timeout_s + 30,
+        },
         logging_config={"enable_access_log": False},
         controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENVIRONMENT}},
     )

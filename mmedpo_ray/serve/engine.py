@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from mmedpo_ray.serve.request_error import RequestError
+
 log = logging.getLogger(__name__)
+
+_LONGEST_MESSAGE = 300
+# How vLLM ends the text of an error: with the field, which has a place of its own, and its value.
+_VALUE = re.compile(r" \((?:parameter|value)=.*")
 
 
 class EngineServer:
     """Answers requests with one vLLM engine.
+
+    No exception leaves the replica because of a request: whoever unpickles one of vLLM's must import vLLM,
+    for seconds.
 
     Args:
         llm_config: arguments of ``ray.serve.llm.LLMConfig``.
@@ -48,56 +59,81 @@ class EngineServer:
         await self._server.check_health()
 
     async def ping(self) -> None:
-        """Returns once the engine of a replica is alive."""
-        await self._server.check_health()
+        """Returns if the engine is alive.
+
+        Raises:
+            RuntimeError: it is dead.
+        """
+        try:
+            await self._server.check_health()
+        except Exception as error:
+            # vLLM's own error would have to be unpickled by the caller.
+            raise RuntimeError(f"the engine is dead ({type(error).__name__})") from None
 
     async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
         """A whole answer: HTTP status and JSON text. ``kind`` is chat or completions."""
-        response = [item async for item in self._items(kind, body)][-1]
-        error = getattr(response, "error", None)
-        return (int(error.code) if error is not None else 200), response.model_dump_json()
+        return [item async for item in self._items(kind, body)][-1]
 
     async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
         """An answer in server-sent events; an error before the first one is a single item with its status."""
-        async for items in self._items(kind, body):
+        async for item in self._items(kind, body):
+            yield item
+
+    async def _items(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
+        try:
+            async for item in self._run(kind, body):
+                yield item
+        except Exception as error:
+            refused = _as_request_error(error)
+            if refused.status >= 500:
+                # Its text may quote the request.
+                log.error("a request failed in the engine: %s", type(error).__name__)
+            yield refused.status, json.dumps(refused.body())
+
+    async def _run(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
+        from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+
+        request: Any = (ChatCompletionRequest if kind == "chat" else CompletionRequest)(**body)
+        run = self._server.chat if kind == "chat" else self._server.completions
+        async for items in await run(request):
             for item in items if isinstance(items, list) else [items]:
                 if isinstance(item, str):
                     yield 200, item
+                elif (error := getattr(item, "error", None)) is not None:
+                    raise _from_response(error)
                 else:
-                    yield int(item.error.code), item.model_dump_json()
-
-    async def _items(self, kind: str, body: dict[str, Any]) -> AsyncIterator[Any]:
-        """What the engine answers: responses, lists of events, or a single error.
-
-        No exception leaves the replica: whoever unpickles one of vLLM's must import vLLM, for seconds.
-        """
-        from pydantic import ValidationError
-        from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            request: Any = (ChatCompletionRequest if kind == "chat" else CompletionRequest)(**body)
-            run = self._server.chat if kind == "chat" else self._server.completions
-            async for item in await run(request):
-                yield item
-        except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            yield _error(400, f"{where}: {problem['msg']}" if where else problem["msg"], where or None)
-        except EngineDeadError:
-            yield _error(503, "the engine has stopped and is started again; try again after Retry-After")
-        except (VLLMClientError, ValueError) as error:
-            # A prompt that is too long, parameters that exclude each other, a schema without grammar.
-            message = (str(error).splitlines() or [type(error).__name__])[0]
-            yield _error(400, message[:300], getattr(error, "parameter", None))
-        except Exception as error:
-            log.error("a request failed in the engine: %s", type(error).__name__)
-            yield _error(500, f"the engine failed ({type(error).__name__})")
+                    yield 200, item.model_dump_json()
 
 
-def _error(status: int, message: str, param: str | None = None) -> Any:
-    from ray.serve.llm.openai_api_models import ErrorResponse
+def _from_response(error: Any) -> RequestError:
+    """An error that vLLM or Ray answered with."""
+    status = int(error.code)
+    if status >= 500:
+        return RequestError(status, "the engine failed; the request may work another time", reason="engine")
+    return RequestError(status, _short(error.message), param=error.param, reason="engine")
 
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return ErrorResponse(error={"message": message, "type": kind, "param": param, "code": status})
+
+def _as_request_error(error: Exception) -> RequestError:
+    from pydantic import ValidationError
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        message = f"{where}: {problem['msg']}" if where else problem["msg"]
+        return RequestError(400, _short(message), param=where or None)
+    if isinstance(error, EngineDeadError):
+        return RequestError(503, "the engine has stopped and is started again; try again after Retry-After")
+    if isinstance(error, VLLMClientError | ValueError):
+        # A prompt that is too long, parameters that exclude each other, a schema without grammar.
+        return RequestError(400, _short(str(error)), param=getattr(error, "parameter", None))
+    return RequestError(500, f"the engine failed ({type(error).__name__})")
+
+
+def _short(message: str) -> str:
+    """The first line of a message, without the value that vLLM adds; the rest may quote the request."""
+    line = (message.strip().splitlines() or ["the engine refuses it"])[0]
+    return _VALUE.sub("", line)[:_LONGEST_MESSAGE]

@@ -1,4 +1,4 @@
-"""The HTTP side of the endpoint: checks every request, then passes it to the engine of its model.
+"""The HTTP side of the endpoint: an application that checks every request before an engine gets it.
 
 The order of the checks: host and origin, API key, a place in the queue, size and time of the body, JSON and
 fields, images. Every error has the form of the OpenAI API.
@@ -6,66 +6,50 @@ fields, images. Every error has the form of the OpenAI API.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from pydantic.json_schema import models_json_schema
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmedpo_ray.serve.access import Access
-from mmedpo_ray.serve.admission import Admission
+from mmedpo_ray.serve.completions import Backend, Completions
 from mmedpo_ray.serve.metrics import ServeMetrics
 from mmedpo_ray.serve.page.router import PUBLIC_ROUTES, page_router
 from mmedpo_ray.serve.page.votes import Votes
-from mmedpo_ray.serve.request_body import read_json
 from mmedpo_ray.serve.request_error import RequestError
-from mmedpo_ray.serve.request_images import RequestImages
-from mmedpo_ray.serve.request_model import engine_body, parse_request
+from mmedpo_ray.serve.request_model import KINDS
 from mmedpo_ray.serve.settings import ServeConfig
 
 log = logging.getLogger(__name__)
 
+_ERRORS = (400, 401, 403, 404, 405, 408, 413, 415, 421, 429, 500, 503, 504)
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT_OR_NULL,
+                "code": _TEXT_OR_NULL,
+            },
+        }
+    },
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OPEN_ROUTES = ("/health", "/ready", *PUBLIC_ROUTES)
-
-
-class Backend(Protocol):
-    """The engines behind the HTTP side."""
-
-    @property
-    def models(self) -> Mapping[str, str | None]:
-        """Served name → name of its base model; None for a whole model."""
-
-    @property
-    def engines_up(self) -> int:
-        """Engines that answer."""
-
-    def is_up(self, model: str) -> bool:
-        """Whether the engine of a model answers."""
-
-    async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
-        """A whole answer: HTTP status and JSON."""
-
-    def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
-        """An answer as server-sent events; an error before the first one is a single item with its status."""
-
-
-@dataclass(frozen=True)
-class _Parts:
-    backend: Backend
-    settings: ServeConfig
-    access: Access
-    admission: Admission
-    images: RequestImages
-    metrics: ServeMetrics
 
 
 def create_app(
@@ -81,21 +65,23 @@ def create_app(
     Args:
         backend: the engines.
         settings: limits, names and origins.
-        max_pixels: larger images are refused (``data.max_pixels``).
-        key_hashes: of the API keys (:func:`mmedpo_ray.serve.access.read_key_hashes`); empty: no key needed.
+        max_pixels: larger images are refused.
+        key_hashes: of the API keys (:func:`mmedpo_ray.serve.access.read_key_hashes`); empty: no key is
+            needed, and only this machine may ask.
         votes_folder: where the votes of the page are written; None: it offers no vote.
     """
-    parts = _Parts(
-        backend,
-        settings,
-        Access(settings, key_hashes),
-        Admission(settings.max_queue, settings.max_queue_per_key),
-        RequestImages(settings, max_pixels),
-        ServeMetrics(),
-    )
-    app = FastAPI(title="mmedpo-ray", docs_url=None, redoc_url=None, openapi_url=None)
-    _add_error_handlers(app, parts)
-    app.middleware("http")(_guard(parts))
+    metrics = ServeMetrics()
+    access = Access(settings, key_hashes, ("/health", "/ready", *PUBLIC_ROUTES))
+    completions = Completions(backend, settings, max_pixels, metrics)
+    app = FastAPI(title="mmedpo-ray", docs_url=None, redoc_url=None, redirect_slashes=False)
+    _add_error_handlers(app, metrics)
+    _add_status_routes(app, completions, metrics)
+    _add_api_routes(app, completions)
+    votes = Votes(votes_folder) if votes_folder is not None else None
+    app.include_router(page_router(settings, completions, votes, max_pixels), include_in_schema=False)
+    _add_description(app)
+    # Each one is put around those before it.
+    app.add_middleware(_KeyGuard, access=access, metrics=metrics)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -103,164 +89,156 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
         )
-    _add_status_routes(app, parts)
-    _add_api_routes(app, parts)
-    votes = Votes(votes_folder) if votes_folder is not None else None
-    app.include_router(page_router(settings, parts.images, votes, max_pixels))
+    app.add_middleware(_SourceGuard, access=access, metrics=metrics)
     return app
 
 
-def _guard(parts: _Parts) -> Callable[[Request, Any], Awaitable[Response]]:
-    """Checks source and key of every request, gives it an id, and counts it."""
+class _SourceGuard:
+    """Gives every request an id, checks where it comes from, and turns unexpected errors into JSON."""
 
-    async def guard(request: Request, call_next: Any) -> Response:
-        given = request.headers.get("x-request-id", "")
-        request.state.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    def __init__(self, app: ASGIApp, access: Access, metrics: ServeMetrics) -> None:
+        self._app = app
+        self._access = access
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        status = None
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                marked = MutableHeaders(scope=message)
+                marked["X-Request-Id"] = request_id
+                marked["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
         try:
-            parts.access.check_source(request.headers)
-            path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-            is_open = path in _OPEN_ROUTES
-            request.state.key = "anonymous" if is_open else parts.access.check_key(request.headers)
-            response = await call_next(request)
+            self._access.check_source(headers)
+            self._access.check_client(scope.get("client"))
+            await self._app(scope, receive, send_marked)
         except RequestError as error:
-            parts.metrics.rejections.labels(error.reason).inc()
-            response = error.response()
-        response.headers["X-Request-Id"] = request.state.id
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        return response
+            self._metrics.rejections.labels(error.reason).inc()
+            await error.response()(scope, receive, send_marked)
+        except Exception as error:
+            # Its text may quote the request.
+            log.error("request %s failed: %s", request_id, type(error).__name__)
+            if status is not None:
+                raise RuntimeError("the answer broke off") from None
+            failed = RequestError(500, "the server failed; its log has the request id", reason="internal")
+            await failed.response()(scope, receive, send_marked)
+        if status is not None and status >= 500:
+            log.warning("request %s: HTTP %d", request_id, status)
 
-    return guard
+
+class _KeyGuard:
+    """Asks for an API key on every path that is not open."""
+
+    def __init__(self, app: ASGIApp, access: Access, metrics: ServeMetrics) -> None:
+        self._app = app
+        self._access = access
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._access.is_open(_path(scope)):
+            try:
+                scope.setdefault("state", {})["key"] = self._access.check_key(Headers(scope=scope))
+            except RequestError as error:
+                self._metrics.rejections.labels(error.reason).inc()
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
-def _add_error_handlers(app: FastAPI, parts: _Parts) -> None:
+def _path(scope: Scope) -> str:
+    """The path below the prefix under which Serve mounts the application."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", "").rstrip("/"))
+
+
+def _add_error_handlers(app: FastAPI, metrics: ServeMetrics) -> None:
     @app.exception_handler(RequestError)
     async def refuse(_: Request, error: RequestError) -> Response:
-        parts.metrics.rejections.labels(error.reason).inc()
+        metrics.rejections.labels(error.reason).inc()
         return error.response()
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:
         message = "there is no such route; see /v1/models" if error.status_code == 404 else str(error.detail)
-        return RequestError(error.status_code, message, reason="route").response()
+        metrics.rejections.labels("route").inc()
+        response = RequestError(error.status_code, message).response()
+        response.headers.update(error.headers or {})
+        return response
 
 
-def _add_status_routes(app: FastAPI, parts: _Parts) -> None:
-    @app.get("/health")
+def _add_status_routes(app: FastAPI, completions: Completions, metrics: ServeMetrics) -> None:
+    backend = completions.backend
+
+    @app.get("/health", summary="Whether this process answers")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", summary="Whether an engine answers")
     async def ready() -> Response:
-        up = parts.backend.engines_up
-        return JSONResponse({"status": "ready" if up else "starting", "engines": up}, 200 if up else 503)
+        up = backend.engines_up
+        status, code = ("ready", 200) if up else ("starting", 503)
+        headers = {} if up else {"Retry-After": "5"}
+        return JSONResponse({"status": status, "engines": up}, code, headers=headers)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        parts.metrics.in_flight.set(parts.admission.in_flight)
-        parts.metrics.engines_up.set(parts.backend.engines_up)
-        return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4")
+    @app.get("/metrics", summary="Counts and seconds for Prometheus")
+    async def read_metrics() -> Response:
+        metrics.in_flight.set(completions.admission.in_flight)
+        metrics.engines_up.set(backend.engines_up)
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _add_api_routes(app: FastAPI, parts: _Parts) -> None:
-    @app.get("/v1/models")
+def _add_api_routes(app: FastAPI, completions: Completions) -> None:
+    @app.get("/v1/models", summary="The models that are served")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(parts, name) for name in parts.backend.models]}
+        return {"object": "list", "data": [completions.card(name) for name in completions.backend.models]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", summary="One of them")
     async def model(name: str) -> dict[str, Any]:
-        _check_model(parts, name)
-        return _card(parts, name)
+        return completions.card(name)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", summary="An answer in a conversation", openapi_extra=_body("chat"))
     async def chat(request: Request) -> Response:
-        return await _complete("chat", request, parts)
+        return await completions.complete("chat", request)
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await _complete("completions", request, parts)
-
-
-def _card(parts: _Parts, name: str) -> dict[str, Any]:
-    parent = parts.backend.models[name]
-    return {"id": name, "object": "model", "created": 0, "owned_by": "mmedpo-ray", "parent": parent}
+    @app.post("/v1/completions", summary="The continuation of a text", openapi_extra=_body("completions"))
+    async def text(request: Request) -> Response:
+        return await completions.complete("completions", request)
 
 
-def _check_model(parts: _Parts, name: str) -> None:
-    if name not in parts.backend.models:
-        raise RequestError(
-            404,
-            f"there is no such model; there are {', '.join(parts.backend.models)}",
-            param="model",
-            reason="model",
-        )
+def _body(kind: str) -> dict[str, Any]:
+    """What the OpenAPI description says of a body; it is read by :mod:`.request_model`, not by FastAPI."""
+    schema = {"$ref": f"#/components/schemas/{KINDS[kind].__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-async def _complete(kind: str, request: Request, parts: _Parts) -> Response:
-    started = time.monotonic()
-    place = parts.admission.enter(request.state.key)
-    place.__enter__()
-    is_streamed = False
-    try:
-        parsed = parse_request(kind, await read_json(request, parts.settings), parts.settings)
-        _check_model(parts, parsed.model)
-        if not parts.backend.is_up(parsed.model):
-            raise _engine_down()
-        with parts.metrics.images.time():
-            await parts.images.replace(parsed)
-        body = engine_body(parsed)
-        if not parsed.stream:
-            status, text = await parts.backend.answer(kind, body)
-            _count(parts, kind, parsed.model, status, started)
-            _count_tokens(parts, parsed.model, text)
-            return _whole(status, text)
-        items = parts.backend.stream(kind, body)
-        status, first = await anext(items)
-        parts.metrics.first_token.observe(time.monotonic() - started)
-        if status != 200:
-            _count(parts, kind, parsed.model, status, started)
-            return _whole(status, first)
-        is_streamed = True
+def _add_description(app: FastAPI) -> None:
+    """Adds the bodies of requests and the form of errors to ``/openapi.json``."""
+    describe = app.openapi
 
-        async def events() -> AsyncIterator[str]:
-            try:
-                yield first
-                async for _, text in items:
-                    yield text
-            except RequestError as error:
-                yield f"data: {json.dumps(error.body())}\n\n"
-            finally:
-                _count(parts, kind, parsed.model, 200, started)
-                place.__exit__(None, None, None)
+    def openapi() -> dict[str, Any]:
+        document = describe()
+        kinds: Any = [(kind, "validation") for kind in KINDS.values()]
+        _, found = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas |= found["$defs"] | {"Error": _ERROR_SCHEMA}
+        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        for path in document["paths"].values():
+            for route in path.values():
+                route["responses"].pop("422", None)
+                route["responses"] |= {
+                    str(status): {"description": HTTPStatus(status).phrase, "content": error}
+                    for status in _ERRORS
+                }
+        return document
 
-        return StreamingResponse(events(), media_type="text/event-stream")
-    finally:
-        if not is_streamed:
-            place.__exit__(None, None, None)
-
-
-def _whole(status: int, text: str) -> Response:
-    headers = {"Retry-After": "5"} if status == 503 else {}
-    return Response(text, status, media_type="application/json", headers=headers)
-
-
-def _engine_down() -> RequestError:
-    return RequestError(
-        503,
-        "the engine of this model is starting; try again after Retry-After",
-        reason="engine_down",
-        retry_after_s=5,
-    )
-
-
-def _count(parts: _Parts, kind: str, model: str, status: int, started: float) -> None:
-    parts.metrics.requests.labels(kind, model, str(status)).inc()
-    parts.metrics.duration.observe(time.monotonic() - started)
-
-
-def _count_tokens(parts: _Parts, model: str, text: str) -> None:
-    try:
-        usage = json.loads(text).get("usage") or {}
-    except ValueError:
-        return
-    for side in ("prompt", "completion"):
-        parts.metrics.tokens.labels(model, side).inc(usage.get(f"{side}_tokens") or 0)
+    app.openapi = openapi  # type: ignore[method-assign]

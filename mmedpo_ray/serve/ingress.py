@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,18 +12,20 @@ from ray.exceptions import RayError
 from ray.serve.deployment import Application
 from ray.serve.handle import DeploymentHandle
 
+from mmedpo_ray.serve.completions import engine_down
 from mmedpo_ray.serve.http_app import create_app
-from mmedpo_ray.serve.request_error import RequestError
 from mmedpo_ray.serve.settings import ServeConfig
 
-_RETRY_AFTER_S = 5.0
 _PING_INTERVAL_S = 0.5
+# Requests beyond those in flight that may wait for their refusal.
+_SPARE = 200
 
 
 class Engines:
     """The engines behind the ingress: which one answers for a model, and whether it is up.
 
-    An engine counts as down from the first request that it fails with, until it answers a ping.
+    An engine counts as down until it answers a ping: at the start, and from the first request that it fails
+    with. Must be made in a running event loop.
 
     Args:
         handles: deployment handle by the name of the engine's whole model.
@@ -35,6 +37,8 @@ class Engines:
         self._engine_of = {name: engine for engine, names in names_of.items() for name in names}
         self._down: dict[str, asyncio.Task[None]] = {}
         self.models = {name: None if engine == name else engine for name, engine in self._engine_of.items()}
+        for engine in handles:
+            self._mark_down(engine)
 
     @property
     def engines_up(self) -> int:
@@ -54,13 +58,14 @@ class Engines:
         engine = self._engine_of[body["model"]]
         try:
             status, text = await self._handles[engine].answer.remote(kind, body)
-        except RayError as error:
-            raise self._lost(engine) from error
+        except RayError:
+            self._mark_down(engine)
+            raise engine_down() from None
         if status == 503:
             self._mark_down(engine)
         return status, text
 
-    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
+    async def stream(self, kind: str, body: dict[str, Any]) -> AsyncGenerator[tuple[int, str], None]:
         """An answer as server-sent events; an error before the first one is a single item with its status.
 
         Raises:
@@ -73,21 +78,13 @@ class Engines:
                 if status == 503:
                     self._mark_down(engine)
                 yield status, text
-        except RayError as error:
-            raise self._lost(engine) from error
-
-    def _lost(self, engine: str) -> RequestError:
-        self._mark_down(engine)
-        return RequestError(
-            503,
-            "the engine stopped while it answered and is started again; try again after Retry-After",
-            reason="engine_down",
-            retry_after_s=_RETRY_AFTER_S,
-        )
+        except RayError:
+            self._mark_down(engine)
+            raise engine_down() from None
 
     def _mark_down(self, engine: str) -> None:
         if engine not in self._down:
-            self._down[engine] = asyncio.create_task(self._wait_until_up(engine))
+            self._down[engine] = asyncio.get_running_loop().create_task(self._wait_until_up(engine))
 
     async def _wait_until_up(self, engine: str) -> None:
         while True:
@@ -122,15 +119,17 @@ class OpenAiIngress:
         key_hashes: frozenset[bytes],
         votes_folder: str | None,
     ) -> None:
-        self._engines = Engines(handles, names_of)
+        self._handles = handles
+        self._names_of = names_of
         self._settings = settings
         self._max_pixels = max_pixels
         self._key_hashes = key_hashes
         self._votes_folder = votes_folder
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        engines = Engines(self._handles, self._names_of)
         return create_app(
-            self._engines,
+            engines,
             self._settings,
             max_pixels=self._max_pixels,
             key_hashes=self._key_hashes,
@@ -149,6 +148,6 @@ def build_ingress(
 ) -> Application:
     """Puts the ingress before the engines; see :class:`OpenAiIngress`."""
     make = serve.deployment(
-        max_ongoing_requests=settings.max_queue + 100, num_replicas=1, ray_actor_options={"num_cpus": 0}
+        max_ongoing_requests=settings.max_queue + _SPARE, num_replicas=1, ray_actor_options={"num_cpus": 0}
     )
     return make(OpenAiIngress).bind(engines, names_of, settings, max_pixels, key_hashes, votes_folder)

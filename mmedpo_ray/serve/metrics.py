@@ -11,7 +11,7 @@ class ServeMetrics:
     """The metrics of one ingress.
 
     Attributes:
-        requests: answered requests by route, model and HTTP status.
+        requests: requests that were let in, by kind (chat, completions) and model.
         rejections: refused requests by reason.
         tokens: tokens by model and side (prompt, completion).
         first_token: seconds until the first part of a streamed answer.
@@ -24,7 +24,7 @@ class ServeMetrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "mmedpo_requests", "Answered requests", ["route", "model", "status"], registry=registry
+            "mmedpo_requests", "Requests that were let in", ["kind", "model"], registry=registry
         )
         self.rejections = Counter("mmedpo_rejections", "Refused requests", ["reason"], registry=registry)
         self.tokens = Counter("mmedpo_tokens", "Tokens", ["model", "side"], registry=registry)

@@ -1,49 +1,55 @@
-"""Reads the body of a request, of a bounded size, within a bounded time."""
+"""Reads the body of a request: bounded in size, in time, and in the memory of all requests together."""
 
 from __future__ import annotations
 
 import asyncio
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
+from mmedpo_ray.serve.admission import Place
 from mmedpo_ray.serve.request_error import RequestError
 from mmedpo_ray.serve.settings import ServeConfig
 
 _MIB = 2**20
 
 
-async def read_json(request: Request, settings: ServeConfig) -> bytes:
-    """The body of a request that must be JSON; it is not parsed.
+async def read_body(
+    request: Request, settings: ServeConfig, place: Place, content_type: str = "application/json"
+) -> bytes:
+    """The body.
+
+    Args:
+        request: whose body is unread.
+        settings: limits.
+        place: of the request in the queue, which also counts its bytes.
+        content_type: of the body; a web page of another origin cannot send it without being asked first.
 
     Raises:
-        RequestError: 415 for another content type, 413 or 408 as :func:`read_body`.
+        RequestError: 415 (another type), 413 (too large), 408 (too slow), 429 (too many bytes in all).
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise RequestError(415, "Content-Type must be application/json", reason="content_type")
-    return await read_body(request, settings.max_body_mib, settings.body_timeout_s)
-
-
-async def read_body(request: Request, max_mib: float, timeout_s: float) -> bytes:
-    """The body of a request.
-
-    Raises:
-        RequestError: 413 if it is larger than ``max_mib``, 408 if it takes longer than ``timeout_s``.
-    """
-    most = int(max_mib * _MIB)
-    too_large = RequestError(413, f"the body is larger than {max_mib:g} MiB", reason="limit")
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != content_type:
+        raise RequestError(415, f"Content-Type must be {content_type}", reason="content_type")
+    most = int(settings.max_body_mib * _MIB)
+    too_large = RequestError(413, f"the body is larger than {settings.max_body_mib:g} MiB", reason="limit")
     length = request.headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length) > most:
-        raise too_large
+    if length.isascii() and length.isdigit():
+        if int(length) > most:
+            raise too_large
+        place.hold(int(length))
     body = bytearray()
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(settings.body_timeout_s):
             async for piece in request.stream():
                 body += piece
                 if len(body) > most:
                     raise too_large
-    except TimeoutError as error:
+                place.hold(len(body))
+    except TimeoutError:
         raise RequestError(
-            408, f"the body did not arrive within {timeout_s:g} s", reason="timeout"
-        ) from error
+            408, f"the body did not arrive within {settings.body_timeout_s:g} s", reason="timeout"
+        ) from None
+    except ClientDisconnect:
+        raise RequestError(400, "the connection ended before the body did", reason="disconnect") from None
     return bytes(body)

@@ -22,6 +22,7 @@ class RequestError(Exception):
         message: what is wrong and what to do; never a part of a question, an answer or an image.
         param: the field of the body that is wrong, such as ``messages.0.content``.
         reason: a short name for the metrics.
+        code: what the error object calls it, such as ``model_not_found``.
         retry_after_s: seconds after which the client may try again.
     """
 
@@ -32,6 +33,7 @@ class RequestError(Exception):
         *,
         param: str | None = None,
         reason: str = "invalid",
+        code: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
@@ -39,12 +41,13 @@ class RequestError(Exception):
         self.message = message
         self.param = param
         self.reason = reason
+        self.code = code
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
         """The error object of the OpenAI API."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The HTTP answer."""

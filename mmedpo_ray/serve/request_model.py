@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmedpo_ray.serve.request_error import RequestError
+from mmedpo_ray.serve.request_limits import check_limits
 from mmedpo_ray.serve.settings import ServeConfig
 
 MAX_LOGPROBS = 20
 _MAX_MESSAGES = 256
 _MAX_PARTS = 64
 _MAX_STOPS = 16
+_MAX_BIASES = 300
 _INT64 = 2**63
+# Bodies above this size are looked at before they are read as JSON.
+_MANY_BYTES = 2**18
+_MANY_ITEMS = 20_000
+_STRUCTURE = (b",", b"[", b"{")
 
 # Fields of OpenAI's clients that say nothing to an engine; they are accepted and left out.
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
@@ -27,6 +33,13 @@ _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_ident
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_set(cls, body: Any) -> Any:
+        return (
+            {name: value for name, value in body.items() if value is not None} if _is_object(body) else body
+        )
 
 
 class TextPart(_Strict):
@@ -39,7 +52,7 @@ class TextPart(_Strict):
 class ImageUrl(_Strict):
     """The address of an image: a data URL, or HTTPS where the server allows its host."""
 
-    url: str
+    url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] | None = None
 
 
@@ -59,6 +72,12 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(min_length=1, max_length=_MAX_PARTS)]
     name: str | None = Field(None, max_length=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_not_set(cls, body: Any) -> Any:
+        # An answer's message that is sent back has empty fields, such as tool_calls.
+        return {name: value for name, value in body.items() if value != []} if _is_object(body) else body
 
 
 class JsonSchema(_Strict):
@@ -90,6 +109,9 @@ class StreamOptions(_Strict):
     continuous_usage_stats: bool = False
 
 
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
 class _Sampling(_Strict):
     model: str
     stream: bool = False
@@ -113,6 +135,9 @@ class _Sampling(_Strict):
     min_tokens: int | None = Field(None, ge=0)
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=_MAX_BIASES
+    )
     response_format: ResponseFormat | None = None
 
 
@@ -131,6 +156,16 @@ class ChatRequest(_Sampling):
                 if isinstance(part, ImagePart):
                     yield f"messages.{number}.content.{place}.image_url.url", part.image_url
 
+    @property
+    def num_images(self) -> int:
+        """How many images there are."""
+        return sum(1 for _ in self.images())
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts there are: one."""
+        return 1
+
     def length(self) -> int:
         """Characters of all texts."""
         return sum(
@@ -144,11 +179,19 @@ class ChatRequest(_Sampling):
 class CompletionRequest(_Sampling):
     """Body of ``/v1/completions``."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)]
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    )
     best_of: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
-    suffix: None = None
+    num_images: ClassVar[int] = 0
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts there are."""
+        return len(self.prompt) if isinstance(self.prompt, list) else 1
 
     def images(self) -> Iterator[tuple[str, ImageUrl]]:
         """None: text completions have no images."""
@@ -159,14 +202,14 @@ class CompletionRequest(_Sampling):
         return len(self.prompt) if isinstance(self.prompt, str) else sum(map(len, self.prompt))
 
 
-Request = ChatRequest | CompletionRequest
+CompletionBody = ChatRequest | CompletionRequest
 KINDS: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "chat": ChatRequest,
     "completions": CompletionRequest,
 }
 
 
-def parse_request(kind: str, data: bytes, settings: ServeConfig) -> Request:
+def parse_request(kind: str, data: bytes, settings: ServeConfig) -> CompletionBody:
     """Reads and checks the body of a request.
 
     Args:
@@ -177,109 +220,62 @@ def parse_request(kind: str, data: bytes, settings: ServeConfig) -> Request:
     Raises:
         RequestError: 400, naming the field that is wrong.
     """
+    if len(data) > _MANY_BYTES and sum(map(data.count, _STRUCTURE)) > settings.max_prompt_chars + _MANY_ITEMS:
+        # Only images and texts may be large; a million lists take seconds to read.
+        raise RequestError(400, "the body has too many fields and items", reason="limit")
     try:
         body = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, "the body is not valid JSON in UTF-8", reason="json") from error
-    if not isinstance(body, dict):
+        if b"\\ud" in data or b"\\uD" in data:
+            # Half a surrogate pair is no Unicode; tokenizers fail on it.
+            json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise RequestError(400, "the body is not valid JSON in UTF-8", reason="json") from None
+    if not _is_object(body):
         raise RequestError(400, "the body must be a JSON object", reason="json")
     body = {name: value for name, value in body.items() if name not in _IGNORED}
     try:
         request = KINDS[kind].model_validate(body)
-    except (ValidationError, RecursionError) as error:
-        raise _describe(error) from error
-    _check_limits(request, settings)
+    except ValidationError as error:
+        raise _describe(error) from None
+    except RecursionError:
+        raise RequestError(400, "the body is nested too deeply", reason="limit") from None
+    check_limits(request, settings)
     return request
 
 
-def engine_body(request: Request) -> dict[str, Any]:
-    """The body that the engine gets: what the client set."""
-    return request.model_dump(mode="json", exclude_unset=True, by_alias=True)
+def engine_body(request: CompletionBody) -> dict[str, Any]:
+    """The body that the engine gets: what the client set; a stream always ends with the tokens used."""
+    body = request.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    body.pop("best_of", None)
+    if request.stream:
+        body["stream_options"] = (body.get("stream_options") or {}) | {"include_usage": True}
+    return body
+
+
+def _is_object(body: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(body, dict)
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _describe(error: ValidationError | RecursionError) -> RequestError:
-    if isinstance(error, RecursionError):
-        return RequestError(400, "the body is nested too deeply", reason="limit")
+def _describe(error: ValidationError) -> RequestError:
     # The branch of a union that came closest is the one with the longest path.
-    problem = max(error.errors(include_url=False, include_input=False, include_context=False), key=_depth)
-    place = [str(part) for part in problem["loc"] if not _is_branch(part)]
+    problem = max(
+        error.errors(include_url=False, include_input=False, include_context=False),
+        key=lambda problem: len(problem["loc"]),
+    )
+    param = ".".join(_place(problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return RequestError(
-            400, f"{'.'.join(place)}: not supported by this endpoint", param=".".join(place), reason="field"
-        )
-    return RequestError(
-        400, f"{'.'.join(place)}: {problem['msg']}", param=".".join(place) or None, reason="field"
-    )
+        return RequestError(400, f"{param}: not supported by this endpoint", param=param, reason="field")
+    message = f"{param}: {problem['msg']}" if param else problem["msg"]
+    return RequestError(400, message, param=param or None, reason="field")
 
 
-def _depth(problem: Any) -> int:
-    return len(problem["loc"])
-
-
-def _is_branch(part: int | str) -> bool:
-    """Whether a part of a pydantic location names the branch of a union instead of a field."""
-    return isinstance(part, str) and (part in ("str", "text", "image_url") or "[" in part)
-
-
-def _check_limits(request: Request, settings: ServeConfig) -> None:
-    prompts = getattr(request, "prompt", "")
-    samples = request.n * (len(prompts) if isinstance(prompts, list) else 1)
-    limits: list[tuple[str, float | None, float]] = [
-        ("n", samples, settings.max_samples),
-        ("max_tokens", request.max_tokens, settings.max_output_tokens),
-        ("min_tokens", request.min_tokens, settings.max_output_tokens),
-    ]
-    if isinstance(request, ChatRequest):
-        limits += [
-            ("max_completion_tokens", request.max_completion_tokens, settings.max_output_tokens),
-            ("messages", sum(1 for _ in request.images()), settings.max_images),
-        ]
-    else:
-        limits.append(("best_of", request.best_of, settings.max_samples))
-    for name, value, most in limits:
-        if value is not None and value > most:
-            what = "images" if name == "messages" else name
-            raise RequestError(400, f"{what} is {value}; at most {most} here", param=name, reason="limit")
-    if request.length() > settings.max_prompt_chars:
-        raise RequestError(
-            400,
-            f"the prompt has {request.length()} characters; at most {settings.max_prompt_chars} here",
-            param="messages" if isinstance(request, ChatRequest) else "prompt",
-            reason="limit",
-        )
-    if request.n > 1 and request.temperature == 0:
-        raise RequestError(400, "n above 1 needs a temperature above 0", param="n", reason="field")
-    if request.response_format is not None and request.response_format.json_schema is not None:
-        _check_schema(request.response_format.json_schema.schema_, settings)
-
-
-def _check_schema(schema: dict[str, Any], settings: ServeConfig) -> None:
-    param = "response_format.json_schema.schema"
-    size = len(json.dumps(schema))
-    if size > settings.max_schema_kib * 1024:
-        raise RequestError(
-            400,
-            f"the schema has {size} bytes; at most {settings.max_schema_kib} KiB here",
-            param=param,
-            reason="limit",
-        )
-    level: list[Any] = [schema]
-    for _ in range(settings.max_schema_depth):
-        level = [
-            child
-            for item in level
-            for child in (item.values() if isinstance(item, dict) else item)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise RequestError(
-        400,
-        f"the schema is nested deeper than {settings.max_schema_depth} levels",
-        param=param,
-        reason="limit",
-    )
+def _place(loc: tuple[int | str, ...]) -> Iterator[str]:
+    """The names in a pydantic location, without those of branches of unions."""
+    for before, part in zip((None, *loc), loc, strict=False):
+        is_tag = isinstance(before, int) and part in ("text", "image_url")
+        if not is_tag and not (isinstance(part, str) and (part == "str" or "[" in part)):
+            yield str(part)[:64]

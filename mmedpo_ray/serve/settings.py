@@ -12,7 +12,9 @@ from mmedpo_ray.config.base import Section
 class ServeConfig(Section):
     """The OpenAI-compatible endpoint (Ray Serve + vLLM)."""
 
-    host: str = "127.0.0.1"
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; other machines reach 0.0.0.0, which needs API keys"
+    )
     port: int = Field(8000, ge=0, le=65535, description="0: any free port")
     models: tuple[str, ...] | None = Field(
         None, description="names of the run's models to serve; null: all (merged models have an engine each)"
@@ -32,7 +34,7 @@ class ServeConfig(Section):
     api_keys_file: str | None = Field(
         None,
         description="file with one API key per line; the variable MMEDPO_API_KEYS adds keys (commas between "
-        "them). Without keys the endpoint listens on this machine only",
+        "them). Without keys only this machine may ask",
     )
     allowed_hosts: tuple[str, ...] = Field(
         (), description="further names of this server in the Host header, besides its own and addresses"
@@ -46,15 +48,20 @@ class ServeConfig(Section):
     votes_folder: str | None = Field(
         None, description="where the page writes readers' votes; null: votes/ of the run. Empty: no votes"
     )
-    image_timeout_s: float = Field(10, gt=0, description="longest fetch of an image")
-    image_threads: int = Field(2, ge=1, description="threads that decode images")
+    image_timeout_s: float = Field(10, gt=0, description="longest time to fetch or to decode an image")
+    image_workers: int = Field(2, ge=1, description="processes that decode large and rare images")
     max_image_mib: float = Field(32, gt=0, description="largest image file of a request")
-    max_images: int = Field(4, ge=0, description="images of a request")
+    max_image_pixels: int = Field(
+        40_000_000, ge=1, description="largest image of a request; data.max_pixels where that is less"
+    )
+    max_images: int = Field(1, ge=0, description="images of a request; engines reserve memory for so many")
     max_body_mib: float = Field(64, gt=0, description="largest body of a request")
+    max_pending_mib: float = Field(1024, gt=0, description="bodies of all requests in flight")
     body_timeout_s: float = Field(30, gt=0, description="longest time for a body to arrive")
+    request_timeout_s: float = Field(600, gt=0, description="longest time for an answer")
     max_prompt_chars: int = Field(100_000, ge=1, description="characters of all texts of a request")
     max_output_tokens: int = Field(4096, ge=1, description="largest max_tokens of a request")
-    max_samples: int = Field(8, ge=1, description="answers of a request (n, best_of, prompts)")
+    max_samples: int = Field(8, ge=1, description="answers of a request (n times prompts)")
     max_schema_kib: int = Field(32, ge=1, description="largest JSON schema of an answer")
     max_schema_depth: int = Field(16, ge=1, description="levels of a JSON schema")
     max_queue: int = Field(2048, ge=1, description="requests in flight; more get 429 with Retry-After")
@@ -63,7 +70,9 @@ class ServeConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _replicas(self) -> ServeConfig:
+    def _combinations(self) -> ServeConfig:
         if self.max_replicas < self.min_replicas:
-            raise ValueError("max_replicas is below min_replicas")
+            raise ValueError("serve.max_replicas is below serve.min_replicas")
+        if self.max_pending_mib < self.max_body_mib:
+            raise ValueError("serve.max_pending_mib is below serve.max_body_mib")
         return self

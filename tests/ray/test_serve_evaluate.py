@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import served_requests
 from PIL import Image
 from test_export import QUESTIONS, image, train_nothing, transformers_tokens
 from tiny_llava import build_tiny_llava, leave_the_beginning_to_the_tokenizer
@@ -50,7 +51,7 @@ def make_config(root: Path, base: Path) -> Config:
         {
             "run": {"folder": str(root / "run")},
             "model": {"path": str(base), "engine": {"kv_cache_gib": 0.25, "max_model_len": 256}},
-            "serve": {"port": 0, "start_timeout_s": 240},
+            "serve": {"port": 0, "start_timeout_s": 240, "body_timeout_s": 5},
             "evaluate": {"max_tokens": 4, "bootstrap": 100, "retries": 1},
         }
     )
@@ -106,6 +107,13 @@ def test_a_port_in_use_is_named(config, ray_cluster):
             start_endpoint(with_port(config, port), run_models(config))
 
 
+def test_other_machines_are_let_in_with_keys_only(config, ray_cluster):
+    changed = with_port(config, 0)
+    changed.serve.host = "0.0.0.0"
+    with pytest.raises(UserError, match=r"no API keys.*serve\.api_keys_file"):
+        start_endpoint(changed, run_models(config))
+
+
 @pytest.mark.parametrize("kind", ["absent", "empty", "adapter alone"])
 def test_a_wrong_model_folder_is_named_before_anything_starts(config, tmp_path, kind):
     if kind == "adapter alone":
@@ -136,6 +144,13 @@ def endpoint(config, ray_cluster) -> Iterator:
     """Base and adapter, served."""
     with start_endpoint(config, run_models(config)) as endpoint:
         yield endpoint
+
+
+test_what_the_engine_refuses = served_requests.test_what_the_engine_refuses_is_a_clients_error
+test_what_the_engine_answers = served_requests.test_what_the_engine_answers
+test_the_openai_client = served_requests.test_the_openai_client
+test_the_model_sees_pictures_as_training_does = served_requests.test_the_model_sees_pictures_as_training_does
+test_half_sent_and_left_requests = served_requests.test_half_sent_and_left_requests_free_their_place
 
 
 def post(endpoint, body: dict) -> tuple[int, dict | str]:
@@ -236,8 +251,11 @@ def test_a_bad_request_is_refused_with_a_reason(endpoint, body, status):
 @pytest.mark.engine
 def test_no_foreign_web_page_is_let_in(endpoint):
     request = urllib.request.Request(f"{endpoint.base_url}/models", headers={"Origin": "https://example.org"})
-    with pytest.raises(urllib.error.HTTPError, match="403"):
+    with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=30)
+    assert caught.value.code == 403
+    with urllib.request.urlopen(f"{endpoint.base_url}/models", timeout=30) as response:
+        assert [model["id"] for model in json.load(response)["data"]] == ["base", "aligned"]
 
 
 @pytest.mark.engine
@@ -319,3 +337,8 @@ def test_a_cluster_has_one_port(endpoint, config):
 def test_a_second_application_of_the_same_name_is_refused(endpoint, config):
     with pytest.raises(UserError, match="already served"):
         start_endpoint(config, run_models(config))
+
+
+@pytest.mark.engine
+def test_no_log_has_a_traceback_or_a_question(endpoint):
+    served_requests.check_state_and_logs(endpoint)

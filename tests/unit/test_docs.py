@@ -88,3 +88,14 @@ def test_every_command_is_in_the_table() -> None:
     [commands] = [action for action in build_parser()._actions if action.dest == "command"]
     for command in set(commands.choices or ()) - {"config"}:
         assert f"| `mmedpo {command}" in page, command
+
+
+def test_tests_named_on_the_page_on_security_exist() -> None:
+    defined = set()
+    for file in (ROOT / "tests").rglob("*.py"):
+        defined |= set(
+            re.findall(r"^(?:def )?(test_\w+)(?:\(| = )", file.read_text(encoding="utf-8"), re.MULTILINE)
+        )
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/security.md").read_text(encoding="utf-8")))
+    assert len(named) > 20
+    assert named <= defined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from endpoint_app import KEY, Endpoint
 
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.serve.access import read_key_hashes
+from mmedpo_ray.serve.completions import engine_down
 from mmedpo_ray.serve.settings import ServeConfig
 
 BODY = {"model": "base", "messages": [{"role": "user", "content": "Is there a nodule?"}]}
@@ -121,6 +123,91 @@ def test_requests_beyond_the_limits_are_told_when_to_come_back() -> None:
     assert endpoint.send("POST", "/v1/chat/completions", json=BODY, headers=bearer(KEY)).status_code == 200
 
 
+def test_bodies_that_fill_the_memory_are_told_to_come_back() -> None:
+    endpoint = Endpoint(max_body_mib=0.5, max_pending_mib=0.5)
+    endpoint.engines.seconds = 0.3
+    body = json.dumps(BODY).encode().ljust(300_000)
+
+    async def three() -> list[int]:
+        async with endpoint.client() as client:
+            headers = {"Content-Type": "application/json"}
+            asked = (client.post("/v1/chat/completions", content=body, headers=headers) for _ in range(3))
+            return sorted(answer.status_code for answer in await asyncio.gather(*asked))
+
+    assert asyncio.run(three()) == [200, 429, 429]
+    assert asyncio.run(three()) == [200, 429, 429], "its bytes are free again"
+
+
+@pytest.mark.parametrize(
+    ("address", "keys", "status"),
+    [
+        ("127.0.0.1", (), 200),
+        ("127.4.5.6", (), 200),
+        ("::1", (), 200),
+        ("::ffff:127.0.0.1", (), 200),
+        ("10.0.0.5", (), 403),
+        ("2001:db8::5", (), 403),
+        ("::ffff:10.0.0.5", (), 403),
+        ("10.0.0.5", (KEY,), 200),
+    ],
+)
+def test_without_keys_only_this_machine_is_answered(address: str, keys: tuple[str, ...], status: int) -> None:
+    endpoint = Endpoint(keys=keys)
+    for path in ("/health", "/v1/models"):
+        answer = endpoint.send("GET", path, address=address, headers=bearer(KEY))
+        assert answer.status_code == status
+    if status == 403:
+        assert "serve.api_keys_file" in answer.json()["error"]["message"]
+
+
+def test_a_request_that_takes_too_long_is_given_up() -> None:
+    endpoint = Endpoint(request_timeout_s=0.2)
+    endpoint.engines.seconds = 5
+    assert endpoint.chat().status_code == 504
+    streamed = endpoint.chat(stream=True)
+    assert streamed.status_code == 200, "its first part has gone"
+    assert "within 0.2 s" in json.loads(streamed.text.split("data: ")[-1])["error"]["message"]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_error_of_our_own_shows_nothing_of_the_request(
+    is_streamed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoint = Endpoint()
+    endpoint.engines.error = KeyError("Mrs Example")
+    answer = endpoint.chat(stream=is_streamed)
+    if not is_streamed:
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "server_error"
+        assert answer.headers["X-Request-Id"] in caplog.text
+    assert "KeyError" in caplog.text
+    assert "Example" not in answer.text + caplog.text and "Traceback" not in answer.text
+
+
+def test_an_engine_that_dies_ends_its_stream_with_an_error() -> None:
+    endpoint = Endpoint()
+    endpoint.engines.error = engine_down()
+    assert endpoint.chat().status_code == 503
+    first, second, *rest = endpoint.chat(stream=True).text.split("\n\n")
+    assert first == 'data: {"word": "No"}' and not "".join(rest)
+    assert json.loads(second.removeprefix("data: "))["error"]["type"] == "server_error"
+
+
+def test_a_client_that_leaves_frees_its_place() -> None:
+    endpoint = Endpoint(max_queue=1)
+    endpoint.engines.seconds = 5
+
+    async def leave(is_streamed: bool) -> None:
+        async with endpoint.client() as client:
+            ask = client.post("/v1/chat/completions", json=BODY | {"stream": is_streamed})
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(ask, 0.1)
+
+    for is_streamed in (False, True):
+        asyncio.run(leave(is_streamed))
+        assert "mmedpo_requests_in_flight 0.0" in endpoint.send("GET", "/metrics").text
+
+
 def test_half_sent_bodies_end_after_their_time() -> None:
     endpoint = Endpoint(body_timeout_s=0.2, max_queue=1)
 
@@ -170,9 +257,9 @@ def test_metrics_count_and_hold_no_content() -> None:
     endpoint.chat(n=99)
     endpoint.chat(stream=True)
     text = endpoint.send("GET", "/metrics").text
-    assert 'mmedpo_requests_total{model="base",route="chat",status="200"} 2.0' in text
+    assert 'mmedpo_requests_total{kind="chat",model="base"} 2.0' in text
     assert 'mmedpo_rejections_total{reason="limit"} 1.0' in text
-    assert 'mmedpo_tokens_total{model="base",side="completion"} 2.0' in text
+    assert 'mmedpo_tokens_total{model="base",side="completion"} 4.0' in text, "of the stream too"
     assert "mmedpo_first_token_seconds_count 1.0" in text
     assert "nodule" not in text and "Hello" not in text
 
@@ -184,4 +271,6 @@ def test_a_stream_is_passed_on_as_it_comes() -> None:
         'data: {"word": "No"}',
         'data: {"word": "effusion"}',
         "data: [DONE]",
-    ]
+    ], "the tokens used, which the client did not ask for, are left out"
+    asked = Endpoint().chat(stream=True, stream_options={"include_usage": True})
+    assert '"completion_tokens": 2' in asked.text

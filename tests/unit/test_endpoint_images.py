@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from endpoint_app import Endpoint, ask, data_url, png
 from PIL import Image
 
 from mmedpo_ray.io import images
-from mmedpo_ray.serve import request_images
+from mmedpo_ray.serve import image_decoder
+from mmedpo_ray.serve.image_fetch import ImageFetcher
 
 DRAW = np.random.default_rng(0)
 GREY = DRAW.integers(0, 255, (12, 16), dtype=np.uint8)
@@ -68,7 +70,7 @@ def test_sizes_are_checked_before_anything_is_decoded(monkeypatch: pytest.Monkey
     endpoint = Endpoint(max_pixels=12 * 16 - 1)
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("it was decoded"))
     answer = endpoint.chat(messages=messages)
-    assert answer.status_code == 400 and "image_too_large" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "image_too_large"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.7", "169.254.1.1", "192.168.1.1", "::1", "fd00::1"])
@@ -85,10 +87,7 @@ def test_an_allowed_name_at_a_private_address_is_not_fetched(
 
 
 def test_only_https_of_allowed_hosts_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(*_: object) -> str:
-        pytest.fail("it was looked up")
-
-    monkeypatch.setattr(request_images, "_public_address", never)
+    monkeypatch.setattr(ImageFetcher, "_look_up", lambda *_: pytest.fail("it was looked up"))
     endpoint = Endpoint(allowed_image_hosts=("images.example",))
     for url in ("http://images.example/a.png", "https://other.example/a.png", "https://x@other.example/"):
         assert endpoint.chat(messages=ask(url)).status_code == 400
@@ -96,11 +95,9 @@ def test_only_https_of_allowed_hosts_is_fetched(monkeypatch: pytest.MonkeyPatch)
 
 def test_slow_images_do_not_hold_up_other_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding runs beside the event loop: a request without an image is answered meanwhile."""
-    import threading
-
     blocked = threading.Event()
-    monkeypatch.setattr(request_images, "plain_file", lambda *_: (blocked.wait(20), (png(), "image/png"))[1])
-    endpoint = Endpoint(image_threads=1)
+    monkeypatch.setattr(image_decoder, "plain_file", lambda *_: (blocked.wait(20), (png(), "image/png"))[1])
+    endpoint = Endpoint()
 
     async def both() -> tuple[int, int]:
         async with endpoint.client() as client:

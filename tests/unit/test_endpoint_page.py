@@ -17,6 +17,7 @@ from PIL import Image
 from mmedpo_ray.config.load import load
 from mmedpo_ray.ingest.formats import FORMATS
 
+BYTES = {"Content-Type": "application/octet-stream"}
 DEEP = np.random.default_rng(0).integers(900, 41_000, (12, 16)).astype(np.uint16)
 
 
@@ -57,7 +58,7 @@ def test_the_page_loads_without_a_key_and_without_anything_from_elsewhere() -> N
     ],
 )
 def test_images_come_as_pixels(data: bytes, kind: str, pixels: np.ndarray | None) -> None:
-    answer = Endpoint().send("POST", "/page/decode", content=data)
+    answer = Endpoint().send("POST", "/page/decode", content=data, headers=BYTES)
     assert answer.headers["X-Kind"] == kind
     found = np.frombuffer(answer.content, np.uint8 if kind == "rgb" else "<u2")
     height, width = int(answer.headers["X-Height"]), int(answer.headers["X-Width"])
@@ -69,7 +70,7 @@ def test_images_come_as_pixels(data: bytes, kind: str, pixels: np.ndarray | None
 def test_files_that_are_no_image_are_refused() -> None:
     endpoint = Endpoint(max_pixels=63, max_image_mib=0.01)
     for data, status in ((b"hello", 400), (b"", 400), (png(), 400), (b"\0" * 11_000, 413)):
-        assert endpoint.send("POST", "/page/decode", content=data).status_code == status
+        assert endpoint.send("POST", "/page/decode", content=data, headers=BYTES).status_code == status
 
 
 def test_examples_are_radiographs_of_the_embedded_world() -> None:

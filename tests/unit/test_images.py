@@ -20,7 +20,7 @@ from pyarrow import fs
 from mmedpo_ray.curate.settings import NoiseConfig
 from mmedpo_ray.curate.visual.lesion_noise import add_lesion_noise
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.io import images, storage
+from mmedpo_ray.io import images, pillow_images, storage
 from mmedpo_ray.io.images import ImageError
 
 
@@ -211,7 +211,7 @@ def test_everyone_sees_a_photograph_as_a_viewer_shows_it(
     assert np.array_equal(np.asarray(image), np.asarray(shown))
     if kind != "TIFF":
         # Pillow itself turns TIFF.
-        assert (images.TURNED in image.info) == (orientation > 1)
+        assert (pillow_images.TURNED in image.info) == (orientation > 1)
     for seen in (image, rgb := images.to_rgb(image)):
         # As vLLM does with every image.
         assert np.array_equal(np.asarray(ImageOps.exif_transpose(seen)), np.asarray(seen))

@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from mmedpo_ray.io.image_error import ImageError
 from mmedpo_ray.io.images import decode, encode_png, to_rgb
 from mmedpo_ray.phantom.world import generate
+from mmedpo_ray.serve.completions import Completions
 from mmedpo_ray.serve.page.votes import Vote, Votes
-from mmedpo_ray.serve.request_body import read_body, read_json
+from mmedpo_ray.serve.request_body import read_body
 from mmedpo_ray.serve.request_error import RequestError
-from mmedpo_ray.serve.request_images import RequestImages
 from mmedpo_ray.serve.settings import ServeConfig
 
 # Nothing from elsewhere, no inline scripts or styles; images of the viewer are blobs and data URLs.
@@ -40,20 +40,23 @@ _FILES = {
 }
 PUBLIC_ROUTES = ("/", *(f"/page/{name}" for name in _FILES))
 _EXAMPLES = 6
+_MIB = 2**20
 
 
 def page_router(
-    settings: ServeConfig, images: RequestImages, votes: Votes | None, max_pixels: int
+    settings: ServeConfig, completions: Completions, votes: Votes | None, max_pixels: int
 ) -> APIRouter:
     """The routes of the page.
 
     Args:
         settings: limits of images.
-        images: decodes the image of a vote as that of a question.
+        completions: whose queue and decoder of images are used.
         votes: where votes are written; None: the page offers no vote.
         max_pixels: larger images are refused.
     """
     router = APIRouter()
+    one_at_a_time = asyncio.Lock()
+    most_pixels = min(max_pixels, settings.max_image_pixels)
 
     @router.get("/")
     async def index() -> Response:
@@ -71,16 +74,23 @@ def page_router(
 
     @router.post("/page/decode")
     async def decoded(request: Request) -> Response:
-        data = await read_body(request, settings.max_image_mib, settings.body_timeout_s)
-        return await asyncio.to_thread(_pixels, data, max_pixels)
+        with completions.admission.enter(_key(request)) as place:
+            data = await read_body(request, settings, place, "application/octet-stream")
+            if len(data) > settings.max_image_mib * _MIB:
+                raise RequestError(
+                    413, f"an image has at most {settings.max_image_mib:g} MiB", reason="limit"
+                )
+            async with one_at_a_time:
+                return await asyncio.to_thread(_pixels, data, most_pixels)
 
     @router.post("/page/votes")
     async def vote(request: Request) -> dict[str, int]:
         if votes is None:
             raise RequestError(404, "votes are switched off (serve.votes_folder)", reason="route")
-        given = _read_vote(await read_json(request, settings))
-        image = await images.file_of(given.image, "image")
-        return {"votes": await asyncio.to_thread(votes.add, given, image)}
+        with completions.admission.enter(_key(request)) as place:
+            given = _read_vote(await read_body(request, settings, place))
+            image, _ = await completions.images.plain_file(given.image, "image")
+            return {"votes": await asyncio.to_thread(votes.add, given, image)}
 
     @router.get("/page/{name}")
     async def file(name: str) -> Response:
@@ -89,6 +99,10 @@ def page_router(
         return _static(name)
 
     return router
+
+
+def _key(request: Request) -> str:
+    return getattr(request.state, "key", "")
 
 
 def _static(name: str) -> Response:
