@@ -69,7 +69,14 @@ class Endpoint:
     def __init__(self, *, keys: tuple[str, ...] = (), max_pixels: int = 10_000, **settings: Any) -> None:
         self.engines = Repeating()
         hashes = frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
-        self.app = create_app(self.engines, ServeConfig(**settings), max_pixels=max_pixels, key_hashes=hashes)
+        folder = settings.pop("votes_folder", None)
+        self.app = create_app(
+            self.engines,
+            ServeConfig(**settings),
+            max_pixels=max_pixels,
+            key_hashes=hashes,
+            votes_folder=folder,
+        )
 
     def client(self, address: str = "127.0.0.1") -> httpx.AsyncClient:
         """A client on the machine with this address."""

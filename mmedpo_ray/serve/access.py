@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,8 +17,6 @@ from mmedpo_ray.serve.settings import ServeConfig
 
 KEYS_VARIABLE = "MMEDPO_API_KEYS"
 _LEAST_KEY_LENGTH = 16
-# Paths that need no key.
-_OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 def read_key_hashes(settings: ServeConfig) -> frozenset[bytes]:
@@ -63,9 +61,13 @@ class Access:
     Args:
         settings: names of this server and origins that may use it.
         key_hashes: SHA-256 of the keys; empty: no key is asked for, and only this machine may ask.
+        open_paths: paths that need no key.
     """
 
-    def __init__(self, settings: ServeConfig, key_hashes: frozenset[bytes]) -> None:
+    def __init__(
+        self, settings: ServeConfig, key_hashes: frozenset[bytes], open_paths: Iterable[str] = ()
+    ) -> None:
+        self._open_paths = frozenset(open_paths)
         own = {"localhost", socket.gethostname(), socket.getfqdn(), settings.host}
         self._hosts = {name.lower() for name in own | set(settings.allowed_hosts)}
         self._origins = frozenset(settings.allowed_origins)
@@ -73,7 +75,7 @@ class Access:
 
     def is_open(self, path: str) -> bool:
         """Whether a path needs no key."""
-        return path in _OPEN_PATHS
+        return path in self._open_paths
 
     def check_source(self, headers: Mapping[str, str]) -> None:
         """Refuses requests for another host, and those that a web page of another origin sends.

@@ -16,9 +16,11 @@ from ray.serve.config import RequestRouterConfig
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.io.storage import join
 from mmedpo_ray.models.loading import load_processor, read_model_config, template_with_bos
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
 from mmedpo_ray.serve.settings import ServeConfig
+from mmedpo_ray.tables.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from ray.serve.deployment import Application
@@ -65,7 +67,13 @@ def build_app(
         config.serve,
         max_pixels=_max_pixels(config),
         key_hashes=key_hashes,
+        votes_folder=_votes_folder(config),
     )
+
+
+def _votes_folder(config: Config) -> str | None:
+    folder = config.serve.votes_folder
+    return join(RunFolder(config.run.folder).root, "votes") if folder is None else folder or None
 
 
 def engine_groups(models: Models) -> list[dict[str, str]]:

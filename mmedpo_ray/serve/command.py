@@ -45,5 +45,6 @@ def _help(endpoint: Endpoint) -> str:
         f'    -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": [\n'
         '         {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}},\n'
         '         {"type": "text", "text": "Is there a pleural effusion?"}]}]}\'\n'
+        f"Compare the models in a browser: {endpoint.base_url.removesuffix('/v1')}/\n"
         "Stop it with Ctrl-C."
     )

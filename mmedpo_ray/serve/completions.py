@@ -63,7 +63,7 @@ class Completions:
         self.backend = backend
         self.admission = Admission(settings.max_queue, settings.max_queue_per_key, settings.max_pending_mib)
         self._settings = settings
-        self._images = RequestImages(settings, max_pixels)
+        self.images = RequestImages(settings, max_pixels)
         self._metrics = metrics
 
     def card(self, name: str) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Completions:
                 raise engine_down()
             if body.num_images:
                 with self._metrics.images.time():
-                    await self._images.replace(body)
+                    await self.images.replace(body)
             stack.enter_context(self._counted(kind, body.model, started))
             if not body.stream:
                 return await self._whole(kind, body)

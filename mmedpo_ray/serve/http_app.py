@@ -23,6 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mmedpo_ray.serve.access import Access
 from mmedpo_ray.serve.completions import Backend, Completions
 from mmedpo_ray.serve.metrics import ServeMetrics
+from mmedpo_ray.serve.page.router import PUBLIC_ROUTES, page_router
+from mmedpo_ray.serve.page.votes import Votes
 from mmedpo_ray.serve.request_error import RequestError
 from mmedpo_ray.serve.request_model import KINDS
 from mmedpo_ray.serve.settings import ServeConfig
@@ -51,7 +53,12 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def create_app(
-    backend: Backend, settings: ServeConfig, *, max_pixels: int, key_hashes: frozenset[bytes] = frozenset()
+    backend: Backend,
+    settings: ServeConfig,
+    *,
+    max_pixels: int,
+    key_hashes: frozenset[bytes] = frozenset(),
+    votes_folder: str | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -61,14 +68,17 @@ def create_app(
         max_pixels: larger images are refused.
         key_hashes: of the API keys (:func:`mmedpo_ray.serve.access.read_key_hashes`); empty: no key is
             needed, and only this machine may ask.
+        votes_folder: where the votes of the page are written; None: it offers no vote.
     """
     metrics = ServeMetrics()
-    access = Access(settings, key_hashes)
+    access = Access(settings, key_hashes, ("/health", "/ready", *PUBLIC_ROUTES))
     completions = Completions(backend, settings, max_pixels, metrics)
     app = FastAPI(title="mmedpo-ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_error_handlers(app, metrics)
     _add_status_routes(app, completions, metrics)
     _add_api_routes(app, completions)
+    votes = Votes(votes_folder) if votes_folder is not None else None
+    app.include_router(page_router(settings, completions, votes, max_pixels), include_in_schema=False)
     _add_description(app)
     # Each one is put around those before it.
     app.add_middleware(_KeyGuard, access=access, metrics=metrics)

@@ -107,6 +107,7 @@ class OpenAiIngress:
         settings: limits, names and origins.
         max_pixels: of an image.
         key_hashes: of the API keys.
+        votes_folder: where the page writes votes; None: nowhere.
     """
 
     def __init__(
@@ -116,16 +117,24 @@ class OpenAiIngress:
         settings: ServeConfig,
         max_pixels: int,
         key_hashes: frozenset[bytes],
+        votes_folder: str | None,
     ) -> None:
         self._handles = handles
         self._names_of = names_of
         self._settings = settings
         self._max_pixels = max_pixels
         self._key_hashes = key_hashes
+        self._votes_folder = votes_folder
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         engines = Engines(self._handles, self._names_of)
-        return create_app(engines, self._settings, max_pixels=self._max_pixels, key_hashes=self._key_hashes)
+        return create_app(
+            engines,
+            self._settings,
+            max_pixels=self._max_pixels,
+            key_hashes=self._key_hashes,
+            votes_folder=self._votes_folder,
+        )
 
 
 def build_ingress(
@@ -135,9 +144,10 @@ def build_ingress(
     *,
     max_pixels: int,
     key_hashes: frozenset[bytes],
+    votes_folder: str | None,
 ) -> Application:
     """Puts the ingress before the engines; see :class:`OpenAiIngress`."""
     make = serve.deployment(
         max_ongoing_requests=settings.max_queue + _SPARE, num_replicas=1, ray_actor_options={"num_cpus": 0}
     )
-    return make(OpenAiIngress).bind(engines, names_of, settings, max_pixels, key_hashes)
+    return make(OpenAiIngress).bind(engines, names_of, settings, max_pixels, key_hashes, votes_folder)

@@ -14,20 +14,23 @@ from mmedpo_ray.serve.settings import ServeConfig
 _MIB = 2**20
 
 
-async def read_body(request: Request, settings: ServeConfig, place: Place) -> bytes:
+async def read_body(
+    request: Request, settings: ServeConfig, place: Place, content_type: str = "application/json"
+) -> bytes:
     """The body.
 
     Args:
         request: whose body is unread.
         settings: limits.
         place: of the request in the queue, which also counts its bytes.
+        content_type: of the body; a web page of another origin cannot send it without being asked first.
 
     Raises:
-        RequestError: 415 (no JSON), 413 (too large), 408 (too slow), 429 (too many bytes in all).
+        RequestError: 415 (another type), 413 (too large), 408 (too slow), 429 (too many bytes in all).
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise RequestError(415, "Content-Type must be application/json", reason="content_type")
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != content_type:
+        raise RequestError(415, f"Content-Type must be {content_type}", reason="content_type")
     most = int(settings.max_body_mib * _MIB)
     too_large = RequestError(413, f"the body is larger than {settings.max_body_mib:g} MiB", reason="limit")
     length = request.headers.get("content-length", "0")

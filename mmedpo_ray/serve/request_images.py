@@ -45,28 +45,28 @@ class RequestImages:
             RequestError: an address is not allowed, or an image is damaged or too large.
         """
         for param, image in body.images():
-            if image.url[:5].lower() == "data:":
-                data = await asyncio.to_thread(self._from_data_url, image.url, param)
-            else:
-                data = await self._fetcher.fetch(image.url, param)
-            image.url = await self.plain_url(data, param)
+            content, kind = await self.plain_file(image.url, param)
+            image.url = f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
-    async def plain_url(self, data: bytes, param: str) -> str:
-        """An image file as a data URL that the engine reads as training does.
+    async def plain_file(self, url: str, param: str) -> tuple[bytes, str]:
+        """The image at an address as a file that every decoder reads as training does, and its media type.
 
         Args:
-            data: the file.
+            url: a data URL, or an address on an allowed host.
             param: the field of the request that holds it, for messages.
 
         Raises:
             RequestError: 400 with the reason of :class:`mmedpo_ray.io.image_error.ImageError` as its code.
         """
+        if url[:5].lower() == "data:":
+            data = await asyncio.to_thread(self._from_data_url, url, param)
+        else:
+            data = await self._fetcher.fetch(url, param)
         try:
-            content, kind = await self.decoder.plain(data)
+            return await self.decoder.plain(data)
         except ImageError as error:
             message = error.detail.replace("the image: ", "the image cannot be used: ", 1)
             raise RequestError(400, message, param=param, reason=error.reason, code=error.reason) from None
-        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
     def _from_data_url(self, url: str, param: str) -> bytes:
         head = _DATA_URL.match(url)

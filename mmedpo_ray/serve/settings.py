@@ -45,6 +45,9 @@ class ServeConfig(Section):
     allowed_image_hosts: tuple[str, ...] = Field(
         (), description="public hosts from which images may be fetched over HTTPS; by default only data URLs"
     )
+    votes_folder: str | None = Field(
+        None, description="where the page writes readers' votes; null: votes/ of the run. Empty: no votes"
+    )
     image_timeout_s: float = Field(10, gt=0, description="longest time to fetch or to decode an image")
     image_workers: int = Field(2, ge=1, description="processes that decode large and rare images")
     max_image_mib: float = Field(32, gt=0, description="largest image file of a request")
