@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -200,6 +201,45 @@ def test_half_sent_and_left_requests_free_their_place(endpoint: Endpoint, config
     while in_flight(endpoint) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert in_flight(endpoint) == 0
+
+
+HEAVY: dict[str, dict[str, Any]] = {
+    "an image just below the limit": {"image": (6300, 6300)},
+    "an image just above the limit": {"image": (6400, 6400)},
+    "many samples": {"n": 8, "temperature": 1.0, "max_tokens": 100},
+    "a large schema": with_schema({"anyOf": [{"maxLength": 4096, "pattern": "[a-z]{1,300}"}] * 400}),
+}
+
+
+@pytest.mark.engine
+def test_no_request_holds_up_the_others(endpoint: Endpoint) -> None:
+    """One more question each moment, while a heavy one is answered or refused."""
+    waits: dict[str, float] = {}
+    with client(endpoint) as api, ThreadPoolExecutor(1) as pool:
+
+        def ask(**fields: Any) -> float:
+            started = time.monotonic()
+            with contextlib.suppress(openai.BadRequestError):
+                api.chat.completions.create(
+                    **{"model": "base", "messages": QUESTION, "max_tokens": 2, "temperature": 0} | fields
+                )
+            return time.monotonic() - started
+
+        alone = max(ask() for _ in range(5))
+        for name, fields in HEAVY.items():
+            if "image" in fields:
+                url = (
+                    "data:image/png;base64,"
+                    + base64.b64encode(png_of(Image.fromarray(np.zeros(fields["image"], np.uint16)))).decode()
+                )
+                part = {"type": "image_url", "image_url": {"url": url}}
+                fields = {"messages": [{"role": "user", "content": [part]}]}
+            heavy = pool.submit(ask, **fields)
+            longest = ask()
+            while not heavy.done():
+                longest = max(longest, ask())
+            waits[name] = longest
+    assert max(waits.values()) < alone + 2, waits
 
 
 def check_state_and_logs(endpoint: Endpoint) -> None:
