@@ -212,6 +212,7 @@ HEAVY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_no_request_holds_up_the_others(endpoint: Endpoint) -> None:
     """One more question each moment, while a heavy one is answered or refused."""
     waits: dict[str, float] = {}
