@@ -168,6 +168,8 @@ def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[s
             "max_replicas": settings.max_replicas,
             # Ray's default for models, 1e9, never scales.
             "target_ongoing_requests": settings.target_ongoing_requests,
+            "upscale_delay_s": settings.upscale_delay_s,
+            "downscale_delay_s": settings.downscale_delay_s,
         },
         "max_ongoing_requests": settings.max_ongoing_requests,
         # The replica's event loop stands still while it imports and loads; a short limit would end it then.

@@ -19,10 +19,18 @@ class ServeConfig(Section):
     models: tuple[str, ...] | None = Field(
         None, description="names of the run's models to serve; null: all (merged models have an engine each)"
     )
-    min_replicas: int = Field(1, ge=0)
+    min_replicas: int = Field(
+        1, ge=0, description="0: the engine stops when nobody asks; the next start is cold"
+    )
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: int = Field(
         32, ge=1, description="requests in flight per replica before another is started"
+    )
+    upscale_delay_s: float = Field(
+        10, ge=0, description="seconds above the target before a replica is started"
+    )
+    downscale_delay_s: float = Field(
+        60, ge=0, description="seconds below the target before a replica is stopped (Ray's default is 600)"
     )
     max_ongoing_requests: int = Field(128, ge=1)
     router: Literal["image", "power_of_two"] = Field(
