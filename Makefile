@@ -41,13 +41,13 @@ demo: .venv
 	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
 
 # Test files run in parallel: one per core, or two if they start engines, which need memory and wait a lot.
-# The whole pipeline runs alone: it uses all cores.
+# The whole pipeline comes first: its files take longest.
 EVERY_CORE := -n logical --maxprocesses 8 --dist loadfile
 TWO := -n 2 --dist loadfile
 
 # Every part runs, even if one before it fails.
 test: .venv
-	@result=0; for part in "tests/unit tests/invariant $(EVERY_CORE)" "tests/ray $(TWO)" "tests/e2e"; do \
+	@result=0; for part in "tests/unit tests/invariant $(EVERY_CORE)" "tests/e2e tests/ray $(TWO)"; do \
 		$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $$part || result=$$?; \
 	done; exit $$result
 
