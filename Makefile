@@ -41,9 +41,9 @@ demo: .venv
 	$(OFFLINE) $(BIN)/mmedpo run --config configs/phantom.yaml
 
 # Test files run in parallel: one per core, or two if they start engines, which need memory and wait a lot.
-# The whole pipeline comes first: its files take longest.
+# These keep their order: the whole pipeline comes first, because its files take longest.
 EVERY_CORE := -n logical --maxprocesses 8 --dist loadfile
-TWO := -n 2 --dist loadfile
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every part runs, even if one before it fails.
 test: .venv
