@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
 import urllib.request
 from pathlib import Path
 
-import psutil
+import faults
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -44,11 +45,10 @@ def _kill_a_worker(folder: Path, killed: list[int]) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if list((folder / "checkpoints").glob("step-*")):
-            for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    killed.append(process.pid)
-                    process.kill()
-                    return
+            for process in faults.workers(os.getpid(), "RayTrainWorker"):
+                killed.append(process.pid)
+                process.kill()
+                return
         time.sleep(0.02)
 
 
@@ -118,11 +118,9 @@ def _terminate_a_worker(folder: Path, seen: list[str]) -> None:
     told = False
     while time.monotonic() < deadline and not seen:
         if not told and len(read_metrics(folder)) >= 2:
-            for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    process.terminate()
-                    told = True
-                    break
+            for process in faults.workers(os.getpid(), "RayTrainWorker")[:1]:
+                process.terminate()
+                told = True
         seen += [path.name for path in (folder / "checkpoints").glob("step-*")]
         time.sleep(0.01)
 

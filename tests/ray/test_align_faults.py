@@ -174,9 +174,7 @@ class Run:
 
 def ranks_on(node: Any) -> list[psutil.Process]:
     """Training processes on a node."""
-    (raylet,) = node.all_processes["raylet"]
-    processes = psutil.Process(raylet.process.pid).children(recursive=True)
-    return [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
+    return faults.workers(faults.raylet(node), "RayTrainWorker")
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import threading
 import time
 from pathlib import Path
 
+import faults
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -121,14 +120,9 @@ def test_a_killed_worker_costs_nothing_but_its_slice(monkeypatch: pytest.MonkeyP
 
     def kill() -> None:
         while not over.is_set() and not killed:
-            for process in psutil.Process(os.getpid()).children(recursive=True):
-                try:
-                    if "MapBatches(work)" in " ".join(process.cmdline()):
-                        process.send_signal(signal.SIGKILL)
-                        killed.append(process.pid)
-                        break
-                except psutil.Error:
-                    continue
+            for process in faults.workers(os.getpid(), "MapBatches(work)")[:1]:
+                process.kill()
+                killed.append(process.pid)
             time.sleep(0.002)
 
     thread = threading.Thread(target=kill)
