@@ -19,16 +19,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from serving_model import build_model, draw_image
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.evaluate.client import Question, QuestionClient
-from mmedpo_ray.phantom.tokenizer import make_processor, train_tokenizer
 from mmedpo_ray.serve.endpoint import Endpoint, start_endpoint
 
-IMAGE_SIZE, PATCH_SIZE = 336, 14
 ROUTERS = ("image", "power_of_two")
 
 
@@ -72,45 +68,6 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"answers_per_second": rates, "ratios": ratios}, indent=1))
 
 
-def build_model(folder: Path, hidden: int, layers: int) -> Path:
-    """Saves a LLaVA of random weights that has 576 tokens for an image."""
-    tokenizer = train_tokenizer(["Is there a nodule in the left lung? Yes, there is. No."], 512)
-    processor = make_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-        ),
-        text_config=MistralConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 32,
-            num_key_value_heads=hidden // 64,
-            head_dim=32,
-            max_position_embeddings=1024,
-            sliding_window=None,
-            **special,
-        ),
-        image_token_index=processor.image_token_id,
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-2,
-        **special,
-    )
-    torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).float().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def start(folder: Path, model: Path, router: str, concurrency: int) -> Endpoint:
     """An endpoint with two replicas."""
     config = Config.model_validate(
@@ -127,9 +84,7 @@ def start(folder: Path, model: Path, router: str, concurrency: int) -> Endpoint:
             },
         }
     )
-    return start_endpoint(
-        config, {config.model.name: model}, app_name=router, route_prefix=f"/{router.replace('_', '-')}"
-    )
+    return start_endpoint(config, {config.model.name: model}, app_name=router)
 
 
 def draw_questions(folder: Path, images: int, each: int, seed: int) -> list[Question]:
@@ -137,8 +92,7 @@ def draw_questions(folder: Path, images: int, each: int, seed: int) -> list[Ques
     folder.mkdir()
     generator = np.random.default_rng(seed)
     for number in range(images):
-        pixels = generator.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
+        draw_image(generator).save(folder / f"{number}.png")
     questions = [
         Question(
             f"{number}/{place}", "base", str(folder / f"{number}.png"), f"Is there a nodule in lung {place}?"

@@ -35,7 +35,12 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def build_app(
-    config: Config, models: Models, *, has_gpu: bool, key_hashes: frozenset[bytes] = frozenset()
+    config: Config,
+    models: Models,
+    *,
+    has_gpu: bool,
+    key_hashes: frozenset[bytes] = frozenset(),
+    listen: tuple[str, int] | None = None,
 ) -> Application:
     """The Serve application: one deployment per whole model, its adapters with it, behind one OpenAI ingress.
 
@@ -44,12 +49,14 @@ def build_app(
         models: what to serve. The first whole model is the base of every adapter.
         has_gpu: whether the cluster has a GPU.
         key_hashes: of the API keys; empty: no key is asked for.
+        listen: host and port of this machine on which the ingress itself listens; None: it is reached through
+            Serve's proxies alone, which takes about twice the CPU time per request.
 
     Raises:
         UserError: a folder is no model, or adapters come without a base.
     """
     from mmedpo_ray.serve.engine import EngineServer
-    from mmedpo_ray.serve.ingress import build_ingress
+    from mmedpo_ray.serve.ingress import THROUGHPUT, build_ingress
 
     engines, names_of = {}, {}
     for group in engine_groups(models):
@@ -57,7 +64,7 @@ def build_app(
         settings = engine_settings(config.model.engine, has_gpu=has_gpu, model=path)
         llm_config = _llm_config(name, path, settings, dict(adapters))
         _add_limits(llm_config, config)
-        options = _deployment_options(config.serve, settings)
+        options = _deployment_options(config.serve, settings, settings.env | THROUGHPUT)
         make = serve.deployment(name=f"engine:{name}", **options)
         engines[name] = make(EngineServer).bind(llm_config, dict(adapters))
         names_of[name] = list(group)
@@ -68,6 +75,7 @@ def build_app(
         max_pixels=_max_pixels(config),
         key_hashes=key_hashes,
         votes_folder=_votes_folder(config),
+        listen=listen,
     )
 
 
@@ -158,7 +166,9 @@ def _max_pixels(config: Config) -> int:
     return min(config.data.max_pixels, config.serve.max_image_pixels)
 
 
-def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[str, Any]:
+def _deployment_options(
+    settings: ServeConfig, engine: EngineSettings, variables: dict[str, str]
+) -> dict[str, Any]:
     router = {"request_router_class": _IMAGE_ROUTER} if settings.router == "image" else {}
     return {
         "request_router_config": RequestRouterConfig.model_validate(router),
@@ -178,7 +188,7 @@ def _deployment_options(settings: ServeConfig, engine: EngineSettings) -> dict[s
         "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": 5,
         # The engine's bundle has the resources; the replica itself only passes requests on.
-        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": engine.env}},
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": variables}},
         "placement_group_bundles": [dict(bundle) for bundle in engine.bundles],
         "placement_group_strategy": "PACK",
     }

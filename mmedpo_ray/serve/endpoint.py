@@ -31,11 +31,6 @@ log = logging.getLogger(__name__)
 
 APP_NAME = "mmedpo"
 _ALL_ADDRESSES = ("0.0.0.0", "::", "")
-# While engines import on few cores, the proxy may need longer than Ray's 5 s to answer; it would be killed.
-_CONTROLLER_ENVIRONMENT = {
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
-}
 
 
 @dataclass
@@ -72,16 +67,13 @@ class Endpoint:
         self.stop()
 
 
-def start_endpoint(
-    config: Config, models: Models, *, app_name: str = APP_NAME, route_prefix: str = "/"
-) -> Endpoint:
+def start_endpoint(config: Config, models: Models, *, app_name: str = APP_NAME) -> Endpoint:
     """Deploys the models and waits until each of them answers a question.
 
     Args:
         config: all settings; ``serve.port: 0`` takes a free port.
         models: what to serve: whole models, or adapters on the first whole one.
-        app_name: name of the Serve application; several may run beside each other under different prefixes.
-        route_prefix: path before ``/v1``.
+        app_name: name of the Serve application; several may run beside each other at different ports.
 
     Raises:
         UserError: a folder is no model, the port is in use, the application already runs on this cluster, a
@@ -96,12 +88,15 @@ def start_endpoint(
     own_key = secrets.token_urlsafe() if key_hashes else None
     if own_key is not None:
         key_hashes |= {hash_key(own_key)}
-    app = build_app(config, models, has_gpu=cluster.has_gpu(), key_hashes=key_hashes)
+    host = config.serve.host
+    _check_open(config.serve)
+    port = _free_port(host, config.serve.port)
+    app = build_app(config, models, has_gpu=cluster.has_gpu(), key_hashes=key_hashes, listen=(host, port))
     _warn_if_too_small(config, models)
-    host, port, ran_before = _open_http(config.serve)
+    ran_before = _start_serve()
     reachable = "127.0.0.1" if host in _ALL_ADDRESSES else _in_url(host)
     endpoint = Endpoint(
-        base_url=f"http://{reachable}:{port}{route_prefix.rstrip('/')}/v1",
+        base_url=f"http://{reachable}:{port}/v1",
         models=tuple(models),
         api_key=own_key,
         _app_name=app_name,
@@ -109,12 +104,12 @@ def start_endpoint(
     )
     if ran_before and app_name in serve.status().applications:
         raise UserError(
-            f"the application {app_name!r} is already served at {endpoint.base_url} on this cluster. Use "
-            "that one, or stop it first (Ctrl-C where it was started, or `serve shutdown`)."
+            f"the application {app_name!r} is already served on this cluster. Use that one, or stop it first "
+            "(Ctrl-C where it was started, or `serve shutdown`)."
         )
     try:
         serve.run_many(
-            [serve.RunTarget(app, name=app_name, route_prefix=route_prefix)],
+            [serve.RunTarget(app, name=app_name, route_prefix=None)],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
@@ -151,17 +146,8 @@ def _warn_if_too_small(config: Config, models: Models) -> None:
             )
 
 
-def _open_http(settings: ServeConfig) -> tuple[str, int, bool]:
-    """Starts Serve's proxy, or checks the one that runs. Returns host, port and whether Serve ran before."""
-    if running := _running_http():
-        host, port = running
-        if settings.port not in (0, port):
-            raise UserError(
-                f"Ray Serve already runs on this cluster at port {port}, not serve.port={settings.port}, and "
-                f"has only one. Set serve.port={port}, or stop the running one with `serve shutdown`."
-            )
-        return host, port, True
-    port = _free_port(settings.host, settings.port)
+def _check_open(settings: ServeConfig) -> None:
+    """Raises UserError if other machines could ask without a key."""
     is_open = settings.host in _ALL_ADDRESSES or not is_loopback(f"//{_in_url(settings.host)}")
     if is_open and not read_key_hashes(settings):
         raise UserError(
@@ -169,31 +155,16 @@ def _open_http(settings: ServeConfig) -> tuple[str, int, bool]:
             f"keys into a file and name it in serve.api_keys_file (or set {KEYS_VARIABLE}), or set "
             "serve.host=127.0.0.1."
         )
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={
-            "host": settings.host,
-            "port": port,
-            # The application answers before, with an error that says why.
-            "request_timeout_s": settings.request_timeout_s + settings.body_timeout_s + 30,
-        },
-        logging_config={"enable_access_log": False},
-        controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENVIRONMENT}},
-    )
-    return settings.host, port, False
 
 
-def _running_http() -> tuple[str, int] | None:
-    """Host and port of the Serve that runs on this cluster, if there is one."""
+def _start_serve() -> bool:
+    """Starts Serve without proxies, unless it runs on this cluster. Returns whether it ran before."""
     try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
-        return None
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client()
-    assert client is not None
-    return client.http_config.host or "127.0.0.1", client.http_config.port
+        serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+        return False
+    return True
 
 
 def _free_port(host: str, port: int) -> int:

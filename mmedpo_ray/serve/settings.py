@@ -32,7 +32,9 @@ class ServeConfig(Section):
     downscale_delay_s: float = Field(
         60, ge=0, description="seconds below the target before a replica is stopped (Ray's default is 600)"
     )
-    max_ongoing_requests: int = Field(128, ge=1)
+    max_ongoing_requests: int = Field(
+        2048, ge=1, description="requests in flight per replica; vLLM itself decides how many run at once"
+    )
     router: Literal["image", "power_of_two"] = Field(
         "image",
         description="which of several replicas gets a request: that which had the image before (its prefix "

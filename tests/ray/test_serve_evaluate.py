@@ -329,12 +329,6 @@ def test_an_endpoint_without_the_model_is_refused(endpoint, config):
 
 
 @pytest.mark.engine
-def test_a_cluster_has_one_port(endpoint, config):
-    with pytest.raises(UserError, match="already runs on this cluster at port"):
-        start_endpoint(with_port(config, 1234), run_models(config))
-
-
-@pytest.mark.engine
 def test_a_second_application_of_the_same_name_is_refused(endpoint, config):
     with pytest.raises(UserError, match="already served"):
         start_endpoint(config, run_models(config))
