@@ -69,13 +69,14 @@ class Endpoint:
     def __init__(self, *, keys: tuple[str, ...] = (), max_pixels: int = 10_000, **settings: Any) -> None:
         self.engines = Repeating()
         hashes = frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
-        folder = settings.pop("votes_folder", None)
+        folder, heat_maps = settings.pop("votes_folder", None), settings.pop("heat_maps", None)
         self.app = create_app(
             self.engines,
             ServeConfig(**settings),
             max_pixels=max_pixels,
             key_hashes=hashes,
             votes_folder=folder,
+            heat_maps=heat_maps,
         )
 
     def client(self, address: str = "127.0.0.1") -> httpx.AsyncClient:

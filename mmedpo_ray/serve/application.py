@@ -57,6 +57,7 @@ def build_app(
     """
     from mmedpo_ray.serve.engine import EngineServer
     from mmedpo_ray.serve.ingress import THROUGHPUT, build_ingress
+    from mmedpo_ray.serve.page.heat_map import build_heat_maps
 
     engines, names_of = {}, {}
     for group in engine_groups(models):
@@ -76,6 +77,7 @@ def build_app(
         key_hashes=key_hashes,
         votes_folder=_votes_folder(config),
         listen=listen,
+        heat_maps=build_heat_maps(config, _max_pixels(config)),
     )
 
 

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mmedpo_ray.serve.access import Access
 from mmedpo_ray.serve.completions import Backend, Completions
 from mmedpo_ray.serve.metrics import ServeMetrics
+from mmedpo_ray.serve.page.heat_map import HeatMaps
 from mmedpo_ray.serve.page.router import PUBLIC_ROUTES, page_router
 from mmedpo_ray.serve.page.votes import Votes
 from mmedpo_ray.serve.request_error import RequestError
@@ -59,6 +60,7 @@ def create_app(
     max_pixels: int,
     key_hashes: frozenset[bytes] = frozenset(),
     votes_folder: str | None = None,
+    heat_maps: HeatMaps | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -69,6 +71,7 @@ def create_app(
         key_hashes: of the API keys (:func:`mmedpo_ray.serve.access.read_key_hashes`); empty: no key is
             needed, and only this machine may ask.
         votes_folder: where the votes of the page are written; None: it offers no vote.
+        heat_maps: of a visual tool, for the page; None: it offers none.
     """
     metrics = ServeMetrics()
     access = Access(settings, key_hashes, ("/health", "/ready", *PUBLIC_ROUTES))
@@ -78,7 +81,8 @@ def create_app(
     _add_status_routes(app, completions, metrics)
     _add_api_routes(app, completions)
     votes = Votes(votes_folder) if votes_folder is not None else None
-    app.include_router(page_router(settings, completions, votes, max_pixels), include_in_schema=False)
+    page = page_router(settings, completions, votes, heat_maps, max_pixels)
+    app.include_router(page, include_in_schema=False)
     _add_description(app)
     # Each one is put around those before it.
     app.add_middleware(_KeyGuard, access=access, metrics=metrics)

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from mmedpo_ray.serve.completions import engine_down
 from mmedpo_ray.serve.http_app import create_app
 from mmedpo_ray.serve.listener import Listener
+from mmedpo_ray.serve.page.heat_map import ask_tool
 from mmedpo_ray.serve.settings import ServeConfig
 
 _PING_INTERVAL_S = 0.5
@@ -122,6 +123,7 @@ class OpenAiIngress:
         key_hashes: of the API keys.
         votes_folder: where the page writes votes; None: nowhere.
         listen: host and port of a server of its own; None: it is reached through Serve's proxies alone.
+        heat_maps: handle of the visual tool of the page; None: there is none.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class OpenAiIngress:
         key_hashes: frozenset[bytes],
         votes_folder: str | None,
         listen: tuple[str, int] | None,
+        heat_maps: DeploymentHandle | None,
     ) -> None:
         self._handles = handles
         self._names_of = names_of
@@ -142,6 +145,7 @@ class OpenAiIngress:
         self._votes_folder = votes_folder
         self._listen = listen
         self._listener: Listener | None = None
+        self._heat_maps = heat_maps
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         engines = Engines(self._handles, self._names_of)
@@ -151,6 +155,7 @@ class OpenAiIngress:
             max_pixels=self._max_pixels,
             key_hashes=self._key_hashes,
             votes_folder=self._votes_folder,
+            heat_maps=ask_tool(self._heat_maps) if self._heat_maps is not None else None,
         )
         if self._listen is not None:
             self._listener = Listener(app, *self._listen)
@@ -171,6 +176,7 @@ def build_ingress(
     key_hashes: frozenset[bytes],
     votes_folder: str | None,
     listen: tuple[str, int] | None,
+    heat_maps: Application | None,
 ) -> Application:
     """Puts the ingress before the engines; see :class:`OpenAiIngress`. With ``listen`` it is on this node."""
     here = {} if listen is None else {f"node:{ray.util.get_node_ip_address()}": 0.001}
@@ -180,4 +186,6 @@ def build_ingress(
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": 0, "resources": here, "runtime_env": {"env_vars": THROUGHPUT}},
     )
-    return make(OpenAiIngress).bind(engines, names_of, settings, max_pixels, key_hashes, votes_folder, listen)
+    return make(OpenAiIngress).bind(
+        engines, names_of, settings, max_pixels, key_hashes, votes_folder, listen, heat_maps
+    )

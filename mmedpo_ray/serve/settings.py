@@ -58,6 +58,11 @@ class ServeConfig(Section):
     votes_folder: str | None = Field(
         None, description="where the page writes readers' votes; null: votes/ of the run. Empty: no votes"
     )
+    heat_map: str | None = Field(
+        None,
+        description="visual tool whose heat map the page can lay over an image: self_attention, medklip, "
+        "text_prompted, or a tool of another package (settings: curate.visual)",
+    )
     image_timeout_s: float = Field(10, gt=0, description="longest time to fetch or to decode an image")
     image_workers: int = Field(2, ge=1, description="processes that decode large and rare images")
     max_image_mib: float = Field(32, gt=0, description="largest image file of a request")

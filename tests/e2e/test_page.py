@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import shutil
 import threading
@@ -11,11 +12,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import uvicorn
 from dicom_files import RAMP, dataset_of, file_of
-from endpoint_app import KEY, Endpoint
+from endpoint_app import KEY, Endpoint, png
+from PIL import Image
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -105,6 +108,34 @@ def test_two_models_are_compared_blind_and_the_vote_is_kept(
         page.locator("#stop").wait_for(state="hidden")
         changed = [cell.get_attribute("class") for cell in page.locator("#look-rows td").all()]
         assert changed.count("changed") == 1 and changed[-1] == "changed", "one model ignores the image"
+        assert errors == []
+    finally:
+        server.stop()
+
+
+def test_the_heat_map_is_laid_over_the_image(page: Any, errors: list[str]) -> None:
+    asked: list[tuple[bytes, str, str]] = []
+    grey = np.zeros((64, 64), np.uint8)
+    grey[:, 32:] = 255
+
+    async def heat_map(*given: Any) -> tuple[bytes, float]:
+        asked.append(given)
+        return png(grey), 0.5
+
+    server = Server(heat_maps=heat_map, heat_map="self_attention")
+    try:
+        page.goto(server.url)
+        page.locator("#examples button").first.click()
+        page.locator("#canvas").wait_for()
+        before = Image.open(io.BytesIO(page.locator("#canvas").screenshot())).convert("RGB")
+        page.locator("#heat-map").fill("80")
+        page.locator("#heat[title*='0.500']").wait_for()
+        after = Image.open(io.BytesIO(page.locator("#canvas").screenshot())).convert("RGB")
+        changed = np.abs(np.asarray(after, int) - np.asarray(before, int)).sum(2) > 30
+        middle = changed.shape[1] // 2
+        assert changed[:, :middle].mean() < 0.01 and changed[:, middle:].mean() > 0.3
+        page.locator("#heat-map").fill("30")
+        assert len(asked) == 1, "the map stays; only its opacity changes"
         assert errors == []
     finally:
         server.stop()

@@ -15,7 +15,9 @@ from endpoint_app import KEY, Endpoint, data_url, png
 from PIL import Image
 
 from mmedpo_ray.config.load import load
+from mmedpo_ray.errors import UserError
 from mmedpo_ray.ingest.formats import FORMATS
+from mmedpo_ray.serve.page.heat_map import HeatMapTool, build_heat_maps
 
 BYTES = {"Content-Type": "application/octet-stream"}
 DEEP = np.random.default_rng(0).integers(900, 41_000, (12, 16)).astype(np.uint16)
@@ -132,3 +134,37 @@ def test_votes_can_be_switched_off() -> None:
     endpoint = Endpoint()
     assert endpoint.send("GET", "/page/settings").json()["votes"] is False
     assert vote(endpoint, "left").status_code == 404
+
+
+def test_a_tool_gives_a_heat_map_of_the_images_size() -> None:
+    """The embedded model's own attention, in the class that a Serve replica holds."""
+    config = load(None, ["serve.heat_map=self_attention", "model.path=phantom"])
+    tool = HeatMapTool(config.model_dump(mode="json"), 10_000)
+    found = tool(png(np.zeros((48, 64), np.uint8)), "Is there a nodule?", "")
+    assert isinstance(found, tuple) and 0 <= found[1] <= 1
+    heat_map = Image.open(io.BytesIO(found[0]))
+    assert heat_map.size == (64, 48) and heat_map.mode == "L" and heat_map.getextrema()[1] > 200
+    assert tool(b"no image", "Is there a nodule?", "") == "image_undecodable"
+
+
+def test_heat_maps_are_asked_for_through_the_endpoint() -> None:
+    asked: list[tuple[bytes, str, str]] = []
+
+    async def heat_map(*given: Any) -> tuple[bytes, float]:
+        asked.append(given)
+        return png(), 0.25
+
+    endpoint = Endpoint(heat_maps=heat_map, heat_map="self_attention")
+    body = {"image": data_url(png()), "question": "Is there a nodule?", "answer": "No."}
+    answer = endpoint.send("POST", "/page/heat_map", json=body)
+    assert answer.content == png() and answer.headers["X-Confidence"] == "0.250"
+    assert asked == [(png(), "Is there a nodule?", "No.")]
+    assert endpoint.send("GET", "/page/settings").json()["heat_map"] == "self_attention"
+    for wrong in ({"image": "x"}, {"extra": 1}, {"question": "x" * 5000}):
+        assert endpoint.send("POST", "/page/heat_map", json=body | wrong).status_code == 400
+    assert Endpoint().send("POST", "/page/heat_map", json=body).status_code == 404
+
+
+def test_an_unknown_tool_is_refused_before_anything_starts() -> None:
+    with pytest.raises(UserError, match=r"serve\.heat_map"):
+        build_heat_maps(load(None, ["serve.heat_map=self_atention"]), 10_000)

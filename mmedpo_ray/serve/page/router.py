@@ -9,18 +9,19 @@ import asyncio
 import functools
 import json
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mmedpo_ray.io.image_error import ImageError
 from mmedpo_ray.io.images import decode, encode_png, to_rgb
 from mmedpo_ray.phantom.world import generate
 from mmedpo_ray.serve.completions import Completions
+from mmedpo_ray.serve.page.heat_map import HeatMapRequest, HeatMaps
 from mmedpo_ray.serve.page.votes import Vote, Votes
 from mmedpo_ray.serve.request_body import read_body
 from mmedpo_ray.serve.request_error import RequestError
@@ -41,10 +42,15 @@ _FILES = {
 PUBLIC_ROUTES = ("/", *(f"/page/{name}" for name in _FILES))
 _EXAMPLES = 6
 _MIB = 2**20
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def page_router(
-    settings: ServeConfig, completions: Completions, votes: Votes | None, max_pixels: int
+    settings: ServeConfig,
+    completions: Completions,
+    votes: Votes | None,
+    heat_maps: HeatMaps | None,
+    max_pixels: int,
 ) -> APIRouter:
     """The routes of the page.
 
@@ -52,6 +58,7 @@ def page_router(
         settings: limits of images.
         completions: whose queue and decoder of images are used.
         votes: where votes are written; None: the page offers no vote.
+        heat_maps: of a visual tool; None: the page offers none.
         max_pixels: larger images are refused.
     """
     router = APIRouter()
@@ -70,7 +77,12 @@ def page_router(
 
     @router.get("/page/settings")
     async def of_page() -> dict[str, Any]:
-        return {"examples": _EXAMPLES, "votes": votes is not None, "max_image_mib": settings.max_image_mib}
+        return {
+            "examples": _EXAMPLES,
+            "votes": votes is not None,
+            "heat_map": settings.heat_map,
+            "max_image_mib": settings.max_image_mib,
+        }
 
     @router.post("/page/decode")
     async def decoded(request: Request) -> Response:
@@ -88,9 +100,19 @@ def page_router(
         if votes is None:
             raise RequestError(404, "votes are switched off (serve.votes_folder)", reason="route")
         with completions.admission.enter(_key(request)) as place:
-            given = _read_vote(await read_body(request, settings, place))
+            given = _read(Vote, await read_body(request, settings, place))
             image, _ = await completions.images.plain_file(given.image, "image")
             return {"votes": await asyncio.to_thread(votes.add, given, image)}
+
+    @router.post("/page/heat_map")
+    async def heat_map(request: Request) -> Response:
+        if heat_maps is None:
+            raise RequestError(404, "there is no visual tool (serve.heat_map)", reason="route")
+        with completions.admission.enter(_key(request)) as place:
+            asked = _read(HeatMapRequest, await read_body(request, settings, place))
+            image, _ = await completions.images.plain_file(asked.image, "image")
+            found, confidence = await heat_maps(image, asked.question, asked.answer)
+        return Response(found, media_type="image/png", headers={"X-Confidence": f"{confidence:.3f}"})
 
     @router.get("/page/{name}")
     async def file(name: str) -> Response:
@@ -137,9 +159,9 @@ def _pixels(data: bytes, max_pixels: int) -> Response:
     return Response(pixels.tobytes(), media_type="application/octet-stream", headers=headers)
 
 
-def _read_vote(body: bytes) -> Vote:
+def _read(kind: type[_Model], body: bytes) -> _Model:
     try:
-        return Vote.model_validate(json.loads(body))
+        return kind.model_validate(json.loads(body))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, problem["loc"]))

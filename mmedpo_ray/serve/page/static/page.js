@@ -62,6 +62,7 @@ async function start() {
     select.replaceChildren(...state.models.map((name) => new Option(name)));
   }
   find("second").selectedIndex = Math.min(1, state.models.length - 1);
+  find("heat").hidden = !state.settings.heat_map;
   for (let number = 0; number < state.settings.examples; number += 1) addExample(number);
 }
 
@@ -91,6 +92,8 @@ async function open(blob, name) {
     find("tools").hidden = false;
     viewer.show(pixels, width, height, kind);
     setWindow(1, 0.5);
+    find("heat-map").value = "0";
+    viewer.heatOpacity = 0;
     find("preset").selectedIndex = 0;
     find("about").textContent = `${name}, ${width} × ${height} pixels${kind === "grey16" ? ", 16 bits" : ""}`;
     for (const id of ["ask", "report", "look"]) find(id).disabled = false;
@@ -205,6 +208,30 @@ async function look(question) {
   });
 }
 
+// The heat map belongs to an image, a question and an answer; it is asked for when the slider first moves.
+async function showHeatMap() {
+  viewer.heatOpacity = find("heat-map").value / 100;
+  viewer.draw();
+  const question = find("question").value;
+  const answer = state.sides?.left.answer ?? "";
+  const subject = JSON.stringify([question, answer]);
+  if (!state.image || !viewer.heatOpacity || (viewer.heatMap && state.heatSubject === subject)) return;
+  if (state.heatAsked) return;
+  state.heatAsked = true;
+  const image = state.image;
+  const body = JSON.stringify({ question, image, answer });
+  const headers = { "Content-Type": "application/json" };
+  try {
+    const found = await guarded(() => client.request("page/heat_map", { method: "POST", headers, body }));
+    if (!found || state.image !== image) return;
+    state.heatSubject = subject;
+    await viewer.setHeatMap(await found.blob());
+    find("heat").title = `${state.settings.heat_map}, confidence ${found.headers.get("X-Confidence")}`;
+  } finally {
+    state.heatAsked = false;
+  }
+}
+
 function setWindow(width, level) {
   viewer.width = width;
   viewer.level = level;
@@ -256,6 +283,7 @@ find("preset").addEventListener("change", (event) => setWindow(...PRESETS[event.
 for (const id of ["width", "level"]) {
   find(id).addEventListener("input", () => setWindow(Math.max(1, find("width").value) / 100, find("level").value / 100));
 }
+find("heat-map").addEventListener("input", showHeatMap);
 find("invert").addEventListener("click", (event) => toggle(event.target, "inverted", () => viewer.refresh()));
 find("mark").addEventListener("click", (event) =>
   toggle(event.target, "marking", () => find("canvas").classList.toggle("marking", viewer.marking)),

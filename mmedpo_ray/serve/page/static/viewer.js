@@ -4,6 +4,8 @@ export class Viewer {
   constructor(canvas) {
     this.canvas = canvas;
     this.image = null;
+    this.heatMap = null;
+    this.heatOpacity = 0;
     this.box = null;
     this.marking = false;
     this.onmark = () => {};
@@ -28,6 +30,7 @@ export class Viewer {
     }
     this.image = { values, width, height, kind, low, high: Math.max(high, low + 1) };
     this.box = null;
+    this.heatMap = null;
     this.width = 1;
     this.level = 0.5;
     this.inverted = false;
@@ -56,12 +59,33 @@ export class Viewer {
     const { scale, left, top } = this.#place(ratio);
     context.imageSmoothingEnabled = scale < 3;
     context.drawImage(this.bitmap, left, top, image.width * scale, image.height * scale);
+    if (this.heatMap && this.heatOpacity) {
+      context.globalAlpha = this.heatOpacity;
+      context.drawImage(this.heatMap, left, top, image.width * scale, image.height * scale);
+      context.globalAlpha = 1;
+    }
     if (this.box) {
       const { x, y, w, h } = this.box;
       context.strokeStyle = "#ffd166";
       context.lineWidth = 2 * ratio;
       context.strokeRect(left + x * scale, top + y * scale, w * scale, h * scale);
     }
+  }
+
+  // Lays a grey image over the picture: the hotter, the less one sees through.
+  async setHeatMap(blob) {
+    const found = await createImageBitmap(blob);
+    const canvas = new OffscreenCanvas(found.width, found.height);
+    const context = canvas.getContext("2d");
+    context.drawImage(found, 0, 0);
+    const pixels = context.getImageData(0, 0, found.width, found.height);
+    for (let place = 0; place < pixels.data.length; place += 4) {
+      const heat = pixels.data[place];
+      pixels.data.set([255, 200 - 0.7 * heat, 0, heat], place);
+    }
+    context.putImageData(pixels, 0, 0);
+    this.heatMap = canvas;
+    this.draw();
   }
 
   // A copy of the picture as the models get it, in a PNG data URL: as it is, empty, or with noise in the box.
