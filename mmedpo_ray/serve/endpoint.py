@@ -16,25 +16,33 @@ from dataclasses import dataclass, field
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from mmedpo_ray.clients.http import is_loopback
 from mmedpo_ray.compat import cluster
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.vllm_engine import engine_settings
+from mmedpo_ray.serve import proxy_errors
 from mmedpo_ray.serve.access import KEYS_VARIABLE, hash_key, read_key_hashes
 from mmedpo_ray.serve.application import Models, build_app, check_model, engine_groups
 from mmedpo_ray.serve.readiness import wait_for_answer, wait_until_running
 from mmedpo_ray.serve.settings import ServeConfig
+from mmedpo_ray.serve.versions import VersionFolder
 
 log = logging.getLogger(__name__)
 
-APP_NAME = "mmedpo"
+_DRAIN_MARGIN_S = 5.0
 _ALL_ADDRESSES = ("0.0.0.0", "::", "")
-# While engines import on few cores, the proxy may need longer than Ray's 5 s to answer; it would be killed.
-_CONTROLLER_ENVIRONMENT = {
+# Of the controller, and of the proxies that it starts. While engines import on few cores, a proxy may need
+# longer than Ray's 5 s to answer; it would be killed.
+_SERVE_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_errors.IMPORT_PATH,
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    # One that died is started again after three checks.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
 
 
@@ -53,13 +61,21 @@ class Endpoint:
     models: tuple[str, ...]
     api_key: str | None = field(default=None, repr=False)
     seconds: float = 0.0
-    _app_name: str = field(default=APP_NAME, repr=False)
+    _app_name: str = field(default="", repr=False)
+    _drain_timeout_s: float = field(default=0.0, repr=False)
     _stops_serve: bool = field(default=True, repr=False)
 
     def stop(self) -> None:
-        """Takes the models down; Serve itself too, unless it was running before."""
+        """Answers what is in flight and refuses the rest, then takes the endpoint down."""
         if not ray.is_initialized():
             return
+        try:
+            drain(self._app_name, self._drain_timeout_s)
+        finally:
+            self.take_down()
+
+    def take_down(self) -> None:
+        """Takes the models down at once; Serve itself too, unless it was running before."""
         if self._stops_serve:
             serve.shutdown()
         else:
@@ -73,21 +89,25 @@ class Endpoint:
 
 
 def start_endpoint(
-    config: Config, models: Models, *, app_name: str = APP_NAME, route_prefix: str = "/"
+    config: Config,
+    models: Models,
+    *,
+    versions: VersionFolder | None = None,
 ) -> Endpoint:
     """Deploys the models and waits until each of them answers a question.
 
     Args:
-        config: all settings; ``serve.port: 0`` takes a free port.
+        config: all settings; ``serve.port: 0`` takes a free port. Endpoints with different
+            ``serve.route_prefix`` run beside each other.
         models: what to serve: whole models, or adapters on the first whole one.
-        app_name: name of the Serve application; several may run beside each other under different prefixes.
-        route_prefix: path before ``/v1``.
+        versions: where new adapters come from while the endpoint runs; None: it keeps those of ``models``.
 
     Raises:
         UserError: a folder is no model, the port is in use, the application already runs on this cluster, a
             model fails to start, or ``serve.start_timeout_s`` passed.
     """
     started = time.monotonic()
+    app_name, route_prefix = config.serve.app_name, config.serve.route_prefix
     for path in models.values():
         check_model(path)
     cluster.start(config.ray)
@@ -96,7 +116,7 @@ def start_endpoint(
     own_key = secrets.token_urlsafe() if key_hashes else None
     if own_key is not None:
         key_hashes |= {hash_key(own_key)}
-    app = build_app(config, models, has_gpu=cluster.has_gpu(), key_hashes=key_hashes)
+    app = build_app(config, models, has_gpu=cluster.has_gpu(), key_hashes=key_hashes, versions=versions)
     _warn_if_too_small(config, models)
     host, port, ran_before = _open_http(config.serve)
     reachable = "127.0.0.1" if host in _ALL_ADDRESSES else _in_url(host)
@@ -105,6 +125,7 @@ def start_endpoint(
         models=tuple(models),
         api_key=own_key,
         _app_name=app_name,
+        _drain_timeout_s=config.serve.drain_timeout_s,
         _stops_serve=not ran_before,
     )
     if ran_before and app_name in serve.status().applications:
@@ -123,13 +144,25 @@ def start_endpoint(
             deadline = started + config.serve.start_timeout_s
             wait_for_answer(endpoint.base_url, name, deadline, own_key)
     except BaseException:
-        endpoint.stop()
+        endpoint.take_down()
         raise
     endpoint.seconds = round(time.monotonic() - started, 1)
     log.info(
         "endpoint %s answers for %s after %.0f s", endpoint.base_url, ", ".join(models), endpoint.seconds
     )
     return endpoint
+
+
+def drain(app_name: str, timeout_s: float) -> None:
+    """Has every ingress refuse new requests, and waits until none is in flight."""
+    try:
+        ingress = serve.get_app_handle(app_name)
+        left = sum(ingress.broadcast("drain").results(timeout_s=timeout_s + _DRAIN_MARGIN_S))
+    except (RayError, RayServeException, TimeoutError) as error:
+        log.warning("the endpoint was not drained (%s)", type(error).__name__)
+        return
+    if left:
+        log.warning("%d requests were not answered within serve.drain_timeout_s=%g", left, timeout_s)
 
 
 def _warn_if_too_small(config: Config, models: Models) -> None:
@@ -178,7 +211,7 @@ def _open_http(settings: ServeConfig) -> tuple[str, int, bool]:
             "request_timeout_s": settings.request_timeout_s + settings.body_timeout_s + 30,
         },
         logging_config={"enable_access_log": False},
-        controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENVIRONMENT}},
+        controller_options={"runtime_env": {"env_vars": _SERVE_ENVIRONMENT}},
     )
     return settings.host, port, False
 
