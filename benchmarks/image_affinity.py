@@ -78,13 +78,14 @@ def start(folder: Path, model: Path, router: str, concurrency: int) -> Endpoint:
             "serve": {
                 "port": 0,
                 "router": router,
+                "route_prefix": f"/{router}",
                 "min_replicas": 2,
                 "max_replicas": 2,
                 "target_ongoing_requests": concurrency,
             },
         }
     )
-    return start_endpoint(config, {config.model.name: model}, app_name=router)
+    return start_endpoint(config, {config.model.name: model})
 
 
 def draw_questions(folder: Path, images: int, each: int, seed: int) -> list[Question]:

@@ -43,6 +43,12 @@ class Repeating:
     def is_up(self, model: str) -> bool:
         return self.up
 
+    def retry_after_s(self, model: str) -> float:
+        return 5.0
+
+    def version(self, model: str) -> str:
+        return model
+
     async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
         await asyncio.sleep(self.seconds)
         self.bodies.append(body)

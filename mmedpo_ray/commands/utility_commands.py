@@ -117,6 +117,26 @@ def _convert(arguments: Namespace) -> Run:
     return run
 
 
+def _rollout_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--name", metavar="NAME", help="under which it is to answer (default: evaluate.aligned_name)"
+    )
+    parser.add_argument("--back", action="store_true", help="let the version answer that did before")
+
+
+def _rollout(arguments: Namespace) -> Run:
+    from mmedpo_ray.config.load import resolve_run_folder
+    from mmedpo_ray.serve.rollout import rollout_command
+
+    config = resolve_run_folder(settings_of(arguments))
+
+    def run() -> int:
+        rollout_command(config, name=arguments.name, back=arguments.back)
+        return 0
+
+    return run
+
+
 def _phantom_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "action",
@@ -184,6 +204,17 @@ COMMANDS = (
         _convert,
         description="Converts an original LLaVA-Med 1.5 checkpoint (llava_mistral) shard by shard.",
         example="example: mmedpo convert --source /models/llava-med-v1.5 --out /models/llava-med-v1.5-hf",
+    ),
+    Command(
+        "rollout",
+        "the adapter of a run → answers on the running endpoint, without a gap",
+        _rollout_options,
+        _rollout,
+        description="Loads the adapter of a run into the engines of the running endpoint beside the one that "
+        "answers,\n"
+        "and switches its name over once the new one has answered on every replica.",
+        example="example: mmedpo rollout run.folder=runs/second ray.address=127.0.0.1:6379",
+        has_settings=True,
     ),
     Command(
         "phantom",

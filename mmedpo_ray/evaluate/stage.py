@@ -178,10 +178,10 @@ def _endpoint(config: Config, names: Sequence[str]) -> Iterator[QuestionClient]:
         return
     # An endpoint of our own: any free port, not reachable from elsewhere, beside whatever else is served.
     own = config.model_copy(deep=True)
-    own.serve.port, own.serve.host = 0, "127.0.0.1"
+    own.serve.port, own.serve.host, own.serve.route_prefix = 0, "127.0.0.1", "/evaluate"
     own.serve.max_output_tokens = max(own.serve.max_output_tokens, config.evaluate.max_tokens)
     models = {name: path for name, path in run_models(config).items() if name in names}
-    with start_endpoint(own, models, app_name="mmedpo-evaluate") as endpoint:
+    with start_endpoint(own, models) as endpoint:
         console.print(f"[dim]evaluate: {', '.join(names)} answer after {endpoint.seconds:.0f} s[/dim]")
         yield QuestionClient(endpoint.base_url, config.evaluate, max_pixels, endpoint.api_key)
 

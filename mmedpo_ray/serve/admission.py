@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import Counter
@@ -12,6 +13,9 @@ from mmedpo_ray.serve.request_error import RequestError
 # Weight of the latest request in the running mean of their seconds.
 _NEWEST = 0.05
 _MIB = 2**20
+_POLL_S = 0.05
+# Until another server may answer at this address.
+_STOP_S = 5.0
 
 
 class Admission:
@@ -31,14 +35,17 @@ class Admission:
         self._mean_s = 1.0
         self.in_flight = 0
         self.held_bytes = 0
+        self.is_closed = False
 
     @contextlib.contextmanager
     def enter(self, key: str) -> Iterator[Place]:
         """Holds a place for a request of ``key`` while the block runs.
 
         Raises:
-            RequestError: 429 with Retry-After if there is none.
+            RequestError: 429 with Retry-After if there is none; 503 once the server stops.
         """
+        if self.is_closed:
+            raise RequestError(503, "the server stops", reason="draining", retry_after_s=_STOP_S)
         if self.in_flight >= self._most:
             raise self.refused("the server has too many requests in flight", "queue_full")
         if self._of_key[key] >= self._most_per_key:
@@ -56,6 +63,14 @@ class Admission:
             if not self._of_key[key]:
                 del self._of_key[key]
             self._mean_s += _NEWEST * (time.monotonic() - started - self._mean_s)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Lets no request in any more, and waits for those in flight; returns how many are left."""
+        self.is_closed = True
+        deadline = time.monotonic() + timeout_s
+        while self.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
+        return self.in_flight
 
     def has_room(self, size: int) -> bool:
         """Whether so many more bytes fit."""

@@ -8,6 +8,7 @@ a whole model with its own engine.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from mmedpo_ray.errors import UserError
 from mmedpo_ray.io.storage import join
 from mmedpo_ray.models.loading import load_processor, read_model_config, template_with_bos
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
+from mmedpo_ray.serve.engine_watch import deployment_name
 from mmedpo_ray.serve.settings import ServeConfig
+from mmedpo_ray.serve.versions import ADAPTER_CONFIG, VersionFolder
 from mmedpo_ray.tables.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -29,7 +32,9 @@ Models = dict[str, str | Path]
 """Served name → folder (or hub name)."""
 
 _IMAGE_ROUTER = "mmedpo_ray.serve.image_router:ImageAffinityRouter"
-_ADAPTER_CONFIG = "adapter_config.json"
+# vLLM would configure logging for the whole process, which closes the log handlers of Serve. A controller
+# that is started again then takes the replica for broken and stops it.
+_REPLICA_ENVIRONMENT = {"VLLM_CONFIGURE_LOGGING": "0"}
 # Ranks for which vLLM has LoRA kernels (vllm.config.lora.MaxLoRARanks).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -41,6 +46,7 @@ def build_app(
     has_gpu: bool,
     key_hashes: frozenset[bytes] = frozenset(),
     listen: tuple[str, int] | None = None,
+    versions: VersionFolder | None = None,
 ) -> Application:
     """The Serve application: one deployment per whole model, its adapters with it, behind one OpenAI ingress.
 
@@ -51,6 +57,7 @@ def build_app(
         key_hashes: of the API keys; empty: no key is asked for.
         listen: host and port of this machine on which the ingress itself listens; None: it is reached through
             Serve's proxies alone, which takes about twice the CPU time per request.
+        versions: where new adapters come from while the endpoint runs; None: it keeps those of ``models``.
 
     Raises:
         UserError: a folder is no model, or adapters come without a base.
@@ -63,11 +70,16 @@ def build_app(
     for group in engine_groups(models):
         (name, path), *adapters = group.items()
         settings = engine_settings(config.model.engine, has_gpu=has_gpu, model=path)
-        llm_config = _llm_config(name, path, settings, dict(adapters))
+        if versions is not None:
+            for adapter_name, adapter in adapters:
+                versions.start(adapter_name, Path(adapter))
+        llm_config = _llm_config(name, path, settings, dict(adapters), versions)
         _add_limits(llm_config, config)
-        options = _deployment_options(config.serve, settings, settings.env | THROUGHPUT)
-        make = serve.deployment(name=f"engine:{name}", **options)
-        engines[name] = make(EngineServer).bind(llm_config, dict(adapters))
+        options = _deployment_options(
+            config.serve, settings, settings.env | THROUGHPUT | _REPLICA_ENVIRONMENT
+        )
+        make = serve.deployment(name=deployment_name(name), **options)
+        engines[name] = make(EngineServer).bind(llm_config, dict(adapters), versions if adapters else None)
         names_of[name] = list(group)
     return build_ingress(
         engines,
@@ -78,6 +90,7 @@ def build_app(
         votes_folder=_votes_folder(config),
         listen=listen,
         heat_maps=build_heat_maps(config, _max_pixels(config)),
+        versions=versions,
     )
 
 
@@ -104,7 +117,7 @@ def engine_groups(models: Models) -> list[dict[str, str]]:
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder holds a LoRA adapter rather than a whole model."""
-    return (Path(path).expanduser() / _ADAPTER_CONFIG).is_file()
+    return (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
 
 
 def check_model(path: str | Path) -> None:
@@ -119,7 +132,9 @@ def check_model(path: str | Path) -> None:
         read_model_config(path)
 
 
-def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[str, str]) -> dict[str, Any]:
+def _llm_config(
+    name: str, path: str, settings: EngineSettings, adapters: dict[str, str], versions: VersionFolder | None
+) -> dict[str, Any]:
     """Arguments of ``ray.serve.llm.LLMConfig``, plain data so that only the replica imports vLLM."""
     arguments = dict(settings.engine_kwargs)
     if (read_model_config(path) or {}).get("model_type") == "llava":
@@ -127,11 +142,14 @@ def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[s
         template = template_with_bos(load_processor(path))
         arguments |= {"chat_template": template} if template is not None else {}
     if adapters:
-        arguments |= {
-            "enable_lora": True,
-            "max_loras": len(adapters),
-            "max_lora_rank": _served_rank(adapters),
-        }
+        loaded = list(adapters.values())
+        # While a version rolls in, requests of two run in one batch.
+        arguments |= {"enable_lora": True, "max_loras": len(adapters) + (versions is not None)}
+        if versions is not None:
+            loaded = [str(versions.path(version)) for version in versions.names()]
+            arguments["max_cpu_loras"] = 2 * len(adapters) + 1
+        # model.engine.extra may leave room for adapters of a higher rank.
+        arguments["max_lora_rank"] = max(_served_rank(loaded), arguments.get("max_lora_rank", 0))
     result: dict[str, Any] = {
         "model_loading_config": {"model_id": name, "model_source": path},
         "engine_kwargs": arguments,
@@ -188,7 +206,7 @@ def _deployment_options(
         "health_check_timeout_s": 120,
         # A dead engine is noticed after about so long, and started again.
         "health_check_period_s": 2,
-        "graceful_shutdown_timeout_s": 5,
+        "graceful_shutdown_timeout_s": settings.drain_timeout_s,
         # The engine's bundle has the resources; the replica itself only passes requests on.
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": variables}},
         "placement_group_bundles": [dict(bundle) for bundle in engine.bundles],
@@ -196,9 +214,9 @@ def _deployment_options(
     }
 
 
-def _served_rank(adapters: dict[str, str]) -> int:
+def _served_rank(adapters: Iterable[str]) -> int:
     """The smallest rank that vLLM has kernels for and that fits every adapter."""
-    largest = max(_adapter_rank(path) for path in adapters.values())
+    largest = max(map(_adapter_rank, adapters))
     fitting = [rank for rank in _LORA_RANKS if rank >= largest]
     if not fitting:
         raise UserError(
@@ -209,7 +227,7 @@ def _served_rank(adapters: dict[str, str]) -> int:
 
 
 def _adapter_rank(path: str | Path) -> int:
-    file = Path(path).expanduser() / _ADAPTER_CONFIG
+    file = Path(path).expanduser() / ADAPTER_CONFIG
     try:
         return int(json.loads(file.read_text(encoding="utf-8"))["r"])
     except (KeyError, TypeError, ValueError) as error:

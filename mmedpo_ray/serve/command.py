@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 
+import ray
+
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.serve.endpoint import Endpoint, start_endpoint
 from mmedpo_ray.serve.models import served_models
+from mmedpo_ray.serve.versions import VersionFolder
+from mmedpo_ray.tables.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +28,8 @@ def serve(config: Config) -> None:
         models = served_models(config)
         if list(models) == [config.model.name] and config.serve.models is None:
             log.warning("%s holds no exported model: only %s is served", config.run.folder, config.model.name)
-        with start_endpoint(config, models) as endpoint:
+        versions = VersionFolder(RunFolder(config.run.folder).versions())
+        with start_endpoint(config, models, versions=versions) as endpoint:
             console.print(_help(endpoint), markup=False, soft_wrap=True)
             threading.Event().wait()
     except KeyboardInterrupt:
@@ -38,6 +43,7 @@ def _help(endpoint: Endpoint) -> str:
     who = (
         "whoever has an API key" if has_keys else "this machine only (serve.api_keys_file opens it to others)"
     )
+    address = ray.get_runtime_context().gcs_address
     key = "-H 'Authorization: Bearer KEY' " if has_keys else ""
     return (
         f"{endpoint.base_url} serves {', '.join(endpoint.models)} to {who} (OpenAI API). For example:\n"
@@ -45,6 +51,7 @@ def _help(endpoint: Endpoint) -> str:
         f'    -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": [\n'
         '         {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}},\n'
         '         {"type": "text", "text": "Is there a pleural effusion?"}]}]}\'\n'
+        f"Roll another adapter in: mmedpo rollout run.folder=… ray.address={address}\n"
         f"Compare the models in a browser: {endpoint.base_url.removesuffix('/v1')}/\n"
         "Stop it with Ctrl-C."
     )

@@ -21,7 +21,6 @@ from mmedpo_ray.serve.request_images import RequestImages
 from mmedpo_ray.serve.request_model import CompletionBody, engine_body, parse_request
 from mmedpo_ray.serve.settings import ServeConfig
 
-RETRY_AFTER_S = 5.0
 # The last event of a stream before its end, with the tokens used, has no choice.
 _USAGE_MARK = '"choices":[]'
 
@@ -38,7 +37,13 @@ class Backend(Protocol):
         """Engines that answer."""
 
     def is_up(self, model: str) -> bool:
-        """Whether the engine of a model answers."""
+        """Whether the engine of a model answers; one that was stopped for lack of requests is started."""
+
+    def retry_after_s(self, model: str) -> float:
+        """Seconds until the engine of a model is likely to answer."""
+
+    def version(self, model: str) -> str:
+        """The version that answers under a name; the name itself where there are no versions."""
 
     async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
         """A whole answer: HTTP status and JSON."""
@@ -74,7 +79,14 @@ class Completions:
         """
         self._check_model(name)
         parent = self.backend.models[name]
-        return {"id": name, "object": "model", "created": 0, "owned_by": "mmedpo-ray", "parent": parent}
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "mmedpo-ray",
+            "root": self.backend.version(name),
+            "parent": parent,
+        }
 
     async def complete(self, kind: str, request: Request) -> Response:
         """The HTTP answer to a request.
@@ -94,7 +106,7 @@ class Completions:
             del data
             self._check_model(body.model)
             if not self.backend.is_up(body.model):
-                raise engine_down()
+                raise engine_down(self.backend.retry_after_s(body.model))
             if body.num_images:
                 with self._metrics.images.time():
                     await self.images.replace(body)
@@ -139,11 +151,10 @@ class Completions:
 
     def _failed(self, status: int, text: str) -> Response:
         """An error of the engine, which is in the form of the API already."""
-        self._metrics.rejections.labels("engine_down" if status == 503 else "engine").inc()
-        headers = {"Retry-After": f"{RETRY_AFTER_S:.0f}"} if status == 503 else {}
+        self._metrics.rejections.labels("engine").inc()
         if not text:
             return RequestError(500, "the engine gave no answer").response()
-        return Response(text, status, media_type="application/json", headers=headers)
+        return Response(text, status, media_type="application/json")
 
     def _check_model(self, name: str) -> None:
         models = self.backend.models
@@ -195,11 +206,11 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def engine_down() -> RequestError:
+def engine_down(retry_after_s: float = 5.0) -> RequestError:
     """The error while an engine starts, or starts again."""
     return RequestError(
         503,
         "the engine of this model is starting; try again after Retry-After",
         reason="engine_down",
-        retry_after_s=RETRY_AFTER_S,
+        retry_after_s=retry_after_s,
     )

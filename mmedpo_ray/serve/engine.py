@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from mmedpo_ray.serve.engine_adapters import EngineAdapters
 from mmedpo_ray.serve.request_error import RequestError
+from mmedpo_ray.serve.versions import VersionFolder
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +30,16 @@ class EngineServer:
     Args:
         llm_config: arguments of ``ray.serve.llm.LLMConfig``.
         adapters: name → folder of the LoRA adapters that share the engine.
+        versions: versions of these adapters, which are loaded instead and while the engine runs.
     """
 
     # Serve awaits it, as it awaits that of Ray's LLMServer.
-    async def __init__(self, llm_config: dict[str, Any], adapters: dict[str, str]) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self,
+        llm_config: dict[str, Any],
+        adapters: dict[str, str],
+        versions: VersionFolder | None = None,
+    ) -> None:
         if llm_config.get("accelerator_config") == {"kind": "cpu"}:
             from mmedpo_ray.compat import vllm_preload
 
@@ -39,7 +48,7 @@ class EngineServer:
         from ray.serve.llm.deployment import LLMServer
 
         arguments = dict(llm_config["engine_kwargs"])
-        if adapters:
+        if adapters and versions is None:
             from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
             arguments["lora_modules"] = [
@@ -53,22 +62,32 @@ class EngineServer:
             callback.ctx.run_init_node = False
         self._server = LLMServer.sync_init(config)
         await self._server.start()
+        self._adapters = None
+        if versions is not None:
+            whole = llm_config["model_loading_config"]["model_id"]
+            source = llm_config["model_loading_config"]["model_source"]
+            self._adapters = EngineAdapters(self._server.engine, versions, whole, source)
+            await self._adapters.load_all()
+
+    async def prepare(self, version: str) -> str | None:
+        """Loads a version of an adapter and has it answer; returns what went wrong, or None."""
+        assert self._adapters is not None
+        if (problem := await self._adapters.problem(version)) is not None:
+            return problem
+        body = {"model": version, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        status, text = await self.answer("chat", body)
+        return None if status == 200 else json.loads(text)["error"]["message"]
 
     async def check_health(self) -> None:
-        """Raises if the engine is dead; Serve then replaces the replica."""
-        await self._server.check_health()
-
-    async def ping(self) -> None:
-        """Returns if the engine is alive.
-
-        Raises:
-            RuntimeError: it is dead.
-        """
+        """Ends the replica if the engine is dead; Serve then starts another."""
         try:
             await self._server.check_health()
         except Exception as error:
-            # vLLM's own error would have to be unpickled by the caller.
-            raise RuntimeError(f"the engine is dead ({type(error).__name__})") from None
+            _end_replica(error)
+
+    async def ping(self) -> None:
+        """Returns if the engine is alive; the replica ends if it is dead."""
+        await self.check_health()
 
     async def answer(self, kind: str, body: dict[str, Any]) -> tuple[int, str]:
         """A whole answer: HTTP status and JSON text. ``kind`` is chat or completions."""
@@ -84,6 +103,8 @@ class EngineServer:
             async for item in self._run(kind, body):
                 yield item
         except Exception as error:
+            if _is_death(error):
+                _end_replica(error)
             refused = _as_request_error(error)
             if refused.status >= 500:
                 # Its text may quote the request.
@@ -93,6 +114,8 @@ class EngineServer:
     async def _run(self, kind: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, str]]:
         from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+        if self._adapters is not None:
+            await self._adapters.load(body["model"])
         request: Any = (ChatCompletionRequest if kind == "chat" else CompletionRequest)(**body)
         run = self._server.chat if kind == "chat" else self._server.completions
         async for items in await run(request):
@@ -103,6 +126,23 @@ class EngineServer:
                     raise _from_response(error)
                 else:
                     yield 200, item.model_dump_json()
+
+
+def _is_death(error: Exception) -> bool:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)
+
+
+def _end_replica(error: Exception) -> NoReturn:
+    """Ends the process, as vLLM's own server does once its engine is dead.
+
+    The ingress then sends the requests in flight to another replica. A replica that went on would fail each
+    request faster than others answer theirs, and so get the most.
+    """
+    log.error("the engine is dead (%s); the replica ends", type(error).__name__)
+    logging.shutdown()
+    os._exit(1)
 
 
 def _from_response(error: Any) -> RequestError:
@@ -116,7 +156,6 @@ def _from_response(error: Any) -> RequestError:
 def _as_request_error(error: Exception) -> RequestError:
     from pydantic import ValidationError
     from vllm.exceptions import VLLMClientError
-    from vllm.v1.engine.exceptions import EngineDeadError
 
     if isinstance(error, RequestError):
         return error
@@ -125,8 +164,6 @@ def _as_request_error(error: Exception) -> RequestError:
         where = ".".join(str(part) for part in problem["loc"])
         message = f"{where}: {problem['msg']}" if where else problem["msg"]
         return RequestError(400, _short(message), param=where or None)
-    if isinstance(error, EngineDeadError):
-        return RequestError(503, "the engine has stopped and is started again; try again after Retry-After")
     if isinstance(error, VLLMClientError | ValueError):
         # A prompt that is too long, parameters that exclude each other, a schema without grammar.
         return RequestError(400, _short(str(error)), param=getattr(error, "parameter", None))

@@ -62,7 +62,7 @@ def create_app(
     votes_folder: str | None = None,
     heat_maps: HeatMaps | None = None,
 ) -> FastAPI:
-    """The application.
+    """The application. Its ``state.drain(seconds)`` refuses new requests and waits for those in flight.
 
     Args:
         backend: the engines.
@@ -77,6 +77,7 @@ def create_app(
     access = Access(settings, key_hashes, ("/health", "/ready", *PUBLIC_ROUTES))
     completions = Completions(backend, settings, max_pixels, metrics)
     app = FastAPI(title="mmedpo-ray", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.drain = completions.admission.drain
     _add_error_handlers(app, metrics)
     _add_status_routes(app, completions, metrics)
     _add_api_routes(app, completions)
@@ -189,7 +190,7 @@ def _add_status_routes(app: FastAPI, completions: Completions, metrics: ServeMet
 
     @app.get("/ready", summary="Whether an engine answers")
     async def ready() -> Response:
-        up = backend.engines_up
+        up = 0 if completions.admission.is_closed else backend.engines_up
         status, code = ("ready", 200) if up else ("starting", 503)
         headers = {} if up else {"Retry-After": "5"}
         return JSONResponse({"status": status, "engines": up}, code, headers=headers)

@@ -24,7 +24,7 @@ class _Server(uvicorn.Server):
 
 
 class Listener:
-    """Serves an application at an address until it is stopped. Must be made in a running event loop.
+    """Serves an application at an address as long as the process lives. Must be made in a running event loop.
 
     Args:
         app: the application.
@@ -56,8 +56,3 @@ class Listener:
     def port(self) -> int:
         """Where it listens."""
         return cast(int, self._socket.getsockname()[1])
-
-    async def stop(self) -> None:
-        """Takes no more requests, and returns when those in flight are answered."""
-        self._server.should_exit = True
-        await self._task

@@ -16,6 +16,17 @@ class ServeConfig(Section):
         "127.0.0.1", description="address to listen on; other machines reach 0.0.0.0, which needs API keys"
     )
     port: int = Field(8000, ge=0, le=65535, description="0: any free port")
+    http: Literal["direct", "proxy"] = Field(
+        "direct",
+        description="clients reach the ingress itself, which halves the CPU time per request, or a proxy of "
+        "Ray Serve, behind which several applications share a port and an ingress that dies is waited for",
+    )
+    route_prefix: str = Field(
+        "/",
+        pattern=r"^/[A-Za-z0-9_-]*$",
+        description="names the endpoint: one with another prefix starts beside the first on the same "
+        "cluster. With serve.http=proxy also the path before /v1",
+    )
     models: tuple[str, ...] | None = Field(
         None, description="names of the run's models to serve; null: all (merged models have an engine each)"
     )
@@ -41,6 +52,9 @@ class ServeConfig(Section):
         "cache has the image's tokens), or the less busy of two at random",
     )
     start_timeout_s: float = Field(600, gt=0)
+    drain_timeout_s: float = Field(
+        30, gt=0, description="longest time that an engine or endpoint that stops goes on with its requests"
+    )
     api_keys_file: str | None = Field(
         None,
         description="file with one API key per line; the variable MMEDPO_API_KEYS adds keys (commas between "
@@ -83,6 +97,11 @@ class ServeConfig(Section):
     max_queue_per_key: int | None = Field(
         None, ge=1, description="requests in flight for one API key; null: as many as overall"
     )
+
+    @property
+    def app_name(self) -> str:
+        """Name of the Serve application."""
+        return "mmedpo" if self.route_prefix == "/" else f"mmedpo-{self.route_prefix[1:]}"
 
     @model_validator(mode="after")
     def _combinations(self) -> ServeConfig:

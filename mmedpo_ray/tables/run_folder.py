@@ -105,6 +105,10 @@ class RunFolder:
         """The exported model: ``merged/`` (transformers, vLLM), and ``adapter/`` (peft) if there is one."""
         return local_path(join(self._of(role), "model"), "export")
 
+    def versions(self) -> Path:
+        """Copies of the adapters that an endpoint of this run has served."""
+        return local_path(join(self.root, "versions"), "serving")
+
     def _of(self, role: Role) -> str:
         """The control run: supervised fine-tuning with as many updates, in ``control/``."""
         return self.root if role == "aligned" else join(self.root, "control")

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from head_node import BIN, head_node
 
 from mmedpo_ray.tables import schemas, stage_runner
 
-RAY = str(Path(sys.executable).parent / "ray")
+RAY = str(BIN / "ray")
 REDUCED = [
     "data.phantom.images=16",
     "data.phantom.test_images=6",
@@ -30,58 +25,12 @@ REDUCED = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """A head node with a job server that wants a token; yields the environment of a client."""
-    # A short path: Ray's sockets lie under it, and their addresses may have 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="mmedpo"))
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
-    dashboard, gcs = free_port(), free_port()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HF_HUB_OFFLINE": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", "--dashboard-host=127.0.0.1",
-         f"--dashboard-port={dashboard}", f"--temp-dir={folder / 'ray'}",
-         f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
-         "--node-ip-address=127.0.0.1"],
-        env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-    client = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    try:
-        _wait_for_port(dashboard, head, folder / "head.log")
-        yield client
-    finally:
-        head.terminate()
-        try:
-            head.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, 9)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"ray start ended with {process.returncode}: {log.read_text()[-2000:]}")
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.5)
-    pytest.fail(f"the job server did not come up: {log.read_text()[-2000:]}")
+    """The environment of a client of a job server that wants a token."""
+    with head_node() as client:
+        # A job finds its own cluster.
+        yield {key: value for key, value in client.items() if key != "RAY_ADDRESS"}
 
 
 def submit(client: dict[str, str], repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -208,6 +208,42 @@ def test_a_client_that_leaves_frees_its_place() -> None:
         assert "mmedpo_requests_in_flight 0.0" in endpoint.send("GET", "/metrics").text
 
 
+def test_a_server_that_stops_answers_what_it_has_and_refuses_the_rest() -> None:
+    endpoint = Endpoint()
+    endpoint.engines.seconds = 0.3
+
+    async def stop() -> tuple[int, int, int, list[int]]:
+        async with endpoint.client() as client:
+            in_flight = [
+                asyncio.create_task(client.post("/v1/chat/completions", json=BODY)) for _ in range(3)
+            ]
+            await asyncio.sleep(0.1)
+            drain = asyncio.create_task(endpoint.app.state.drain(5))
+            await asyncio.sleep(0)
+            late, ready = await client.post("/v1/chat/completions", json=BODY), await client.get("/ready")
+            assert int(late.headers["Retry-After"]) >= 1 and late.json()["error"]["type"] == "server_error"
+            assert not drain.done()
+            left, answers = await drain, await asyncio.gather(*in_flight)
+        return left, late.status_code, ready.status_code, [answer.status_code for answer in answers]
+
+    assert asyncio.run(stop()) == (0, 503, 503, [200] * 3)
+
+
+def test_a_stop_waits_no_longer_than_told() -> None:
+    endpoint = Endpoint()
+    endpoint.engines.seconds = 5
+
+    async def stop() -> int:
+        async with endpoint.client() as client:
+            ask = asyncio.create_task(client.post("/v1/chat/completions", json=BODY))
+            await asyncio.sleep(0.1)
+            left: int = await endpoint.app.state.drain(0.2)
+            ask.cancel()
+            return left
+
+    assert asyncio.run(stop()) == 1
+
+
 def test_half_sent_bodies_end_after_their_time() -> None:
     endpoint = Endpoint(body_timeout_s=0.2, max_queue=1)
 
