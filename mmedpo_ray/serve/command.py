@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 
 import ray
@@ -44,6 +45,8 @@ def _help(endpoint: Endpoint) -> str:
         "whoever has an API key" if has_keys else "this machine only (serve.api_keys_file opens it to others)"
     )
     address = ray.get_runtime_context().gcs_address
+    # A cluster that Ray starts here asks for a token, and other processes send theirs only if told to.
+    mode = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
     key = "-H 'Authorization: Bearer KEY' " if has_keys else ""
     return (
         f"{endpoint.base_url} serves {', '.join(endpoint.models)} to {who} (OpenAI API). For example:\n"
@@ -51,7 +54,7 @@ def _help(endpoint: Endpoint) -> str:
         f'    -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": [\n'
         '         {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}},\n'
         '         {"type": "text", "text": "Is there a pleural effusion?"}]}]}\'\n'
-        f"Roll another adapter in: mmedpo rollout run.folder=… ray.address={address}\n"
+        f"Roll another adapter in: {mode}mmedpo rollout run.folder=… ray.address={address}\n"
         f"Compare the models in a browser: {endpoint.base_url.removesuffix('/v1')}/\n"
         "Stop it with Ctrl-C."
     )

@@ -17,6 +17,8 @@ from mmedpo_ray.serve.versions import VersionFolder
 log = logging.getLogger(__name__)
 
 _LONGEST_MESSAGE = 300
+# vLLM ends a stream so, also when its engine died.
+_ERROR_EVENT = 'data: {"error"'
 # How vLLM ends the text of an error: with the field, which has a place of its own, and its value.
 _VALUE = re.compile(r" \((?:parameter|value)=.*")
 
@@ -121,8 +123,11 @@ class EngineServer:
         async for items in await run(request):
             for item in items if isinstance(items, list) else [items]:
                 if isinstance(item, str):
+                    if item.startswith(_ERROR_EVENT):
+                        await self.check_health()
                     yield 200, item
                 elif (error := getattr(item, "error", None)) is not None:
+                    await self.check_health()
                     raise _from_response(error)
                 else:
                     yield 200, item.model_dump_json()

@@ -75,6 +75,7 @@ def rollout(config: Config, name: str, *, back: bool = False) -> str:
     )
     handle = serve.get_deployment_handle(deployment_name(engine), app_name)
     try:
+        folder.check_shapes(version, folder.read()[name].current)
         with console.status(f"{version}: waiting for its first answer"):
             _prepare(handle, version, config.serve.start_timeout_s)
         folder.switch(name, version)

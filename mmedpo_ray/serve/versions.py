@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from pydantic import BaseModel
+from safetensors import safe_open
 
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
@@ -99,6 +100,26 @@ class VersionFolder:
                 for file in files:
                     shutil.copyfile(file, copy / file.name)
         return version
+
+    def check_shapes(self, version: str, other: str) -> None:
+        """Checks that two versions fit the same layers: vLLM pads a smaller matrix without a word.
+
+        Raises:
+            UserError: a layer that both change has other sizes.
+        """
+        shapes = self._shapes(other)
+        for layer, sizes in self._shapes(version).items():
+            if layer in shapes and shapes[layer] != sizes:
+                raise UserError(
+                    f"the adapter does not fit: {layer} has size {sizes}, and {shapes[layer]} in {other}. It "
+                    "was trained on another model."
+                )
+
+    def _shapes(self, version: str) -> dict[str, int]:
+        """Matrix → its size on the side of the layer: inputs of A (rank, inputs), outputs of B (outputs, rank)."""
+        with safe_open(self.path(version) / _WEIGHTS, "numpy") as weights:
+            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        return {name: shape[1] if "lora_A" in name else shape[0] for name, shape in shapes.items()}
 
     def start(self, name: str, adapter: Path) -> None:
         """Says which version answers when the endpoint starts: that which did when it stopped.

@@ -91,7 +91,7 @@ def test_the_models_list_names_the_version(endpoint: Endpoint, config: Config) -
     [
         ({"rank": 64}, "rank"),
         ({"base": "/models/another"}, "/models/another"),
-        ({"columns": 8}, "does not load"),
+        ({"columns": 8}, "does not fit"),
         (None, "export"),
     ],
 )

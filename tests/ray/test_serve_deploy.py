@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,11 +12,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import faults
 import httpx
 import pytest
 import yaml
 from head_node import BIN, free_port, head_node
-from served_load import ask, body, write_adapter
+from served_load import ask, body, clients, write_adapter
 
 from mmedpo_ray.serve import proxy_errors
 
@@ -23,6 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MMEDPO = [sys.executable, "-m", "mmedpo_ray.cli"]
 START_S = 240
+REQUESTS = [body(model, number) for number in range(4) for model in ("base", "aligned")]
 
 
 def wait_until_ready(address: str, process: subprocess.Popen | None = None) -> None:
@@ -51,8 +54,11 @@ def test_the_deployment_file_on_a_plain_cluster(tmp_path: Path, repository: Path
     file = tmp_path / "deployment.yaml"
     file.write_text(yaml.safe_dump(settings))
     address = f"http://127.0.0.1:{port}"
-    callback = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_errors.IMPORT_PATH}
-    with head_node(**callback, PYTHONPATH=str(repository)) as client:
+    serve = {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_errors.IMPORT_PATH,
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    }
+    with head_node(**serve, PYTHONPATH=str(repository)) as client:
 
         def run(*command: str | Path) -> str:
             result = subprocess.run(
@@ -72,12 +78,33 @@ def test_the_deployment_file_on_a_plain_cluster(tmp_path: Path, repository: Path
             assert after.model != before.model and after.model in printed
             assert run(*MMEDPO, "rollout", "--back", "run.folder=second").count(before.model) == 1
             assert ask(http, f"{address}/v1", body("aligned")).tokens == before.tokens
+        for task in ("ServeReplica:mmedpo:OpenAiIngress", "ProxyActor"):
+            kill_under_load(f"{address}/v1", task)
         run(BIN / "serve", "shutdown", "-y", *dashboard)
 
 
-def start_serve(folder: Path, *settings: str) -> tuple[subprocess.Popen[str], Path]:
+def kill_under_load(base_url: str, task: str) -> None:
+    """Each request in flight gets a 503 in the form of the API, or a broken connection from the proxy."""
+    (process,) = faults.workers(os.getpid(), task)
+    with clients(base_url, 12, REQUESTS) as load:
+        load.wait_for(30)
+        start = time.monotonic()
+        process.kill()
+        time.sleep(1)
+        load.wait_for(50)
+        end = time.monotonic()
+    gap = load.longest_gap(start, end)
+    print(f"{task}: {len(load.failed)} of {len(load.answers)} failed, gap {gap:.1f} s")
+    refused = [answer for answer in load.failed if answer.status]
+    assert all(answer.status == 503 and answer.retry_after for answer in refused), refused[:3]
+    assert all(json.loads(answer.text)["error"]["type"] == "server_error" for answer in refused)
+    assert len(refused) == len(load.failed) or task == "ProxyActor"
+    assert gap < 20
+
+
+def start_serve(folder: Path, *settings: str, **variables: str) -> tuple[subprocess.Popen[str], Path]:
     """`mmedpo serve` of the embedded model; returns the process and its output."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | variables
     engine = ("model.engine.kv_cache_gib=0.25", "model.engine.max_model_len=256")
     log = folder / f"serve-{len(list(folder.glob('serve-*')))}.log"
     process = subprocess.Popen(
@@ -94,13 +121,15 @@ def test_a_new_base_starts_beside_the_old_one_and_sigterm_drains(tmp_path: Path)
     beside = None
     try:
         wait_until_ready(f"http://127.0.0.1:{port}", process)
-        while (found := re.search(r"ray\.address=(\S+)", log.read_text())) is None:
+        printed = r"RAY_AUTH_MODE=token mmedpo rollout .*ray\.address=(\S+)"
+        while (found := re.search(printed, log.read_text())) is None:
             time.sleep(0.2)
-        new = ("run.folder=new", "model.name=new-base", "serve.route_prefix=/new", f"serve.port={port}")
-        beside, _ = start_serve(tmp_path, *new, f"ray.address={found[1]}")
-        wait_until_ready(f"http://127.0.0.1:{port}/new", beside)
+        other = free_port()
+        new = ("run.folder=new", "model.name=new-base", "serve.route_prefix=/new", f"serve.port={other}")
+        beside, _ = start_serve(tmp_path, *new, f"ray.address={found[1]}", RAY_AUTH_MODE="token")
+        wait_until_ready(f"http://127.0.0.1:{other}", beside)
         with httpx.Client(trust_env=False, timeout=60) as http:
-            assert ask(http, f"http://127.0.0.1:{port}/new/v1", body("new-base")).model == "new-base"
+            assert ask(http, f"http://127.0.0.1:{other}/v1", body("new-base")).model == "new-base"
             beside.send_signal(signal.SIGTERM)
             assert beside.wait(timeout=60) == 143
             assert ask(http, f"http://127.0.0.1:{port}/v1", body("base")).model == "base"

@@ -146,7 +146,7 @@ def test_a_stream_that_has_begun_ends_with_an_error(endpoint: Endpoint) -> None:
             core.kill()
         events = [line for line in lines if line]
     assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
-    wait_for_engines(endpoint, 2)
+    faults.wait_until_gone(engines)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,7 @@ def test_a_stream_that_has_begun_ends_with_an_error(endpoint: Endpoint) -> None:
 )
 def test_ingress_and_controller(endpoint: Endpoint, task: str, most_failed: int | None) -> None:
     """Without a proxy before it, connections to the ingress break and are refused until it is back."""
+    wait_for_engines(endpoint, 2)
     (process,), engines = processes(task), replicas()
     load, start, end = under_load(endpoint, process.kill)
     gap = load.longest_gap(start, end)
