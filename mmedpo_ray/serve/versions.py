@@ -116,7 +116,7 @@ class VersionFolder:
                 )
 
     def _shapes(self, version: str) -> dict[str, int]:
-        """Matrix → its size on the side of the layer: inputs of A (rank, inputs), outputs of B (outputs, rank)."""
+        """Matrix → its size on the layer's side: inputs of A (rank, inputs), outputs of B (outputs, rank)."""
         with safe_open(self.path(version) / _WEIGHTS, "numpy") as weights:
             shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
         return {name: shape[1] if "lora_A" in name else shape[0] for name, shape in shapes.items()}

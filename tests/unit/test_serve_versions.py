@@ -6,7 +6,9 @@ import asyncio
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -64,6 +66,19 @@ def test_a_restart_keeps_what_was_rolled_out_until_the_run_is_exported_again(tmp
     versions.start("aligned", adapter(run, b"3"))
     newest = versions.read()["aligned"]
     assert newest.current not in (own, rolled) and newest.previous == rolled
+
+
+def test_adapters_of_other_sizes_are_refused_and_of_other_ranks_not(tmp_path: Path) -> None:
+    versions, names = VersionFolder(tmp_path / "versions"), []
+    for rank, inputs in ((4, 16), (8, 16), (4, 8)):
+        folder = adapter(tmp_path / f"{rank}-{inputs}", b"")
+        matrices = {"q.lora_A.weight": np.zeros((rank, inputs)), "q.lora_B.weight": np.zeros((6, rank))}
+        save_file(matrices, folder / "adapter_model.safetensors")
+        names.append(versions.add("aligned", folder))
+    first, other_rank, other_size = names
+    versions.check_shapes(other_rank, first)
+    with pytest.raises(UserError, match=r"q\.lora_A\.weight has size 8, and 16"):
+        versions.check_shapes(other_size, first)
 
 
 def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
