@@ -1,7 +1,7 @@
 """Ray 2.60: a driver that shuts Serve down prints that the controller died; no setting prevents it.
 
-Serve kills the controller while its ``graceful_shutdown`` call is running, so Ray reports that call as
-failed. Ray's listener for errors (``ray._private.worker.listen_error_messages``) prints the report on the
+Serve kills the controller while its ``graceful_shutdown`` call is running, and the ``listen_for_change`` of a
+driver that holds a handle, so Ray reports these calls as failed. Ray's listener for errors (``ray._private.worker.listen_error_messages``) prints the report on the
 driver's output.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ray._private import worker
 
-_CALL = "ServeController.graceful_shutdown"
+_CALLS = ("ServeController.graceful_shutdown", "ServeController.listen_for_change")
 
 
 def install() -> None:
@@ -21,8 +21,8 @@ def install() -> None:
         return
 
     def show_others(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
-        if not any(_CALL in line for line in data["lines"]):
+        if not any(call in line for call in _CALLS for line in data["lines"]):
             show(data, *arguments, **options)
 
-    show_others.leaves_out = _CALL  # type: ignore[attr-defined]
+    show_others.leaves_out = _CALLS  # type: ignore[attr-defined]
     worker.print_to_stdstream = show_others
