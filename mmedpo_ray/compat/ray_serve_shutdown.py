@@ -1,8 +1,8 @@
 """Ray 2.60: a driver that shuts Serve down prints that the controller died; no setting prevents it.
 
 Serve kills the controller while its ``graceful_shutdown`` call is running, and the ``listen_for_change`` of a
-driver that holds a handle, so Ray reports these calls as failed. Ray's listener for errors (``ray._private.worker.listen_error_messages``) prints the report on the
-driver's output.
+driver that holds a handle, so Ray reports these calls as failed. Ray's listener for errors
+(``ray._private.worker.listen_error_messages``) prints the reports on the driver's output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _CALLS = ("ServeController.graceful_shutdown", "ServeController.listen_for_chang
 
 
 def install() -> None:
-    """Makes Ray's listener leave that report out. Does nothing a second time."""
+    """Makes Ray's listener leave these reports out. Does nothing a second time."""
     show = worker.print_to_stdstream
     if hasattr(show, "leaves_out"):
         return
