@@ -35,7 +35,8 @@ from mmedpo_ray.align.policy import TrainingSpec, build_policy, learning_rate_fa
 from mmedpo_ray.align.progress import PLAN_FILE
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables.provenance import check_prepared
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ class TrainingLoop:
         # Whether the policy in training mode differs from the one that is evaluated.
         self.has_dropout = spec.align.train == "lora" and spec.align.lora.dropout > 0
         pixels = self.writer.pixels([Image.new("RGB", (32, 32))])
-        cached_images = max(64, _IMAGE_CACHE_BYTES // (pixels.numel() * pixels.element_size()))
+        size = sum(value.numel() * value.element_size() for value in pixels.values())
+        cached_images = max(64, _IMAGE_CACHE_BYTES // size)
         self.images = ImageLoader(self.writer, cached_images, spec.align.image_threads)
         self.plan, self.held_out = self._make_plan()
         self.checkpoints = CheckpointManager(spec)

@@ -39,6 +39,7 @@ QUERIES_PER_BLOCK = 192
 KNOWN_FAMILIES = frozenset(
     (
         *("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text"),
+        *("qwen2_5_vl_text", "qwen3_vl_text"),
         *("phi", "phi3", "cohere", "granite", "olmo2", "smollm3", "starcoder2"),
     )
 )
