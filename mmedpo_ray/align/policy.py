@@ -242,6 +242,8 @@ def _check_targets(model: Any, names: Sequence[str], model_name: str) -> None:
 
 def _check_window(model: Any, align: AlignConfig, model_name: str) -> None:
     """In a packed tree a token sees all its ancestors; sequences must fit a model's attention window."""
+    if architecture_of(model).has_windows:
+        return
     window = getattr(model.config.text_config, "sliding_window", None)
     if window is not None and align.max_length > window:
         raise UserError(

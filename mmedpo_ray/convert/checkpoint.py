@@ -43,7 +43,7 @@ from mmedpo_ray.convert.weights import (
     write_shards,
 )
 from mmedpo_ray.errors import UserError, first_line
-from mmedpo_ray.models.architectures.llava import TOWER
+from mmedpo_ray.models.architectures.base import TOWER
 from mmedpo_ray.models.loading import load_processor
 from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.models.saving import check_new_folder, replaced_folder

@@ -7,7 +7,7 @@ separates them. Names on the right are those of LLaVA checkpoints on the hub
 
 from __future__ import annotations
 
-from mmedpo_ray.models.architectures.llava import TOWER
+from mmedpo_ray.models.architectures.base import TOWER
 
 # From the longest prefix to the shortest: the first that fits decides.
 _PREFIXES = (

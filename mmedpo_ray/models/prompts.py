@@ -56,7 +56,7 @@ class PromptWriter:
         self._cached_prompt = functools.lru_cache(_CACHED_PROMPTS)(self._encode_prompt)
         self._cached_response = functools.lru_cache(_CACHED_RESPONSES)(self._encode_response)
         self._cached_count = functools.lru_cache(_CACHED_SIZES)(self._count_image_tokens)
-        self.image_token_id: int = processor.image_token_id
+        self.image_token_id: int = self.architecture.image_token_id(processor)
         self._placeholder_id: int = self._tokenizer.convert_tokens_to_ids(self._placeholder)
         self._adds_bos = _adds_bos(self._tokenizer)
         self.num_image_tokens = self._cached_count((1, 1)) if self.architecture.one_image_size else None

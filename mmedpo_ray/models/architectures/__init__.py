@@ -17,6 +17,7 @@ ARCHITECTURES = Registry(
     "model architecture",
     "mmedpo_ray.architectures",
     {
+        "gemma3": "mmedpo_ray.models.architectures.gemma3:Gemma3",
         "llava": "mmedpo_ray.models.architectures.llava:Llava",
         "qwen2_5_vl": "mmedpo_ray.models.architectures.qwen2_5_vl:Qwen25VL",
     },

@@ -52,7 +52,8 @@ class Architecture:
         projector: dotted names of the modules between tower and language model.
         one_image_size: every image has the same number of tokens, whatever its size.
         patch_grid: an image's tokens are the patches of the whole image, row by row.
-        tree_attention: whether attention follows the trees, or else a dense mask does the same.
+        tree_attention: whether attention follows the trees, or else dense masks do the same.
+        has_windows: whether :meth:`masks` has the windows of layers that do not see all that is before.
         serves_adapters: whether vLLM serves LoRA adapters of it.
         exact_on_cpu: whether vLLM on CPU computes the same model as transformers.
     """
@@ -64,6 +65,7 @@ class Architecture:
     one_image_size = False
     patch_grid = False
     tree_attention = True
+    has_windows = False
     serves_adapters = True
     exact_on_cpu = True
 
@@ -91,14 +93,19 @@ class Architecture:
         Raises:
             UserError: they differ.
         """
-        if processor.image_token_id != config.image_token_id:
+        written = self.image_token_id(processor)
+        if written != config.image_token_id:
             raise UserError(
-                f"the processor of {name} writes an image as id {processor.image_token_id} "
+                f"the processor of {name} writes an image as id {written} "
                 f"({processor.image_token}), but the model's image_token_index is {config.image_token_id}. "
                 "Set image_token in processor_config.json, or image_token_index in config.json."
             )
 
     # ------------------------------------------------------------------ prompts
+
+    def image_token_id(self, processor: Any) -> int:
+        """The id that stands for one feature of an image."""
+        return processor.image_token_id
 
     def placeholder(self, processor: Any) -> str:
         """What the chat template writes for an image."""
@@ -176,6 +183,21 @@ class Architecture:
     def saved_name(self, weight: str) -> str:
         """The name under which vLLM loads a saved weight, which transformers must load too."""
         return weight
+
+
+# In weight names of CLIP and SigLIP towers.
+TOWER = "vision_tower.vision_model."
+
+
+def hub_tower_name(weight: str) -> str:
+    """The name of a CLIP or SigLIP tower's weight as checkpoints on the hub spell it.
+
+    transformers 5 leaves ``vision_model`` out when it saves, and vLLM 0.32 does not load that.
+    """
+    short = "vision_tower."
+    if weight.startswith(short) and not weight.startswith(TOWER):
+        return TOWER + weight.removeprefix(short)
+    return weight
 
 
 def _in_type_of(model: Any, inputs: Inputs) -> Inputs:

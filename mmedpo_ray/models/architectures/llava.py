@@ -1,8 +1,4 @@
-"""LLaVA 1.5: CLIP or SigLIP, a projector, and a Llama, Mistral or Qwen2. LLaVA-Med 1.5 once converted.
-
-LLaVA checkpoints on the hub call the tower's weights ``vision_tower.vision_model.…``. transformers 5 leaves
-``vision_model`` out when it saves, and vLLM 0.32 does not load that.
-"""
+"""LLaVA 1.5: CLIP or SigLIP, a projector, and a Llama, Mistral or Qwen2. LLaVA-Med 1.5 once converted."""
 
 from __future__ import annotations
 
@@ -10,13 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.architectures.base import Architecture
+from mmedpo_ray.models.architectures.base import Architecture, hub_tower_name
 
 if TYPE_CHECKING:
     from PIL import Image
 
-TOWER = "vision_tower.vision_model."
-_SHORT_TOWER = "vision_tower."
 # These give a fixed number of features per image.
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 _CORRECT_THE_PROCESSOR = (
@@ -88,10 +82,7 @@ class Llava(Architecture):
         return config.image_seq_length
 
     def saved_name(self, weight: str) -> str:
-        """The tower's weights as LLaVA checkpoints on the hub spell them."""
-        if weight.startswith(_SHORT_TOWER) and not weight.startswith(TOWER):
-            return TOWER + weight.removeprefix(_SHORT_TOWER)
-        return weight
+        return hub_tower_name(weight)
 
 
 def saved_parameter(parameter: str) -> str:
@@ -101,7 +92,7 @@ def saved_parameter(parameter: str) -> str:
     name = parameter.removeprefix("model.")
     if name.startswith("language_model."):
         return f"language_model.model.{name.removeprefix('language_model.')}"
-    return Llava().saved_name(name)
+    return hub_tower_name(name)
 
 
 def _blank_image() -> Image.Image:
