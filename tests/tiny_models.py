@@ -21,13 +21,33 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
     GenerationConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 TEXTS = [
@@ -213,4 +233,148 @@ def _gemma3() -> Parts:
     return Gemma3ForConditionalGeneration(config), processor, [ids[4], ids[1]]
 
 
-BUILDERS: dict[str, Callable[[], Parts]] = {"gemma3": _gemma3, "qwen2_5_vl": _qwen2_5_vl}
+def _qwen3_vl() -> Parts:
+    tokenizer = _qwen_tokenizer(system=False)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config=TEXT
+        | {"num_hidden_layers": 3, "head_dim": 32, "rope_parameters": rope}
+        | {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 2,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+            "initializer_range": 0.12,
+        },
+        **_qwen_ids(tokenizer),
+    )
+    images = Qwen2VLImageProcessorPil(
+        patch_size=16,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 24},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    videos = Qwen3VLVideoProcessor()
+    processor = Qwen3VLProcessor(images, tokenizer, videos, chat_template=tokenizer.chat_template)
+    return Qwen3VLForConditionalGeneration(config), processor, [tokenizer.eos_token_id]
+
+
+def _internvl() -> Parts:
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    roles = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    roles |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    template = _chatml("<IMG_CONTEXT>\n", system=False)
+    tokenizer = _tokenizer(specials, roles, template, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    config = InternVLConfig(
+        text_config=TEXT
+        | {"model_type": "qwen2", "tie_word_embeddings": False}
+        | {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id},
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": [56, 56],
+            "patch_size": [14, 14],
+            "attention_bias": True,
+            "initializer_range": 0.12,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    images = GotOcr2ImageProcessorPil(
+        size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=6
+    )
+    videos = InternVLVideoProcessor()
+    processor = InternVLProcessor(images, tokenizer, videos, image_seq_length=4, chat_template=template)
+    return InternVLForConditionalGeneration(config), processor, [tokenizer.eos_token_id]
+
+
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+GRIDS = [[56, 56], [56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
+
+
+def _llava_next() -> Parts:
+    template = """{{ bos_token }}{%- for m in messages -%}{%- if m.role == 'assistant' -%}
+{{ ' ' + m.content[0].text + eos_token }}{%- else -%}[INST] {% for c in m.content %}
+{%- if c.type in ('image', 'image_url') %}{{ '<image>\\n' }}{% elif c.type == 'text' %}{{ c.text }}{% endif %}
+{%- endfor %} [/INST]{%- endif -%}{%- endfor -%}"""
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    specials = ["<pad>", "<s>", "</s>", "<image>"]
+    tokenizer = _tokenizer(specials, {"image_token": "<image>"}, template, **named)
+    config = LlavaNextConfig(
+        text_config=TEXT
+        | {"model_type": "mistral", "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config=SIGLIP | {"model_type": "clip_vision_model", "projection_dim": 64},
+        image_token_index=3,
+        image_grid_pinpoints=GRIDS[1:],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=GRIDS[1:]
+    )
+    processor = LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+    return LlavaNextForConditionalGeneration(config), processor, [2]
+
+
+def _llava_onevision() -> Parts:
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    template = _chatml("<image>\n", system=False)
+    roles = {"image_token": "<image>", "video_token": "<video>"}
+    tokenizer = _tokenizer(specials, roles, template, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    config = LlavaOnevisionConfig(
+        text_config=TEXT
+        | {"model_type": "qwen2", "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id},
+        vision_config=SIGLIP,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=GRIDS,
+    )
+    images = LlavaOnevisionImageProcessorPil(size={"height": 56, "width": 56}, image_grid_pinpoints=GRIDS)
+    processor = LlavaOnevisionProcessor(
+        images,
+        tokenizer,
+        LlavaOnevisionVideoProcessor(),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=template,
+    )
+    return LlavaOnevisionForConditionalGeneration(config), processor, [tokenizer.eos_token_id]
+
+
+BUILDERS: dict[str, Callable[[], Parts]] = {
+    "gemma3": _gemma3,
+    "internvl": _internvl,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+}

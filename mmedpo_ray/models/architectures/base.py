@@ -146,7 +146,7 @@ class Architecture:
             Levels of (F, D), images one after the other: what stands in the places of image tokens, and then
             what :meth:`arguments` makes use of. And the number of features of each image.
         """
-        output = model.get_image_features(**_in_type_of(model, inputs), return_dict=True)
+        output = model.get_image_features(**in_type_of(model, inputs), return_dict=True)
         images = list(output.pooler_output)
         if isinstance(output.pooler_output, Tensor) and output.pooler_output.ndim == 3:
             return [output.pooler_output.flatten(0, 1)], [len(image) for image in images]
@@ -200,7 +200,8 @@ def hub_tower_name(weight: str) -> str:
     return weight
 
 
-def _in_type_of(model: Any, inputs: Inputs) -> Inputs:
+def in_type_of(model: Any, inputs: Inputs) -> Inputs:
+    """The inputs with numbers of the model's precision."""
     dtype = model.get_input_embeddings().weight.dtype
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
