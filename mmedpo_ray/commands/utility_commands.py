@@ -117,6 +117,16 @@ def _convert(arguments: Namespace) -> Run:
     return run
 
 
+def _no_options(parser: ArgumentParser) -> None:
+    """Takes none."""
+
+
+def _models(_arguments: Namespace) -> Run:
+    from mmedpo_ray.models.list_architectures import models_command
+
+    return models_command
+
+
 def _phantom_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "action",
@@ -184,6 +194,13 @@ COMMANDS = (
         _convert,
         description="Converts an original LLaVA-Med 1.5 checkpoint (llava_mistral) shard by shard.",
         example="example: mmedpo convert --source /models/llava-med-v1.5 --out /models/llava-med-v1.5-hf",
+    ),
+    Command(
+        "models",
+        "the supported model architectures, and what each can do",
+        _no_options,
+        _models,
+        description="Lists the supported architectures by the model_type of config.json.",
     ),
     Command(
         "phantom",

@@ -32,6 +32,9 @@ _REFUSED = {
     "llava_mistral": "neither transformers nor vLLM loads it: convert it first (`mmedpo convert`)",
     "llava_llama": "neither transformers nor vLLM loads it: convert it first (`mmedpo convert`)",
     "qwen2_vl": "it is the predecessor of Qwen2.5-VL, and nobody has checked it here",
+    "idefics3": "its image tokens stand in many runs with row and column tokens between them, which is not "
+    "written yet",
+    "smolvlm": "as Idefics3, its image tokens stand in many runs",
     "paligemma": "its questions attend to the image and the image to them, so an image's questions share "
     "nothing that tree packing could compute once",
     "qwen3_5": "its linear-attention layers carry a state through the sequence, which no mask divides into "
