@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmedpo_ray.align.losses import reference_source
-from mmedpo_ray.align.packing.logps import attention_of, response_logps, use_packed_forward
+from mmedpo_ray.align.packing.logps import check_attention, response_logps, use_packed_forward
 from mmedpo_ray.align.packing.tree_attention import check_family
 from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.settings import AlignConfig
@@ -151,8 +151,8 @@ def check_model(model: str, align: AlignConfig) -> None:
     from transformers import AutoModelForImageTextToText
 
     settings = load_config(model)
-    attention = attention_of(architecture_of(settings), align.attention)
-    check_family(settings.text_config, along_tree=attention == "tree")
+    check_attention(architecture_of(settings), align.attention)
+    check_family(settings.text_config, along_tree=align.attention == "tree")
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(settings)
     _check_window(empty, align, model)
@@ -242,7 +242,8 @@ def _check_targets(model: Any, names: Sequence[str], model_name: str) -> None:
 
 def _check_window(model: Any, align: AlignConfig, model_name: str) -> None:
     """In a packed tree a token sees all its ancestors; sequences must fit a model's attention window."""
-    if architecture_of(model).has_windows:
+    if architecture_of(model).layer_masks:
+        # Windows are among the masks.
         return
     window = getattr(model.config.text_config, "sliding_window", None)
     if window is not None and align.max_length > window:

@@ -12,8 +12,7 @@ from mmedpo_ray.models.architectures.base import Architecture
 def abilities(architecture: Architecture) -> dict[str, bool]:
     """What can be done with an architecture, by column of the table."""
     return {
-        "trained on trees": True,
-        "attention along trees": architecture.tree_attention,
+        "trained on packed trees": True,
         "served": True,
         "adapters served": architecture.serves_adapters,
         "exact in vLLM on CPU": architecture.exact_on_cpu,

@@ -56,7 +56,15 @@ class World:
         return self.writer.architecture
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+# The others are checked with the slow tests.
+IN_EVERY_RUN = {"llava", "qwen2_5_vl", "gemma3"}
+KINDS = [
+    kind if kind in IN_EVERY_RUN else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in sorted(ARCHITECTURES)
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = build_tiny(request.param, tmp_path_factory.mktemp("model") / request.param)
     processor = load_processor(str(folder))
@@ -130,15 +138,24 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def test_packed_log_probabilities_and_lora_gradients_are_those_of_separate_forwards(world: World) -> None:
+@pytest.mark.parametrize(("attention", "checkpointing"), [("tree", False), ("tree", True), ("sdpa", False)])
+def test_packed_log_probabilities_and_lora_gradients_are_those_of_separate_forwards(
+    world: World, attention: str, checkpointing: bool
+) -> None:
     expected = alone(world, world.model)
-    found = response_logps(world.packed, packed_batch(world)).logps
+    packed = copy.deepcopy(world.model)
+    use_packed_forward(packed, attention=attention)
+    if checkpointing:
+        language_model = packed.get_base_model().get_submodule(world.architecture.language_model)
+        language_model.gradient_checkpointing_enable({"use_reentrant": True})
+        packed.train()
+    found = response_logps(packed, packed_batch(world)).logps
     per_token = [len(sequence.response) for sequence in sequences(world)]
     assert ((found - expected).abs() / torch.tensor(per_token)).max() < TOLERANCE
     weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(0))
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
-    ours, theirs = gradients(world.packed), gradients(world.model)
+    ours, theirs = gradients(packed), gradients(world.model)
     assert ours.keys() == theirs.keys() and all("lora_" in name for name in ours)
     inside = world.architecture.language_model
     assert all(name.startswith(f"base_model.model.{inside}.") for name in ours)
@@ -189,7 +206,7 @@ def test_plain_masks_are_noticed_where_layers_have_their_own(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = type(world.architecture)
-    if kind.masks is Architecture.masks:
+    if not kind.layer_masks:
         pytest.skip("a token sees its ancestors and itself")
     batch, own = packed_batch(world), kind.masks
     expected = response_logps(world.packed, batch).logps

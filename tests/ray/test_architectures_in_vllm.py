@@ -1,4 +1,4 @@
-"""Every architecture in the real vLLM engine: prompts, log-probabilities and answers are transformers' own."""
+"""Every architecture in the real vLLM engine: prompts, log-probabilities, answers are transformers' own."""
 
 from __future__ import annotations
 

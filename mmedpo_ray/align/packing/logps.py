@@ -181,17 +181,40 @@ def _attention(
     """Keywords of the language model's forward that describe the trees."""
     language_model = _language_model(base)
     keywords: dict[str, Any] = {"attention_mask": None}
-    if tree_attention.is_installed(language_model):
+    along_trees = tree_attention.is_installed(language_model)
+    if architecture.layer_masks:
+        masks = architecture.masks(batch.dense_mask()[:, 0], tokens, base.config)
+        if along_trees:
+            _refuse_images_in_branches(batch, tokens)
+            keywords["tree"] = {
+                kind: tree_attention.masked_layer_tree(batch.layout, mask, language_model)
+                for kind, mask in masks.items()
+            }
+        keywords["attention_mask"] = dict.fromkeys(masks) if along_trees else masks
+    elif along_trees:
         bias = attention_bias(batch.layout.sees, language_model)
         keywords["tree"] = tree_attention.LayerTree(batch.layout, bias)
     elif language_model.config._attn_implementation == "flex_attention":
         keywords["attention_mask"] = batch.block_mask()
     else:
-        sees = batch.dense_mask()[:, 0]
-        keywords["attention_mask"] = architecture.masks(sees, tokens, base.config)
+        keywords["attention_mask"] = batch.dense_mask()
     if fast_layers.is_installed(language_model):
         keywords |= {"outputs": batch.outputs, "bias": attention_bias(batch.output_mask(), language_model)}
     return keywords
+
+
+def _refuse_images_in_branches(batch: PackedTrees, tokens: ImageTokens) -> None:
+    """Images that see what follows them must be in a trunk, whose tokens are computed together.
+
+    Raises:
+        UserError: one is not, because the chat template writes the question first.
+    """
+    trunks, length = batch.layout.trunk_shape
+    if tokens.is_image.flatten()[batch.layout.order[trunks * length :]].any():
+        raise UserError(
+            "the chat template writes the question before the image, and the tokens of an image see one "
+            "another. Use the model's own template, or set align.attention=sdpa."
+        )
 
 
 def _edge_states(
@@ -227,15 +250,14 @@ def use_packed_forward(model: Any, *, attention: str = "tree", sharded: bool = F
     Args:
         model: of a known architecture, or a peft model of one.
         attention: ``tree`` (:mod:`~mmedpo_ray.align.packing.tree_attention`), ``sdpa`` (a dense mask) or
-            ``flex`` (FlexAttention). An architecture whose attention is not along the trees has its dense
-            masks instead of ``tree``.
+            ``flex`` (FlexAttention).
         sharded: weights will be sharded over ranks (ZeRO-3).
 
     Raises:
         UserError: this attention would give wrong values for the language model's family.
     """
     base = _base(model)
-    attention = attention_of(architecture_of(base), attention)
+    check_attention(architecture_of(base), attention)
     language_model = _language_model(base)
     tree_attention.check_family(language_model.config, along_tree=attention == "tree")
     if attention == "tree":
@@ -247,17 +269,14 @@ def use_packed_forward(model: Any, *, attention: str = "tree", sharded: bool = F
     lm_head.install(base.lm_head)
 
 
-def attention_of(architecture: Architecture, wanted: str) -> str:
-    """How attention is computed if ``align.attention`` is ``wanted``.
+def check_attention(architecture: Architecture, attention: str) -> None:
+    """Refuses a way of attention that would give wrong values.
 
     Raises:
         UserError: FlexAttention for an architecture whose masks are not those of plain trees.
     """
-    if architecture.tree_attention:
-        return wanted
-    if wanted == "flex":
+    if architecture.layer_masks and attention == "flex":
         raise UserError(
             f"align.attention=flex does not compute {architecture.title}, whose layers have masks of their "
             "own. Set it to tree or sdpa."
         )
-    return "sdpa"

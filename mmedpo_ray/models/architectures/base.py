@@ -52,8 +52,7 @@ class Architecture:
         projector: dotted names of the modules between tower and language model.
         one_image_size: every image has the same number of tokens, whatever its size.
         patch_grid: an image's tokens are the patches of the whole image, row by row.
-        tree_attention: whether attention follows the trees, or else dense masks do the same.
-        has_windows: whether :meth:`masks` has the windows of layers that do not see all that is before.
+        layer_masks: whether layers do not just attend to all that is before; :meth:`masks` has what they do.
         serves_adapters: whether vLLM serves LoRA adapters of it.
         exact_on_cpu: whether vLLM on CPU computes the same model as transformers.
     """
@@ -64,8 +63,7 @@ class Architecture:
     projector: tuple[str, ...] = ("model.multi_modal_projector",)
     one_image_size = False
     patch_grid = False
-    tree_attention = True
-    has_windows = False
+    layer_masks = False
     serves_adapters = True
     exact_on_cpu = True
 
@@ -168,15 +166,15 @@ class Architecture:
         """Further keywords of the language model's forward."""
         return {}
 
-    def masks(self, sees: Tensor, tokens: ImageTokens, config: Any) -> Any:  # noqa: ARG002
-        """The dense mask where ``tree_attention`` is off, or one by the type of layer.
+    def masks(self, sees: Tensor, tokens: ImageTokens, config: Any) -> dict[str, Tensor]:
+        """With ``layer_masks``, (R, 1, T, T) bool for each type of layer.
 
         Args:
             sees: (R, T, T) bool, the token (second axis) sees its ancestors and itself.
             tokens: of the packed rows.
             config: of the model.
         """
-        return sees[:, None]
+        raise NotImplementedError
 
     # ------------------------------------------------------------------ saving
 

@@ -32,8 +32,7 @@ class Gemma3(Architecture):
 
     title = "Gemma 3, MedGemma"
     one_image_size = True
-    tree_attention = False
-    has_windows = True
+    layer_masks = True
     exact_on_cpu = False
 
     def check(self, config: Mapping[str, Any], name: str) -> None:
