@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+import sys
 
-from mmedpo_ray.console import console
 from mmedpo_ray.models.architectures import ARCHITECTURES
 from mmedpo_ray.models.architectures.base import Architecture
 
 
-def abilities(architecture: Architecture) -> dict[str, bool]:
-    """What can be done with an architecture, by column of the table."""
-    return {
-        "trained on packed trees": True,
-        "served": True,
-        "adapters served": architecture.serves_adapters,
-        "exact in vLLM on CPU": architecture.exact_on_cpu,
-    }
+def abilities(architecture: Architecture) -> str:
+    """What can be done with an architecture, in words."""
+    adapters = "served with adapters" if architecture.serves_adapters else "served merged only"
+    on_cpu = "exact" if architecture.exact_on_cpu else "another model"
+    return f"trained on packed trees; {adapters}; vLLM on CPU: {on_cpu}"
 
 
 def models_command() -> int:
-    """Prints the table; returns the exit status."""
-    known = {kind: ARCHITECTURES[kind]() for kind in sorted(ARCHITECTURES)}
-    table = Table("model_type", "models", *abilities(next(iter(known.values()))))
-    for kind, architecture in known.items():
-        marks = ["yes" if can else "no" for can in abilities(architecture).values()]
-        table.add_row(kind, architecture.title, *marks)
-    console.print(table)
-    console.print("Supported is a model whose config.json has one of these as model_type.")
+    """Prints a line for each ``model_type``; returns the exit status."""
+    width = max(map(len, ARCHITECTURES))
+    for kind in sorted(ARCHITECTURES):
+        architecture: Architecture = ARCHITECTURES[kind]()
+        sys.stdout.write(f"{kind:{width}}  {architecture.title}: {abilities(architecture)}\n")
     return 0

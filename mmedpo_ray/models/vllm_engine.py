@@ -126,7 +126,7 @@ def engine_settings(
 @functools.lru_cache
 def _warn_of_another_model(model: str | Path) -> None:
     """Says once where answers on CPU would not be the model's own."""
-    kind = (read_model_config(model) or {}).get("model_type")
+    kind = (read_model_config(model) or {}).get("model_type", "")
     if kind in ARCHITECTURES and not (architecture := ARCHITECTURES[kind]()).exact_on_cpu:
         log.warning(
             "vLLM on CPU does not compute %s as its authors do (%s): answers and scores are those of "

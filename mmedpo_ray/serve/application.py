@@ -114,7 +114,7 @@ def check_model(path: str | Path) -> None:
 def _llm_config(name: str, path: str, settings: EngineSettings, adapters: dict[str, str]) -> dict[str, Any]:
     """Arguments of ``ray.serve.llm.LLMConfig``, plain data so that only the replica imports vLLM."""
     arguments = dict(settings.engine_kwargs)
-    if (read_model_config(path) or {}).get("model_type") in ARCHITECTURES:
+    if (read_model_config(path) or {}).get("model_type", "") in ARCHITECTURES:
         # The model's own template may leave out the beginning token, which an endpoint does not add.
         template = template_with_bos(load_processor(path))
         arguments |= {"chat_template": template} if template is not None else {}

@@ -40,7 +40,7 @@ def test_a_folder_resolves_to_itself(model_folder: Path) -> None:
         (None, "no config.json"),
         ("{", "not valid JSON"),
         ('{"model_type": "llava_mistral"}', "mmedpo convert"),
-        ('{"model_type": "mistral"}', "Supported are llava, "),
+        ('{"model_type": "mistral"}', "Supported are .*llava, "),
         ('{"model_type": "llava", "vision_config": {"model_type": "pixtral"}}', "pixtral tower"),
     ],
 )
@@ -69,7 +69,7 @@ def test_a_hub_name_of_another_architecture_is_refused_as_such(
 ) -> None:
     """Its processor would be read first, and fail for a reason that says nothing."""
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name: ({"model_type": "qwen2_vl"}, {}))
-    with pytest.raises(UserError, match=r"someone/qwen is a qwen2_vl.*Supported are llava, "):
+    with pytest.raises(UserError, match=r"someone/qwen is a qwen2_vl.*Supported are .*llava, "):
         load("someone/qwen")
 
 

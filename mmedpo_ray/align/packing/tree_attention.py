@@ -235,12 +235,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: LayerTree, s
     (trunk_query, query), (trunk_key, key), (trunk_value, value) = (
         _split(part, layout) for part in (query, key, value)
     )
-    trunks = (trunk_query, trunk_key, trunk_value)
-    if tree.trunk_bias is None:
-        outputs = [_causal(*trunks, scaling)]
-    else:
-        parts = (part.transpose(1, 2) for part in trunks)
-        outputs = [masked_attention(*parts, tree.trunk_bias, scaling)]
+    outputs = [_within_trunks(trunk_query, trunk_key, trunk_value, tree.trunk_bias, scaling)]
     if len(layout.owner):
         query, key, value = (
             part.transpose(1, 2)
@@ -316,9 +311,11 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sc
     return output.reshape(batch, heads, count, size).transpose(1, 2)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(G, L, H, D), and (G, L, K, D) of keys and values → (G, L, H, D)."""
+def _within_trunks(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """(G, L, H, D), and (G, L, K, D) of keys and values → (G, L, H, D); causal without a bias."""
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    if bias is not None:
+        return masked_attention(query, key, value, bias, scaling)
     output = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )

@@ -18,10 +18,10 @@ ARCHITECTURES = Registry(
     "mmedpo_ray.architectures",
     {
         "gemma3": "mmedpo_ray.models.architectures.gemma3:Gemma3",
+        "internvl": "mmedpo_ray.models.architectures.internvl:InternVL",
         "llava": "mmedpo_ray.models.architectures.llava:Llava",
         "llava_next": "mmedpo_ray.models.architectures.llava_next:LlavaNext",
         "llava_onevision": "mmedpo_ray.models.architectures.llava_next:LlavaOneVision",
-        "internvl": "mmedpo_ray.models.architectures.internvl:InternVL",
         "qwen2_5_vl": "mmedpo_ray.models.architectures.qwen2_5_vl:Qwen25VL",
         "qwen3_vl": "mmedpo_ray.models.architectures.qwen3_vl:Qwen3VL",
     },

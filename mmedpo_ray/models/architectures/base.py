@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mmedpo_ray.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 # What the vision tower takes of one or several images, by the keyword of the model's forward.
-Inputs = dict[str, Tensor]
+Inputs: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True)
@@ -135,6 +133,8 @@ class Architecture:
 
     def collate(self, inputs: Sequence[Inputs]) -> Inputs:
         """The inputs of several images as those of one call."""
+        import torch
+
         return {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
 
     def features(self, model: Any, inputs: Inputs) -> tuple[list[Tensor], list[int]]:
@@ -144,11 +144,11 @@ class Architecture:
             Levels of (F, D), images one after the other: what stands in the places of image tokens, and then
             what :meth:`arguments` makes use of. And the number of features of each image.
         """
-        output = model.get_image_features(**in_type_of(model, inputs), return_dict=True)
-        images = list(output.pooler_output)
-        if isinstance(output.pooler_output, Tensor) and output.pooler_output.ndim == 3:
-            return [output.pooler_output.flatten(0, 1)], [len(image) for image in images]
-        return [torch.cat(images)], [len(image) for image in images]
+        import torch
+
+        found = model.get_image_features(**in_type_of(model, inputs), return_dict=True).pooler_output
+        counts = [len(image) for image in found]
+        return [found.flatten(0, 1) if isinstance(found, torch.Tensor) else torch.cat(list(found))], counts
 
     # ------------------------------------------------------------------ language model
 

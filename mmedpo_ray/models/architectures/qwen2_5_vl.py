@@ -24,7 +24,7 @@ class Qwen25VL(Architecture):
 
     title = "Qwen2.5-VL, Lingshu, HuatuoGPT-Vision (Qwen2.5-VL)"
     tower = ("model.visual",)
-    projector = ("model.visual.merger",)
+    projector: tuple[str, ...] = ("model.visual.merger",)
 
     def check(self, config: Mapping[str, Any], name: str) -> None:
         """Layers with a sliding window are refused: in a tree a token sees all its ancestors."""
