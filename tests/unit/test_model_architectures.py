@@ -34,21 +34,17 @@ def test_an_unknown_architecture_is_refused_with_all_that_are_known(kind: str | 
 @pytest.mark.parametrize(
     ("kind", "text", "key"),
     [
-        (
-            {"model_type": "gemma3", "text_config": {"final_logit_softcapping": 30.0}},
-            "final_logit_softcapping",
-        ),
-        ({"model_type": "gemma3", "text_config": {"layer_types": ["linear_attention"]}}, "linear_attention"),
-        ({"model_type": "qwen2_5_vl", "text_config": {"use_sliding_window": True}}, "use_sliding_window"),
-        (
-            {"model_type": "qwen3_vl", "text_config": {"layer_types": ["linear_attention"]}},
-            "linear_attention",
-        ),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma3", {"layer_types": ["linear_attention"]}, "linear_attention"),
+        ("qwen2_5_vl", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3_vl", {"layer_types": ["linear_attention"]}, "linear_attention"),
     ],
 )
-def test_a_model_that_would_not_be_computed_exactly_is_refused(config: dict[str, Any], key: str) -> None:
+def test_a_model_that_would_not_be_computed_exactly_is_refused(
+    kind: str, text: dict[str, Any], key: str
+) -> None:
     with pytest.raises(UserError, match=key):
-        find_architecture(config, "someone/model")
+        find_architecture({"model_type": kind, "text_config": text}, "someone/model")
 
 
 def test_models_lists_every_architecture(capsys: pytest.CaptureFixture[str]) -> None:
