@@ -50,6 +50,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mmedpo_ray.models.architectures import ARCHITECTURES
+from mmedpo_ray.models.saving import rename_weights
+
 TEXTS = [
     "Is there a nodule in the left lung? Yes, there is a nodule.",
     "What modality is shown? A chest radiograph. No, the lungs are clear.",
@@ -106,6 +109,8 @@ def build_tiny(kind: str, folder: Path, seed: int = 0) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0, do_sample=False)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
+    # As checkpoints on the hub spell them.
+    rename_weights(folder, ARCHITECTURES[kind]().saved_name)
     return folder
 
 

@@ -17,7 +17,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from mmedpo_ray.align import losses
@@ -85,10 +84,7 @@ class TrainingLoop:
         self.stored_reference = losses.reference_source(spec.align) == "precomputed"
         # Whether the policy in training mode differs from the one that is evaluated.
         self.has_dropout = spec.align.train == "lora" and spec.align.lora.dropout > 0
-        pixels = self.writer.pixels([Image.new("RGB", (32, 32))])
-        size = sum(value.numel() * value.element_size() for value in pixels.values())
-        cached_images = max(64, _IMAGE_CACHE_BYTES // size)
-        self.images = ImageLoader(self.writer, cached_images, spec.align.image_threads)
+        self.images = ImageLoader(self.writer, _IMAGE_CACHE_BYTES, spec.align.image_threads)
         self.plan, self.held_out = self._make_plan()
         self.checkpoints = CheckpointManager(spec)
         self.engine, self.step = self._make_engine()

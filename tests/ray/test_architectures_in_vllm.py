@@ -18,7 +18,6 @@ from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.architectures import ARCHITECTURES
 from mmedpo_ray.models.loading import load_model, load_processor
 from mmedpo_ray.models.prompts import PromptWriter, chat_messages
-from mmedpo_ray.models.saving import save_model
 
 pytestmark = pytest.mark.engine
 
@@ -40,10 +39,8 @@ def marked(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", [marked(kind) for kind in EXACT])
 def test_vllm_computes_what_transformers_does(kind: str, tmp_path: Path) -> None:
-    built = build_tiny(kind, tmp_path / "built")
-    processor = load_processor(str(built))
-    save_model(load_model(str(built), torch.float32), processor, tmp_path / "model")
-    model = load_model(str(tmp_path / "model"), torch.float32)
+    folder = build_tiny(kind, tmp_path / "model")
+    processor, model = load_processor(str(folder)), load_model(str(folder), torch.float32)
     writer = PromptWriter(processor)
     targets = _target_pattern(writer.architecture, AlignConfig().lora.target_modules)
     torch.manual_seed(0)
@@ -56,7 +53,7 @@ def test_vllm_computes_what_transformers_does(kind: str, tmp_path: Path) -> None
 
     prompts = [(image(number), question) for number, question in enumerate(QUESTIONS)]
     adapter = tmp_path / "adapter" if serves_adapters else None
-    answers = vllm_tokens([tmp_path / "model"], prompts, adapter=adapter, max_tokens=NEW_TOKENS, logprobs=100)
+    answers = vllm_tokens([folder], prompts, adapter=adapter, max_tokens=NEW_TOKENS, logprobs=100)
     assert len(answers) == 1 + serves_adapters
     for found, with_adapter in zip(answers, (False, True), strict=False):
         for tokens, (picture, question) in zip(found, prompts, strict=True):

@@ -140,6 +140,21 @@ def test_images_read_in_threads_keep_their_order(writer: PromptWriter, tmp_path:
         ImageLoader(writer, threads=3)([*uris, str(tmp_path / "gone.png")])
 
 
+def test_images_are_kept_up_to_a_size(writer: PromptWriter, tmp_path: Path) -> None:
+    uris = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for number, uri in enumerate(uris):
+        Image.new("L", (32, 32), 40 * number).save(uri)
+    one = 3 * 32 * 32 * 4
+    images = ImageLoader(writer, cached_bytes=2 * one)
+    expected = images(uris)["pixel_values"]
+    assert expected.shape[0] == 3, "a batch may be larger than what is kept"
+    for uri in uris:
+        Path(uri).unlink()
+    assert torch.equal(images(uris[1:])["pixel_values"], expected[1:])
+    with pytest.raises(UserError, match=r"0\.png"):
+        images(uris[:1])
+
+
 def test_one_item_is_read_ahead_and_no_more() -> None:
     read: list[int] = []
 

@@ -60,16 +60,16 @@ class ImageLoader:
 
     Args:
         writer: of the model; its processor makes the pixels.
-        cached_images: how many are kept; all pairs of an image follow one another, and small images fit
-            whole.
+        cached_bytes: how much of them is kept; all pairs of an image follow one another.
         threads: that read and process images in parallel. A radiograph of 2,048 x 2,048 pixels takes a core
             nearly a tenth of a second, which one thread could not hide behind a step on a GPU.
     """
 
-    def __init__(self, writer: PromptWriter, cached_images: int = 64, threads: int = 1) -> None:
+    def __init__(self, writer: PromptWriter, cached_bytes: int = 2**27, threads: int = 1) -> None:
         self._writer = writer
-        self._cached_images = cached_images
+        self._cached_bytes = cached_bytes
         self._cache: OrderedDict[str, Inputs] = OrderedDict()
+        self._bytes = 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
 
     def __call__(self, uris: Sequence[str]) -> Inputs:
@@ -80,18 +80,25 @@ class ImageLoader:
         """
         missing = [uri for uri in dict.fromkeys(uris) if uri not in self._cache]
         try:
-            self._cache.update(zip(missing, self._pool.map(self._read, missing), strict=True))
+            for uri, inputs in zip(missing, self._pool.map(self._read, missing), strict=True):
+                self._cache[uri] = inputs
+                self._bytes += _bytes_of(inputs)
         except ImageError as error:
             raise unreadable_image(error) from error
         for uri in uris:
             self._cache.move_to_end(uri)
         collated = self._writer.architecture.collate([self._cache[uri] for uri in uris])
-        while len(self._cache) > self._cached_images:
-            self._cache.popitem(last=False)
+        while self._bytes > self._cached_bytes and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._bytes -= _bytes_of(oldest)
         return collated
 
     def _read(self, uri: str) -> Inputs:
         return self._writer.pixels([load_rgb(uri)])
+
+
+def _bytes_of(inputs: Inputs) -> int:
+    return sum(value.numel() * value.element_size() for value in inputs.values())
 
 
 def unreadable_image(error: ImageError) -> UserError:
