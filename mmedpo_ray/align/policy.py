@@ -173,9 +173,9 @@ def _with_lora(model: Any, spec: TrainingSpec) -> Any:
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
-            target_modules=_target_pattern(architecture_of(model), lora.target_modules),
+            target_modules=target_pattern(architecture_of(model), lora.target_modules),
             # The original stays: with the adapter off, the model is the reference.
-            modules_to_save=_names_in_model(architecture_of(model)) if spec.align.train_projector else None,
+            modules_to_save=projector_names(model) if spec.align.train_projector else None,
             task_type="CAUSAL_LM",
             base_model_name_or_path=resolve_model(spec.model),
         ),
@@ -194,12 +194,17 @@ def _unfreeze(model: Any, align: AlignConfig) -> Any:
     return model
 
 
-def _names_in_model(architecture: Architecture) -> list[str]:
-    """The projector's modules as peft looks for them: it compares the ends of full names."""
-    return [name.removeprefix("model.") for name in architecture.projector]
+def projector_names(model: Any) -> list[str]:
+    """The projector's modules as peft looks for them: by the ends of full names, and no list of modules."""
+    found = []
+    for name in architecture_of(model).projector:
+        short, module = name.removeprefix("model."), model.get_submodule(name)
+        is_list = isinstance(module, nn.ModuleList)
+        found += [f"{short}.{number}" for number in range(len(module))] if is_list else [short]
+    return found
 
 
-def _target_pattern(architecture: Architecture, names: Sequence[str]) -> str:
+def target_pattern(architecture: Architecture, names: Sequence[str]) -> str:
     """A pattern of full names of layers, in the language model only: CLIP towers have a q_proj too."""
     inside = architecture.language_model.rpartition(".")[2]
     return rf".*\.{inside}\..*\.({'|'.join(names)})"
@@ -220,7 +225,7 @@ def _check_targets(model: Any, names: Sequence[str], model_name: str) -> None:
 
     def is_target(name: str) -> bool:
         try:
-            pattern = re.compile(_target_pattern(architecture, [name]))
+            pattern = re.compile(target_pattern(architecture, [name]))
         except re.error:
             return False
         found = [is_linear for layer, is_linear in layers.items() if pattern.fullmatch(layer)]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
 from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, pack
-from mmedpo_ray.align.policy import _target_pattern
+from mmedpo_ray.align.policy import projector_names, target_pattern
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.export.stage import merge
 from mmedpo_ray.models.architectures import ARCHITECTURES
@@ -70,7 +70,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     processor = load_processor(str(folder))
     writer = PromptWriter(processor)
     torch.manual_seed(0)
-    targets = _target_pattern(writer.architecture, AlignConfig().lora.target_modules)
+    targets = target_pattern(writer.architecture, AlignConfig().lora.target_modules)
     model = get_peft_model(
         load_model(str(folder), torch.float32), LoraConfig(r=4, lora_alpha=8, target_modules=targets)
     )
@@ -162,6 +162,26 @@ def test_packed_log_probabilities_and_lora_gradients_are_those_of_separate_forwa
     largest = max(value.norm() for value in theirs.values())
     for name, value in ours.items():
         assert (value - theirs[name]).norm() < TOLERANCE * max(theirs[name].norm(), 1e-2 * largest), name
+
+
+def test_a_trained_projector_has_the_gradients_of_separate_forwards(world: World) -> None:
+    targets = target_pattern(world.architecture, ["q_proj"])
+    base = load_model(str(world.folder), torch.float32)
+    config = LoraConfig(r=4, target_modules=targets, modules_to_save=projector_names(base))
+    model = get_peft_model(base, config)
+    packed = copy.deepcopy(model)
+    use_packed_forward(packed)
+    response_logps(packed, packed_batch(world)).logps.sum().backward()
+    alone(world, model).sum().backward()
+    ours, theirs = gradients(packed), gradients(model)
+    projector = {name for name in ours if "modules_to_save" in name}
+    tower = [f"base_model.model.{name}" for name in world.architecture.projector]
+    assert projector and all(name.startswith(tuple(tower)) for name in projector)
+    largest = max(theirs[name].norm() for name in projector)
+    assert largest > 0.1
+    for name in projector:
+        difference = (ours[name] - theirs[name]).norm()
+        assert difference < TOLERANCE * max(theirs[name].norm(), 1e-2 * largest), name
 
 
 def _places_in_rows(self: Architecture, tokens: Any, inputs: Any, config: Any) -> Tensor:

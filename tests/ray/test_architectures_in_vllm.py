@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_models import build_tiny
 from vllm_tokens import vllm_tokens
 
-from mmedpo_ray.align.policy import _target_pattern
+from mmedpo_ray.align.policy import target_pattern
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.models.architectures import ARCHITECTURES
 from mmedpo_ray.models.loading import load_model, load_processor
@@ -42,7 +42,7 @@ def test_vllm_computes_what_transformers_does(kind: str, tmp_path: Path) -> None
     folder = build_tiny(kind, tmp_path / "model")
     processor, model = load_processor(str(folder)), load_model(str(folder), torch.float32)
     writer = PromptWriter(processor)
-    targets = _target_pattern(writer.architecture, AlignConfig().lora.target_modules)
+    targets = target_pattern(writer.architecture, AlignConfig().lora.target_modules)
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     for name, value in adapted.named_parameters():
