@@ -32,9 +32,12 @@ $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 		echo "                                         'Get started' page, Pip + CPU), or"; \
 		echo "  make $(MAKECMDGOALS) PIP_ARGS='--find-links FOLDER'     with a folder that holds the wheel."; \
 		exit 1; }
-	@# The lock is complete: --no-deps keeps out the CUDA builds of torchvision, torchaudio and torchcodec.
+	@# The lock is complete: --no-deps keeps out the CUDA builds of torchaudio and torchcodec.
 	$(BIN)/pip install -q $(PIP_ARGS) --no-deps -r requirements/cpu.txt
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@# torchvision is a CUDA build too; its Python part works once its operators are declared.
+	@echo 'import mmedpo_ray.compat.torchvision_on_cpu as on_cpu; on_cpu.install()' > \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mmedpo_torchvision.pth"
 	@touch $@
 
 demo: .venv
@@ -67,11 +70,11 @@ format: .venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Resolves requirements/cpu.in again. Three packages are left out: their wheels are CUDA builds that break a CPU torch.
+# Resolves requirements/cpu.in again. Two packages are left out: their wheels are CUDA builds that break a CPU torch.
 lock: .venv
 	$(BIN)/uv pip compile requirements/cpu.in $(UV_ARGS) --index-strategy unsafe-best-match --python-version 3.11 \
 		--no-annotate --no-header --no-emit-find-links --no-emit-index-url \
-		--no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec -q \
+		--no-emit-package torchaudio --no-emit-package torchcodec -q \
 		| grep -v -e '^-e' -e '^#' > requirements/cpu.txt.tmp
 	mv requirements/cpu.txt.tmp requirements/cpu.txt
 

@@ -56,7 +56,8 @@ from mmedpo_ray.align.losses import Normaliser, preference_objective
 from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
 from mmedpo_ray.align.policy import Policy, TrainingSpec
 from mmedpo_ray.align.settings import AlignConfig
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 
 BETA = 0.1
 EPOCHS = 3
@@ -235,10 +236,10 @@ class Ours:
         for row in rows:
             for side in ("image", "rejected_image"):
                 images[str(id(row[side]))] = row[side]
-        pixels = {name: writer.pixels([image])[0] for name, image in images.items()}
+        pixels = {name: writer.pixels([image]) for name, image in images.items()}
 
-        def load(uris: list[str]) -> Tensor:
-            return torch.stack([pixels[uri] for uri in uris])
+        def load(uris: list[str]) -> dict[str, Tensor]:
+            return writer.architecture.collate([pixels[uri] for uri in uris])
 
         trees: dict[str, list[Pair]] = {}
         for row in rows:
@@ -445,7 +446,8 @@ def _padded(
         attended[number, :end] = 1
         is_response[number, len(prompt) : end] = True
     pixels = writer.pixels([row[image] for row in rows])
-    inputs = {"input_ids": ids, "attention_mask": attended, "pixel_values": pixels.to(dtype)}
+    inputs = {"input_ids": ids, "attention_mask": attended}
+    inputs |= {name: value.to(dtype) for name, value in pixels.items()}
     return {name: value.to(device) for name, value in inputs.items()}, is_response.to(device)
 
 

@@ -141,7 +141,7 @@ def draw_packed(images: int, device: torch.device) -> tuple[PackedTrees, int, in
             chosen.append(TokenSequence(prompt, tokens(3), image))
             rejected.append(TokenSequence(prompt, tokens(17), image))
     pixels = torch.randn(images, 3, 336, 336, generator=generator)
-    packed_trees = pack([*chosen, *rejected], pixels, 0).to(device)
+    packed_trees = pack([*chosen, *rejected], {"pixel_values": pixels}, 0).to(device)
     return packed_trees, len(chosen), sum(len(item.response) for item in chosen)
 
 
@@ -177,7 +177,7 @@ def step_flops(policy: Policy, packed_trees: PackedTrees, geometry: Geometry) ->
     tower = sum(module.weight.numel() for name, module in linear if "vision_tower" in name)
     head = geometry.vocabulary * geometry.hidden
     edges = packed_trees.edge_token.numel()
-    images = packed_trees.pixel_values.shape[0]
+    images = packed_trees.images["pixel_values"].shape[0]
     return float(4 * frozen + 6 * lora + 4 * head * edges + 2 * tower * images * (IMAGE_TOKENS + 1))
 
 

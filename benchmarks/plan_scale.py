@@ -31,7 +31,8 @@ from mmedpo_ray.align.data.pair_source import StoredPairs
 from mmedpo_ray.align.data.tokenise import COLUMNS, prepare_rows
 from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.align.settings import AlignConfig
-from mmedpo_ray.models.loading import EMBEDDED_NAME, PromptWriter, load_processor
+from mmedpo_ray.models.loading import EMBEDDED_NAME, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.manifest import Manifest
 
@@ -135,7 +136,7 @@ def measure(num_pairs: int) -> dict[str, float]:
     writer = PromptWriter(load_processor(EMBEDDED_NAME))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_table(folder, num_pairs, writer.image_token_id, writer.num_image_tokens)
+        write_table(folder, num_pairs, writer.image_token_id, writer.count_image_tokens(None))
         table = sum(path.stat().st_size for path in folder.iterdir())
         started = time.process_time()
         ensure_index(name, Manifest(stage="prepare", key="benchmark"))

@@ -163,7 +163,7 @@ def storage_lines(shape: Geometry) -> list[str]:
 
 def lines() -> list[str]:
     """All tables."""
-    shape = Geometry.of(llava_med(), AlignConfig())
+    shape = Geometry.of(llava_med(), AlignConfig(), llava_med().image_seq_length)
     return [
         *geometry_lines(shape),
         "",

@@ -34,7 +34,8 @@ import numpy as np
 from serving_model import IMAGE_SIZE, build_model, draw_image
 
 from mmedpo_ray.config.tree import Config
-from mmedpo_ray.models.loading import load_processor, resolve_model, template_with_bos
+from mmedpo_ray.models.loading import load_processor, resolve_model
+from mmedpo_ray.models.prompts import template_with_bos
 from mmedpo_ray.models.vllm_engine import engine_settings
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,8 @@ from mmedpo_ray.align.policy import TrainingSpec
 from mmedpo_ray.align.settings import AlignConfig, LoraConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.manifest import Manifest
 

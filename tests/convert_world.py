@@ -17,7 +17,8 @@ from transformers import LlamaTokenizer
 
 from mmedpo_ray.convert.checkpoint import convert
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+from mmedpo_ray.models.loading import load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 
 QUESTION = "Is there a nodule in the left lung?"
 
@@ -32,7 +33,7 @@ def logits(folder: Path, image: Image.Image) -> torch.Tensor:
     writer = PromptWriter(load_processor(str(folder)))
     ids = torch.tensor([writer.prompt(QUESTION)])
     with torch.inference_mode():
-        return model(input_ids=ids, pixel_values=writer.pixels([image])).logits[0]
+        return model(input_ids=ids, **writer.pixels([image])).logits[0]
 
 
 def write_json(path: Path, content: object) -> None:

@@ -24,7 +24,7 @@ from mmedpo_ray.align.data.tokenise import make_pair, prepare_table
 from mmedpo_ray.align.losses import ResponseLogps
 from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.align.settings import AlignConfig
-from mmedpo_ray.models.loading import PromptWriter
+from mmedpo_ray.models.prompts import PromptWriter
 
 
 class PairsInMemory(PairSource):

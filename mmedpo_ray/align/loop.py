@@ -17,7 +17,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from mmedpo_ray.align import losses
@@ -35,7 +34,8 @@ from mmedpo_ray.align.policy import TrainingSpec, build_policy, learning_rate_fa
 from mmedpo_ray.align.progress import PLAN_FILE
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables.provenance import check_prepared
 
 log = logging.getLogger(__name__)
@@ -84,9 +84,7 @@ class TrainingLoop:
         self.stored_reference = losses.reference_source(spec.align) == "precomputed"
         # Whether the policy in training mode differs from the one that is evaluated.
         self.has_dropout = spec.align.train == "lora" and spec.align.lora.dropout > 0
-        pixels = self.writer.pixels([Image.new("RGB", (32, 32))])
-        cached_images = max(64, _IMAGE_CACHE_BYTES // (pixels.numel() * pixels.element_size()))
-        self.images = ImageLoader(self.writer, cached_images, spec.align.image_threads)
+        self.images = ImageLoader(self.writer, _IMAGE_CACHE_BYTES, spec.align.image_threads)
         self.plan, self.held_out = self._make_plan()
         self.checkpoints = CheckpointManager(spec)
         self.engine, self.step = self._make_engine()

@@ -1,4 +1,4 @@
-"""The policy: a LLaVA with its trainable part, and the description of a run from which a worker builds it."""
+"""The policy: a model with its trainable part, and the description of a run from which a worker builds it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mmedpo_ray.align.losses import reference_source
-from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
+from mmedpo_ray.align.packing.logps import check_attention, response_logps, use_packed_forward
 from mmedpo_ray.align.packing.tree_attention import check_family
 from mmedpo_ray.align.packing.trees import PackedTrees
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import PROJECTOR, load_model, resolve_model
+from mmedpo_ray.models.architectures import architecture_of
+from mmedpo_ray.models.architectures.base import Architecture
+from mmedpo_ray.models.loading import load_config, load_model, resolve_model
 
 # How like an existing layer (by difflib's ratio) a wrong name must be for "did you mean".
 _LEAST_LIKENESS = 0.6
@@ -114,7 +116,8 @@ def build_policy(spec: TrainingSpec) -> Policy:
     use_packed_forward(trained, attention=align.attention, sharded=align.strategy == "zero3")
     if align.gradient_checkpointing:
         # Non-reentrant checkpointing checks saved tensors that ZeRO-3 has meanwhile released.
-        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": True})
+        language_model = model.get_submodule(architecture_of(model).language_model)
+        language_model.gradient_checkpointing_enable({"use_reentrant": True})
     with_kl = align.objective == "dpo" and align.kl_coefficient > 0
     return Policy(
         trained,
@@ -145,12 +148,13 @@ def check_model(model: str, align: AlignConfig) -> None:
     Raises:
         UserError: as :func:`build_policy`.
     """
-    from transformers import AutoConfig, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    settings = AutoConfig.from_pretrained(resolve_model(model))
+    settings = load_config(model)
+    check_attention(architecture_of(settings), align.attention)
     check_family(settings.text_config, along_tree=align.attention == "tree")
     with torch.device("meta"):
-        empty = LlavaForConditionalGeneration(settings)
+        empty = AutoModelForImageTextToText.from_config(settings)
     _check_window(empty, align, model)
     if align.train == "lora":
         _check_targets(empty, align.lora.target_modules, model)
@@ -169,9 +173,9 @@ def _with_lora(model: Any, spec: TrainingSpec) -> Any:
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
-            target_modules=_target_pattern(lora.target_modules),
+            target_modules=target_pattern(architecture_of(model), lora.target_modules),
             # The original stays: with the adapter off, the model is the reference.
-            modules_to_save=[PROJECTOR] if spec.align.train_projector else None,
+            modules_to_save=projector_names(model) if spec.align.train_projector else None,
             task_type="CAUSAL_LM",
             base_model_name_or_path=resolve_model(spec.model),
         ),
@@ -182,16 +186,28 @@ def _with_lora(model: Any, spec: TrainingSpec) -> Any:
 
 def _unfreeze(model: Any, align: AlignConfig) -> Any:
     """Makes the language model trainable, with embeddings, norms and lm_head; returns the model."""
-    trained = [model.model.language_model, model.lm_head]
-    trained += [getattr(model.model, PROJECTOR)] if align.train_projector else []
-    for module in trained:
-        module.requires_grad_(True)
+    architecture = architecture_of(model)
+    trained = [architecture.language_model, "lm_head"]
+    trained += architecture.projector if align.train_projector else []
+    for name in trained:
+        model.get_submodule(name).requires_grad_(True)
     return model
 
 
-def _target_pattern(names: Sequence[str]) -> str:
+def projector_names(model: Any) -> list[str]:
+    """The projector's modules as peft looks for them: by the ends of full names, and no list of modules."""
+    found = []
+    for name in architecture_of(model).projector:
+        short, module = name.removeprefix("model."), model.get_submodule(name)
+        is_list = isinstance(module, nn.ModuleList)
+        found += [f"{short}.{number}" for number in range(len(module))] if is_list else [short]
+    return found
+
+
+def target_pattern(architecture: Architecture, names: Sequence[str]) -> str:
     """A pattern of full names of layers, in the language model only: CLIP towers have a q_proj too."""
-    return rf".*\.language_model\..*\.({'|'.join(names)})"
+    inside = architecture.language_model.rpartition(".")[2]
+    return rf".*\.{inside}\..*\.({'|'.join(names)})"
 
 
 def _check_targets(model: Any, names: Sequence[str], model_name: str) -> None:
@@ -200,15 +216,16 @@ def _check_targets(model: Any, names: Sequence[str], model_name: str) -> None:
     Raises:
         UserError: lists the wrong names and similar correct ones.
     """
+    architecture = architecture_of(model)
     layers = {
         name: isinstance(module, nn.Linear)
         for name, module in model.named_modules()
-        if ".language_model." in name
+        if name.startswith(f"{architecture.language_model}.")
     }
 
     def is_target(name: str) -> bool:
         try:
-            pattern = re.compile(_target_pattern([name]))
+            pattern = re.compile(target_pattern(architecture, [name]))
         except re.error:
             return False
         found = [is_linear for layer, is_linear in layers.items() if pattern.fullmatch(layer)]
@@ -230,6 +247,9 @@ def _check_targets(model: Any, names: Sequence[str], model_name: str) -> None:
 
 def _check_window(model: Any, align: AlignConfig, model_name: str) -> None:
     """In a packed tree a token sees all its ancestors; sequences must fit a model's attention window."""
+    if architecture_of(model).layer_masks:
+        # Windows are among the masks.
+        return
     window = getattr(model.config.text_config, "sliding_window", None)
     if window is not None and align.max_length > window:
         raise UserError(

@@ -137,6 +137,16 @@ def _rollout(arguments: Namespace) -> Run:
     return run
 
 
+def _no_options(parser: ArgumentParser) -> None:
+    """Takes none."""
+
+
+def _models(_arguments: Namespace) -> Run:
+    from mmedpo_ray.models.list_architectures import models_command
+
+    return models_command
+
+
 def _phantom_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "action",
@@ -215,6 +225,13 @@ COMMANDS = (
         "and switches its name over once the new one has answered on every replica.",
         example="example: mmedpo rollout run.folder=runs/second ray.address=127.0.0.1:6379",
         has_settings=True,
+    ),
+    Command(
+        "models",
+        "the supported model architectures, and what each can do",
+        _no_options,
+        _models,
+        description="Lists the supported architectures by the model_type of config.json.",
     ),
     Command(
         "phantom",

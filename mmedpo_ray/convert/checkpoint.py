@@ -43,8 +43,10 @@ from mmedpo_ray.convert.weights import (
     write_shards,
 )
 from mmedpo_ray.errors import UserError, first_line
-from mmedpo_ray.models.loading import PromptWriter, load_processor
-from mmedpo_ray.models.saving import TOWER, check_new_folder, replaced_folder
+from mmedpo_ray.models.architectures.base import TOWER
+from mmedpo_ray.models.loading import load_processor
+from mmedpo_ray.models.prompts import PromptWriter
+from mmedpo_ray.models.saving import check_new_folder, replaced_folder
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -20,7 +20,7 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from mmedpo_ray.convert.json_files import JsonSettings, bad_setting, checked, read_object, shorten
 from mmedpo_ray.errors import UserError, first_line
-from mmedpo_ray.models.saving import saved_name
+from mmedpo_ray.models.architectures.llava import saved_parameter
 
 MODEL_TYPE = "llava_mistral"
 # The upper bounds are far above every model there is; they keep a typing error from taking all memory or
@@ -320,4 +320,4 @@ def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     parameters = model.named_parameters(remove_duplicate=False)
-    return {saved_name(name): tuple(parameter.shape) for name, parameter in parameters}
+    return {saved_parameter(name): tuple(parameter.shape) for name, parameter in parameters}

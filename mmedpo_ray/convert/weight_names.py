@@ -2,12 +2,12 @@
 
 The original (``llava_mistral``) is a Mistral that holds the CLIP tower and the projector; the conversion
 separates them. Names on the right are those of LLaVA checkpoints on the hub
-(:mod:`mmedpo_ray.models.saving`).
+(:mod:`mmedpo_ray.models.architectures.llava`).
 """
 
 from __future__ import annotations
 
-from mmedpo_ray.models.saving import TOWER
+from mmedpo_ray.models.architectures.base import TOWER
 
 # From the longest prefix to the shortest: the first that fits decides.
 _PREFIXES = (

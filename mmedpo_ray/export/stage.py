@@ -1,6 +1,6 @@
 """A trained model → a folder to hand on: the merged model, and the adapter if nothing else was trained.
 
-``model/merged`` is a whole LLaVA with processor, chat template and generation settings, under weight names
+``model/merged`` is a whole model with processor, chat template and generation settings, under weight names
 that vLLM and transformers both load (:mod:`mmedpo_ray.models.saving`). ``model/adapter`` is what training
 wrote (peft). It exists only after LoRA on the language model alone, because an endpoint would ignore a
 projector that came with the adapter. Both appear complete or not at all.
@@ -21,14 +21,13 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.models.fingerprint import model_fingerprint
 from mmedpo_ray.models.loading import load_model, load_processor, read_model_config, resolve_model
-from mmedpo_ray.models.saving import replaced_folder, save_llava
+from mmedpo_ray.models.saving import replaced_folder, save_model
 from mmedpo_ray.models.shards import ShardReader
 from mmedpo_ray.tables.run_folder import ADAPTER, WEIGHTS, Role, RunFolder
 from mmedpo_ray.tables.stage_runner import MANIFEST, Manifest, StageRunner
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlavaForConditionalGeneration
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def merge(base: str, adapter: Path, folder: Path) -> float:
 
     Args:
         base: as ``model.path``.
-        adapter: peft folder, trained on the whole ``LlavaForConditionalGeneration``.
+        adapter: peft folder, trained on the whole model.
         folder: where to save.
 
     Returns:
@@ -104,11 +103,11 @@ def merge(base: str, adapter: Path, folder: Path) -> float:
     rounding = _rounding(adapted)
     merged = adapted.merge_and_unload(safe_merge=True)
     # A trained projector comes in the precision it was stored in.
-    save_llava(merged.to(dtype), load_processor(base), folder)
+    save_model(merged.to(dtype), load_processor(base), folder)
     return rounding
 
 
-def _with_adapter(model: LlavaForConditionalGeneration, adapter: Path, base: str) -> Any:
+def _with_adapter(model: Any, adapter: Path, base: str) -> Any:
     """The ``PeftModel`` with the adapter's weights.
 
     Raises:
@@ -190,7 +189,7 @@ def put_weights(base: str, weights: Path, folder: Path) -> None:
                     f"{expected}. Set model.path to the model they were trained from."
                 )
             parameters[name].copy_(reader.tensor(name))
-    save_llava(model, load_processor(base), folder)
+    save_model(model, load_processor(base), folder)
 
 
 def _check_adapter(folder: Path) -> dict[str, Any]:

@@ -362,6 +362,18 @@ def load_rgb(uri: str) -> Image.Image:
     return to_rgb(load_image(uri, max_pixels=None))
 
 
+def read_size(uri: str) -> tuple[int, int]:
+    """Width and height of :func:`load_rgb`'s image, from the file's header where that tells.
+
+    Raises:
+        ImageError: see :func:`load_image`.
+    """
+    data = read_file(uri)
+    if not is_dicom(data) and (size := pillow_images.size_in_header(data)) is not None:
+        return size
+    return decode(data, uri, max_pixels=None, frame=file_and_frame(uri)[1]).size
+
+
 def encode_png(image: Image.Image) -> bytes:
     """The image as PNG bytes, in its own mode, as Pillow writes it; equal pixels give equal bytes.
 

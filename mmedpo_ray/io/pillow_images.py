@@ -67,6 +67,16 @@ def decode(data: bytes, name: str, max_pixels: int | None, frame: int | None) ->
     return image
 
 
+def size_in_header(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a PNG or JPEG file that nothing turns; ``None``: it has to be decoded."""
+    try:
+        image = open_header(data)
+    except Exception:
+        return None
+    is_plain = image.format in ("PNG", "JPEG") and count_frames(image) == 1
+    return image.size if is_plain and not any(key in image.info for key in _METADATA) else None
+
+
 def _one_frame(image: Image.Image, index: int) -> Image.Image:
     image.seek(index)
     found = image.copy()

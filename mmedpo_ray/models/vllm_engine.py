@@ -6,14 +6,19 @@ CUDA.
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mmedpo_ray.errors import UserError
+from mmedpo_ray.models.architectures import ARCHITECTURES
 from mmedpo_ray.models.loading import read_model_config
 from mmedpo_ray.models.settings import EngineConfig
+
+log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "gpu"]
 
@@ -77,6 +82,8 @@ def engine_settings(
     """
     device = _device(engine, has_gpu)
     on_cpu = device == "cpu"
+    if on_cpu and model is not None:
+        _warn_of_another_model(model)
     auto_dtype = "float32" if on_cpu else "bfloat16"
     model_config = read_model_config(model) if model is not None else None
     text_config = model_config.get("text_config") or model_config if model_config else {}
@@ -114,6 +121,19 @@ def engine_settings(
         env=_environment(device),
         bundles=[dict(bundle) for _ in range(engine.tensor_parallel_size)],
     )
+
+
+@functools.lru_cache
+def _warn_of_another_model(model: str | Path) -> None:
+    """Says once where answers on CPU would not be the model's own."""
+    kind = (read_model_config(model) or {}).get("model_type", "")
+    if kind in ARCHITECTURES and not (architecture := ARCHITECTURES[kind]()).exact_on_cpu:
+        log.warning(
+            "vLLM on CPU does not compute %s as its authors do (%s): answers and scores are those of "
+            "another model. Use them to try the pipeline, and a GPU for results",
+            architecture.title,
+            model,
+        )
 
 
 def start_engine(model: str, arguments: dict[str, Any]) -> Any:

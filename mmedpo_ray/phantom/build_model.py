@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from mmedpo_ray.console import console, progress_bar
-from mmedpo_ray.models.saving import check_new_folder, save_llava
+from mmedpo_ray.models.saving import check_new_folder, save_model
 from mmedpo_ray.phantom.model_scores import score_model
 from mmedpo_ray.phantom.tokenizer import make_processor, train_tokenizer
 from mmedpo_ray.phantom.training import Report, train_language, train_tower
@@ -116,7 +116,7 @@ def build_phantom_llava(folder: Path, config: PhantomBuildConfig, report: Report
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        save_llava(model, processor, folder)
+        save_model(model, processor, folder)
         scores: dict = {"config": asdict(config), "parameters": model.num_parameters(), "tower": tower_scores}
         for world in ("biased", "uniform"):
             phantoms = list(generate("test", config.score_images, config.seed, world, config.image_size))

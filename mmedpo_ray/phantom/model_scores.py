@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mmedpo_ray.models.loading import chat_messages
+from mmedpo_ray.models.prompts import chat_messages
 from mmedpo_ray.phantom.text import Question, report_findings
 from mmedpo_ray.phantom.training import Report
 from mmedpo_ray.phantom.world import Phantom

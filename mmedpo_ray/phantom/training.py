@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mmedpo_ray.models.loading import PromptWriter
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.phantom.findings import KINDS
 from mmedpo_ray.phantom.render import render
 from mmedpo_ray.phantom.world import Phantom, generate
@@ -132,7 +132,7 @@ def _tree(writer: PromptWriter, phantom: Phantom) -> dict[str, Tensor]:
     turns = [(writer.prompt(q.question), writer.response(q.question, q.answer)) for q in phantom.questions]
     first = turns[0][0]
     assert first is not None
-    num_shared = first.index(writer.image_token_id) + writer.num_image_tokens
+    num_shared = first.index(writer.image_token_id) + writer.count_image_tokens(None)
     ids, positions, branch = first[:num_shared], list(range(num_shared)), [0] * num_shared
     target, weight = [-100] * num_shared, [0.0] * num_shared
     for number, (prompt, answer) in enumerate(turns, start=1):

@@ -18,7 +18,9 @@ from ray.serve.config import RequestRouterConfig
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io.storage import join
-from mmedpo_ray.models.loading import load_processor, read_model_config, template_with_bos
+from mmedpo_ray.models.architectures import ARCHITECTURES
+from mmedpo_ray.models.loading import load_processor, read_model_config
+from mmedpo_ray.models.prompts import template_with_bos
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings
 from mmedpo_ray.serve.engine_watch import deployment_name
 from mmedpo_ray.serve.settings import ServeConfig
@@ -137,8 +139,8 @@ def _llm_config(
 ) -> dict[str, Any]:
     """Arguments of ``ray.serve.llm.LLMConfig``, plain data so that only the replica imports vLLM."""
     arguments = dict(settings.engine_kwargs)
-    if (read_model_config(path) or {}).get("model_type") == "llava":
-        # A LLaVA's own template may leave out the beginning token, which an endpoint does not add.
+    if (read_model_config(path) or {}).get("model_type", "") in ARCHITECTURES:
+        # The model's own template may leave out the beginning token, which an endpoint does not add.
         template = template_with_bos(load_processor(path))
         arguments |= {"chat_template": template} if template is not None else {}
     if adapters:

@@ -20,7 +20,8 @@ from mmedpo_ray.align.data.batch import ImageLoader, Pair, pack_pairs, pair_batc
 from mmedpo_ray.align.losses import Normaliser, preference_objective
 from mmedpo_ray.align.packing.logps import response_logps
 from mmedpo_ray.align.settings import AlignConfig
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+from mmedpo_ray.models.loading import load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables import schemas
 
 datasets = pytest.importorskip("datasets")

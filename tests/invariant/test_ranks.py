@@ -18,7 +18,8 @@ from mmedpo_ray.align.plan.plan import Plan
 from mmedpo_ray.align.policy import build_policy, learning_rate_factor
 from mmedpo_ray.align.stage import _raise_user_error
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+from mmedpo_ray.models.loading import load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 
 if TYPE_CHECKING:
     from conftest import Runs

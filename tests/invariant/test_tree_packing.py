@@ -31,7 +31,8 @@ from mmedpo_ray.align.packing import lm_head
 from mmedpo_ray.align.packing.logps import response_logps, use_packed_forward
 from mmedpo_ray.align.packing.trees import TokenSequence, pack
 from mmedpo_ray.align.settings import LOSSES, AlignConfig
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+from mmedpo_ray.models.loading import load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 
 TOLERANCE = 1e-5
 
@@ -147,10 +148,12 @@ def packed(
     renumbered = [
         TokenSequence(item.prompt, item.response, used.index(item.image), item.weights) for item in sequences
     ]
-    size = world.writer.pixels([_blank()]).shape[-1]
+    size = world.writer.pixels([_blank()])["pixel_values"].shape[-1]
     pixels = torch.nn.functional.interpolate(_pixels(), size)[used]
     return response_logps(
-        world.packed[attention], pack(renumbered, pixels, world.writer.pad_token_id), **options
+        world.packed[attention],
+        pack(renumbered, {"pixel_values": pixels}, world.writer.pad_token_id),
+        **options,
     )
 
 
@@ -165,7 +168,7 @@ def padded(world: World, sequences: list[TokenSequence]) -> tuple[Tensor, Tensor
         ids[row, : len(whole)] = torch.tensor(whole)
         attended[row, : len(whole)] = 1
         is_response[row, len(item.prompt) : len(whole)] = True
-    size = world.writer.pixels([_blank()]).shape[-1]
+    size = world.writer.pixels([_blank()])["pixel_values"].shape[-1]
     pixels = torch.nn.functional.interpolate(_pixels(), size)[[item.image for item in sequences]]
     logits = world.model(input_ids=ids, attention_mask=attended, pixel_values=pixels).logits.float()
     logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)

@@ -16,7 +16,8 @@ from mmedpo_ray.align.data.pair_source import StoredPairs
 from mmedpo_ray.align.losses import Normaliser, ResponseLogps, preference_objective
 from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.policy import build_policy
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 
 if TYPE_CHECKING:
     from conftest import Runs

@@ -21,7 +21,8 @@ from mmedpo_ray.align.metrics import read_metrics
 from mmedpo_ray.align.stage import align
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+from mmedpo_ray.models.loading import load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables import schemas, stage_runner
 from mmedpo_ray.tables.run_folder import RunFolder
 
@@ -149,7 +150,7 @@ def _check_adapter(config: Config, folder: Path) -> None:
     prompt = writer.prompt("Is there a nodule?")
     inputs = {
         "input_ids": torch.tensor([prompt]),
-        "pixel_values": writer.pixels([Image.new("RGB", (32, 32))]),
+        **writer.pixels([Image.new("RGB", (32, 32))]),
     }
     with torch.no_grad():
         before = model(**inputs).logits[0, -1]

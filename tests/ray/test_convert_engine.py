@@ -12,7 +12,8 @@ from tiny_llava_med import NUM_PATCHES, Original, build_tiny_llava_med, original
 from vllm_tokens import vllm_tokens
 
 from mmedpo_ray.convert.checkpoint import convert
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+from mmedpo_ray.models.loading import load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 
 QUESTIONS = ["Is there a nodule in the left lung?", "What is shown in the image?"]
 NUM_TOKENS = 8
@@ -41,7 +42,7 @@ def transformers_tokens(folder: Path, question: str) -> list[int]:
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        pixel_values=writer.pixels([image()]),
+        **writer.pixels([image()]),
         max_new_tokens=NUM_TOKENS,
         do_sample=False,
     )

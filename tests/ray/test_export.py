@@ -27,7 +27,8 @@ from mmedpo_ray.align.policy import build_policy
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.export.stage import export, merge, put_weights
-from mmedpo_ray.models.saving import hub_name, use_hub_names
+from mmedpo_ray.models.architectures.llava import Llava
+from mmedpo_ray.models.saving import rename_weights
 from mmedpo_ray.serve.models import run_models
 from mmedpo_ray.tables.run_folder import Role, RunFolder
 from mmedpo_ray.tables.stage_runner import StageRunner
@@ -321,12 +322,14 @@ def test_hub_names_in_shards(tmp_path):
     save_file({"language_model.model.y": torch.ones(2)}, tmp_path / "model-00002-of-00002.safetensors")
     index = {"metadata": {}, "weight_map": {"vision_tower.embeddings.x": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    use_hub_names(tmp_path)
-    use_hub_names(tmp_path)
+    rename_weights(tmp_path, Llava().saved_name)
+    rename_weights(tmp_path, Llava().saved_name)
     assert list(load_file(tmp_path / "model-00001-of-00002.safetensors")) == [
         "vision_tower.vision_model.embeddings.x"
     ]
     assert list(load_file(tmp_path / "model-00002-of-00002.safetensors")) == ["language_model.model.y"]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert list(index["weight_map"]) == ["vision_tower.vision_model.embeddings.x"]
-    assert hub_name("multi_modal_projector.linear_1.weight") == "multi_modal_projector.linear_1.weight"
+    assert (
+        Llava().saved_name("multi_modal_projector.linear_1.weight") == "multi_modal_projector.linear_1.weight"
+    )

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from vllm_tokens import vllm_tokens
 
-from mmedpo_ray.models.loading import EMBEDDED_FOLDER, PromptWriter, load_model, load_processor
+from mmedpo_ray.models.loading import EMBEDDED_FOLDER, load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.phantom.model_scores import answer
 from mmedpo_ray.phantom.world import generate
 
@@ -22,7 +23,7 @@ def test_vllm_and_transformers_agree() -> None:
     writer, tokenizer = PromptWriter(processor), processor.tokenizer
     for tokens, (_, question) in zip(found, prompts, strict=True):
         assert tokens["prompt"] == writer.prompt(question)
-        assert tokens["answer"][-1] == writer.eos_token_id
+        assert tokens["answer"][-1] == writer.end_token_id
     texts = [tokenizer.decode(tokens["answer"], skip_special_tokens=True).strip() for tokens in found]
     expected = answer(model, processor, prompts)
     same = sum(text == other for text, other in zip(texts, expected, strict=True))

@@ -14,7 +14,8 @@ from mmedpo_ray.align.data.prepare_stage import made_with, prepare
 from mmedpo_ray.align.plan.dry_run import dry_run
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.errors import user_message
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.provenance import MADE_WITH
 from mmedpo_ray.tables.run_folder import RunFolder

@@ -39,7 +39,7 @@ def test_the_step_on_a_gpu_has_eleven_questions_on_every_image() -> None:
     packed_trees, pairs, chosen_tokens = draw_packed(3, torch.device("cpu"))
     assert pairs == 3 * 11
     assert chosen_tokens == 3 * 11 * 3
-    assert packed_trees.pixel_values.shape[0] == 3
+    assert packed_trees.images["pixel_values"].shape[0] == 3
     own = 11 * (9 + 4 + 2 + 16)
     assert packed_trees.input_ids.numel() == pytest.approx(3 * (4 + IMAGE_TOKENS + own), rel=0.01)
 

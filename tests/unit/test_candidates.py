@@ -14,7 +14,8 @@ from tiny_llava import build_tiny_llava
 from mmedpo_ray.config.load import load
 from mmedpo_ray.curate.text import candidates
 from mmedpo_ray.curate.text.candidates import COLUMNS, CandidateSampler, plan
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.models.vllm_engine import engine_settings
 from mmedpo_ray.tables import schemas
 
@@ -59,7 +60,7 @@ def test_prompts_are_those_of_training_and_few_are_kept(
     asked = [question for question in questions if writer.prompt(question) is not None for _ in range(2)]
     assert len(asked) == 20
     assert [request["prompt_token_ids"] for request in sampler._engine.requests] == [
-        writer.narrow(writer.prompt(question) or []) for question in asked
+        writer.narrow_prompt(question) for question in asked
     ]
     assert {row["sample_id"] for row in rows if row[schemas.DROP_REASON]} == {"2"}
     kept = {row["sample_id"]: row["prompt_sha256"] for row in rows if not row[schemas.DROP_REASON]}

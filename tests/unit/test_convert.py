@@ -27,8 +27,9 @@ from mmedpo_ray.convert.checkpoint import convert, convert_command
 from mmedpo_ray.convert.llava_med_processor import make_processor
 from mmedpo_ray.convert.weight_names import converted_name
 from mmedpo_ray.convert.weights import list_tensors
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor, resolve_model
-from mmedpo_ray.models.saving import saved_name
+from mmedpo_ray.models.architectures.llava import saved_parameter
+from mmedpo_ray.models.loading import load_model, load_processor, resolve_model
+from mmedpo_ray.models.prompts import PromptWriter
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def writer(converted: Path) -> PromptWriter:
 
 
 def original_logits(original: Original, writer: PromptWriter, image: Image.Image) -> torch.Tensor:
-    return original.logits(original.prompt_ids(QUESTION), writer.pixels([image]))
+    return original.logits(original.prompt_ids(QUESTION), writer.pixels([image])["pixel_values"])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_weights_are_the_same_bytes(original: Original, converted: Path) -> None
 
 def test_saved_names_are_those_of_the_hub(converted: Path) -> None:
     names = dict(load_model(str(converted), torch.float32).named_parameters())
-    assert {saved_name(name) for name in names} == set(load_file(converted / "model.safetensors"))
+    assert {saved_parameter(name) for name in names} == set(load_file(converted / "model.safetensors"))
 
 
 @given(question=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60))
@@ -116,14 +117,16 @@ def test_images_are_padded_as_in_the_original(
     writer: PromptWriter, width: int, height: int, mode: str
 ) -> None:
     image = picture(width, height, mode).convert("RGB")
-    torch.testing.assert_close(writer.pixels([image]), original_pixels(image), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        writer.pixels([image])["pixel_values"], original_pixels(image), atol=1e-6, rtol=0
+    )
 
 
 def test_images_are_cropped_where_the_original_did(original: Original, tmp_path: Path) -> None:
     folder = copied(original, tmp_path, image_aspect_ratio="square")
     processor = load_processor(str(convert(folder, tmp_path / "out").out))
     assert processor.image_processor.do_pad is False
-    assert PromptWriter(processor).pixels([picture(60, 20)]).shape == (1, 3, 32, 32)
+    assert PromptWriter(processor).pixels([picture(60, 20)])["pixel_values"].shape == (1, 3, 32, 32)
 
 
 def test_the_configuration_says_what_the_original_did(original: Original, converted: Path) -> None:

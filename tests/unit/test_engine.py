@@ -52,6 +52,16 @@ def test_what_the_user_sets_wins():
     assert settings.engine_kwargs["max_num_batched_tokens"] == 512
 
 
+def test_a_model_that_vllm_computes_otherwise_on_cpu_is_warned_about(tmp_path, caplog):
+    """Gemma 3: before the engine starts, on CPU only."""
+    folder = model_folder(tmp_path, model_type="gemma3", vision_config={}, text_config={})
+    engine_settings(EngineConfig(), has_gpu=True, model=folder)
+    assert not caplog.records
+    engine_settings(EngineConfig(), has_gpu=False, model=folder)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "Gemma 3" in record.getMessage()
+
+
 def test_length_is_capped_by_the_model(tmp_path):
     folder = model_folder(tmp_path, vision_config={}, text_config={"max_position_embeddings": 1024})
     assert engine_settings(EngineConfig(), has_gpu=False, model=folder).engine_kwargs["max_model_len"] == 1024

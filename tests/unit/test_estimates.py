@@ -91,7 +91,7 @@ def packed_trees(images: int, questions: int) -> PackedTrees:
         for _ in range(questions):
             prompt = [1, *[IMAGE_TOKEN] * IMAGE_TOKENS, 2, *some(20)]
             sequences += [TokenSequence(prompt, some(8), image) for _ in range(2)]
-    return pack(sequences, torch.randn(images, 3, 16, 16), pad_token_id=0)
+    return pack(sequences, {"pixel_values": torch.randn(images, 3, 16, 16)}, pad_token_id=0)
 
 
 def kept_bytes(model: Any, batch: PackedTrees) -> int:
@@ -120,7 +120,7 @@ def test_expected_activations_are_what_autograd_keeps(
 ) -> None:
     align = align_settings(train=train)
     settings, batch = llava(hidden, intermediate, key_heads), packed_trees(images, questions)
-    shape = Geometry.of(settings, align)
+    shape = Geometry.of(settings, align, settings.image_seq_length)
     size = ForwardSize(batch.input_ids.numel(), batch.edge_token.numel(), images)
     kept = kept_bytes(build(settings, align), batch)
     # Of the three numbers a logit, the forward pass keeps one.

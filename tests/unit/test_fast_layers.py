@@ -71,7 +71,7 @@ def packed_trees() -> PackedTrees:
         )
     ]
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    return pack(sequences, pixels, pad_token_id=0)
+    return pack(sequences, {"pixel_values": pixels}, pad_token_id=0)
 
 
 @pytest.mark.parametrize("attention", ["tree", "sdpa"])

@@ -16,11 +16,8 @@ from mmedpo_ray.align.data.batch import ImageLoader, pack_pairs, read_ahead
 from mmedpo_ray.align.packing.logps import response_logps
 from mmedpo_ray.align.packing.trees import TokenSequence, pack
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import (
-    PromptWriter,
-    load_model,
-    load_processor,
-)
+from mmedpo_ray.models.loading import load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables import schemas
 
 
@@ -44,7 +41,7 @@ def test_logps_equal_the_model_s_own_on_every_row(
     )
     model = load_model(str(model_folder), torch.float32)
     batch = pack_pairs(pairs, ImageLoader(writer), writer.pad_token_id, both_sides=True)
-    assert batch.pixel_values.shape[0] == 4, "two images and their two noised ones, each once"
+    assert batch.images["pixel_values"].shape[0] == 4, "two images and their two noised ones, each once"
     found = response_logps(model, batch)
     images = ImageLoader(writer)
     sides = [(pair.prompt, pair.chosen, pair.image_uri) for pair in pairs]
@@ -52,7 +49,7 @@ def test_logps_equal_the_model_s_own_on_every_row(
     for row, (prompt, response, uri) in enumerate(sides):
         ids = torch.tensor([prompt + response])
         with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=images([uri])).logits[0]
+            logits = model(input_ids=ids, **images([uri])).logits[0]
         logps = torch.log_softmax(logits[len(prompt) - 1 : -1].double(), -1)
         expected = logps.gather(1, torch.tensor(response)[:, None]).sum()
         assert found.logps[row].item() == pytest.approx(expected.item(), rel=1e-4)
@@ -110,7 +107,11 @@ def test_another_number_of_ids_than_features_is_refused(
 ) -> None:
     model = load_model(str(model_folder), torch.float32)
     prompt = [1] + [writer.image_token_id] * ids + [5, 6]
-    batch = pack([TokenSequence(prompt, [7, 8], image) for image in (0, 1)], torch.zeros(2, 3, 32, 32), 0)
+    batch = pack(
+        [TokenSequence(prompt, [7, 8], image) for image in (0, 1)],
+        {"pixel_values": torch.zeros(2, 3, 32, 32)},
+        0,
+    )
     with pytest.raises(UserError, match=rf"{ids} ids .* 16 features"):
         response_logps(model, batch)
 
@@ -133,9 +134,25 @@ def test_images_read_in_threads_keep_their_order(writer: PromptWriter, tmp_path:
         pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30), np.uint8)
         Image.fromarray(pixels).save(uri)
     asked = [*uris, uris[2], uris[0]]
-    assert torch.equal(ImageLoader(writer, threads=3)(asked), ImageLoader(writer)(asked))
+    ours, theirs = (ImageLoader(writer, threads=number)(asked)["pixel_values"] for number in (3, 1))
+    assert torch.equal(ours, theirs)
     with pytest.raises(UserError, match="cannot be read any more"):
         ImageLoader(writer, threads=3)([*uris, str(tmp_path / "gone.png")])
+
+
+def test_images_are_kept_up_to_a_size(writer: PromptWriter, tmp_path: Path) -> None:
+    uris = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for number, uri in enumerate(uris):
+        Image.new("L", (32, 32), 40 * number).save(uri)
+    one = 3 * 32 * 32 * 4
+    images = ImageLoader(writer, cached_bytes=2 * one)
+    expected = images(uris)["pixel_values"]
+    assert expected.shape[0] == 3, "a batch may be larger than what is kept"
+    for uri in uris:
+        Path(uri).unlink()
+    assert torch.equal(images(uris[1:])["pixel_values"], expected[1:])
+    with pytest.raises(UserError, match=r"0\.png"):
+        images(uris[:1])
 
 
 def test_one_item_is_read_ahead_and_no_more() -> None:

@@ -37,7 +37,7 @@ def test_every_response_token_sees_exactly_what_precedes_it(
 ) -> None:
     images = sorted({image for _, _, image in items})
     sequences = [TokenSequence(prompt, response, images.index(image)) for prompt, response, image in items]
-    packed_trees = pack(sequences, torch.zeros(len(images), 3, 2, 2), PAD)
+    packed_trees = pack(sequences, {"pixel_values": torch.zeros(len(images), 3, 2, 2)}, PAD)
     for index, sequence in enumerate(sequences):
         whole = sequence.prompt + sequence.response
         expected = [(whole[:end], whole[end]) for end in range(len(sequence.prompt), len(whole))]
@@ -52,7 +52,7 @@ def test_a_shared_prefix_and_a_shared_answer_are_computed_once() -> None:
     prompt = [7] * 20
     sequences = [TokenSequence([*prompt, 1], [5, 2], 0), TokenSequence([*prompt, 1], [6, 2], 0)]
     sequences += [TokenSequence([*prompt, 3], [5, 2], 0), TokenSequence([*prompt, 1], [5, 2], 0)]
-    packed_trees = pack(sequences, torch.zeros(1, 3, 2, 2), PAD)
+    packed_trees = pack(sequences, {"pixel_values": torch.zeros(1, 3, 2, 2)}, PAD)
     assert packed_trees.input_ids.shape == (1, 20 + (1 + 1 + 1) + (1 + 1)), (
         "an end token is predicted and never read"
     )
@@ -62,7 +62,7 @@ def test_a_shared_prefix_and_a_shared_answer_are_computed_once() -> None:
 def test_trees_of_different_images_do_not_merge_or_see_each_other() -> None:
     sequences = [TokenSequence([1, 2, 3, 4], [5, 8], 0), TokenSequence([1], [5, 8], 1)]
     sequences += [TokenSequence([1], [6, 8], 2)]
-    packed_trees = pack(sequences, torch.zeros(3, 3, 2, 2), PAD)
+    packed_trees = pack(sequences, {"pixel_values": torch.zeros(3, 3, 2, 2)}, PAD)
     assert packed_trees.input_ids.tolist() == [[1, 2, 3, 4, 5, 1, 5, 1, 6]]
     assert packed_trees.token_image.tolist() == [[0] * 5 + [1, 1, 2, 2]]
     assert read_back(packed_trees, 2) == [([1], 6), ([1, 6], 8)]

@@ -14,13 +14,8 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import (
-    EMBEDDED_FOLDER,
-    PromptWriter,
-    chat_messages,
-    load_model,
-    load_processor,
-)
+from mmedpo_ray.models.loading import EMBEDDED_FOLDER, load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter, chat_messages
 from mmedpo_ray.phantom import training
 from mmedpo_ray.phantom.build_model import PhantomBuildConfig, build_command, build_phantom_llava
 from mmedpo_ray.phantom.model_scores import answer, score_answers, score_model

@@ -57,7 +57,7 @@ def packed_trees_of(pairs: Sequence[Pair], *, both_sides: bool = True) -> Packed
         sides += [(pair.prompt, pair.rejected, pair.rejected_image_uri) for pair in pairs]
     uris = list(dict.fromkeys(uri for _, _, uri in sides))
     sequences = [TokenSequence(prompt, response, uris.index(uri)) for prompt, response, uri in sides]
-    return pack(sequences, torch.zeros(len(uris), 3, 1, 1), pad_token_id=0)
+    return pack(sequences, {"pixel_values": torch.zeros(len(uris), 3, 1, 1)}, pad_token_id=0)
 
 
 def num_tokens(pairs: Sequence[Pair], *, both_sides: bool) -> int:

@@ -112,7 +112,7 @@ def test_a_policy_in_training_mode_has_no_dropout_but_that_of_lora(
     policy = build_policy(training_spec(tmp_path, folder, tmp_path / "run", lora=lora, attention=attention))
     prompt = [1, *[settings.image_token_index] * settings.image_seq_length, 20, 21]
     sequences = [TokenSequence([*prompt, 30 + number], [40, 41, 42], 0) for number in range(4)]
-    batch = pack(sequences, torch.randn(1, 3, 32, 32), pad_token_id=0)
+    batch = pack(sequences, {"pixel_values": torch.randn(1, 3, 32, 32)}, pad_token_id=0)
     with torch.no_grad():
         expected = policy.eval()(batch)[0]
         torch.testing.assert_close(policy.train()(batch)[0], expected)

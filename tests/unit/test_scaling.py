@@ -45,7 +45,7 @@ def test_the_page_holds_what_the_script_computes(script: Any) -> None:
 
 
 def test_geometry_counts_the_published_sizes(script: Any) -> None:
-    shape = Geometry.of(script.llava_med(), AlignConfig())
+    shape = Geometry.of(script.llava_med(), AlignConfig(), 576)
     assert shape.language == 7_241_732_096, "Mistral 7B as published"
     assert shape.adapter == 32 * 128 * (8192 + 5120 + 5120 + 8192 + 3 * 18432)
     assert shape.head == 32000 * 4096

@@ -17,7 +17,8 @@ from mmedpo_ray.align.data.prepare_stage import ReferenceScorer, _Reader
 from mmedpo_ray.align.data.tokenise import span_weights
 from mmedpo_ray.align.packing.logps import response_logps
 from mmedpo_ray.align.packing.trees import PackedTrees
-from mmedpo_ray.models.loading import PromptWriter, load_processor
+from mmedpo_ray.models.loading import load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.slices import plan_slices

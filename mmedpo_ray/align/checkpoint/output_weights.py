@@ -4,7 +4,7 @@
                         adapter_model.safetensors
     <folder>/weights/   ``align.train=full``: shards and their index (:mod:`mmedpo_ray.models.shards`)
 
-Names under ``weights/`` are those of ``LlavaForConditionalGeneration.named_parameters()``, values have the
+Names under ``weights/`` are those of the model's ``named_parameters()``, values have the
 precision of training; what was not trained is in the base model. `export` makes a whole model of either.
 """
 

@@ -15,7 +15,8 @@ from mmedpo_ray.align.losses import PairBatch
 from mmedpo_ray.align.packing.trees import PackedTrees, TokenSequence, pack
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io.images import ImageError, load_rgb
-from mmedpo_ray.models.loading import PromptWriter
+from mmedpo_ray.models.architectures.base import Inputs
+from mmedpo_ray.models.prompts import PromptWriter
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,7 +31,8 @@ class Pair:
         image_id: its tree.
         is_visual: the rejected side is an image.
         image_uri, rejected_image_uri: images of the two sides.
-        prompt, chosen, rejected: token ids; prompt + response is at most ``align.max_length`` long.
+        prompt, chosen, rejected: token ids with all image tokens; prompt + response is at most
+            ``align.max_length`` long.
         weight: effective weight in the loss, not negative; a pair of weight 0 is counted and not computed.
         ref_chosen, ref_rejected: reference log-probabilities, nats; 0 if the objective needs none.
         counts_nll: the chosen answer enters the terms about likelihood, divergence and anchor.
@@ -58,41 +60,53 @@ class ImageLoader:
 
     Args:
         writer: of the model; its processor makes the pixels.
-        cached_images: how many are kept; all pairs of an image follow one another, and small images fit
-            whole.
+        cached_bytes: how much of them is kept; all pairs of an image follow one another.
         threads: that read and process images in parallel. A radiograph of 2,048 x 2,048 pixels takes a core
             nearly a tenth of a second, which one thread could not hide behind a step on a GPU.
     """
 
-    def __init__(self, writer: PromptWriter, cached_images: int = 64, threads: int = 1) -> None:
+    def __init__(self, writer: PromptWriter, cached_bytes: int = 2**27, threads: int = 1) -> None:
         self._writer = writer
-        self._cached_images = cached_images
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cached_bytes = cached_bytes
+        self._cache: OrderedDict[str, Inputs] = OrderedDict()
+        self._bytes = 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
 
-    def __call__(self, uris: Sequence[str]) -> Tensor:
-        """Pixels of the images, (I, 3, H, W).
+    def __call__(self, uris: Sequence[str]) -> Inputs:
+        """What the vision tower takes of the images.
 
         Raises:
             UserError: an image can no longer be read.
         """
         missing = [uri for uri in dict.fromkeys(uris) if uri not in self._cache]
         try:
-            self._cache.update(zip(missing, self._pool.map(self._read, missing), strict=True))
+            for uri, inputs in zip(missing, self._pool.map(self._read, missing), strict=True):
+                self._cache[uri] = inputs
+                self._bytes += _bytes_of(inputs)
         except ImageError as error:
-            raise UserError(
-                f"an image of a pair cannot be read any more ({error}). Restore the file, or run ingest and "
-                "curate again so that its rows are dropped."
-            ) from error
+            raise unreadable_image(error) from error
         for uri in uris:
             self._cache.move_to_end(uri)
-        stacked = torch.stack([self._cache[uri] for uri in uris])
-        while len(self._cache) > self._cached_images:
-            self._cache.popitem(last=False)
-        return stacked
+        collated = self._writer.architecture.collate([self._cache[uri] for uri in uris])
+        while self._bytes > self._cached_bytes and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._bytes -= _bytes_of(oldest)
+        return collated
 
-    def _read(self, uri: str) -> Tensor:
-        return self._writer.pixels([load_rgb(uri)])[0]
+    def _read(self, uri: str) -> Inputs:
+        return self._writer.pixels([load_rgb(uri)])
+
+
+def _bytes_of(inputs: Inputs) -> int:
+    return sum(value.numel() * value.element_size() for value in inputs.values())
+
+
+def unreadable_image(error: ImageError) -> UserError:
+    """The error for an image that was there when the pairs were made."""
+    return UserError(
+        f"an image of a pair cannot be read any more ({error}). Restore the file, or run ingest and curate "
+        "again so that its rows are dropped."
+    )
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -28,13 +28,14 @@ from mmedpo_ray.align.data.tokenise import make_pair
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import storage
-from mmedpo_ray.models.loading import PromptWriter
+from mmedpo_ray.models.prompts import PromptWriter
 
 # Footers and row groups kept by a rank: at most about 10 and 100 MiB.
 _OPEN_FILES = 64
 _ROW_GROUPS = 64
 _COLUMNS = [
     *("pair_id", "image_id", "kind", "image_uri", "rejected_image_uri", "prompt", "chosen", "rejected"),
+    "prompt_tokens",
     *("chosen_weights", "rejected_weights", "ref_chosen_logp", "ref_rejected_logp"),
 ]
 

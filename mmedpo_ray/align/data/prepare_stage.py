@@ -34,7 +34,8 @@ from mmedpo_ray.compat.cluster import MODEL_RESTARTS
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.models.fingerprint import model_files
-from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+from mmedpo_ray.models.loading import load_model, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.id_set import IdSet
 from mmedpo_ray.tables.joins import BySample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,16 +11,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmedpo_ray.align.data.batch import Pair
+from mmedpo_ray.align.data.batch import Pair, unreadable_image
 from mmedpo_ray.align.data.pair_index import REVERSED, TEXT, VISUAL
 from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import PromptWriter
+from mmedpo_ray.io.images import ImageError, read_size
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables import schemas
 
 WEIGHT_ZERO = "weight_zero"
 # Separates image and pair in a tree's key; below every character of ids.
 _KEY_SEPARATOR = "\x1f"
+# Images whose size is kept: all pairs of one follow one another.
+_CACHED_SIZES = 4_096
 
 COLUMNS = [
     *("pair_id", "image_id", "sample_id", "kind", "image_uri", "rejected_image_uri"),
@@ -137,7 +141,7 @@ def make_pair(row: Row, writer: PromptWriter, weight: float = 1.0, *, counts_nll
     return Pair(
         **{name: row[name] for name in same},
         is_visual=row["kind"] != TEXT,
-        prompt=writer.widen(row["prompt"]),
+        prompt=writer.widen(row["prompt"], row["prompt_tokens"] - len(row["prompt"]) + 1),
         weight=weight,
         ref_chosen=row.get("ref_chosen_logp") or 0.0,
         ref_rejected=row.get("ref_rejected_logp") or 0.0,
@@ -151,14 +155,13 @@ def _prepare_row(row: Row, writer: PromptWriter, align: AlignConfig) -> dict[str
     ids = {"tree_key": tree_key(row), "pair_id": row["pair_id"], "image_id": row["image_id"]}
     try:
         _check_weight(row, align)
-        prompt, chosen, rejected = _tokenise(row, writer, align)
+        narrow, image_tokens, chosen, rejected = _tokenise(row, writer, align)
     except _UnusableRowError as error:
         reason, detail = error.args
         return ids | {schemas.DROP_REASON: reason, schemas.DROP_DETAIL: detail}
     weights: Sequence[list[float] | None] = (None, None)
     if align.common_token_weight != 1.0 and row["kind"] != VISUAL:
         weights = span_weights(chosen, rejected, align.common_token_weight)
-    narrow = writer.narrow(prompt)
     answer = "\x1f".join((row["image_uri"], row["question"], row["chosen"]))
     digest = hashlib.blake2b(answer.encode(), digest_size=8).digest()
     return ids | {
@@ -171,7 +174,7 @@ def _prepare_row(row: Row, writer: PromptWriter, align: AlignConfig) -> dict[str
         "rejected": rejected,
         "chosen_weights": weights[0],
         "rejected_weights": weights[1],
-        "prompt_tokens": len(prompt),
+        "prompt_tokens": len(narrow) - 1 + image_tokens,
         "chosen_tokens": len(chosen),
         "rejected_tokens": len(rejected),
         "answer_hash": int.from_bytes(digest, "little", signed=True),
@@ -192,25 +195,56 @@ def _check_weight(row: Row, align: AlignConfig) -> None:
         raise _UnusableRowError(WEIGHT_ZERO, "align.visual_coefficient is 0")
 
 
-def _tokenise(row: Row, writer: PromptWriter, align: AlignConfig) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of prompt, chosen and rejected response; responses are cut at ``align.max_length``."""
+def _tokenise(
+    row: Row, writer: PromptWriter, align: AlignConfig
+) -> tuple[list[int], int, list[int], list[int]]:
+    """Ids of the narrow prompt, tokens of its image, ids of both responses, cut at ``align.max_length``."""
     question, same_image = row["question"], row["image_uri"] == row["rejected_image_uri"]
     if same_image and row["chosen"].strip() == row["rejected"].strip():
         raise _UnusableRowError("equal_sides", "chosen and rejected are the same answer to the same image")
-    prompt = writer.prompt(question)
+    narrow = writer.narrow_prompt(question)
     chosen, rejected = writer.response(question, row["chosen"]), writer.response(question, row["rejected"])
-    if prompt is None or chosen is None or rejected is None:
+    if narrow is None or chosen is None or rejected is None:
         raise _UnusableRowError(
             "image_placeholder_in_text", "question or answer holds the model's image placeholder"
         )
-    room = align.max_length - len(prompt)
+    image_tokens = _count_image_tokens(row, writer)
+    prompt_tokens = len(narrow) - 1 + image_tokens
+    room = align.max_length - prompt_tokens
     if room < 1:
         raise _UnusableRowError(
-            "prompt_too_long", f"the prompt has {len(prompt)} tokens, align.max_length is {align.max_length}"
+            "prompt_too_long",
+            f"the prompt has {prompt_tokens} tokens, align.max_length is {align.max_length}",
         )
     chosen, rejected = chosen[:room], rejected[:room]
     if same_image and chosen == rejected:
         raise _UnusableRowError(
             "equal_sides", f"both answers are the same up to align.max_length ({align.max_length})"
         )
-    return prompt, chosen, rejected
+    return narrow, image_tokens, chosen, rejected
+
+
+def _count_image_tokens(row: Row, writer: PromptWriter) -> int:
+    """Tokens of the images of both sides, which look at files only where their size decides.
+
+    Raises:
+        UserError: an image can no longer be read.
+    """
+    if writer.num_image_tokens is not None:
+        return writer.num_image_tokens
+    chosen, rejected = (
+        writer.count_image_tokens(_size_of(row[name])) for name in ("image_uri", "rejected_image_uri")
+    )
+    if chosen != rejected:
+        raise _UnusableRowError(
+            "image_sizes_differ", f"the images of both sides have {chosen} and {rejected} tokens"
+        )
+    return chosen
+
+
+@functools.lru_cache(_CACHED_SIZES)
+def _size_of(uri: str) -> tuple[int, int]:
+    try:
+        return read_size(uri)
+    except ImageError as error:
+        raise unreadable_image(error) from error

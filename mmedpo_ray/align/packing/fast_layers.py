@@ -26,7 +26,7 @@ from mmedpo_ray.align.packing.tree_attention import LayerTree, masked_attention,
 
 # Pre-norm layers of one structure: RMSNorm, attention with rotary embedding, residual, RMSNorm, gated MLP,
 # residual.
-_KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+_KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VLDecoderLayer"}
 
 
 def install(language_model: Any, *, along_tree: bool) -> None:
@@ -38,7 +38,7 @@ def install(language_model: Any, *, along_tree: bool) -> None:
     instead of (R, T, D).
 
     Args:
-        language_model: of a LLaVA.
+        language_model: of a vision-language model.
         along_tree: use tree attention instead of the model's own.
     """
     layers = [layer for layer in language_model.layers if type(layer).__name__ in _KNOWN]

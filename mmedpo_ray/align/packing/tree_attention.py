@@ -20,7 +20,7 @@ to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -39,6 +39,7 @@ QUERIES_PER_BLOCK = 192
 KNOWN_FAMILIES = frozenset(
     (
         *("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text"),
+        *("qwen2_5_vl_text", "qwen3_vl_text"),
         *("phi", "phi3", "cohere", "granite", "olmo2", "smollm3", "starcoder2"),
     )
 )
@@ -176,10 +177,34 @@ class LayerTree:
         layout: of the batch.
         bias: (B, 1, (H / K)·Q, L + A + Q), 0 where the query attends to the slot and −∞ elsewhere, in the
             type of the keys.
+        trunk_bias: (G, 1, (H / K)·L, L), likewise; ``None``: trunks are causal.
     """
 
     layout: TreeLayout
     bias: Tensor
+    trunk_bias: Tensor | None = None
+
+
+def masked_layer_tree(layout: TreeLayout, mask: Tensor, language_model: Any) -> LayerTree:
+    """The tree for layers whose tokens attend to others than all their ancestors.
+
+    Args:
+        layout: of R rows of T tokens.
+        mask: (R, 1, T, T) bool, True if the query (third axis) attends to the key. A token may also attend to
+            later ones if both are in its trunk.
+        language_model: whose layers these are.
+    """
+    length, (num_trunks, trunk_length) = mask.shape[-1], layout.trunk_shape
+    trunks = layout.order[: num_trunks * trunk_length].view(num_trunks, trunk_length)
+    queries = layout.order[trunks.numel() :].view(len(layout.owner), -1)
+    keys = torch.cat([trunks[layout.owner], queries.flatten()[layout.ancestors], queries], dim=1)
+    flat = mask.reshape(-1, length)
+    is_first = torch.ones_like(layout.order, dtype=torch.bool)
+    is_first[layout.spare] = False
+    in_trunk = is_first[: trunks.numel()].view_as(trunks)
+    trunk_sees = flat[trunks[:, :, None], (trunks % length)[:, None, :]] & in_trunk[:, None, :]
+    sees = flat[queries[:, :, None], (keys % length)[:, None, :]] & layout.sees
+    return LayerTree(layout, attention_bias(sees, language_model), attention_bias(trunk_sees, language_model))
 
 
 def attention_bias(sees: Tensor, language_model: Any) -> Tensor:
@@ -210,7 +235,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: LayerTree, s
     (trunk_query, query), (trunk_key, key), (trunk_value, value) = (
         _split(part, layout) for part in (query, key, value)
     )
-    outputs = [_causal(trunk_query, trunk_key, trunk_value, scaling)]
+    outputs = [_within_trunks(trunk_query, trunk_key, trunk_value, tree.trunk_bias, scaling)]
     if len(layout.owner):
         query, key, value = (
             part.transpose(1, 2)
@@ -286,9 +311,11 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sc
     return output.reshape(batch, heads, count, size).transpose(1, 2)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(G, L, H, D), and (G, L, K, D) of keys and values → (G, L, H, D)."""
+def _within_trunks(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """(G, L, H, D), and (G, L, K, D) of keys and values → (G, L, H, D); causal without a bias."""
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    if bias is not None:
+        return masked_attention(query, key, value, bias, scaling)
     output = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -296,14 +323,14 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
 
 
 def attention_of_a_layer(
-    module: Any,  # noqa: ARG001 - transformers' signature
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: None,  # noqa: ARG001
+    attention_mask: None,  # noqa: ARG001 - transformers' signature
     *,
     scaling: float,
-    tree: LayerTree | None = None,
+    tree: LayerTree | Mapping[str, LayerTree] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; ``tree`` comes from the keywords of the model's forward.
@@ -318,7 +345,9 @@ def attention_of_a_layer(
         raise UserError(f"a layer of the language model uses {', '.join(asked)}, {_UNSUPPORTED}")
     if tree is None:
         raise UserError(f"the language model does not pass the tree to its layers, {_UNSUPPORTED}")
-    return tree_attention(query, key, value, tree, scaling), None
+    # One for all layers, or one by their type.
+    found = tree if isinstance(tree, LayerTree) else tree[module.layer_type]
+    return tree_attention(query, key, value, found, scaling), None
 
 
 def check_family(config: Any, *, along_tree: bool) -> None:

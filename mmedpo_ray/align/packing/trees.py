@@ -55,8 +55,8 @@ class PackedTrees:
         input_ids: (R, T) int64.
         position_ids: (R, T) int64, depth in the tree.
         subtree_end: (R, T) int64, the position after the last descendant.
-        pixel_values: (I, 3, H, W) float32, the distinct images.
-        token_image: (R, T) int64, index into ``pixel_values`` of the image of a token's tree; arbitrary for
+        images: what the vision tower takes of the I distinct images, by the keyword of its forward.
+        token_image: (R, T) int64, number of the image of a token's tree; arbitrary for
             padding. If the question comes before the image, a tree has the image's tokens once per question.
         edge_row, edge_parent, edge_token: (E,) int64: in row ``edge_row`` the token at position
             ``edge_parent`` predicts the response token ``edge_token``.
@@ -71,7 +71,7 @@ class PackedTrees:
     input_ids: Tensor
     position_ids: Tensor
     subtree_end: Tensor
-    pixel_values: Tensor
+    images: dict[str, Tensor]
     token_image: Tensor
     edge_row: Tensor
     edge_parent: Tensor
@@ -86,8 +86,13 @@ class PackedTrees:
 
     def to(self, device: torch.device) -> PackedTrees:
         """The batch on another device."""
-        moved = {item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)}
-        return replace(self, **moved)
+        moved: dict[str, Any] = {
+            item.name: getattr(self, item.name).to(device, non_blocking=True)
+            for item in fields(self)
+            if item.name != "images"
+        }
+        images = {name: value.to(device, non_blocking=True) for name, value in self.images.items()}
+        return replace(self, images=images, **moved)
 
     def dense_mask(self) -> Tensor:
         """(R, 1, T, T) bool for scaled dot-product attention, True if the query (third axis) sees the key."""
@@ -159,12 +164,12 @@ class _Tree:
         return torch.tensor(place), torch.tensor(size)
 
 
-def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id: int) -> PackedTrees:
+def pack(sequences: Sequence[TokenSequence], images: dict[str, Tensor], pad_token_id: int) -> PackedTrees:
     """Merges sequences of the same image into trees and packs the trees into rows.
 
     Args:
         sequences: N ≥ 1 of them; log-probabilities computed from the packed trees are in their order.
-        pixel_values: (I, 3, H, W), the images they name.
+        images: what the vision tower takes of the images they name.
         pad_token_id: pads rows; no other token sees the padding.
     """
     trees: dict[int, _Tree] = {}
@@ -173,8 +178,8 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
         trees.setdefault(sequence.image, _Tree()).add(sequence.prompt + sequence.response[:-1])
         for sequence in sequences
     ]
-    images = sorted(trees)
-    sizes = [len(trees[image].tokens) for image in images]
+    numbers = sorted(trees)
+    sizes = [len(trees[image].tokens) for image in numbers]
     rows = pack_rows(sizes)
     length = _row_length(rows, sizes)
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
@@ -186,7 +191,7 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
     for number, row in enumerate(rows):
         start = 0
         for index in row:
-            tree, image = trees[images[index]], images[index]
+            tree, image = trees[numbers[index]], numbers[index]
             order, subtree = tree.preorder()
             place = order + start
             input_ids[number, place] = torch.tensor(tree.tokens)
@@ -213,7 +218,7 @@ def pack(sequences: Sequence[TokenSequence], pixel_values: Tensor, pad_token_id:
         input_ids=input_ids,
         position_ids=position_ids,
         subtree_end=subtree_end,
-        pixel_values=pixel_values,
+        images=images,
         token_image=token_image,
         edge_row=edge_row,
         edge_parent=edge_parent,

@@ -16,7 +16,8 @@ from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.errors import UserError
-from mmedpo_ray.models.loading import EMBEDDED_NAME, PromptWriter, load_processor
+from mmedpo_ray.models.loading import EMBEDDED_NAME, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables.run_folder import RunFolder
 
 

@@ -12,6 +12,7 @@ backward pass (nothing is differentiated through the tower), and gradients of tr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from mmedpo_ray.align.packing import lm_head
 from mmedpo_ray.align.packing.tree_attention import QUERIES_PER_BLOCK
 from mmedpo_ray.align.plan.plan import ForwardSize
 from mmedpo_ray.align.settings import AlignConfig
-from mmedpo_ray.models.loading import PROJECTOR
+from mmedpo_ray.models.architectures import architecture_of
 
 Train = Literal["lora", "full"]
 Strategy = Literal["zero3", "zero2", "ddp"]
@@ -35,7 +36,7 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a LLaVA.
+    """Sizes of a model.
 
     Attributes:
         total: all parameters without the adapter.
@@ -46,7 +47,7 @@ class Geometry:
         tower: parameters of the vision tower and the projector.
         adapter: parameters that ``train: lora`` trains beside the model's own.
         num_layers, hidden, intermediate, heads, key_heads, head_size: of the language model.
-        image_tokens: token ids per image.
+        image_tokens: tokens of an image, on average where its size decides.
     """
 
     total: int
@@ -64,19 +65,21 @@ class Geometry:
     image_tokens: int
 
     @classmethod
-    def of(cls, config: Any, align: AlignConfig) -> Geometry:
-        """Counts the parameters of a ``LlavaConfig`` without allocating any."""
+    def of(cls, config: Any, align: AlignConfig, image_tokens: int) -> Geometry:
+        """Counts the parameters of a model's configuration without allocating any."""
         from transformers import AutoModelForImageTextToText
 
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
         sizes = {name: value.numel() for name, value in model.named_parameters()}
-        projector = sum(size for name, size in sizes.items() if PROJECTOR in name)
-        tower = projector + sum(size for name, size in sizes.items() if "vision_tower" in name)
+        architecture = architecture_of(model)
+        projector = _total(sizes, architecture.projector)
+        # A projector may be part of the tower.
+        tower = _total(sizes, (*architecture.projector, *architecture.tower))
         inner = [
             (name.rsplit(".", 1)[-1], module)
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and ".language_model." in f".{name}"
+            if isinstance(module, torch.nn.Linear) and name.startswith(f"{architecture.language_model}.")
         ]
         targets = [module for name, module in inner if name in align.lora.target_modules]
         text = config.text_config
@@ -95,7 +98,7 @@ class Geometry:
             heads=text.num_attention_heads,
             key_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            image_tokens=config.image_seq_length,
+            image_tokens=image_tokens,
         )
 
     def trained(self, train: Train) -> int:
@@ -105,6 +108,12 @@ class Geometry:
     def held(self, train: Train) -> int:
         """All parameters that ranks hold."""
         return self.total + (self.adapter if train == "lora" else 0)
+
+
+def _total(sizes: Mapping[str, int], modules: Sequence[str]) -> int:
+    """Parameters in modules of these dotted names, each counted once."""
+    inside = tuple(f"{name}." for name in modules)
+    return sum(size for name, size in sizes.items() if name.startswith(inside))
 
 
 class Memory(NamedTuple):

@@ -26,7 +26,9 @@ from mmedpo_ray.align.settings import AlignConfig
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console
 from mmedpo_ray.io import storage
-from mmedpo_ray.models.loading import PromptWriter, load_processor, resolve_model
+from mmedpo_ray.models.architectures import architecture_of
+from mmedpo_ray.models.loading import load_config, load_processor
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.tables.manifest import read_manifest
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.slices import footer_of
@@ -83,7 +85,7 @@ def preview(source: PairSource, align: AlignConfig, config: Config, share: float
     forwards = plan.forwards(many)
     # Fewer ranks compute more at once.
     largest = plan.forwards(few).largest if few < many else forwards.largest
-    shape = model_geometry(config)
+    shape = model_geometry(config, source)
     memory = estimate_memory(shape, align, largest, align.min_workers)
     size = weight_bytes(align)
     figures = {
@@ -170,11 +172,14 @@ def warn_of_waste(expected: Preview, align: AlignConfig) -> None:
         )
 
 
-def model_geometry(config: Config) -> Geometry:
-    """Sizes of the model, from its configuration alone."""
-    from transformers import AutoConfig
-
-    return Geometry.of(AutoConfig.from_pretrained(resolve_model(config.model.path)), config.align)
+def model_geometry(config: Config, source: PairSource) -> Geometry:
+    """Sizes of the model, from its configuration, and of the images where their sizes differ."""
+    settings = load_config(config.model.path)
+    image_tokens = architecture_of(settings).fixed_image_tokens(settings)
+    if image_tokens is None:
+        # A prompt is nearly all image.
+        image_tokens = round(float(np.mean(source.index.pairs["prompt"])))
+    return Geometry.of(settings, config.align, image_tokens)
 
 
 def _scaled(found: dict[str, Any], share: float, align: AlignConfig) -> dict[str, Any]:

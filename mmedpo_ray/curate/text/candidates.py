@@ -23,7 +23,8 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.io import images as image_files
 from mmedpo_ray.models.fingerprint import model_fingerprint
-from mmedpo_ray.models.loading import PromptWriter, load_processor, resolve_model
+from mmedpo_ray.models.loading import load_processor, resolve_model
+from mmedpo_ray.models.prompts import PromptWriter
 from mmedpo_ray.models.vllm_engine import EngineSettings, engine_settings, start_engine
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.id_set import IdSet
@@ -117,8 +118,7 @@ class CandidateSampler:
         self._config = config
         self._text = config.curate.text
         self._vllm = vllm
-        self._processor: Any = load_processor(config.model.path)
-        self._writer = PromptWriter(self._processor)
+        self._writer = PromptWriter(load_processor(config.model.path))
         arguments = dict(engine.engine_kwargs)
         if config.model.engine.tensor_parallel_size > 1:
             # The actor holds all its GPUs itself; a Ray executor would ask for them once more.
@@ -141,7 +141,10 @@ class CandidateSampler:
                 results.append(_dropped(row, image.reason, image.detail))
             elif ids is None:
                 results.append(_dropped(row, "image_placeholder_in_question"))
-            elif length + self._text.max_tokens > self._max_model_len:
+            elif (
+                length + self._writer.count_image_tokens(image.size) + self._text.max_tokens
+                > self._max_model_len
+            ):
                 results.append(_dropped(row, "prompt_too_long"))
             else:
                 asked.append(row)
@@ -189,15 +192,12 @@ class CandidateSampler:
         return decoded[uri]
 
     def _write_prompt(self, question: str) -> tuple[list[int] | None, int, str]:
-        """Token ids with one id for the image (vLLM expands it), length in tokens, and hash."""
-        wide = self._writer.prompt(question)
-        if wide is None:
+        """Token ids with one id for the image (vLLM expands it), length without the image, and hash."""
+        ids, narrow = self._writer.engine_prompt(question), self._writer.narrow_prompt(question)
+        if ids is None or narrow is None:
             return None, 0, ""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        return self._writer.narrow(wide), len(wide), hashlib.sha256(text.encode()).hexdigest()
+        text = self._writer.prompt_text(question)
+        return ids, len(narrow) - 1, hashlib.sha256(text.encode()).hexdigest()
 
 
 def _dropped(row: dict[str, Any], reason: str, detail: str | None = None) -> dict[str, Any]:

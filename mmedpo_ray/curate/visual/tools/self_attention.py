@@ -21,12 +21,12 @@ from PIL import Image
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.visual.tools.base import Localisation, VisualTool, upsample
+from mmedpo_ray.errors import UserError
 from mmedpo_ray.io.images import to_rgb
 
 if TYPE_CHECKING:
-    import torch
-
-    from mmedpo_ray.models.loading import PromptWriter
+    from mmedpo_ray.models.architectures.base import Inputs
+    from mmedpo_ray.models.prompts import PromptWriter
 
 # The confidence compares this share of the patches, the hottest ones, with what uniform attention would give
 # them.
@@ -48,7 +48,8 @@ class SelfAttention(VisualTool):
     def __init__(self, config: Config) -> None:
         import torch
 
-        from mmedpo_ray.models.loading import PromptWriter, load_model, load_processor
+        from mmedpo_ray.models.loading import load_model, load_processor
+        from mmedpo_ray.models.prompts import PromptWriter
 
         super().__init__(config)
         self._torch = torch
@@ -57,9 +58,15 @@ class SelfAttention(VisualTool):
         self._model: Any = cast(Any, load_model(config.model.path, dtype)).to(self._device)
         # Only the eager form returns the attention it computes.
         self._model.set_attn_implementation("eager")
-        self._layers = self._model.model.language_model.layers
         self._processor = load_processor(config.model.path)
         self._writer = PromptWriter(self._processor)
+        architecture = self._writer.architecture
+        if not architecture.patch_grid:
+            raise UserError(
+                f"curate.visual.tool=self_attention reads attention to the patches of the whole image, and "
+                f"the image tokens of {architecture.title} are none. Choose another tool."
+            )
+        self._layers = self._model.get_submodule(architecture.language_model).layers
 
     def localise(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Localisation]:
         turns = [_turn(self._writer, row) for row in rows]
@@ -80,11 +87,11 @@ class SelfAttention(VisualTool):
         seen = crop_box(self._processor.image_processor, image.size)
         return Localisation(upsample(grid, image.height, image.width, seen), concentration(attention))
 
-    def _attention(self, pixels: torch.Tensor, turns: list[_Turn]) -> list[np.ndarray]:
+    def _attention(self, pixels: Inputs, turns: list[_Turn]) -> list[np.ndarray]:
         """For each row the attention of the answer to each image token: (P,) float64 of sum 1.
 
         Args:
-            pixels: (B, 3, H, W).
+            pixels: what the tower takes of B images.
             turns: B rows.
         """
         torch = self._torch
@@ -119,7 +126,7 @@ class SelfAttention(VisualTool):
                 self._model.model(
                     input_ids=padded,
                     attention_mask=mask.long(),
-                    pixel_values=pixels.to(self._device, self._model.dtype),
+                    **{name: value.to(self._device, self._model.dtype) for name, value in pixels.items()},
                     use_cache=False,
                 )
         finally:
