@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ray import serve
 
@@ -14,7 +14,8 @@ from mmedpo_ray.serve.versions import VersionFolder
 log = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
-_RUNNING = "RUNNING"
+# A controller that starts again calls replicas that answer RECOVERING.
+_DO_NOT_ANSWER = ("STARTING", "STOPPING", "STOPPED")
 _UNKNOWN_START_S = 5.0
 # Clients of the OpenAI API wait no longer than that.
 _LONGEST_RETRY_AFTER_S = 60.0
@@ -23,6 +24,11 @@ _LONGEST_RETRY_AFTER_S = 60.0
 def deployment_name(engine: str) -> str:
     """Name of an engine's Serve deployment."""
     return f"engine:{engine}"
+
+
+def has_replica(states: Mapping[str, int]) -> bool:
+    """Whether one of a deployment's replicas, counted by their states, answers requests."""
+    return any(count for state, count in states.items() if state not in _DO_NOT_ANSWER)
 
 
 class StartTimes:
@@ -65,6 +71,7 @@ class EngineWatch:
         self._current = self._read_versions()
         self._app_name = serve.get_replica_context().app_name
         self.without_replica: set[str] = set()
+        self._stopped: set[str] = set()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def version(self, name: str) -> str:
@@ -76,7 +83,10 @@ class EngineWatch:
             await asyncio.sleep(_INTERVAL_S)
             try:
                 self._current = await asyncio.to_thread(self._read_versions)
-                self.without_replica = await asyncio.to_thread(self._find_stopped)
+                stopped = await asyncio.to_thread(self._find_stopped)
+                # Twice in a row: a controller that starts again knows no replica for a moment.
+                self.without_replica = stopped & self._stopped
+                self._stopped = stopped
             except Exception as error:
                 # A storage or a controller that is away for a moment changes nothing.
                 log.warning("versions and replicas cannot be read: %s", type(error).__name__)
@@ -93,5 +103,5 @@ class EngineWatch:
             name
             for name in self._engines
             if (engine := deployments.get(deployment_name(name))) is not None
-            and not any(count for state, count in engine.replica_states.items() if state == _RUNNING)
+            and not has_replica(engine.replica_states)
         }

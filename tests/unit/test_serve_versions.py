@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.serve import proxy_errors
-from mmedpo_ray.serve.engine_watch import StartTimes
+from mmedpo_ray.serve.engine_watch import StartTimes, has_replica
 from mmedpo_ray.serve.versions import Alias, VersionFolder
 
 
@@ -84,6 +84,11 @@ def test_adapters_of_other_sizes_are_refused_and_of_other_ranks_not(tmp_path: Pa
 def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mmedpo export"):
         VersionFolder(tmp_path / "versions").add("aligned", tmp_path)
+
+
+def test_replicas_that_a_new_controller_takes_over_answer() -> None:
+    assert has_replica({"RUNNING": 1, "STARTING": 1}) and has_replica({"RECOVERING": 2})
+    assert not any(map(has_replica, ({}, {"STARTING": 2}, {"STOPPING": 1}, {"RUNNING": 0})))
 
 
 def test_start_times_say_how_much_is_left() -> None:
