@@ -103,5 +103,5 @@ class EngineWatch:
             name
             for name in self._engines
             if (engine := deployments.get(deployment_name(name))) is not None
-            and not has_replica(engine.replica_states)
+            and not has_replica({state.value: count for state, count in engine.replica_states.items()})
         }
