@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from ray import serve
 
@@ -103,5 +104,6 @@ class EngineWatch:
             name
             for name in self._engines
             if (engine := deployments.get(deployment_name(name))) is not None
-            and not has_replica({state.value: count for state, count in engine.replica_states.items()})
+            # The values of the states, whatever the annotation says.
+            and not has_replica(cast(dict[str, int], engine.replica_states))
         }

@@ -70,8 +70,7 @@ def wait_for_engines(endpoint: Endpoint, count: int) -> None:
 
 def engine_states() -> dict[str, int]:
     """State → number of engine replicas, as Serve's controller sees it."""
-    deployment = serve.status().applications["mmedpo"].deployments["engine:base"]
-    return {state.value: count for state, count in deployment.replica_states.items()}
+    return serve.status().applications["mmedpo"].deployments["engine:base"].replica_states
 
 
 def under_load(endpoint: Endpoint, fault: Callable[[], None], least: int = 100) -> tuple[Load, float, float]:
