@@ -11,8 +11,9 @@ import numpy as np
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.metrics import METRICS, Answer, UnavailableError, statistics
 from mmedpo_ray.metrics.answer_texts import unsupported_script
-from mmedpo_ray.metrics.base import is_empty
+from mmedpo_ray.metrics.base import is_empty, mean_value
 from mmedpo_ray.metrics.closed_questions import verdict
+from mmedpo_ray.metrics.finding_labels import finding_figures
 from mmedpo_ray.metrics.verdict import judge
 
 Figures = dict[str, dict[str, Any]]
@@ -109,7 +110,10 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
     """Scores of the first model minus those of the second on the questions that both answered.
 
     Returns:
-        ``{metric: {"value", "low", "high", "n", "p", "p_holm", "verdict"}}``: "p" tests that there is none;
+        ``{metric: {"value", "low", "high", "n", "p", "p_holm", "verdict", "detectable", "mcnemar"}}``: "p"
+        tests that there is none; "detectable" is the smallest true difference that a set like this one shows
+        four times in five, before any correction; "mcnemar" is ``{"gained", "lost", "p"}`` where each answer
+        is right or wrong, else null;
         "p_holm" is corrected for all main metrics compared here, and "verdict" is
         :func:`~mmedpo_ray.metrics.verdict.judge`'s; both are null for the others.
     """
@@ -120,6 +124,8 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
         tested = item["value"] is not None
         value = METRICS[name].value
         item["p"] = statistics.paired_p_value(value, *sums, seed=options.seed) if tested else None
+        item["detectable"] = statistics.detectable_difference(item["low"], item["high"], options.confidence)
+        item["mcnemar"] = _mcnemar(scored, name, first, second)
     compared = [
         name for name, item in found.items() if METRICS[name].role == "main" and item["p"] is not None
     ]
@@ -129,6 +135,15 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
         name: item | {"p_holm": corrected.get(name), "verdict": calls.get(name)}
         for name, item in found.items()
     }
+
+
+def findings(rows: Iterable[Row], model: str) -> dict[str, dict[str, int]]:
+    """What becomes of the findings in a model's reports, by observation of CheXpert's.
+
+    Returns:
+        ``{observation: {outcome: count}}``, see :func:`mmedpo_ray.metrics.finding_labels.outcomes`.
+    """
+    return finding_figures([row.answer for row in rows if (row.model, row.answer_type) == (model, "report")])
 
 
 def counts(rows: Iterable[Row]) -> dict[str, Any]:
@@ -172,6 +187,21 @@ def check_script(what: str, question: str, reference: str) -> None:
             )
 
 
+def _common(scored: Scored, name: str, *models: str) -> tuple[list[str], list[np.ndarray]]:
+    """The questions that a metric is about and all models answered, in order, and each model's positions.
+
+    Positions are of the metric's statistics.
+    """
+    where, _ = scored.statistics[name]
+    of_models: dict[str, dict[str, int]] = {model: {} for model in models}
+    for position, place in enumerate(where.tolist()):
+        row = scored.rows[place]
+        if row.model in of_models:
+            of_models[row.model][row.question_id] = position
+    common = sorted(set.intersection(*map(set, of_models.values())))
+    return common, [np.array([each[question] for question in common], int) for each in of_models.values()]
+
+
 def _cluster_sums(scored: Scored, name: str, *models: str) -> tuple[list[np.ndarray], int]:
     """A metric's sums on the questions that all of the models answered.
 
@@ -179,22 +209,24 @@ def _cluster_sums(scored: Scored, name: str, *models: str) -> tuple[list[np.ndar
         For each model the sums of each cluster (image), (C, K), and the number of these questions.
     """
     where, found = scored.statistics[name]
-    # Of each model: question → position in ``found``.
-    positions: dict[str, dict[str, int]] = {model: {} for model in models}
-    for position, place in enumerate(where.tolist()):
-        row = scored.rows[place]
-        if row.model in positions:
-            positions[row.model][row.question_id] = position
-    common = sorted(set.intersection(*map(set, positions.values())))
-    clusters = [scored.rows[where[positions[models[0]][question]]].cluster for question in common]
+    common, positions = _common(scored, name, *models)
+    clusters = [scored.rows[place].cluster for place in where[positions[0]].tolist()]
     order = sorted(set(clusters))
-    sums = [
-        statistics.cluster_sums(
-            found[np.array([of_model[question] for question in common], int)], clusters, order
-        )
-        for of_model in positions.values()
-    ]
-    return sums, len(common)
+    return [statistics.cluster_sums(found[each], clusters, order) for each in positions], len(common)
+
+
+def _mcnemar(scored: Scored, name: str, first: str, second: str) -> dict[str, Any] | None:
+    """Questions that only one of two models answered right, and McNemar's exact test of them."""
+    if METRICS[name].value is not mean_value:
+        return None
+    _, found = scored.statistics[name]
+    _, positions = _common(scored, name, first, second)
+    numbers = [found[each] for each in positions]
+    if not all(((each == 0) | (each == 1)).all() and (each[:, 1] == 1).all() for each in numbers):
+        return None
+    right, other = (each[:, 0] > 0 for each in numbers)
+    gained, lost = int((right & ~other).sum()), int((other & ~right).sum())
+    return {"gained": gained, "lost": lost, "p": statistics.mcnemar_p_value(gained, lost)}
 
 
 def _estimate(name: str, sums: list[np.ndarray], n: int, options: Options) -> dict[str, Any]:

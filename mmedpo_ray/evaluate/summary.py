@@ -69,7 +69,8 @@ def summarise(
         failed: requests that failed (``evaluate/dropped/``); scored as empty answers.
 
     Returns:
-        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "difference":
+        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "findings":
+        {name: {observation: {outcome: count}}}, "difference":
         {metric: {…, "p", "p_holm", "verdict"}}, "difference_to_control": …, "left_out": {metric: why}}``;
         with answers about other images also "look", as
         :func:`~mmedpo_ray.evaluate.look_scores.look_figures` returns it.
@@ -88,6 +89,7 @@ def summarise(
     return {
         "models": {name: scoring.estimates(scored, name, options) for name in models},
         "counts": {name: scoring.counts(row for row in rows if row.model == name) for name in models},
+        "findings": {name: found for name in models if (found := scoring.findings(rows, name))},
         "difference": difference("base"),
         "difference_to_control": difference("control"),
         "left_out": scored.left_out,

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import numpy as np
+from scipy.stats import binomtest
 
 Array = np.ndarray
 
@@ -170,6 +172,43 @@ def _swaps(num_clusters: int, permutations: int, seed: int) -> Iterator[Array]:
     for start in range(0, permutations, block):
         size = (min(block, permutations - start), num_clusters)
         yield generator.integers(0, 2, size=size, dtype=np.int8).astype(np.float64)
+
+
+def mcnemar_p_value(gained: int, lost: int) -> float:
+    """Two-sided exact p-value of McNemar's test (1947), which takes every question for independent.
+
+    Args:
+        gained: questions that only the one model answers right.
+        lost: questions that only the other does.
+
+    Returns:
+        1 where there are none.
+    """
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def detectable_difference(
+    low: float | None, high: float | None, confidence: float, power: float = 0.8
+) -> float | None:
+    """The smallest true difference that a set of this size and noise shows with the given power.
+
+    (z(confidence) + z(power)) standard errors, the error taken from a difference's interval as of a normal
+    distribution.
+
+    Args:
+        low: lower end of the interval of a paired difference.
+        high: its upper end.
+        confidence: of the interval and of the two-sided test.
+        power: probability of finding it.
+
+    Returns:
+        None without an interval.
+    """
+    if low is None or high is None:
+        return None
+    normal = NormalDist()
+    half = normal.inv_cdf((1 + confidence) / 2)
+    return (high - low) / (2 * half) * (half + normal.inv_cdf(power))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -199,6 +199,7 @@ def _findings(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
         "counts": [(names[role], found) for role in present if (found := counts.get(names[role]))],
         "left_out": summary.get("left_out") or {},
         "look": _look(summary),
+        "findings": summary.get("findings") or {},
         "command": summary.get("command"),
         "questions": summary.get("questions"),
         "images": summary.get("images"),
