@@ -8,7 +8,8 @@ from scipy.stats import binom, norm
 
 from mmedpo_ray.evaluate import scoring
 from mmedpo_ray.evaluate.scoring import Options, Row
-from mmedpo_ray.metrics import Answer
+from mmedpo_ray.metrics import Answer, statistics
+from mmedpo_ray.metrics.base import mean_value
 from mmedpo_ray.metrics.statistics import detectable_difference, mcnemar_p_value
 
 OPTIONS = Options(resamples=500, confidence=0.95, seed=0)
@@ -63,3 +64,25 @@ def test_findings_are_counted_for_each_model_and_reports_only() -> None:
     ]
     assert scoring.findings(answers, "a") == {"Pleural Effusion": {"side_wrong": 1}}
     assert scoring.findings(answers, "b") == {"Pleural Effusion": {"omitted": 1}}
+
+
+def test_alike_clusters_drawn_together_give_the_same_interval_and_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    first, second = (
+        np.stack([generator.binomial(4, share, 3000), np.full(3000, 4)], axis=1).astype(float)
+        for share in (0.52, 0.5)
+    )
+
+    def both() -> tuple[list[float], float]:
+        interval = statistics.bootstrap(
+            mean_value, [first, second], n=12_000, resamples=4000, confidence=0.95, seed=1
+        )
+        p = statistics.paired_p_value(mean_value, first, second, seed=1)
+        return [interval.value, interval.low, interval.high], p
+
+    one_by_one = both()
+    monkeypatch.setattr(statistics, "_MANY", 1000)
+    together = both()
+    assert one_by_one != together, "other draws"
+    assert together[0] == pytest.approx(one_by_one[0], abs=0.001)
+    assert together[1] == pytest.approx(one_by_one[1], abs=0.01)
