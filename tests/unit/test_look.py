@@ -23,9 +23,11 @@ from mmedpo_ray.evaluate.look import (
 )
 from mmedpo_ray.evaluate.look_scores import headline, look_figures
 from mmedpo_ray.evaluate.scoring import Options, Row
+from mmedpo_ray.evaluate.summary import summarise, summary_table
 from mmedpo_ray.io.image_error import ImageError
 from mmedpo_ray.metrics import Answer
 from mmedpo_ray.noise.settings import NoiseConfig
+from mmedpo_ray.tables import schemas
 
 OPTIONS = Options(resamples=200, confidence=0.95, seed=0)
 
@@ -133,3 +135,32 @@ def test_a_failed_request_about_another_image_is_no_answer() -> None:
     nothing = look_figures(rows("base", ["No"] * 4), {BLANK: other}, ["base"], OPTIONS)
     assert nothing["models"]["base"][BLANK]["all"]["survive"]["value"] is None
     assert headline(nothing, "base") is None
+
+
+def test_answers_about_other_images_enter_no_score() -> None:
+    """From the stage's table, failed requests apart, to the summary and the line under the table."""
+    base = {"task": "vqa", "answer_type": "closed", "reference": "Yes", "seconds": 0.1}
+    answers, failed = [], []
+    for model in ("base", "aligned"):
+        for number in range(6):
+            row = {"model": model, "sample_id": f"s{number}", "image_id": f"i{number}", **base}
+            answers.append({"answer_id": f"{model}/s{number}", "prediction": "Yes", **row})
+            said = "Yes" if model == "base" or number else "No"
+            other = {"answer_id": f"{model}/s{number}~blank", "shown": "blank", **row}
+            (failed if number == 5 else answers).append(other | {"prediction": said})
+    tables = [schemas.to_table(each, schemas.LOOK_ANSWERS) for each in (answers, failed)]
+    questions = {f"s{number}": "Is there a nodule?" for number in range(6)}
+    names = {"base": "base", "aligned": "aligned"}
+    summary = summarise(tables[0], questions, names=names, options=OPTIONS, failed=tables[1])
+    assert summary["models"]["aligned"]["closed_accuracy"]["n"] == summary["questions"] == 6
+    assert summary["counts"]["aligned"]["failed"] == 0
+    figures = {name: of["blank"]["all"]["survive"] for name, of in summary["look"]["models"].items()}
+    assert {name: (item["value"], item["n"]) for name, item in figures.items()} == {
+        "base": (1.0, 5),
+        "aligned": (0.8, 5),
+    }
+    shown = summary | {"names": names, "confidence": 0.95}
+    caption = str(summary_table(shown).caption)
+    assert "aligned" in caption and "80 %" in caption and "100 %" in caption
+    plain = summarise(tables[0].drop_columns("shown").slice(0, 1), questions, names=names, options=OPTIONS)
+    assert "look" not in plain
