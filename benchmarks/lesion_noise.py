@@ -43,13 +43,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmedpo_ray.curate.settings import NoiseConfig
-from mmedpo_ray.curate.visual.lesion_noise import add_lesion_noise
-from mmedpo_ray.curate.visual.noise_schedule import signal_share
 from mmedpo_ray.curate.visual.tools.base import upsample
 from mmedpo_ray.curate.visual.visual_pairs import HEAT_MAP_SIDE, heat_map_pixels
 from mmedpo_ray.io import images as image_files
 from mmedpo_ray.io import png, storage
+from mmedpo_ray.noise.lesion_noise import add_lesion_noise
+from mmedpo_ray.noise.noise_schedule import signal_share
+from mmedpo_ray.noise.settings import NoiseConfig
 
 GRID, PATCH = 14, 16
 DEFAULT, RELEASED = NoiseConfig(), NoiseConfig(mode="released")

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from mmedpo_ray.clients.settings import EndpointConfig
 from mmedpo_ray.config.base import Section, Share
 from mmedpo_ray.curate.tool_registry import TOOLS
+from mmedpo_ray.noise.settings import NoiseConfig
 
 
 class TextCurationConfig(Section):
@@ -63,33 +64,6 @@ class TextCurationConfig(Section):
         """The temperature of the ``number``-th answer to a question, counted from 0."""
         given = self.temperature if isinstance(self.temperature, list) else [self.temperature]
         return given[number % len(given)]
-
-
-class NoiseConfig(Section):
-    """Noise in the lesion region."""
-
-    mode: Literal["diffusion", "additive", "blur", "released"] = Field(
-        "diffusion",
-        description="the paper's formula; additive Gaussian noise; Gaussian blur; or the authors' script",
-    )
-    steps: int = Field(500, ge=1, le=1000, description="diffusion steps k of 1000; sets the signal share")
-    schedule: Literal["sigmoid", "linear", "cosine"] = "sigmoid"
-    signal_share: float | None = Field(
-        None, ge=0, lt=1, description="ξ̄ itself; null: from steps and schedule"
-    )
-    std: float = Field(0.25, gt=0, description="additive: standard deviation, as a share of the value range")
-    blur_sigma: float = Field(
-        0.04, gt=0, description="blur: standard deviation, as a share of the image's shorter edge"
-    )
-    model_side: int | None = Field(
-        336,
-        ge=1,
-        description="diffusion, additive: shorter side at which the model sees an image, in pixels; in a "
-        "larger image the noise has grains of two such pixels, since single ones are averaged away; null: "
-        "always single pixels",
-    )
-    mask: Literal["hard", "soft"] = "hard"
-    area_share: Share = Field(0.15, description="largest share of the image that a tool's heat map may cover")
 
 
 class MedklipConfig(Section):

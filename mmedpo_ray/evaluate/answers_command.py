@@ -46,6 +46,7 @@ def evaluate_file(uri: str, options: Options) -> tuple[dict[str, Any], list[dict
         "answers": uri,
         "models": {name: scoring.estimates(scored, name, options) for name in models},
         "counts": {name: scoring.counts(row for row in pairing.rows if row.model == name) for name in models},
+        "findings": {name: found for name in models if (found := scoring.findings(pairing.rows, name))},
         "differences": [_difference(scored, pairing.rows, first, models[0], options) for first in models[1:]],
         "paired_by": pairing.by if len(models) > 1 else None,
         "clusters": "images" if pairing.clustered else "answers",

@@ -10,19 +10,20 @@ import asyncio
 import base64
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import openai
+from PIL import Image
 
 from mmedpo_ray.clients.chat import first_choice, text_of
 from mmedpo_ray.clients.http import HttpClient, error_code
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.settings import EvaluateConfig
 from mmedpo_ray.io.image_error import ImageError
-from mmedpo_ray.io.images import MAX_PIXELS
-from mmedpo_ray.io.plain_images import plain_bytes
+from mmedpo_ray.io.images import MAX_PIXELS, encode_png, load_image
+from mmedpo_ray.io.plain_images import plain_bytes, plain_file
 
 # Reasons for no answer that another try may cure; a refused image or request stays refused.
 RETRY_REASONS = (
@@ -44,12 +45,14 @@ class Question:
         model: served name.
         image_uri: image file.
         text: the question.
+        alteration: what is done to the image before it is sent; hashable; None: nothing.
     """
 
     answer_id: str
     model: str
     image_uri: str
     text: str
+    alteration: Callable[[Image.Image], Image.Image] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ class QuestionClient:
         self._key = key or os.environ.get("OPENAI_API_KEY", "none")
         self._settings = settings
         # Questions about one image follow each other, so the last images are kept.
-        self._image = lru_cache(_CACHED_IMAGES)(lambda uri: image_data_url(uri, max_pixels))
+        self._image = lru_cache(_CACHED_IMAGES)(
+            lambda uri, alteration: image_data_url(uri, max_pixels, alteration)
+        )
 
     def model_names(self) -> list[str]:
         """Names of the models that the endpoint offers.
@@ -133,7 +138,8 @@ class QuestionClient:
     ) -> tuple[str | None, str | None, str | None]:
         """The answer, the reason for none, and its detail."""
         try:
-            image = {"type": "image_url", "image_url": {"url": self._image(question.image_uri)}}
+            url = self._image(question.image_uri, question.alteration)
+            image = {"type": "image_url", "image_url": {"url": url}}
             body = await http.chat(
                 model=question.model,
                 max_tokens=self._settings.max_tokens,
@@ -154,11 +160,24 @@ class QuestionClient:
         return text.strip(), None, None
 
 
-def image_data_url(uri: str, max_pixels: int = MAX_PIXELS) -> str:
+def image_data_url(
+    uri: str,
+    max_pixels: int = MAX_PIXELS,
+    alteration: Callable[[Image.Image], Image.Image] | None = None,
+) -> str:
     """An image file as a ``data:`` URL; see :func:`mmedpo_ray.io.plain_images.plain_bytes`.
 
+    Args:
+        uri: image file.
+        max_pixels: a larger image is not decoded.
+        alteration: what is done to the image, in its own mode, first.
+
     Raises:
-        ImageError: the file is missing, damaged or too large.
+        ImageError: the file is missing, damaged or too large, or the alteration needs what it has not.
     """
-    data, kind = plain_bytes(uri, max_pixels)
+    if alteration is None:
+        data, kind = plain_bytes(uri, max_pixels)
+    else:
+        altered = encode_png(alteration(load_image(uri, max_pixels)))
+        data, kind = plain_file(altered, uri, max_pixels)
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.metrics import METRICS, Answer, UnavailableError, statistics
 from mmedpo_ray.metrics.answer_texts import unsupported_script
-from mmedpo_ray.metrics.base import is_empty
+from mmedpo_ray.metrics.base import is_empty, mean_value
 from mmedpo_ray.metrics.closed_questions import verdict
+from mmedpo_ray.metrics.finding_labels import finding_figures
 from mmedpo_ray.metrics.verdict import judge
 
 Figures = dict[str, dict[str, Any]]
@@ -63,11 +65,13 @@ class Scored:
         statistics: by metric, the positions of the rows that it is about and their statistics, (N, K). A
             metric without rows, or that cannot be computed here, is absent.
         left_out: why a metric cannot be computed, by its name; only if that is worth saying.
+        paired: questions that models share, by kind of answer and models, as they are first asked for.
     """
 
     rows: Sequence[Row]
     statistics: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    paired: dict[tuple[str, tuple[str, ...]], _Paired] = field(default_factory=dict, repr=False)
 
 
 def score(rows: Sequence[Row]) -> Scored:
@@ -82,7 +86,10 @@ def score(rows: Sequence[Row]) -> Scored:
             continue
         references = list({rows[place].question_id: rows[place].answer.reference for place in where}.values())
         try:
-            found = metric.of([rows[place].answer for place in where], references)
+            # Many answers are equal, above all to closed questions.
+            distinct: dict[Answer, int] = {}
+            of_row = [distinct.setdefault(rows[place].answer, len(distinct)) for place in where]
+            found = metric.of(list(distinct), references)[of_row]
         except UnavailableError as error:
             if str(error):
                 scored.left_out[metric.name] = str(error)
@@ -109,7 +116,10 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
     """Scores of the first model minus those of the second on the questions that both answered.
 
     Returns:
-        ``{metric: {"value", "low", "high", "n", "p", "p_holm", "verdict"}}``: "p" tests that there is none;
+        ``{metric: {"value", "low", "high", "n", "p", "p_holm", "verdict", "detectable", "mcnemar"}}``: "p"
+        tests that there is none; "detectable" is the smallest true difference that a set like this one shows
+        four times in five, before any correction; "mcnemar" is ``{"gained", "lost", "p"}`` where each answer
+        is right or wrong, else null;
         "p_holm" is corrected for all main metrics compared here, and "verdict" is
         :func:`~mmedpo_ray.metrics.verdict.judge`'s; both are null for the others.
     """
@@ -120,6 +130,8 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
         tested = item["value"] is not None
         value = METRICS[name].value
         item["p"] = statistics.paired_p_value(value, *sums, seed=options.seed) if tested else None
+        item["detectable"] = statistics.detectable_difference(item["low"], item["high"], options.confidence)
+        item["mcnemar"] = _mcnemar(scored, name, first, second)
     compared = [
         name for name, item in found.items() if METRICS[name].role == "main" and item["p"] is not None
     ]
@@ -131,6 +143,15 @@ def differences(scored: Scored, first: str, second: str, options: Options) -> Fi
     }
 
 
+def findings(rows: Iterable[Row], model: str) -> dict[str, dict[str, int]]:
+    """What becomes of the findings in a model's reports, by observation of CheXpert's.
+
+    Returns:
+        ``{observation: {outcome: count}}``, see :func:`mmedpo_ray.metrics.finding_labels.outcomes`.
+    """
+    return finding_figures([row.answer for row in rows if (row.model, row.answer_type) == (model, "report")])
+
+
 def counts(rows: Iterable[Row]) -> dict[str, Any]:
     """How many answers there are, and how many say nothing: these are failed, empty or undecided.
 
@@ -140,15 +161,16 @@ def counts(rows: Iterable[Row]) -> dict[str, Any]:
         All of these count as wrong and stay in the denominator.
     """
     found: dict[str, Any] = dict.fromkeys(("answers", "failed", "empty", "closed", "undecided"), 0)
-    for row in rows:
-        found["answers"] += 1
-        found["closed"] += row.answer_type == "closed"
-        if row.failed:
-            found["failed"] += 1
-        elif is_empty(row.answer.prediction):
-            found["empty"] += 1
-        elif row.answer_type == "closed" and verdict(row.answer) == "undecided":
-            found["undecided"] += 1
+    alike = Counter((row.answer_type == "closed", row.failed, row.answer) for row in rows)
+    for (closed, failed, answer), count in alike.items():
+        found["answers"] += count
+        found["closed"] += count if closed else 0
+        if failed:
+            found["failed"] += count
+        elif is_empty(answer.prediction):
+            found["empty"] += count
+        elif closed and verdict(answer) == "undecided":
+            found["undecided"] += count
     return found | {"undecided_share": found["undecided"] / found["closed"] if found["closed"] else None}
 
 
@@ -172,29 +194,63 @@ def check_script(what: str, question: str, reference: str) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Paired:
+    """Questions of one kind that all of some models answered.
+
+    Attributes:
+        positions: of each model, the rows of the metric's statistics, in the same order of questions.
+        codes: number of each question's cluster (image).
+        num_clusters: how many there are.
+    """
+
+    positions: list[np.ndarray]
+    codes: np.ndarray
+    num_clusters: int
+
+
+def _paired(scored: Scored, name: str, *models: str) -> _Paired:
+    """The questions that a metric is about and all of the models answered; metrics of one kind share them."""
+    key = (METRICS[name].answer_type, models)
+    if key not in scored.paired:
+        where, _ = scored.statistics[name]
+        of_models: dict[str, dict[str, int]] = {model: {} for model in models}
+        for position, place in enumerate(where.tolist()):
+            row = scored.rows[place]
+            if row.model in of_models:
+                of_models[row.model][row.question_id] = position
+        common = sorted(set.intersection(*map(set, of_models.values())))
+        positions = [np.array([each[question] for question in common], int) for each in of_models.values()]
+        clusters = [scored.rows[place].cluster for place in where[positions[0]].tolist()]
+        code = {cluster: number for number, cluster in enumerate(sorted(set(clusters)))}
+        scored.paired[key] = _Paired(positions, np.array([code[each] for each in clusters], int), len(code))
+    return scored.paired[key]
+
+
 def _cluster_sums(scored: Scored, name: str, *models: str) -> tuple[list[np.ndarray], int]:
     """A metric's sums on the questions that all of the models answered.
 
     Returns:
         For each model the sums of each cluster (image), (C, K), and the number of these questions.
     """
-    where, found = scored.statistics[name]
-    # Of each model: question → position in ``found``.
-    positions: dict[str, dict[str, int]] = {model: {} for model in models}
-    for position, place in enumerate(where.tolist()):
-        row = scored.rows[place]
-        if row.model in positions:
-            positions[row.model][row.question_id] = position
-    common = sorted(set.intersection(*map(set, positions.values())))
-    clusters = [scored.rows[where[positions[models[0]][question]]].cluster for question in common]
-    order = sorted(set(clusters))
+    found, paired = scored.statistics[name][1], _paired(scored, name, *models)
     sums = [
-        statistics.cluster_sums(
-            found[np.array([of_model[question] for question in common], int)], clusters, order
-        )
-        for of_model in positions.values()
+        statistics.coded_sums(found[each], paired.codes, paired.num_clusters) for each in paired.positions
     ]
-    return sums, len(common)
+    return sums, len(paired.codes)
+
+
+def _mcnemar(scored: Scored, name: str, first: str, second: str) -> dict[str, Any] | None:
+    """Questions that only one of two models answered right, and McNemar's exact test of them."""
+    if METRICS[name].value is not mean_value:
+        return None
+    _, found = scored.statistics[name]
+    numbers = [found[each] for each in _paired(scored, name, first, second).positions]
+    if not all(((each == 0) | (each == 1)).all() and (each[:, 1] == 1).all() for each in numbers):
+        return None
+    right, other = (each[:, 0] > 0 for each in numbers)
+    gained, lost = int((right & ~other).sum()), int((other & ~right).sum())
+    return {"gained": gained, "lost": lost, "p": statistics.mcnemar_p_value(gained, lost)}
 
 
 def _estimate(name: str, sums: list[np.ndarray], n: int, options: Options) -> dict[str, Any]:

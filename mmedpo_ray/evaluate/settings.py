@@ -17,6 +17,11 @@ class EvaluateConfig(Section):
     max_samples: int | None = Field(
         None, ge=1, description="evaluate a seeded sample of the test images' questions"
     )
+    look: bool = Field(
+        False,
+        description="ask every closed and open question again about a blank image, another image of the set, "
+        "and (where the sample has a lesion mask) a lesion-noised one (curate.visual.noise)",
+    )
     concurrency: int = Field(32, ge=1, description="requests in flight")
     max_tokens: int = Field(64, ge=1)
     temperature: float = Field(0.0, ge=0)

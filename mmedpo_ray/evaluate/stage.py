@@ -16,16 +16,19 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmedpo_ray.config.tree import Config
 from mmedpo_ray.console import console, progress_bar
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.evaluate.client import RETRY_REASONS, Question, QuestionClient, Reply
+from mmedpo_ray.evaluate.look import NO_LESION, Shown, shown_instead
 from mmedpo_ray.evaluate.scoring import Options, check_script
 from mmedpo_ray.evaluate.summary import ROLES, failed_rows, summarise, summary_table
 from mmedpo_ray.io import storage
@@ -64,9 +67,10 @@ def evaluate(config: Config) -> Manifest:
         samples = _test_samples(config, run)
         manifest = stage.write_rows(
             lambda done: _ask(config, stage, names, samples, done),
-            schema=schemas.ANSWERS,
+            schema=_schema(config),
             id_column="answer_id",
             retry_reasons=RETRY_REASONS,
+            intended_reasons=(NO_LESION,),
         )
     key = digest(
         manifest.key, manifest.content, config.evaluate.bootstrap, config.evaluate.confidence, at_hand()
@@ -76,16 +80,51 @@ def evaluate(config: Config) -> Manifest:
     return manifest
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question to a model, about its own image or about one shown instead.
+
+    Attributes:
+        model: served name.
+        sample: row of `samples`.
+        shown: what is shown instead of the sample's image.
+    """
+
+    model: str
+    sample: dict[str, Any]
+    shown: Shown | None = None
+
+    @property
+    def id(self) -> str:
+        name = f"{self.model}/{self.sample['sample_id']}"
+        return name if self.shown is None else f"{name}~{self.shown.condition}"
+
+    def question(self) -> Question:
+        sample, shown = self.sample, self.shown or Shown("", self.sample["image_uri"])
+        return Question(self.id, self.model, shown.image_uri, sample["question"], shown.alteration)
+
+
+def _schema(config: Config) -> pa.Schema:
+    return schemas.LOOK_ANSWERS if config.evaluate.look else schemas.ANSWERS
+
+
 def _ask(
     config: Config, stage: StageRunner, names: Sequence[str], samples: list[dict[str, Any]], done: IdSet
 ) -> None:
     """Asks every model what it has not answered yet."""
+    wanted: list[tuple[dict[str, Any], Shown | None]] = [(sample, None) for sample in samples]
+    if config.evaluate.look:
+        noise = config.curate.visual.noise
+        wanted += shown_instead(samples, noise, config.run.seed, config.data.max_pixels)
     todo = [
-        (name, sample) for name in names for sample in samples if f"{name}/{sample['sample_id']}" not in done
+        each
+        for name in names
+        for sample, shown in wanted
+        if (each := Asked(name, sample, shown)).id not in done
     ]
     asked = len(done)
     for group in _groups(config, names):
-        questions = [(name, sample) for name, sample in todo if name in group]
+        questions = [each for each in todo if each.model in group]
         if questions:
             with _endpoint(config, group) as client:
                 asyncio.run(_collect(config, stage, client, questions, done=asked))
@@ -96,6 +135,8 @@ def _stage(config: Config, run: RunFolder) -> tuple[StageRunner, list[str]]:
     """The stage, which depends on what answers could depend on, and the names of the models to ask."""
     settings = config.evaluate.model_dump(include={"max_tokens", "temperature", "max_samples"})
     inputs = [run.samples]
+    if config.evaluate.look:
+        settings["look"] = config.curate.visual.noise.model_dump()
     if config.evaluate.endpoint:
         offered = QuestionClient(config.evaluate.endpoint, config.evaluate).model_names()
         names = _names_at(config, offered)
@@ -190,37 +231,36 @@ async def _collect(
     config: Config,
     stage: StageRunner,
     client: QuestionClient,
-    todo: list[tuple[str, dict[str, Any]]],
+    todo: list[Asked],
     done: int,
 ) -> None:
     """Asks, and writes the answers in parts as they come."""
-    by_id = {f"{name}/{sample['sample_id']}": (name, sample) for name, sample in todo}
-    questions = [
-        Question(answer_id, name, sample["image_uri"], sample["question"])
-        for answer_id, (name, sample) in by_id.items()
-    ]
+    by_id = {each.id: each for each in todo}
+    questions = [each.question() for each in todo]
+    schema = _schema(config)
     rows: list[dict[str, Any]] = []
     saved = started = time.monotonic()
     with progress_bar() as bar:
         task = bar.add_task("evaluate", total=done + len(questions), completed=done, note="")
         async for reply in client.ask(questions):
-            rows.append(_row(*by_id[reply.answer_id], reply))
+            rows.append(_row(by_id[reply.answer_id], reply))
             bar.advance(task)
             if len(rows) >= config.ray.rows_per_part or time.monotonic() - saved > _SAVE_EVERY_S:
-                stage.write_part(rows, schemas.ANSWERS, "answer_id")
+                stage.write_part(rows, schema, "answer_id")
                 rows, saved = [], time.monotonic()
     if rows:
-        stage.write_part(rows, schemas.ANSWERS, "answer_id")
+        stage.write_part(rows, schema, "answer_id")
     seconds = time.monotonic() - started
     log.info(
         "%d answers in %.0f s (%.1f a second)", len(questions), seconds, len(questions) / max(seconds, 1e-9)
     )
 
 
-def _row(name: str, sample: dict[str, Any], reply: Reply) -> dict[str, Any]:
-    return {
+def _row(asked: Asked, reply: Reply) -> dict[str, Any]:
+    sample = asked.sample
+    row = {
         "answer_id": reply.answer_id,
-        "model": name,
+        "model": asked.model,
         "sample_id": sample["sample_id"],
         "image_id": sample["image_id"],
         "task": sample["task"],
@@ -231,6 +271,7 @@ def _row(name: str, sample: dict[str, Any], reply: Reply) -> dict[str, Any]:
         schemas.DROP_REASON: reply.reason,
         schemas.DROP_DETAIL: reply.detail,
     }
+    return row if asked.shown is None else row | {"shown": asked.shown.condition}
 
 
 # ---------------------------------------------------------------------- scores
@@ -242,7 +283,7 @@ def _write_summary(config: Config, run: RunFolder, names: Sequence[str], key: st
     settings = config.evaluate
     of_roles = dict(zip(ROLES, (config.model.name, settings.aligned_name, config.control.name), strict=True))
     summary = summarise(
-        read_table(run.evaluate, schemas.ANSWERS, "answers"),
+        read_table(run.evaluate, _schema(config), "answers"),
         questions,
         names=of_roles,
         options=Options(settings.bootstrap, settings.confidence, config.run.seed),

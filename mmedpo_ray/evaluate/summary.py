@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mmedpo_ray.evaluate import scoring
+from mmedpo_ray.evaluate.look import CONDITIONS
+from mmedpo_ray.evaluate.look_scores import headline, look_figures
 from mmedpo_ray.evaluate.scoring import Options, Row
 from mmedpo_ray.io import storage
 from mmedpo_ray.metrics import METRICS, Answer, verdict
@@ -67,10 +69,13 @@ def summarise(
         failed: requests that failed (``evaluate/dropped/``); scored as empty answers.
 
     Returns:
-        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "difference":
-        {metric: {…, "p", "p_holm", "verdict"}}, "difference_to_control": …, "left_out": {metric: why}}``
+        ``{"models": {name: {metric: {"value", "low", "high", "n"}}}, "counts": {name: …}, "findings":
+        {name: {observation: {outcome: count}}}, "difference":
+        {metric: {…, "p", "p_holm", "verdict"}}, "difference_to_control": …, "left_out": {metric: why}}``;
+        with answers about other images also "look", as
+        :func:`~mmedpo_ray.evaluate.look_scores.look_figures` returns it.
     """
-    rows = rows_of(answers, questions, failed)
+    rows = rows_of(_about(answers, None), questions, None if failed is None else _about(failed, None))
     scored = scoring.score(rows)
     asked = {row.model for row in rows}
     models = [names[role] for role in ROLES if names.get(role) in asked]
@@ -84,12 +89,34 @@ def summarise(
     return {
         "models": {name: scoring.estimates(scored, name, options) for name in models},
         "counts": {name: scoring.counts(row for row in rows if row.model == name) for name in models},
+        "findings": {name: found for name in models if (found := scoring.findings(rows, name))},
         "difference": difference("base"),
         "difference_to_control": difference("control"),
         "left_out": scored.left_out,
         "images": len({row.cluster for row in rows}),
         "questions": len({row.question_id for row in rows}),
+        **_look(rows, answers, questions, models, options),
     }
+
+
+def _about(answers: pa.Table, condition: str | None) -> pa.Table:
+    """The answers about the questions' own images (None), or about those of a condition of ``look``."""
+    if "shown" not in answers.column_names:
+        return answers if condition is None else answers.slice(0, 0)
+    shown = answers["shown"]
+    return answers.filter(pc.is_null(shown) if condition is None else pc.equal(shown, condition))
+
+
+def _look(
+    rows: Sequence[Row],
+    answers: pa.Table,
+    questions: dict[str, str],
+    models: Sequence[str],
+    options: Options,
+) -> dict[str, Any]:
+    """``{"look": figures}``, nothing where ``evaluate.look`` was off."""
+    others = {condition: rows_of(_about(answers, condition), questions) for condition in CONDITIONS}
+    return {"look": look_figures(rows, others, models, options)} if any(others.values()) else {}
 
 
 def failed_rows(folder: str) -> pa.Table | None:
@@ -186,6 +213,8 @@ def _caption(summary: dict[str, Any], calls: Sequence[dict[str, verdict.Call]]) 
             f"* a difference: p < {1 - summary['confidence']:.2g} with Holm's correction over {number} "
             "metrics"
         )
+    looked = summary.get("look", {})
+    lines += [line for name in looked.get("models", {}) if (line := headline(looked, name))]
     lines += [f"{reason}." for reason in (summary.get("left_out") or {}).values()]
     return "\n".join(lines)
 

@@ -60,6 +60,11 @@ class DataConfig(Section):
         0.2, description="share of images held out for evaluation where the data has no test part"
     )
     language: Literal["en", "zh", "all"] = Field("en", description="slake: rows of this language")
+    rotate_options: bool = Field(
+        False,
+        description="omnimedvqa: every question once for each rotation of its options, so that the right one "
+        "stands in every place",
+    )
     views: Literal["first", "side_by_side"] = Field(
         "first", description="r2gen: which image of a study with several; side_by_side writes a new one"
     )

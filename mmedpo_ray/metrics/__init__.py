@@ -31,6 +31,8 @@ METRICS = Registry(
         "open_exact": "mmedpo_ray.metrics.open_questions:EXACT_MATCH",
         "open_f1": "mmedpo_ray.metrics.open_questions:TOKEN_F1",
         "report_finding_f1": "mmedpo_ray.metrics.report:FINDING_F1",
+        "report_findings_supported": "mmedpo_ray.metrics.finding_labels:SUPPORTED",
+        "report_findings_recalled": "mmedpo_ray.metrics.finding_labels:RECALLED",
         "report_radgraph_f1": "mmedpo_ray.metrics.radeval:RADGRAPH_F1",
         "report_chexbert_f1": "mmedpo_ray.metrics.radeval:CHEXBERT_F1",
         "report_ratescore": "mmedpo_ray.metrics.radeval:RATESCORE",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -43,6 +44,7 @@ def recall_official(answer: Answer) -> float:
     return hits / (hits + misses)
 
 
+@lru_cache(maxsize=8192)
 def _normalised(text: str) -> str:
     """The script normalises every text twice, and the second time may change it again."""
     return _normalised_once(_normalised_once(text.lower()))

@@ -198,11 +198,27 @@ def _findings(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
         "confidence": confidence,
         "counts": [(names[role], found) for role in present if (found := counts.get(names[role]))],
         "left_out": summary.get("left_out") or {},
+        "look": _look(summary),
+        "findings": summary.get("findings") or {},
         "command": summary.get("command"),
         "questions": summary.get("questions"),
         "images": summary.get("images"),
         "differences_plot": plots.differences([verdict.label(m) for m in drawn], groups) if drawn else None,
     }
+
+
+def _look(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``evaluate.look`` found, a row per model and condition; None where it was off."""
+    found = summary.get("look")
+    if not found:
+        return None
+    rows = [
+        (name, condition, kinds["all"], found["differences"].get(name, {}).get(condition))
+        for name, conditions in found["models"].items()
+        for condition, kinds in conditions.items()
+    ]
+    blank = [(name, figures["survive"]) for name, condition, figures, _ in rows if condition == "blank"]
+    return {"rows": rows, "survive": [item for item in blank if verdict.known(item[1])]}
 
 
 def _curves(config: Config, run: RunFolder) -> list[Markup]:

@@ -183,6 +183,11 @@ ANSWERS = pa.schema(
     ]
 )
 
+# With evaluate.look.
+LOOK_ANSWERS = ANSWERS.append(
+    _text("shown", "blank, shuffled or lesion_noised; null: the question's own image", nullable=True)
+)
+
 # Rows that a stage leaves out travel with these two extra columns and end in `dropped/`.
 DROP_REASON = "drop_reason"
 DROP_DETAIL = "drop_detail"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +32,9 @@ def server() -> Iterator[ChatServer]:
         yield state
 
 
-def make(root: Path, server: ChatServer, *, dropped_share: float = 0.9, reference: str = "Yes") -> Config:
+def make(
+    root: Path, server: ChatServer, *, dropped_share: float = 0.9, reference: str = "Yes", images: int = 1
+) -> Config:
     from PIL import Image
 
     config = Config.model_validate(
@@ -41,7 +45,8 @@ def make(root: Path, server: ChatServer, *, dropped_share: float = 0.9, referenc
             "evaluate": {"endpoint": server.url, "bootstrap": 100, "retries": 0, "concurrency": 4},
         }
     )
-    Image.new("L", (8, 8)).save(root / "a.png")
+    for number in range(images):
+        Image.new("L", (8, 8), number).save(root / f"{number}.png")
     rows = [
         {
             "sample_id": f"s{number}",
@@ -50,8 +55,8 @@ def make(root: Path, server: ChatServer, *, dropped_share: float = 0.9, referenc
             "split": "test",
             "task": "vqa",
             "answer_type": "closed",
-            "image_uri": str(root / "a.png"),
-            "image_sha256": "0",
+            "image_uri": str(root / f"{number % images}.png"),
+            "image_sha256": str(number % images),
             "question": f"Is there nodule {number}?",
             "answer": reference,
         }
@@ -150,3 +155,30 @@ def test_a_sample_in_another_script_is_refused_before_anything_is_asked(
     with pytest.raises(UserError, match=r"sample s0: the reference answer is in Cyrillic"):
         evaluate(config)
     assert not server.requests
+
+
+@pytest.mark.engine
+def test_look_asks_again_about_other_images_and_leaves_the_scores_alone(
+    tmp_path: Path, server: ChatServer, ray_cluster: None
+) -> None:
+    """A model that says no to what is all grey: blank images cost it everything, shuffled ones nothing."""
+    from PIL import Image
+
+    def answer(body: dict[str, Any], before: int) -> Reply:
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        image = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+        return Reply("No" if image.convert("L").getextrema() == (128, 128) else "Yes")
+
+    server.answer = answer
+    config = make(tmp_path, server, images=COUNT)
+    plain = evaluate(config)
+    scores = summary_of(config)
+    assert "look" not in scores and plain.rows_out == 2 * COUNT
+    config.evaluate.look = True
+    assert evaluate(config).rows_out == 3 * 2 * COUNT
+    summary = summary_of(config)
+    assert summary["models"] == scores["models"] and summary["questions"] == COUNT
+    figures = summary["look"]["models"]["aligned"]
+    assert set(figures) == {"blank", "shuffled"}
+    assert [figures[name]["all"]["survive"]["value"] for name in figures] == [0.0, 1.0]
+    assert figures["blank"]["all"]["drop"]["value"] == 1.0

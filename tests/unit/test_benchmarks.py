@@ -51,6 +51,7 @@ def test_the_step_on_a_gpu_has_eleven_questions_on_every_image() -> None:
     [
         ("lesion_noise", ["--sizes", "64", "--count", "1", "--rounds", "1"]),
         ("plan_scale", ["--pairs", "500"]),
+        ("score_answers", ["--answers", "400", "--resamples", "100", "--distinct"]),
         ("curation_scale", ["--rows", "300"]),
         ("judge_throughput", ["--rows", "8", "--repetitions", "1", "--kv-cache-gib", "0.25"]),
     ],

@@ -20,6 +20,7 @@ from mmedpo_ray.ingest.formats import FORMATS
 from mmedpo_ray.ingest.formats.r2gen import side_by_side
 from mmedpo_ray.ingest.reader import Reader
 from mmedpo_ray.io import storage
+from mmedpo_ray.metrics import METRICS, Answer
 from mmedpo_ray.tables import schemas
 
 SCHEMA = schemas.with_drop_columns(schemas.SAMPLES)
@@ -58,6 +59,64 @@ def write_image(path: Path, size: tuple[int, int] = (8, 6), mode: str = "L", val
 def reasons(rows: list[dict[str, Any]]) -> dict[str, str | None]:
     """Drop reason by the last parts of the id."""
     return {row["sample_id"].split("/", 1)[1]: row.get("drop_reason") for row in rows}
+
+
+# ---------------------------------------------------------------------- OmniMedVQA
+
+
+def omni_row(number: int, **more: Any) -> dict[str, Any]:
+    row = {
+        "dataset": "ACRIMA", "question_id": f"ACRIMA_{number:04}", "question_type": "Modality Recognition",
+        "question": "What imaging technique was employed to obtain this picture?",
+        "gt_answer": "Fundus imaging",
+        "image_path": "Images/ACRIMA/Im553_g_ACRIMA.png", "option_A": "PET scan", "option_B": "CT scan",
+        "option_C": "Blood test", "option_D": "Fundus imaging", "modality_type": "Fundus Photography",
+    }  # fmt: skip
+    return {key: value for key, value in {**row, **more}.items() if value is not None}
+
+
+@pytest.fixture
+def omnimedvqa(tmp_path: Path) -> Path:
+    write_image(tmp_path / "Images/ACRIMA/Im553_g_ACRIMA.png")
+    folder = tmp_path / "QA_information/Open-access"
+    two = {"option_A": "Yes", "option_B": "No", "option_C": None, "option_D": None, "gt_answer": "No"}
+    write_json(folder / "ACRIMA.json", [omni_row(0), omni_row(1, question="Is it normal?", **two)])
+    bad = [
+        omni_row(2, gt_answer="MRI"),
+        omni_row(3, option_A="CT scan"),
+        omni_row(4, image_path="Images/b.png"),
+    ]
+    write_json(folder / "BAD.json", bad)
+    return tmp_path
+
+
+def test_omnimedvqa(omnimedvqa: Path) -> None:
+    rows = read(omnimedvqa, "omnimedvqa")
+    assert reasons(rows) == {
+        "test/ACRIMA_0000": None,
+        "test/ACRIMA_0001": None,
+        "test/ACRIMA_0002": "malformed_options",
+        "test/ACRIMA_0003": "malformed_options",
+        "test/ACRIMA_0004": "image_missing",
+    }
+    assert rows[0]["question"].splitlines()[1:] == [
+        "A) PET scan", "B) CT scan", "C) Blood test", "D) Fundus imaging"
+    ]  # fmt: skip
+    assert {row["answer_type"] for row in rows[:2]} == {"closed"}
+
+
+def test_rotated_options_put_the_right_one_in_every_place(omnimedvqa: Path) -> None:
+    reader = reader_of(omnimedvqa, "omnimedvqa", "data.rotate_options=true")
+    rows = [row for unit in reader.units() for row in reader.samples(unit) if "drop_reason" not in row]
+    assert [row["sample_id"].split("_")[1] for row in rows] == [
+        "0000~t0", "0000~t1", "0000~t2", "0000~t3", "0001~t0", "0001~t1"
+    ]  # fmt: skip
+    metric = METRICS["closed_accuracy"]
+    for rows_of, letters in ((rows[:4], "DCBA"), (rows[4:], "BA")):
+        for row, letter in zip(rows_of, letters, strict=True):
+            said = [*"ABCD"[: len(letters)], row["answer"]]
+            right = metric.of([Answer(row["answer"], text, row["question"]) for text in said])[:, 0]
+            assert [text for text, hit in zip(said, right, strict=True) if hit] == [letter, row["answer"]]
 
 
 # ---------------------------------------------------------------------- SLAKE

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image, ImageOps
 from pyarrow import fs
 
-from mmedpo_ray.curate.settings import NoiseConfig
-from mmedpo_ray.curate.visual.lesion_noise import add_lesion_noise
 from mmedpo_ray.errors import UserError
 from mmedpo_ray.io import images, pillow_images, storage
 from mmedpo_ray.io.images import ImageError
+from mmedpo_ray.noise.lesion_noise import add_lesion_noise
+from mmedpo_ray.noise.settings import NoiseConfig
 
 
 def chunk(name: bytes, body: bytes) -> bytes:

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from mmedpo_ray.curate.settings import NoiseConfig
-from mmedpo_ray.curate.visual.lesion_noise import (
+from mmedpo_ray.io.images import decode, to_rgb
+from mmedpo_ray.io.png import encode_pixels
+from mmedpo_ray.noise.lesion_noise import (
     Noised,
     add_lesion_noise,
     lesion_places,
     plain_mode,
     released_places,
 )
-from mmedpo_ray.curate.visual.noise_schedule import signal_share
-from mmedpo_ray.io.images import decode, to_rgb
-from mmedpo_ray.io.png import encode_pixels
+from mmedpo_ray.noise.noise_schedule import signal_share
+from mmedpo_ray.noise.settings import NoiseConfig
 
 KEPT_MODES = ["L", "RGB", "RGBA", "LA", "I;16"]
 MODES = [*KEPT_MODES, "1", "P", "I", "F", "CMYK"]

@@ -237,6 +237,38 @@ def test_it_is_written_once_and_again_when_a_figure_changed(tmp_path: Path) -> N
     assert b"another command" in (tmp_path / "report.html").read_bytes()
 
 
+def test_whether_the_model_looks_and_what_became_of_findings_are_told(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    build_run(config)
+    assert 'id="look"' not in page_of(config)[0], "off: nothing of it"
+    names = ("accuracy", "accuracy_without", "drop", "changed", "survive")
+    figures = {name: estimate(0.38) for name in names}
+    undefined = figures | {"survive": {"value": None, "low": None, "high": None, "n": 80}}
+    difference = dict(SUMMARY["difference"])
+    metric = next(iter(difference))
+    mcnemar = {"gained": 23, "lost": 9, "p": 0.02}
+    difference[metric] = difference[metric] | {"mcnemar": mcnemar, "detectable": 0.051}
+    summary = SUMMARY | {
+        "difference": difference,
+        "findings": {"aligned": {"Edema": {"contradicted": 2, "unmentioned": 3, "supported": 7}}},
+        "look": {
+            "models": {
+                "base": {"blank": {"all": undefined}},
+                "aligned": {"blank": {"all": figures}, "lesion_noised": {"all": figures}},
+            },
+            "differences": {"aligned": {"blank": estimate(0.1) | {"p": 0.01, "p_holm": 0.02}}},
+        },
+    }
+    storage.write_bytes(tmp_path / "evaluate" / "summary.json", json.dumps(summary).encode())
+    text, page = page_of(config)
+    assert 'id="look"' in text and 'href="#look"' in text
+    told = words(page.text)
+    assert "Of aligned’s right answers, 38 % survive without the image" in told
+    assert "Of base’s" not in told and "lesion noised" in told and "p = 0.02" in told
+    assert "23 answers" in told and "9 are lost" in told and "5.1 points" in told
+    assert "Edema750" in told.replace(" ", ""), "supported, hallucinated, missed"
+
+
 def test_identifiable_data_stays_out(tmp_path: Path) -> None:
     config = config_of(tmp_path, "report.show_text=false")
     build_run(config)

@@ -16,11 +16,11 @@ from mmedpo_ray.config.tree import Config
 from mmedpo_ray.curate.seeds import stable_seed
 from mmedpo_ray.curate.text.text_pairs import common
 from mmedpo_ray.curate.tool_registry import TOOLS
-from mmedpo_ray.curate.visual.lesion_noise import Noised, add_lesion_noise
 from mmedpo_ray.curate.visual.tools.base import Localisation
 from mmedpo_ray.io import images as image_files
 from mmedpo_ray.io import storage
 from mmedpo_ray.io.png import encode_pixels
+from mmedpo_ray.noise.lesion_noise import Noised, add_lesion_noise
 from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.schemas import DROP_DETAIL, DROP_REASON

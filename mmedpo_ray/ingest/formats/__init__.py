@@ -16,6 +16,7 @@ BUILTIN = {
     "llava_json": f"{_HERE}.llava_json:LlavaJsonReader",
     "slake": f"{_HERE}.slake:SlakeReader",
     "vqa_rad": f"{_HERE}.vqa_rad:VqaRadReader",
+    "omnimedvqa": f"{_HERE}.omnimedvqa:OmniMedVqaReader",
     "r2gen": f"{_HERE}.r2gen:R2GenReader",
     "hf_parquet": f"{_HERE}.hf_parquet:HfParquetReader",
     "trl": f"{_HERE}.trl:TrlReader",

@@ -29,10 +29,10 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from mmedpo_ray.curate.settings import NoiseConfig
-from mmedpo_ray.curate.visual.noise_schedule import signal_share
 from mmedpo_ray.io.images import has_alpha
 from mmedpo_ray.io.pixels import finite
+from mmedpo_ray.noise.noise_schedule import signal_share
+from mmedpo_ray.noise.settings import NoiseConfig
 
 _RELEASED_STD = 10.0
 # OpenCV's sigma for a 15 × 15 kernel where none is given: 0.3 · ((15 − 1) / 2 − 1) + 0.8.
