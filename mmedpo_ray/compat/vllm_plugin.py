@@ -6,12 +6,11 @@ the package only needs to be installed for this to take effect.
 
 from __future__ import annotations
 
-from mmedpo_ray.compat import vllm_preload, vllm_without_torchvision
+from mmedpo_ray.compat import vllm_preload
 
 
 def register() -> None:
     """Called by vLLM."""
-    vllm_without_torchvision.install()
     vllm_preload.install()
     from vllm.platforms import current_platform
 

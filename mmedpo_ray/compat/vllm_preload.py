@@ -26,7 +26,6 @@ from typing import Any
 # The process that has a fork server; processes forked from the server inherit it.
 _OWNER = "MMEDPO_ENGINE_PRELOAD_PID"
 _PRELOADED = [
-    "mmedpo_ray.compat.vllm_preload_modules",
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.llava",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from typing import Any
@@ -12,16 +11,6 @@ import torch
 from ray._private import worker
 
 from mmedpo_ray.compat import ray_serve_shutdown
-
-IMPORT = "from transformers.models.pixtral.image_processing_pixtral import _num_image_tokens"
-INSTALL = "from mmedpo_ray.compat import vllm_without_torchvision as patch; patch.install()"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
-def test_pixtral_needs_torchvision_unless_replaced() -> None:
-    needed = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=120)
-    assert "No module named 'torchvision'" in needed.stderr, "vllm_without_torchvision is no longer needed"
-    subprocess.run([sys.executable, "-c", f"{INSTALL}\n{IMPORT}"], check=True, timeout=120)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="with CUDA, torchvision imports by itself")
