@@ -117,6 +117,26 @@ def _convert(arguments: Namespace) -> Run:
     return run
 
 
+def _submit_options(parser: ArgumentParser) -> None:
+    # Without `choices`: a setting may come first.
+    parser.add_argument("stage", nargs="?", default="run", metavar="STAGE", help="default: run, all stages")
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="of the dashboard (default: RAY_API_SERVER_ADDRESS, or this machine)",
+    )
+    parser.add_argument(
+        "--runtime-env", type=Path, metavar="FILE", help="YAML: variables and packages of the job"
+    )
+    parser.add_argument("--no-follow", action="store_true", help="return once the job is submitted")
+
+
+def _submit(arguments: Namespace) -> Run:
+    from mmedpo_ray.commands.submit import submit
+
+    return lambda: submit(arguments)
+
+
 def _rollout_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--name", metavar="NAME", help="under which it is to answer (default: evaluate.aligned_name)"
@@ -214,6 +234,17 @@ COMMANDS = (
         _convert,
         description="Converts an original LLaVA-Med 1.5 checkpoint (llava_mistral) shard by shard.",
         example="example: mmedpo convert --source /models/llava-med-v1.5 --out /models/llava-med-v1.5-hf",
+    ),
+    Command(
+        "submit",
+        "a stage or the pipeline as a job of a Ray cluster, followed to its end",
+        _submit_options,
+        _submit,
+        description="Runs the command on a cluster where mmedpo-ray is installed. Uploads the file of\n"
+        "--config; paths in settings are the cluster's. Ctrl-C stops the job, which saves first.\n"
+        "The same command again follows a job that is still there, and otherwise resumes the run.",
+        example="example: mmedpo submit --address http://HEAD:8265 --config FILE run.folder=/shared/run",
+        has_settings=True,
     ),
     Command(
         "rollout",
