@@ -17,7 +17,7 @@ from mmedpo_ray.tables import schemas
 from mmedpo_ray.tables.run_folder import RunFolder
 from mmedpo_ray.tables.stage_runner import read_table
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 CONFIG = Path(__file__).parents[2] / "configs" / "phantom.yaml"
 REDUCED = [
@@ -32,7 +32,7 @@ REDUCED = [
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
 def test_a_run_ends_with_a_report(kind: str, tmp_path: Path) -> None:
     model, folder = build_tiny(kind, tmp_path / "model"), tmp_path / "run"
     subprocess.run(
