@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _CONFIG = "config.yaml"
+_STAGE = "mmedpo_stage"
 _INTERRUPTED = 130
 _POLL_S = 1.0
 # Training saves a checkpoint before it ends; Ray alone would wait three seconds.
@@ -49,6 +52,10 @@ def submit(arguments: Namespace) -> int:
     if arguments.stage not in (known := ["run", *stages()]):
         raise UserError(f"there is no stage {arguments.stage!r}; there are {', '.join(known)}")
     folder = settings_of(arguments).run.folder
+    if arguments.address is not None:
+        # They would win over an address that is given.
+        for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            os.environ.pop(variable, None)
     try:
         client = JobSubmissionClient(arguments.address)
         job, is_new = _find_or_submit(client, arguments, folder)
@@ -75,6 +82,12 @@ def _find_or_submit(client: JobSubmissionClient, arguments: Namespace, folder: s
             attempts[int(found[1])] = job
     last = max(attempts, default=0)
     if last and not attempts[last].status.is_terminal():
+        running = (attempts[last].metadata or {}).get(_STAGE)
+        if running != arguments.stage:
+            raise UserError(
+                f"{name}-{last} ({running}) works on this run. Wait for it, follow it with `mmedpo submit "
+                f"{running}`, or stop it with `ray job stop {name}-{last}`."
+            )
         return f"{name}-{last}", False
     command = [*["python", "-m", "mmedpo_ray.cli"], arguments.stage]
     with tempfile.TemporaryDirectory() as upload:
@@ -87,6 +100,7 @@ def _find_or_submit(client: JobSubmissionClient, arguments: Namespace, folder: s
             entrypoint=shlex.join([*command, *arguments.overrides]),
             submission_id=f"{name}-{last + 1}",
             runtime_env=environment,
+            metadata={_STAGE: arguments.stage},
         )
     return job_id, True
 
@@ -130,14 +144,18 @@ class _Follower:
 
     async def _follow(self) -> None:
         while True:
-            seen = 0
-            # Always from the beginning of the log.
-            async for text in self._client.tail_job_logs(self._job):
-                new = text[max(0, self._shown - seen) :]
-                seen += len(text)
-                self._shown = max(self._shown, seen)
-                sys.stdout.write(new)
-                sys.stdout.flush()
+            # A connection that breaks is made again; the log then comes from its beginning.
+            with contextlib.suppress(RuntimeError):
+                await self._show()
             if self._client.get_job_status(self._job).is_terminal():
                 return
             await asyncio.sleep(_POLL_S)
+
+    async def _show(self) -> None:
+        seen = 0
+        async for text in self._client.tail_job_logs(self._job):
+            new = text[max(0, self._shown - seen) :]
+            seen += len(text)
+            self._shown = max(self._shown, seen)
+            sys.stdout.write(new)
+            sys.stdout.flush()

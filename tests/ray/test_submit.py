@@ -75,6 +75,8 @@ def test_ctrl_c_stops_the_job(client: dict[str, str], repository: Path, tmp_path
     deadline = time.monotonic() + 120
     while not (folder / "samples").is_dir() and time.monotonic() < deadline:
         time.sleep(0.2)
+    other = submit(client, "ingest", f"run.folder={folder}")
+    assert other.returncode == 2 and f"{job_name(str(folder))}-1" in other.stderr + other.stdout
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
@@ -84,5 +86,5 @@ def test_ctrl_c_stops_the_job(client: dict[str, str], repository: Path, tmp_path
 def test_errors_are_found_before_anything_is_sent(client: dict[str, str], tmp_path: Path) -> None:
     wrong = submit(client, f"run.folder={tmp_path}", "align.betta=1")
     assert wrong.returncode == 2 and "align.betta" in wrong.stderr + wrong.stdout
-    nobody = submit(client | {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}, f"run.folder={tmp_path}")
+    nobody = submit(client, "--address", "http://127.0.0.1:9", f"run.folder={tmp_path}")
     assert nobody.returncode != 0 and "--address" in nobody.stderr + nobody.stdout
