@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
+from mmedpo_ray.models.saving import save_model
 from mmedpo_ray.phantom.tokenizer import make_processor, train_tokenizer
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14
@@ -54,8 +55,7 @@ def build_model(folder: Path, hidden: int, layers: int) -> Path:
         **special,
     )
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).float().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_model(LlavaForConditionalGeneration(config).float(), processor, folder)
     return folder
 
 
