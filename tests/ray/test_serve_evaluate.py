@@ -312,7 +312,8 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(endpoint, config, t
     done = samples[0] | {"answer": "kept from before"}
     stage.done_ids("answer_id")
     reply = module.Reply(f"base/{done['sample_id']}", "kept", 0.0)
-    stage.write_part([module._row(module.Asked(model="base", sample=done), reply)], schemas.ANSWERS, "answer_id")
+    row = module._row(module.Asked(model="base", sample=done), reply)
+    stage.write_part([row], schemas.ANSWERS, "answer_id")
     manifest = evaluate(config)
     assert manifest.rows_in == 18
     answers = read_table(run.evaluate, schemas.ANSWERS, "answers").to_pylist()
