@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from mmedpo_ray.serve.completions import engine_down
 from mmedpo_ray.serve.engine_watch import EngineWatch, StartTimes
 from mmedpo_ray.serve.http_app import create_app
-from mmedpo_ray.serve.listener import Listener
+from mmedpo_ray.serve.listener import listen
 from mmedpo_ray.serve.page.heat_map import ask_tool
 from mmedpo_ray.serve.request_error import RequestError
 from mmedpo_ray.serve.settings import ServeConfig
@@ -36,7 +36,7 @@ _SPARE = 200
 
 THROUGHPUT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # One of its parts: Serve's own way to leave out the proxy. See `Listener`.
+    # One of its parts: Serve's own way to leave out the proxy. See :mod:`.listener`.
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
 }
 """Environment of every replica: a request stays in one event loop per process, and goes from the ingress to
@@ -244,7 +244,7 @@ class OpenAiIngress:
             heat_maps=ask_tool(self._heat_maps) if self._heat_maps is not None else None,
         )
         if self._listen is not None:
-            self._listener = Listener(self._app, *self._listen)
+            self._server = listen(self._app, *self._listen)
         return self._app
 
     async def drain(self) -> int:

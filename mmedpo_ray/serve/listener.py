@@ -7,7 +7,6 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
-from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -23,8 +22,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-class Listener:
-    """Serves an application at an address as long as the process lives. Must be made in a running event loop.
+def listen(app: ASGIApp, host: str, port: int) -> asyncio.Task[None]:
+    """Serves an application at an address, in the running event loop, as long as the task is kept.
 
     Args:
         app: the application.
@@ -34,25 +33,17 @@ class Listener:
     Raises:
         OSError: the address cannot be listened on.
     """
-
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind((host, port))
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        config = uvicorn.Config(
-            app,
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            backlog=_BACKLOG,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-        )
-        self._server = _Server(config)
-        self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        return cast(int, self._socket.getsockname()[1])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
+    return asyncio.get_running_loop().create_task(_Server(config).serve(sockets=[listener]))
